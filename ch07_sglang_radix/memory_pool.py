@@ -1,0 +1,90 @@
+"""The two pools of rank 0: request -> token slots, and which slots are free.
+
+    ReqToTokenPool   row of a request, position of a token  ->  slot      SGLang: req_to_token_pool
+    TokenToKVPool    which pages are free                                 SGLang: token_to_kv_pool_allocator
+    PagedKVCache     slot -> K and V of this rank's heads (common/)       SGLang: token_to_kv_pool (MHATokenToKVPool)
+
+Only the last lies on every rank. A slot is one token's place, a page is P slots side by side: slot = page * P
++ offset. The tree and the requests speak of slots; they are given and taken back by whole pages.
+"""
+
+import numpy as np
+
+from common.kv_cache import PagedKVCache
+
+
+class ReqToTokenPool:
+    """One row of slots for each running request: req_to_token [max_running_requests, max_context]."""
+
+    def __init__(self, max_running_requests: int, max_context: int):
+        self.req_to_token = np.zeros((max_running_requests, max_context), dtype=np.int64)
+        self._free = list(range(max_running_requests))[::-1]
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def alloc(self) -> int:
+        """A free row; IndexError if there is none (ask `num_free` first)."""
+        return self._free.pop()
+
+    def free(self, row: int) -> None:
+        if row in self._free:
+            raise ValueError(f"row {row} of req_to_token is freed twice")
+        self._free.append(row)
+
+
+class TokenToKVPool:
+    """The free pages. Rank 0 alone gives them out, so a page id means the same page on every rank.
+
+    Takes its size from this rank's PagedKVCache, or from numbers where no model is at hand.
+    """
+
+    def __init__(self, kv_cache: PagedKVCache | None = None, *, num_pages: int = 0, page_size: int = 1):
+        self.num_pages = kv_cache.num_pages if kv_cache else num_pages
+        self.page_size = kv_cache.page_size if kv_cache else page_size
+        self._free = np.arange(self.num_pages - 1, -1, -1, dtype=np.int64)  # a stack, page 0 on top
+        self._num_free = self.num_pages
+        self._is_free = np.ones(self.num_pages, dtype=bool)
+
+    @property
+    def num_free_pages(self) -> int:
+        return self._num_free
+
+    @property
+    def free_slots(self) -> int:
+        """Free places for tokens."""
+        return self._num_free * self.page_size
+
+    @property
+    def size(self) -> int:
+        """All places for tokens."""
+        return self.num_pages * self.page_size
+
+    def alloc(self, num_pages: int) -> np.ndarray | None:
+        """[num_pages * P] slots, page by page; None if fewer pages are free, and then nothing is taken."""
+        if num_pages > self._num_free:
+            return None
+        pages = self._free[self._num_free - num_pages : self._num_free][::-1]
+        self._num_free -= num_pages
+        self._is_free[pages] = False
+        return (pages[:, None] * self.page_size + np.arange(self.page_size)).reshape(-1)
+
+    def free(self, slots: np.ndarray) -> None:
+        """Give back the pages that `slots` lie on: whole pages, each named by its first slot at least.
+
+        Raises ValueError for a page that is free already, before anything changes.
+        """
+        pages = slots[:: self.page_size] // self.page_size
+        if len(pages) == 0:
+            return
+        twice = pages[self._is_free[pages]]
+        if len(twice) or len(np.unique(pages)) != len(pages):
+            raise ValueError(f"pages {sorted(set((twice if len(twice) else pages).tolist()))[:8]} are freed twice")
+        self._free[self._num_free : self._num_free + len(pages)] = pages
+        self._num_free += len(pages)
+        self._is_free[pages] = True
+
+    def free_pages(self) -> np.ndarray:
+        """The ids of the free pages, for the invariant check."""
+        return self._free[: self._num_free]

@@ -1,0 +1,90 @@
+"""A request, from the queue to its last token.
+
+    waiting -> (prefill, perhaps in chunks) -> running -> finished
+       ^                                          |
+       `---------------- retracted ---------------'   out of pages: outputs kept, K and V computed again later
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ch07_sglang_radix.radix_cache import TreeNode
+from common.sampler import SamplingParams, SamplingRow
+
+
+@dataclass(eq=False)
+class Req:
+    """Grouped by who fills it."""
+
+    # the user
+    rid: int
+    prompt: str | None
+    prompt_ids: list[int]
+    params: SamplingParams
+    seed: int
+
+    # sampling, one token a step
+    output_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: dict[str, Any] | None = None
+
+    # admission: a row of req_to_token and a locked path in the tree
+    row: int = -1
+    last_node: TreeNode | None = None
+    prefix_len: int = 0  # slots of the row that belong to the tree
+    cached_tokens: int | None = None  # prompt tokens found in the tree when it was first admitted
+
+    # each step
+    kv_len: int = 0  # tokens whose K and V are in the pool
+    allocated_len: int = 0  # slots the row has, a multiple of the page size
+    sent_len: int = 0  # slots of the row that every rank's page table knows
+
+    @property
+    def all_ids(self) -> list[int]:
+        """Prompt and output: what a prefill must cover, also after a retraction."""
+        return self.prompt_ids + self.output_ids
+
+    @property
+    def seq_len(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def max_len(self) -> int:
+        """Tokens it will have at most."""
+        return len(self.prompt_ids) + self.params.max_new_tokens
+
+    def sampling_row(self) -> SamplingRow:
+        return SamplingRow(self.params, self.seed, self.prompt_ids, self.output_ids)
+
+    def take_token(self, token: int, logprob: float | None, eos_token_ids: tuple[int, ...]) -> None:
+        """Append a sampled token and see whether it was the last."""
+        self.output_ids.append(token)
+        if logprob is not None and self.params.logprobs:
+            self.logprobs.append(logprob)
+        stops = self.params.stop_token_ids + (() if self.params.ignore_eos else eos_token_ids)
+        if token in stops:
+            self.finish_reason = {"type": "stop", "matched": token}
+        elif len(self.output_ids) >= self.params.max_new_tokens:
+            self.finish_reason = {"type": "length", "length": self.params.max_new_tokens}
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What became of a request; the same on every rank. `text` leaves special tokens out, `output_ids` keeps them."""
+
+    request_id: int
+    prompt: str
+    prompt_ids: list[int]
+    text: str
+    output_ids: list[int]
+    cached_tokens: int
+    finish_reason: dict[str, Any]
+    logprobs: list[float]
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.output_ids)

@@ -1,0 +1,336 @@
+"""Continuous batching over a radix cache: rank 0's side of every decision.
+
+A step is either a prefill or a decode. Prefill goes first: it turns waiting requests into running ones, and
+the larger the running batch, the more a decode step is worth. Requests join and leave at any step.
+
+What rank 0 decides here is written into a task and executed by all ranks (control_plane.py). On the other
+ranks a TPScheduler only follows.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+import numpy as np
+
+from ch07_sglang_radix.control_plane import ControlPlane
+from ch07_sglang_radix.invariants import check_invariants
+from ch07_sglang_radix.memory_pool import ReqToTokenPool, TokenToKVPool
+from ch07_sglang_radix.radix_cache import RadixCache
+from ch07_sglang_radix.request import Req, RequestOutput
+from ch07_sglang_radix.tasks import DecodeSequence, DecodeTask, PageUpdate, PrefillSequence, PrefillTask, StopTask
+from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
+from common.sampler import SamplingParams, uniform
+
+CLIP_MAX_NEW_TOKENS = 4096  # admission does not reserve more than this for one request
+RETRACT_DECODE_STEPS = 20  # after a retraction this many steps fit for everyone left
+IN_BATCH_PREFIX = 32  # tokens shared with a prompt of this very step that are worth a step's wait
+INIT_NEW_TOKEN_RATIO, MIN_NEW_TOKEN_RATIO, RATIO_DECAY_STEPS = 0.7, 0.1, 600
+
+
+class TPScheduler:
+    """Requests in, tokens out, on as many ranks as the wrapper has.
+
+    Every rank makes the same calls (`add_request`, `process_requests`); rank 0 keeps the queue, the others
+    execute its tasks, and all get the same results.
+
+    chunked_prefill_size: prompt tokens a step computes at most, None for no limit; a longer prompt is
+    computed in chunks of whole pages. disable_radix_cache: no prefix is shared. seed: for requests that
+    bring none. check: test the conservation of pages after every step.
+    """
+
+    def __init__(
+        self, wrapper: TPRadixAttentionModelWrapper, *, chunked_prefill_size: int | None = None,
+        disable_radix_cache: bool = False, seed: int = 0, check: bool = False,
+    ):  # fmt: skip
+        if chunked_prefill_size is not None:
+            _check_chunk(chunked_prefill_size, wrapper.page_size)
+        self.wrapper, self.tp, self.page_size = wrapper, wrapper.tp, wrapper.page_size
+        self.control = ControlPlane(wrapper)
+        self.chunked_prefill_size, self.seed, self.check = chunked_prefill_size, seed, check
+        self.steps = {"prefill": 0, "decode": 0}
+        self.retractions = 0
+        self.results: dict[int, RequestOutput] = {}
+        self._num_requests = 0
+        if self.tp.rank == 0:
+            self.pool = TokenToKVPool(wrapper.kv_cache)
+            self.req_to_token = ReqToTokenPool(wrapper.max_running_requests, wrapper.max_context + self.page_size)
+            self.tree = RadixCache(self.pool, self.req_to_token, disable=disable_radix_cache)
+            self.waiting: list[Req] = []
+            self.running: list[Req] = []
+            self.chunked: Req | None = None  # the one request whose prompt is computed in part
+            self.new_token_ratio = INIT_NEW_TOKEN_RATIO
+
+    # --- for the user
+
+    def add_request(
+        self, text: str | None = None, max_new_tokens: int = 20, *, input_ids: Sequence[int] | None = None,
+        sampling_params: SamplingParams | None = None,
+    ) -> int:  # fmt: skip
+        """Queue one request, a text or token ids; returns its id.
+
+        `sampling_params`, if given, replaces max_new_tokens. Raises ValueError for an empty prompt, a token
+        id outside the vocabulary, and lengths that the model or the pool can never hold.
+        """
+        params = sampling_params or SamplingParams(max_new_tokens=max_new_tokens)
+        if (text is None) == (input_ids is None):
+            raise ValueError("give either text or input_ids")
+        ids = self.encode(text) if input_ids is None else [int(i) for i in input_ids]
+        self.check_request(ids, params)
+        rid, self._num_requests = self._num_requests, self._num_requests + 1
+        if self.tp.rank == 0:
+            seed = params.seed if params.seed is not None else int(uniform(self.seed, rid) * (1 << 24))
+            self.waiting.append(Req(rid, text, ids, params, seed))
+        return rid
+
+    def process_requests(self, arrivals: Callable[[int], bool] | None = None) -> dict[int, RequestOutput]:
+        """Run until every request is done; returns {request id: output}, equal on all ranks.
+
+        `arrivals(step)` is called on rank 0 before each step: it may add requests, and returns whether more
+        are to come.
+        """
+        if self.tp.rank > 0:
+            self.control.follow()
+        else:
+            more = True
+            while more:
+                coming = arrivals is not None and arrivals(self.step_number)
+                more = self.step() or coming
+            self.control.send_task(StopTask(self.step_number))
+        report = {"next_id": self._num_requests, "steps": self.steps, "outputs": [asdict(r) for r in self.results.values()]}
+        report = self.control.share_results(report)
+        self._num_requests, self.steps, self.results = report["next_id"], report["steps"], {}
+        return {r["request_id"]: RequestOutput(**r) for r in sorted(report["outputs"], key=lambda r: r["request_id"])}
+
+    @property
+    def step_number(self) -> int:
+        return self.steps["prefill"] + self.steps["decode"]
+
+    # --- one step (rank 0)
+
+    def step(self) -> bool:
+        """Schedule, execute, sample, account. False if there was nothing to do."""
+        if batch := self._next_prefill():
+            self._run_prefill(batch)
+        elif self.running:
+            self._run_decode()
+        else:
+            return False
+        if self.check:
+            check_invariants(self)
+        return True
+
+    def _next_prefill(self) -> list[tuple[Req, int]]:
+        """[(request, tokens to compute)]: the chunked request first, then the queue in order of arrival."""
+        budget = self.chunked_prefill_size or 1 << 62
+        batch: list[tuple[Req, int]] = []
+        reserved = 0
+        if req := self.chunked:
+            n = self._extend(req, budget)
+            batch.append((req, n))
+            budget -= n
+            reserved += req.max_len - req.seq_len
+        computing = RadixCache(TokenToKVPool(page_size=self.page_size), disable=self.tree.disable)  # this step's prompts
+        for req in list(self.waiting):
+            if budget <= 0 or self.chunked or self.req_to_token.num_free == 0:
+                break
+            match = self.tree.match_prefix(req.all_ids[:-1])
+            ahead = computing.match_prefix(req.all_ids[:-1])
+            if len(ahead.slots) - len(match.slots) >= IN_BATCH_PREFIX:
+                continue  # another prompt of this step computes what it could share: let it hit in the next
+            if not self._admit(req, match, reserved):
+                break
+            n = self._extend(req, budget)
+            if n == 0:  # less than a page of budget left
+                self._release(req)
+                break
+            self.waiting.remove(req)
+            batch.append((req, n))
+            if req.cached_tokens is None:  # not again after a retraction: it would find its own tokens
+                req.cached_tokens = req.kv_len
+            budget -= n
+            reserved += req.max_len - req.seq_len
+            computing.insert(req.all_ids[: req.kv_len + n], np.zeros(req.kv_len + n, dtype=np.int64))
+        if not batch and self.waiting and not self.running:
+            raise AssertionError(f"request {self.waiting[0].rid} cannot start although nothing runs: pages were lost")
+        return batch
+
+    def _admit(self, req: Req, match, reserved: int) -> bool:
+        """Lock the cached prefix and give the request a row, if the pool will probably hold its whole answer.
+
+        SGLang's rule: what it needs against what is free or evictable, less what the running requests will
+        still need, a share new_token_ratio of their worst case, and what this step has promised already.
+        """
+        self.tree.inc_lock_ref(match.last_node)  # first: locking may shrink what is evictable
+        promised = reserved + sum((r.max_len - r.seq_len) * self.new_token_ratio for r in self.running)
+        worst = req.seq_len + min(req.max_len - req.seq_len, CLIP_MAX_NEW_TOKENS)
+        need = self._whole_pages(worst) - len(match.slots)
+        alone = not self.running and not reserved and self.chunked is None
+        if need > self.pool.free_slots + self.tree.evictable_size - (0 if alone else promised):
+            self.tree.dec_lock_ref(match.last_node)
+            return False
+        req.row, req.last_node = self.req_to_token.alloc(), match.last_node
+        req.prefix_len = req.kv_len = req.allocated_len = len(match.slots)
+        req.sent_len = 0
+        self.req_to_token.req_to_token[req.row, : len(match.slots)] = match.slots
+        return True
+
+    def _extend(self, req: Req, budget: int) -> int:
+        """Get slots for the next part of the prompt; returns its length. A chunk ends at a page's end."""
+        n = req.seq_len - req.kv_len
+        if n > budget:
+            n = budget // self.page_size * self.page_size
+        if n:
+            self._grow(req, req.kv_len + n)
+        self.chunked = req if 0 < n < req.seq_len - req.kv_len else None
+        return n
+
+    def _run_prefill(self, batch: list[tuple[Req, int]]) -> None:
+        sequences, tokens, emitting = [], [], []
+        for req, n in batch:
+            done = req.kv_len + n == req.seq_len
+            sequences.append(PrefillSequence(req.row, req.kv_len, n, int(done)))
+            tokens += req.all_ids[req.kv_len : req.kv_len + n]
+            if done:
+                emitting.append(req)
+        updates = self._page_updates([req for req, _ in batch])
+        task = PrefillTask(self.step_number, updates, tuple(sequences), tuple(tokens))
+        chosen = self.control.run(task, [req.sampling_row() for req in emitting])
+        self.steps["prefill"] += 1
+        for req, n in batch:
+            req.kv_len += n
+            self.tree.cache_unfinished_req(req)
+        self._take_tokens(emitting, *chosen)
+        self.running += [req for req in emitting if req.finish_reason is None]
+
+    def _run_decode(self) -> None:
+        self._make_room()
+        for req in self.running:
+            self._grow(req, req.kv_len + 1)
+        sequences = tuple(DecodeSequence(req.row, req.kv_len) for req in self.running)
+        task = DecodeTask(self.step_number, self._page_updates(self.running), sequences)
+        chosen = self.control.run(task, [req.sampling_row() for req in self.running])
+        self.steps["decode"] += 1
+        decay = (INIT_NEW_TOKEN_RATIO - MIN_NEW_TOKEN_RATIO) / RATIO_DECAY_STEPS
+        self.new_token_ratio = max(self.new_token_ratio - decay, MIN_NEW_TOKEN_RATIO)
+        for req in self.running:
+            req.kv_len += 1
+        self._take_tokens(self.running, *chosen)
+        self.running = [req for req in self.running if req.finish_reason is None]
+
+    def _take_tokens(self, reqs: list[Req], tokens: list[int], logprobs: list[float] | None) -> None:
+        for i, req in enumerate(reqs):
+            req.take_token(tokens[i], logprobs[i] if logprobs else None, self.wrapper.config.eos_token_ids)
+            if req.finish_reason:
+                self.tree.cache_finished_req(req)
+                self.req_to_token.free(req.row)
+                self.results[req.rid] = self._output(req)
+
+    # --- memory
+
+    def _grow(self, req: Req, length: int) -> None:
+        """Give the row slots for `length` tokens. Admission and _make_room have seen to it that they exist."""
+        pages = -(-(length - req.allocated_len) // self.page_size)
+        if pages <= 0:
+            return
+        missing = pages - self.pool.num_free_pages
+        if missing > 0:
+            self.tree.evict(missing * self.page_size)
+        slots = self.pool.alloc(pages)
+        if slots is None:
+            raise AssertionError(f"request {req.rid} needs {pages} pages, {self.pool.num_free_pages} are free: admission failed")
+        self.req_to_token.req_to_token[req.row, req.allocated_len : req.allocated_len + len(slots)] = slots
+        req.allocated_len += len(slots)
+
+    def _make_room(self) -> None:
+        """Before a decode step: if not every request can have its next slot, retract until they can.
+
+        Those with the fewest tokens out go first (ties: the longest prompt), until RETRACT_DECODE_STEPS more
+        steps fit for each of the others. The last one stays: alone it fits, or add_request had refused it.
+        """
+        if self._pages_for(1) <= self._obtainable_pages():
+            return
+        by_loss = sorted(self.running, key=lambda r: (len(r.output_ids), -len(r.prompt_ids)))
+        retracted = []
+        while len(self.running) > 1 and self._pages_for(RETRACT_DECODE_STEPS) > self._obtainable_pages():
+            req = by_loss.pop(0)
+            self.running.remove(req)
+            self._release(req)
+            retracted.append(req)
+        self.retractions += len(retracted)
+        self.waiting = sorted(retracted, key=lambda r: r.rid) + self.waiting  # they came first
+        decoded = sum(len(r.output_ids) for r in self.running)
+        total = sum(r.params.max_new_tokens for r in self.running)
+        self.new_token_ratio = min(1.0, (decoded + RETRACT_DECODE_STEPS * len(self.running)) / total)
+
+    def _release(self, req: Req) -> None:
+        """Take pages, lock and row from a request that goes back to the queue; its outputs stay."""
+        row = self.req_to_token.req_to_token[req.row]
+        self.pool.free(row[req.prefix_len : req.allocated_len])
+        self.tree.dec_lock_ref(req.last_node)
+        self.req_to_token.free(req.row)
+        req.row, req.last_node = -1, None
+        req.prefix_len = req.kv_len = req.allocated_len = req.sent_len = 0
+
+    def _pages_for(self, steps: int) -> int:
+        """Pages the running requests need for so many more tokens each (none beyond its own end)."""
+        total = 0
+        for r in self.running:
+            total += max(0, self._whole_pages(min(r.kv_len + steps, r.max_len)) - r.allocated_len)
+        return total // self.page_size
+
+    def _obtainable_pages(self) -> int:
+        return self.pool.num_free_pages + self.tree.evictable_size // self.page_size
+
+    def _page_updates(self, reqs: list[Req]) -> tuple[PageUpdate, ...]:
+        """What the ranks' page tables do not know yet."""
+        updates = []
+        for req in reqs:
+            if req.sent_len < req.allocated_len:
+                row = self.req_to_token.req_to_token[req.row]
+                pages = row[req.sent_len : req.allocated_len : self.page_size] // self.page_size
+                updates.append(PageUpdate(req.row, req.sent_len // self.page_size, tuple(pages.tolist())))
+                req.sent_len = req.allocated_len
+        return tuple(updates)
+
+    def _whole_pages(self, tokens: int) -> int:
+        return -(-tokens // self.page_size) * self.page_size
+
+    # --- words in and out
+
+    def encode(self, text: str) -> list[int]:
+        if self.wrapper.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer; give input_ids instead of text")
+        return self.wrapper.tokenizer.encode(text)
+
+    def check_request(self, ids: Sequence[int], params: SamplingParams) -> None:
+        """Raises ValueError for what add_request would refuse."""
+        vocab = self.wrapper.config.vocab_size
+        if not ids:
+            raise ValueError("the prompt is empty: there is no token to continue from")
+        bad = [i for i in ids if not 0 <= i < vocab]
+        if bad:
+            raise ValueError(f"token id {bad[0]} is outside the vocabulary 0..{vocab - 1}")
+        total, limit = len(ids) + params.max_new_tokens, self.wrapper.config.max_position_embeddings
+        said = f"prompt {len(ids)} + max_new_tokens {params.max_new_tokens} = {total} tokens"
+        if total > limit:
+            raise ValueError(f"{said}, but the model ends at {limit}; shorten the prompt or ask for at most {max(limit - len(ids), 0)}")
+        pool = self.wrapper.kv_cache.num_pages * self.page_size
+        if self._whole_pages(total) > pool:
+            raise ValueError(f"{said}, but the pool holds {pool}; shorten the request or raise max_total_tokens")
+
+    def _output(self, req: Req) -> RequestOutput:
+        text = self.wrapper.tokenizer.decode if self.wrapper.tokenizer else lambda ids: ""
+        return RequestOutput(
+            request_id=req.rid, prompt=req.prompt if req.prompt is not None else text(req.prompt_ids),
+            prompt_ids=req.prompt_ids, text=text(req.output_ids), output_ids=req.output_ids,
+            cached_tokens=req.cached_tokens or 0, finish_reason=req.finish_reason, logprobs=req.logprobs,
+        )  # fmt: skip
+
+
+def _check_chunk(size: int, page_size: int) -> None:
+    if size < 1:
+        raise ValueError(f"chunked_prefill_size={size} must be at least 1, or None for no limit")
+    if size % page_size:
+        below, above = size // page_size * page_size, -(-size // page_size) * page_size
+        way_out = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(f"page_size={page_size} does not divide chunked_prefill_size={size}; use {way_out}")

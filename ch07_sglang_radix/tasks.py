@@ -1,0 +1,149 @@
+"""What rank 0 decides for one step, and its form on the wire.
+
+A task says which rows run, and which pages were added to or changed in the rows' page tables. It does not
+repeat what the ranks know: page ids sent before stay in each rank's page table, and the token that a decode
+step feeds in is the one every rank got when rank 0 broadcast the last step's tokens. So a decode task has
+the same size after 10 tokens of context and after 10,000.
+
+One list of page ids serves all layers: every layer's pool has the same numbering, so the page of a token
+is the same page in each (a map layer -> page ids would repeat one list L times).
+
+On the wire a task is a flat int64 tensor:
+
+    word 0   magic and version           5   sequences
+         1   kind (1 stop, 2 prefill,    6   page updates
+             3 decode)                   7   token ids
+         2   step                        then, in this order:
+         3   length in words             per update:    row, first page index, n, n page ids
+         4   sum of all words behind     per sequence:  prefill (row, cached, new, emits), decode (row, position)
+             the header, as a check      token ids (prefill)
+
+No pickle: a rank that reads a task can come to no other harm than ValueError.
+"""
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+
+MAGIC = 0x5A11_0000
+VERSION = 1
+HEADER = 8
+STOP, PREFILL, DECODE = 1, 2, 3
+
+
+class PageUpdate(NamedTuple):
+    """Pages first .. first+len(pages)-1 of a row are these from now on."""
+
+    row: int
+    first: int
+    pages: tuple[int, ...]
+
+
+class PrefillSequence(NamedTuple):
+    """Compute tokens cached .. cached+new-1 of a row; `emits` if the last of them completes its prompt."""
+
+    row: int
+    cached: int
+    new: int
+    emits: int
+
+
+class DecodeSequence(NamedTuple):
+    """Feed the row's last token in at `position`."""
+
+    row: int
+    position: int
+
+
+@dataclass(frozen=True)
+class PrefillTask:
+    step: int
+    updates: tuple[PageUpdate, ...]
+    sequences: tuple[PrefillSequence, ...]
+    token_ids: tuple[int, ...]  # of all sequences, end to end
+
+    @property
+    def emitting_rows(self) -> list[int]:
+        """Rows that get a token out of this step, in order."""
+        return [s.row for s in self.sequences if s.emits]
+
+
+@dataclass(frozen=True)
+class DecodeTask:
+    step: int
+    updates: tuple[PageUpdate, ...]
+    sequences: tuple[DecodeSequence, ...]
+
+    @property
+    def emitting_rows(self) -> list[int]:
+        return [s.row for s in self.sequences]
+
+
+@dataclass(frozen=True)
+class StopTask:
+    """No more work: leave the loop."""
+
+    step: int
+
+
+Task = PrefillTask | DecodeTask | StopTask
+
+
+def encode(task: Task) -> np.ndarray:
+    """Task -> int64 [length]."""
+    if isinstance(task, StopTask):
+        kind, updates, sequences, tokens = STOP, (), (), ()
+    elif isinstance(task, PrefillTask):
+        kind, updates, sequences, tokens = PREFILL, task.updates, task.sequences, task.token_ids
+    else:
+        kind, updates, sequences, tokens = DECODE, task.updates, task.sequences, ()
+    heads = ((u.row, u.first, len(u.pages), *u.pages) for u in updates)
+    body = np.fromiter(chain(*heads, *sequences, tokens), dtype=np.int64)
+    header = (MAGIC | VERSION, kind, task.step, HEADER + len(body), body.sum(), len(sequences), len(updates), len(tokens))
+    return np.concatenate((np.array(header, dtype=np.int64), body))
+
+
+def decode(words: np.ndarray) -> Task:
+    """int64 [length] -> Task. Raises ValueError for anything that `encode` did not write."""
+    if len(words) < HEADER or int(words[0]) & ~0xFFFF != MAGIC:
+        raise ValueError(f"not a task: {len(words)} words, the first {int(words[0]) if len(words) else None}")
+    magic, kind, step, length, check, num_sequences, num_updates, num_tokens = words[:HEADER].tolist()
+    if magic & 0xFFFF != VERSION:
+        raise ValueError(f"task version {magic & 0xFFFF}, this rank speaks {VERSION}; start all ranks from one checkout")
+    body = words[HEADER:]
+    if length != len(words) or check != int(body.sum()):
+        raise ValueError(f"task of step {step} is damaged: {len(words)} words of {length}, sum {int(body.sum())}, not {check}")
+    reader = _Reader(body.tolist())
+    updates = tuple(PageUpdate(*reader.take(2), tuple(reader.take(reader.take(1)[0]))) for _ in range(num_updates))
+    width = {STOP: 0, PREFILL: 4, DECODE: 2}.get(kind)
+    if width is None:
+        raise ValueError(f"task of step {step} has the unknown kind {kind}")
+    sequences = [reader.take(width) for _ in range(num_sequences)]
+    tokens = tuple(reader.take(num_tokens))
+    if reader.left:
+        raise ValueError(f"task of step {step} has {reader.left} words too many")
+    if kind == STOP:
+        return StopTask(step)
+    if kind == DECODE:
+        return DecodeTask(step, updates, tuple(DecodeSequence(*s) for s in sequences))
+    task = PrefillTask(step, updates, tuple(PrefillSequence(*s) for s in sequences), tokens)
+    if sum(s.new for s in task.sequences) != num_tokens:
+        raise ValueError(f"task of step {step}: {num_tokens} token ids for {sum(s.new for s in task.sequences)} tokens")
+    return task
+
+
+class _Reader:
+    def __init__(self, words: list[int]):
+        self._words, self._at = words, 0
+
+    def take(self, n: int) -> list[int]:
+        if n < 0 or self._at + n > len(self._words):
+            raise ValueError(f"task ends at word {len(self._words)}, {n} more were announced at {self._at}")
+        self._at += n
+        return self._words[self._at - n : self._at]
+
+    @property
+    def left(self) -> int:
+        return len(self._words) - self._at

@@ -1,0 +1,156 @@
+"""The executor: what every rank holds, and how it carries out one task.
+
+A rank has its shard of the model, its heads' part of the pages, a page table and the last token of each
+row. It has no tree, no sampler and no queue. `execute_*` computes this rank's logits and stops there: one
+place has the language model's will, and it is not here.
+"""
+
+import numpy as np
+import torch
+
+from ch07_sglang_radix.tasks import DecodeTask, PageUpdate, PrefillTask
+from common.hub import resolve_model
+from common.kv_cache import PagedKVCache
+from common.model_config import ModelConfig
+from common.paged_attention import AttentionMetadata, TorchNativeAttention
+from common.parallel_state import TPGroup, all_gather, get_tensor_parallel, pick_device
+from common.tiny_qwen import TINY_QWEN_PATH
+from common.tokenizer import Tokenizer
+from common.weights import load_model
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CPU_CACHE_BYTES = 1 << 30  # over all ranks: they share one machine's memory
+GPU_CACHE_SHARE = 0.85  # of the memory that is free once the weights are there
+MAX_POOL_TOKENS_ON_CPU = 65_536
+
+
+class TPRadixAttentionModelWrapper:
+    """This rank's model, pages and page table.
+
+    model_name: a folder in Hugging Face layout, a Hub id, or None for the bundled tiny model.
+    device: auto, cpu, cuda. dtype: float32, bfloat16, float16; default float32 on CPU and bfloat16 on GPU.
+    max_total_tokens: size of the pool in tokens; by default what memory allows, the same on every rank.
+    Raises ValueError or FileNotFoundError, on every rank alike, for what cannot be run.
+    """
+
+    def __init__(
+        self, model_name: str | None = None, device: str = "auto", page_size: int = 16, *,
+        dtype: str | None = None, max_total_tokens: int | None = None, max_running_requests: int = 256,
+        tp: TPGroup | None = None,
+    ):  # fmt: skip
+        self.tp = tp or get_tensor_parallel(device)
+        if page_size < 1:
+            raise ValueError(f"page_size={page_size} must be at least 1")
+        if max_running_requests < 1:
+            raise ValueError(f"max_running_requests={max_running_requests} must be at least 1")
+        if device != "auto" and pick_device(device, self.tp.device.index or 0).type != self.tp.device.type:
+            raise ValueError(
+                f"device={device} but this group runs on {self.tp.device.type}; say so once, in initialize_tensor_parallel"
+            )
+        folder = resolve_model(model_name or TINY_QWEN_PATH)
+        self.dtype = self._pick_dtype(dtype)
+        self.model, self.load_report = load_model(folder, self.tp, self.dtype)
+        self.config: ModelConfig = self.model.config
+        self.tokenizer = Tokenizer(folder) if Tokenizer.lies_in(folder) else None  # token ids work without one
+        self.page_size, self.max_running_requests = page_size, max_running_requests
+
+        num_pages = self._num_pages(max_total_tokens)
+        self.kv_cache = PagedKVCache(
+            self.config.num_layers, num_pages, page_size, self.model.heads.num_kv, self.config.head_dim,
+            self.dtype, self.tp.device,
+        )  # fmt: skip
+        self.max_context = min(self.config.max_position_embeddings, num_pages * page_size)
+        pages_per_row = -(-self.max_context // page_size)
+        self.page_table = self._empty(max_running_requests, pages_per_row)
+        self.last_token = self._empty(max_running_requests)
+
+    # --- a task's three parts: forward, and what the tokens leave behind
+
+    @torch.inference_mode()
+    def execute_prefill_task(self, task: PrefillTask) -> torch.Tensor | None:
+        """Several prompts (or chunks of them) behind their cached prefixes, in one ragged step.
+
+        Returns this rank's logits [B, V/R] of the sequences that emit a token, None if none does.
+        """
+        self._update_page_table(task.updates)
+        rows, cached, new, emits = np.array(task.sequences, dtype=np.int64).T
+        ends = np.cumsum(new)  # [B]
+        offset = np.repeat(cached - (ends - new), new)
+        positions = np.arange(ends[-1]) + offset  # [T]
+        token_rows = np.repeat(rows, new)  # [T]
+        hidden = self._forward(
+            self._tensor(task.token_ids), self._tensor(positions), self._tensor(token_rows),
+            rows, query_start=np.concatenate(([0], ends)), context_lens=cached + new,
+        )  # fmt: skip
+        last = ends[emits > 0] - 1
+        return self.model.compute_logits(hidden[self._tensor(last)]) if len(last) else None
+
+    @torch.inference_mode()
+    def execute_decode_task(self, task: DecodeTask) -> torch.Tensor:
+        """One more token for each running row: feed in its last token. Returns logits [B, V/R] of this rank."""
+        self._update_page_table(task.updates)
+        rows, positions = np.array(task.sequences, dtype=np.int64).T
+        on_device = self._tensor(rows)
+        hidden = self._forward(
+            self.last_token[on_device], self._tensor(positions), on_device,
+            rows, query_start=np.arange(len(rows) + 1), context_lens=positions + 1,
+        )  # fmt: skip
+        return self.model.compute_logits(hidden)
+
+    def receive_tokens(self, rows: list[int], tokens: torch.Tensor) -> None:
+        """Remember the tokens [B] that rank 0 chose: the next decode step starts from them."""
+        self.last_token[self._tensor(rows)] = tokens
+
+    # --- inside
+
+    def _forward(self, input_ids, positions, token_rows, rows, query_start, context_lens) -> torch.Tensor:
+        """Build the attention contract for this step and run the decoder: [T] -> hidden [T, D]."""
+        longest = -(-int(context_lens.max()) // self.page_size)
+        pages = self.page_table[token_rows, positions // self.page_size]  # [T]
+        meta = AttentionMetadata(
+            slot_mapping=pages * self.page_size + positions % self.page_size,
+            page_table=self.page_table[self._tensor(rows), :longest],
+            query_start=self._tensor(query_start),
+            context_lens=self._tensor(context_lens),
+            page_size=self.page_size,
+        )
+        return self.model(input_ids, positions, TorchNativeAttention(self.kv_cache, meta))
+
+    def _update_page_table(self, updates: tuple[PageUpdate, ...]) -> None:
+        if not updates:
+            return
+        n = [len(u.pages) for u in updates]
+        rows = np.repeat([u.row for u in updates], n)
+        columns = np.concatenate([np.arange(u.first, u.first + len(u.pages)) for u in updates])
+        pages = np.concatenate([u.pages for u in updates])
+        self.page_table[self._tensor(rows), self._tensor(columns)] = self._tensor(pages)
+
+    def _tensor(self, values) -> torch.Tensor:
+        return torch.as_tensor(np.asarray(values, dtype=np.int64), device=self.tp.device)
+
+    def _empty(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=self.tp.device)
+
+    def _pick_dtype(self, name: str | None) -> torch.dtype:
+        name = name or ("float32" if self.tp.device.type == "cpu" else "bfloat16")
+        if name not in DTYPES:
+            raise ValueError(f"dtype={name!r} is unknown; use {', '.join(DTYPES)}")
+        return DTYPES[name]
+
+    def _num_pages(self, max_total_tokens: int | None) -> int:
+        """Pages in the pool, the same number on every rank: the poorest decides."""
+        per_page = PagedKVCache.bytes_per_page(self.config, self.tp, self.page_size, self.dtype)
+        if max_total_tokens is not None:
+            pages = max_total_tokens // self.page_size
+            if pages < 1:
+                raise ValueError(f"max_total_tokens={max_total_tokens} holds no page of page_size={self.page_size} tokens")
+            return pages
+        if self.tp.device.type == "cpu":
+            pages = min(CPU_CACHE_BYTES // self.tp.size // per_page, MAX_POOL_TOKENS_ON_CPU // self.page_size)
+        else:
+            pages = int(torch.cuda.mem_get_info(self.tp.device)[0] * GPU_CACHE_SHARE) // per_page
+        offers = all_gather(torch.tensor([pages]), self.tp, "pool size")  # COMM all-gather [1]: pages each rank has room for
+        pages = min(int(offer) for offer in offers)
+        if pages < 1:
+            raise ValueError(f"no memory left for a single page of {per_page} bytes; use a smaller model, more ranks or bfloat16")
+        return pages

@@ -1,0 +1,1 @@
+"""The tensor-parallel executor that both chapters stand on."""

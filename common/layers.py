@@ -1,0 +1,81 @@
+"""The layers that every rank holds whole: norms, rotary embedding, activation."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.model_config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, computed in float32 (Zhang and Sennrich 2019).
+
+    Not cut over ranks: each rank has all D features of x after an all-reduce, and the weight is D numbers.
+    """
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(size), requires_grad=False)
+        self.weight.weight_loader, self.weight.shard_shapes = self.load_weight, {None: (size,)}
+
+    def load_weight(self, source, shard_id=None) -> None:
+        self.weight.copy_(source.read(0, 0, source.shape[0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm(x + residual), x + residual): the pair that runs through a pre-norm decoder."""
+        residual = x + residual
+        return self(residual), residual
+
+
+class SiluAndMul(nn.Module):
+    """SwiGLU's gate: x [T, 2F/R] = (gate, up) side by side -> silu(gate) * up [T, F/R] (Shazeer 2020)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary position embedding (Su et al. 2021), the half-split form of Hugging Face's checkpoints.
+
+    The angles of a step's positions are looked up once and used by all layers.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        angles = torch.outer(torch.arange(config.max_position_embeddings).float(), inverse_frequencies(config))
+        self.register_buffer("cos", angles.cos(), persistent=False)  # [max_position, d/2], float32 in any model
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """positions [T] -> cos, sin [T, 1, d]: each angle serves feature i and feature i + d/2."""
+        cos, sin = self.cos[positions].to(dtype), self.sin[positions].to(dtype)  # [T, d/2]
+        return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
+
+
+def apply_rotary(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """x [T, H, d] -> x turned by its position's angles; (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
+    cos, sin = rotary
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+
+
+def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
+    """theta^(-2i/d) for i < d/2 -> [d/2], rescaled for long contexts if the checkpoint says so."""
+    i = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float()
+    inv_freq = 1.0 / config.rope_theta ** (i / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return inv_freq
+    if scaling["rope_type"] == "linear":
+        return inv_freq / scaling["factor"]
+    # llama3: long waves are stretched by `factor`, short ones kept, those in between blended
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)  # turns within the old context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: stretch, 1: keep
+    return (1 - keep) * inv_freq / scaling["factor"] + keep * inv_freq

@@ -1,0 +1,54 @@
+"""The ledger: every collective a rank takes part in, written down while it is switched on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """One collective as this rank saw it.
+
+    `bytes` is the size of the tensor this rank handed in: the message, not the traffic. What crosses
+    the wire depends on the algorithm (a ring all-reduce sends it 2 (R-1)/R times), the message does not.
+    """
+
+    op: str  # all_reduce, all_gather, gather, broadcast
+    label: str  # who talks: embed_tokens, layers.3.o_proj, logits, task, tokens
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+
+
+@dataclass
+class Ledger:
+    """Off by default; then one `if` is all it costs."""
+
+    enabled: bool = False
+    entries: list[LedgerEntry] = field(default_factory=list)
+
+    def record(self, op: str, label: str, x: torch.Tensor) -> None:
+        if self.enabled:
+            size = x.numel() * x.element_size()
+            self.entries.append(LedgerEntry(op, label, tuple(x.shape), str(x.dtype).removeprefix("torch."), size))
+
+    @contextmanager
+    def recording(self) -> Iterator["Ledger"]:
+        """`with tp.ledger.recording() as ledger:` starts from an empty page and switches off at the end."""
+        self.entries.clear()
+        self.enabled = True
+        try:
+            yield self
+        finally:
+            self.enabled = False
+
+    def summary(self) -> dict[str, dict[str, int]]:
+        """{op: {"calls": n, "bytes": n}} over everything recorded."""
+        total: dict[str, dict[str, int]] = {}
+        for entry in self.entries:
+            row = total.setdefault(entry.op, {"calls": 0, "bytes": 0})
+            row["calls"] += 1
+            row["bytes"] += entry.bytes
+        return total

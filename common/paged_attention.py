@@ -1,0 +1,136 @@
+"""The attention contract, and its plain-PyTorch form.
+
+A step is T new tokens of B sequences, laid end to end (ragged). Attention is told this and only this:
+
+    slot_mapping  [T]             where each new token's K and V go: page * P + offset; -1 is padding
+    page_table    [B, max_pages]  the page ids of each sequence, in order
+    query_start   [B+1]           sequence b's new tokens are query_start[b] .. query_start[b+1]-1
+    context_lens  [B]             tokens of each sequence once the new ones are in, cached ones included
+    page_size     P
+
+Prefill, prefill behind a cached prefix, decode and any mix of them differ in these numbers alone. New
+token i of sequence b stands at position context_lens[b] - query_len[b] + i and sees everything up to itself.
+vLLM calls a page a block (Kwon et al. 2023); SGLang's backends take the same facts.
+
+A backend is called once a layer: `attention(layer, q [T, Hq/R, d], k, v [T, Hkv/R, d]) -> o [T, Hq/R, d]`.
+No rank talks here: each attends with its own heads over its own part of the pages.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from common.kv_cache import PagedKVCache
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """What a step tells attention; see the top of this file. int64 tensors on the cache's device."""
+
+    slot_mapping: torch.Tensor  # [T]
+    page_table: torch.Tensor  # [B, max_pages]
+    query_start: torch.Tensor  # [B+1]
+    context_lens: torch.Tensor  # [B]
+    page_size: int  # P
+
+
+class TorchNativeAttention:
+    """The contract in plain PyTorch: index_select the pages, then scaled_dot_product_attention.
+
+    What does not depend on the layer (which pages, which mask) is worked out once a step, here in the
+    constructor. Sequences with one new token (decode) run together, the longest split from the shortest so
+    that padding stays small; sequences with several run one by one.
+    """
+
+    def __init__(self, cache: PagedKVCache, meta: AttentionMetadata):
+        if meta.page_size != cache.page_size:
+            raise ValueError(f"page_size={meta.page_size} of the step is not the cache's page_size={cache.page_size}")
+        self.cache = cache
+        real = meta.slot_mapping >= 0
+        self.real = None if bool(real.all()) else real.nonzero().squeeze(-1)
+        self.slots = meta.slot_mapping if self.real is None else meta.slot_mapping[self.real]
+        starts, lens = meta.query_start.tolist(), meta.context_lens.tolist()
+        singles = [b for b in range(len(lens)) if starts[b + 1] - starts[b] == 1]
+        self.decodes = [_DecodeGroup(meta, rows, starts, lens) for rows in _similar_lengths(singles, lens)]
+        self.extends = [
+            _Extend(meta, b, starts[b], starts[b + 1], lens[b])
+            for b in range(len(lens))
+            if starts[b + 1] - starts[b] > 1
+        ]
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Store this step's k, v, then attend. q [T, Hq/R, d] -> o [T, Hq/R, d]."""
+        new = (k, v) if self.real is None else (k[self.real], v[self.real])
+        self.cache.write(layer, self.slots, *new)
+        k_pages, v_pages = self.cache.k[layer], self.cache.v[layer]  # [N, P, Hkv/R, d]
+        if len(self.decodes) == 1 and not self.extends and self.decodes[0].all_rows:
+            return self.decodes[0].attend(q, k_pages, v_pages)
+        o = torch.zeros_like(q)
+        for part in (*self.decodes, *self.extends):
+            o[part.rows] = part.attend(q[part.rows], k_pages, v_pages)
+        return o
+
+
+class _DecodeGroup:
+    """B sequences with one new token each, of similar length."""
+
+    def __init__(self, meta: AttentionMetadata, members: list[int], starts: list[int], lens: list[int]):
+        device, longest = meta.page_table.device, max(lens[b] for b in members)
+        pages = -(-longest // meta.page_size)
+        self.all_rows = len(members) == starts[-1] and members == sorted(members)
+        self.rows = torch.tensor([starts[b] for b in members], device=device)
+        self.pages = meta.page_table[members, :pages].reshape(-1)  # [B * pages]
+        in_context = torch.arange(pages * meta.page_size, device=device) < meta.context_lens[members].unsqueeze(1)
+        # 0 where a slot holds a token of the sequence, -inf behind its end
+        self.mask = torch.zeros(in_context.shape, device=device).masked_fill_(~in_context, -torch.inf)[:, None, None]
+
+    def attend(self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor) -> torch.Tensor:
+        """q [B, Hq/R, d] -> o [B, Hq/R, d]."""
+        b, (_, _, hkv, d) = len(q), k_pages.shape
+        k = k_pages.index_select(0, self.pages).view(b, -1, hkv, d).transpose(1, 2)  # [B, Hkv/R, S, d]
+        v = v_pages.index_select(0, self.pages).view(b, -1, hkv, d).transpose(1, 2)
+        # the query heads of a group become rows of one query: K and V are read once for all of them
+        q = q.view(b, hkv, -1, d)  # [B, Hkv/R, g, d]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask.to(q.dtype)).view(b, -1, d)
+
+
+class _Extend:
+    """One sequence with n > 1 new tokens behind S - n cached ones."""
+
+    def __init__(self, meta: AttentionMetadata, b: int, start: int, stop: int, length: int):
+        n, device = stop - start, meta.page_table.device
+        self.rows, self.length = slice(start, stop), length
+        self.pages = meta.page_table[b, : -(-length // meta.page_size)]
+        self.mask = None  # nothing cached: SDPA's own causal mask
+        if length > n:
+            # SDPA aligns its causal mask at the top left; ours must end at the bottom right
+            self.mask = torch.ones(n, length, dtype=torch.bool, device=device).tril(length - n)
+
+    def attend(self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor) -> torch.Tensor:
+        """q [n, Hq/R, d] -> o [n, Hq/R, d]."""
+        k = k_pages.index_select(0, self.pages).flatten(0, 1)[: self.length]  # [S, Hkv/R, d]
+        v = v_pages.index_select(0, self.pages).flatten(0, 1)[: self.length]
+        group = q.shape[1] // k.shape[1]
+        k, v = (x.transpose(0, 1).repeat_interleave(group, dim=0)[None] for x in (k, v))  # [1, Hq/R, S, d]
+        q = q.transpose(0, 1)[None]  # [1, Hq/R, n, d]
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.mask is None)
+        return o[0].transpose(0, 1)
+
+
+def _similar_lengths(rows: list[int], lens: list[int]) -> list[list[int]]:
+    """Split decode rows where padding to the longest would more than double the work of the shortest.
+
+    One group while all lengths are within a factor of two, which is the usual case and the fast one.
+    """
+    if not rows:
+        return []
+    if max(lens[b] for b in rows) <= max(2 * min(lens[b] for b in rows), 128):
+        return [rows]
+    groups: list[list[int]] = []
+    for b in sorted(rows, key=lambda b: lens[b]):
+        if groups and lens[b] <= max(2 * lens[groups[-1][0]], 128):
+            groups[-1].append(b)
+        else:
+            groups.append([b])
+    return groups

@@ -1,0 +1,131 @@
+"""Logits -> the next token. Only rank 0 has one: two random generators would fork the text.
+
+The order of operations is vLLM's and SGLang's: penalties, temperature, top-k, top-p, min-p, draw. Each
+request draws with its own seed, and the n-th token of a request always gets the n-th random number of that
+seed, so that neither the batch it runs in nor a retraction changes its text.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+UNLIMITED_TOP_K = -1
+_MASK64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose the tokens of one request. temperature = 0 is greedy, and the default.
+
+    Raises ValueError for a value outside its range.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = UNLIMITED_TOP_K
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # divides (multiplies) positive (negative) logits of tokens seen so far
+    presence_penalty: float = 0.0  # subtracted once for each token already put out
+    frequency_penalty: float = 0.0  # subtracted as often as the token was put out
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: bool = False  # log-probability of each chosen token under the model's own distribution
+
+    def __post_init__(self):
+        for ok, complaint in (
+            (self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1"),
+            (0 <= self.temperature < float("inf"), f"temperature={self.temperature} must be >= 0 (0 is greedy)"),
+            (self.top_k == UNLIMITED_TOP_K or self.top_k >= 1, f"top_k={self.top_k} must be >= 1, or -1 for no limit"),
+            (0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]; 1 keeps every token"),
+            (0 <= self.min_p <= 1, f"min_p={self.min_p} must be in [0, 1]; 0 keeps every token"),
+            (0 < self.repetition_penalty < float("inf"), f"repetition_penalty={self.repetition_penalty} must be > 0; 1 is none"),
+            (abs(self.presence_penalty) <= 2, f"presence_penalty={self.presence_penalty} must be in [-2, 2]; 0 is none"),
+            (abs(self.frequency_penalty) <= 2, f"frequency_penalty={self.frequency_penalty} must be in [-2, 2]; 0 is none"),
+        ):  # fmt: skip
+            if not ok:
+                raise ValueError(complaint)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0 or self.top_k == 1
+
+    @property
+    def penalized(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+@dataclass(frozen=True)
+class SamplingRow:
+    """One row of a step's logits: whose it is and what came before it."""
+
+    params: SamplingParams
+    seed: int
+    prompt_ids: Sequence[int]
+    output_ids: Sequence[int]  # put out so far
+
+
+def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """logits [B, V] -> (tokens [B] int64, log-probabilities [B] or None if no row asks for them)."""
+    logits = logits.float()
+    choice = _penalize(logits, rows) if any(row.params.penalized for row in rows) else logits
+    if all(row.params.greedy for row in rows):
+        tokens = choice.argmax(dim=-1)
+    else:
+        tokens = _draw(choice, rows)
+    if not any(row.params.logprobs for row in rows):
+        return tokens, None
+    return tokens, logits.log_softmax(dim=-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
+
+
+def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """Inverse-CDF sampling over the sorted distribution: [B, V] -> [B]."""
+
+    def column(values: list, dtype=torch.float32) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=logits.device).unsqueeze(1)  # [B, 1]
+
+    params = [row.params for row in rows]
+    # greedy rows of a mixed batch become top-k 1
+    temperature = column([1.0 if p.greedy else p.temperature for p in params])
+    top_k = column([1 if p.greedy else logits.shape[1] if p.top_k < 0 else p.top_k for p in params], torch.int64)
+    probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    before = probs.cumsum(dim=-1) - probs  # mass of all better tokens
+    keep = torch.arange(probs.shape[1], device=logits.device) < top_k
+    kept_mass = (probs * keep).sum(dim=-1, keepdim=True)
+    keep &= before < column([p.top_p for p in params]) * kept_mass  # the token that crosses p stays
+    keep &= probs >= column([p.min_p for p in params]) * probs[:, :1]
+    keep[:, 0] = True
+    cdf = (probs * keep).cumsum(dim=-1)
+    u = column([uniform(row.seed, len(row.output_ids)) for row in rows])
+    # the last kept token ends the CDF at its total; u < 1 keeps the draw in front of it
+    drawn = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp_(max=probs.shape[1] - 1)
+    drawn = torch.minimum(drawn, keep.sum(dim=-1, keepdim=True) - 1)
+    return order.gather(1, drawn).squeeze(1)
+
+
+def _penalize(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """Repetition penalty over prompt and output (Keskar et al. 2019), presence and frequency over the output."""
+    logits = logits.clone()
+    for i, row in enumerate(rows):
+        p = row.params
+        if p.repetition_penalty != 1:
+            seen = torch.tensor(sorted({*row.prompt_ids, *row.output_ids}), device=logits.device)
+            x = logits[i, seen]
+            logits[i, seen] = torch.where(x > 0, x / p.repetition_penalty, x * p.repetition_penalty)
+        if row.output_ids and (p.presence_penalty or p.frequency_penalty):
+            counts = Counter(row.output_ids)
+            put_out = torch.tensor(list(counts), device=logits.device)
+            times = torch.tensor(list(counts.values()), dtype=torch.float32, device=logits.device)
+            logits[i, put_out] -= p.presence_penalty + p.frequency_penalty * times
+    return logits
+
+
+def uniform(seed: int, n: int) -> float:
+    """The n-th number in [0, 1) of a seed: a counter through splitmix64, so there is no state to keep or lose."""
+    x = (seed * 0x9E3779B97F4A7C15 + (n + 1) * 0xD1342543DE82EF95) & _MASK64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = ((x ^ (x >> shift)) * factor) & _MASK64
+    return ((x ^ (x >> 31)) >> 40) / (1 << 24)  # 24 bits: every value is exact in float32
