@@ -60,14 +60,18 @@ class Engine:
         """
         if (prompt is None) == (input_ids is None):
             raise ValueError("give either prompt or input_ids")
-        single = isinstance(prompt, str) or (input_ids is not None and len(input_ids) > 0 and isinstance(input_ids[0], int))
+        single = isinstance(prompt, str) or (
+            input_ids is not None and len(input_ids) > 0 and isinstance(input_ids[0], int)
+        )
         given = prompt if prompt is not None else input_ids
         texts = [given] if single else list(given)
         ids = [self.scheduler.encode(t) if isinstance(t, str) else list(t) for t in texts]
         params = [_params(p, return_logprob) for p in _one_each(sampling_params, len(texts))]
         for one, p in zip(ids, params, strict=True):
             self.scheduler.check_request(one, p)
-        rids = [self.scheduler.add_request(input_ids=one, sampling_params=p) for one, p in zip(ids, params, strict=True)]
+        rids = [
+            self.scheduler.add_request(input_ids=one, sampling_params=p) for one, p in zip(ids, params, strict=True)
+        ]
         outputs = self.scheduler.process_requests()
         results = [_result(outputs[rid], return_logprob) for rid in rids]
         return results[0] if single else results

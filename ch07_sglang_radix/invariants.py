@@ -1,6 +1,6 @@
 """Conservation: no page is lost and none has two owners.
 
-    free + cached (evictable + protected) + owned by requests = all pages
+free + cached (evictable + protected) + owned by requests = all pages
 """
 
 from typing import TYPE_CHECKING
@@ -37,7 +37,6 @@ def check_invariants(scheduler: "TPScheduler") -> None:
             locks[id(node)] = locks.get(id(node), 0) + 1
             node = node.parent
     evictable = protected = 0
-    tree_slot: dict[int, int] = {}
     for node in tree.nodes():
         name = f"node {node.key[:4]}..."
         if len(node.key) != len(node.value) or len(node.key) % page_size or not len(node.key):
@@ -45,9 +44,13 @@ def check_invariants(scheduler: "TPScheduler") -> None:
         if node.parent.children.get(tree._child_key(node.key)) is not node:
             raise InvariantError(f"{name} is not where its first page says")
         if node.lock_ref != locks.get(id(node), 0):
-            raise InvariantError(f"{name} has lock_ref={node.lock_ref}, but {locks.get(id(node), 0)} requests run through it")
+            raise InvariantError(
+                f"{name} has lock_ref={node.lock_ref}, but {locks.get(id(node), 0)} requests run through it"
+            )
         starts = node.value[::page_size]
-        if (node.value.reshape(-1, page_size) != starts[:, None] + np.arange(page_size)).any() or (starts % page_size).any():
+        if (node.value.reshape(-1, page_size) != starts[:, None] + np.arange(page_size)).any() or (
+            starts % page_size
+        ).any():
             raise InvariantError(f"{name}: its slots are not whole pages")
         claim(starts // page_size, name)
         if node.lock_ref:
@@ -86,8 +89,14 @@ def _check_prefix(req, tree, rows) -> None:
 
 def _check_rows(scheduler: "TPScheduler", active: list) -> None:
     used = [req.row for req in active]
-    if len(set(used)) != len(used) or len(used) + scheduler.req_to_token.num_free != len(scheduler.req_to_token.req_to_token):
-        raise InvariantError(f"{len(used)} requests hold rows {sorted(used)[:8]}, {scheduler.req_to_token.num_free} are free")
+    if len(set(used)) != len(used) or len(used) + scheduler.req_to_token.num_free != len(
+        scheduler.req_to_token.req_to_token
+    ):
+        raise InvariantError(
+            f"{len(used)} requests hold rows {sorted(used)[:8]}, {scheduler.req_to_token.num_free} are free"
+        )
     for req in active:
         if not req.prefix_len <= req.kv_len <= req.allocated_len:
-            raise InvariantError(f"request {req.rid}: prefix {req.prefix_len}, computed {req.kv_len}, allocated {req.allocated_len}")
+            raise InvariantError(
+                f"request {req.rid}: prefix {req.prefix_len}, computed {req.kv_len}, allocated {req.allocated_len}"
+            )

@@ -32,7 +32,7 @@ NO_SLOTS = np.zeros(0, dtype=np.int64)
 class TreeNode:
     """An edge and the node at its end: `key` token ids, `value` their KV slots, same length."""
 
-    __slots__ = ("key", "value", "children", "parent", "lock_ref", "last_access_time", "creation_time", "hit_count")
+    __slots__ = ("children", "creation_time", "hit_count", "key", "last_access_time", "lock_ref", "parent", "value")
 
     def __init__(self, key: list[int], value: np.ndarray, parent: "TreeNode | None", now: int):
         self.key, self.value, self.parent = key, value, parent

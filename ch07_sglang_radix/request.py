@@ -1,8 +1,8 @@
 """A request, from the queue to its last token.
 
-    waiting -> (prefill, perhaps in chunks) -> running -> finished
-       ^                                          |
-       `---------------- retracted ---------------'   out of pages: outputs kept, K and V computed again later
+waiting -> (prefill, perhaps in chunks) -> running -> finished
+   ^                                          |
+   `---------------- retracted ---------------'   out of pages: outputs kept, K and V computed again later
 """
 
 from dataclasses import dataclass, field

@@ -48,7 +48,9 @@ class TPScheduler:
         self.control = ControlPlane(wrapper)
         self.chunked_prefill_size, self.seed, self.check = chunked_prefill_size, seed, check
         self.steps = {"prefill": 0, "decode": 0}
+        self.work = {"tokens": 0, "samplings": 0, "sampled": 0}  # fed in; steps that sampled; tokens they gave
         self.retractions = 0
+        self.last_prefill: list[tuple[Req, int]] = []  # the newest prefill: who, and how many tokens computed
         self.results: dict[int, RequestOutput] = {}
         self._num_requests = 0
         if self.tp.rank == 0:
@@ -96,9 +98,11 @@ class TPScheduler:
                 coming = arrivals is not None and arrivals(self.step_number)
                 more = self.step() or coming
             self.control.send_task(StopTask(self.step_number))
-        report = {"next_id": self._num_requests, "steps": self.steps, "outputs": [asdict(r) for r in self.results.values()]}
+        outputs = [asdict(r) for r in self.results.values()]
+        report = {"next_id": self._num_requests, "steps": self.steps, "work": self.work, "outputs": outputs}
         report = self.control.share_results(report)
-        self._num_requests, self.steps, self.results = report["next_id"], report["steps"], {}
+        self._num_requests, self.steps, self.work = report["next_id"], report["steps"], report["work"]
+        self.results = {}
         return {r["request_id"]: RequestOutput(**r) for r in sorted(report["outputs"], key=lambda r: r["request_id"])}
 
     @property
@@ -110,6 +114,7 @@ class TPScheduler:
     def step(self) -> bool:
         """Schedule, execute, sample, account. False if there was nothing to do."""
         if batch := self._next_prefill():
+            self.last_prefill = batch
             self._run_prefill(batch)
         elif self.running:
             self._run_decode()
@@ -129,7 +134,9 @@ class TPScheduler:
             batch.append((req, n))
             budget -= n
             reserved += req.max_len - req.seq_len
-        computing = RadixCache(TokenToKVPool(page_size=self.page_size), disable=self.tree.disable)  # this step's prompts
+        computing = RadixCache(
+            TokenToKVPool(page_size=self.page_size), disable=self.tree.disable
+        )  # this step's prompts
         for req in list(self.waiting):
             if budget <= 0 or self.chunked or self.req_to_token.num_free == 0:
                 break
@@ -194,7 +201,7 @@ class TPScheduler:
                 emitting.append(req)
         updates = self._page_updates([req for req, _ in batch])
         task = PrefillTask(self.step_number, updates, tuple(sequences), tuple(tokens))
-        chosen = self.control.run(task, [req.sampling_row() for req in emitting])
+        chosen = self._run(task, emitting, len(tokens))
         self.steps["prefill"] += 1
         for req, n in batch:
             req.kv_len += n
@@ -208,7 +215,7 @@ class TPScheduler:
             self._grow(req, req.kv_len + 1)
         sequences = tuple(DecodeSequence(req.row, req.kv_len) for req in self.running)
         task = DecodeTask(self.step_number, self._page_updates(self.running), sequences)
-        chosen = self.control.run(task, [req.sampling_row() for req in self.running])
+        chosen = self._run(task, self.running, len(self.running))
         self.steps["decode"] += 1
         decay = (INIT_NEW_TOKEN_RATIO - MIN_NEW_TOKEN_RATIO) / RATIO_DECAY_STEPS
         self.new_token_ratio = max(self.new_token_ratio - decay, MIN_NEW_TOKEN_RATIO)
@@ -216,6 +223,12 @@ class TPScheduler:
             req.kv_len += 1
         self._take_tokens(self.running, *chosen)
         self.running = [req for req in self.running if req.finish_reason is None]
+
+    def _run(self, task: PrefillTask | DecodeTask, emitting: list[Req], tokens: int):
+        self.work["tokens"] += tokens
+        self.work["samplings"] += bool(emitting)
+        self.work["sampled"] += len(emitting)
+        return self.control.run(task, [req.sampling_row() for req in emitting])
 
     def _take_tokens(self, reqs: list[Req], tokens: list[int], logprobs: list[float] | None) -> None:
         for i, req in enumerate(reqs):
@@ -237,7 +250,9 @@ class TPScheduler:
             self.tree.evict(missing * self.page_size)
         slots = self.pool.alloc(pages)
         if slots is None:
-            raise AssertionError(f"request {req.rid} needs {pages} pages, {self.pool.num_free_pages} are free: admission failed")
+            raise AssertionError(
+                f"request {req.rid} needs {pages} pages, {self.pool.num_free_pages} are free: admission failed"
+            )
         self.req_to_token.req_to_token[req.row, req.allocated_len : req.allocated_len + len(slots)] = slots
         req.allocated_len += len(slots)
 
@@ -313,7 +328,9 @@ class TPScheduler:
         total, limit = len(ids) + params.max_new_tokens, self.wrapper.config.max_position_embeddings
         said = f"prompt {len(ids)} + max_new_tokens {params.max_new_tokens} = {total} tokens"
         if total > limit:
-            raise ValueError(f"{said}, but the model ends at {limit}; shorten the prompt or ask for at most {max(limit - len(ids), 0)}")
+            raise ValueError(
+                f"{said}, but the model ends at {limit}; shorten the prompt or ask for at most {max(limit - len(ids), 0)}"
+            )
         pool = self.wrapper.kv_cache.num_pages * self.page_size
         if self._whole_pages(total) > pool:
             raise ValueError(f"{said}, but the pool holds {pool}; shorten the request or raise max_total_tokens")

@@ -15,8 +15,8 @@ On the wire a task is a flat int64 tensor:
              3 decode)                   7   token ids
          2   step                        then, in this order:
          3   length in words             per update:    row, first page index, n, n page ids
-         4   sum of all words behind     per sequence:  prefill (row, cached, new, emits), decode (row, position)
-             the header, as a check      token ids (prefill)
+         4   CRC-32 of all the others    per sequence:  prefill (row, cached, new, emits), decode (row, position)
+                                         token ids (prefill)
 
 No pickle: a rank that reads a task can come to no other harm than ValueError.
 """
@@ -24,6 +24,7 @@ No pickle: a rank that reads a task can come to no other harm than ValueError.
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 
@@ -101,8 +102,16 @@ def encode(task: Task) -> np.ndarray:
         kind, updates, sequences, tokens = DECODE, task.updates, task.sequences, ()
     heads = ((u.row, u.first, len(u.pages), *u.pages) for u in updates)
     body = np.fromiter(chain(*heads, *sequences, tokens), dtype=np.int64)
-    header = (MAGIC | VERSION, kind, task.step, HEADER + len(body), body.sum(), len(sequences), len(updates), len(tokens))
-    return np.concatenate((np.array(header, dtype=np.int64), body))
+    counts = (len(sequences), len(updates), len(tokens))
+    header = (MAGIC | VERSION, kind, task.step, HEADER + len(body), 0, *counts)
+    words = np.concatenate((np.array(header, dtype=np.int64), body))
+    words[4] = _checksum(words)
+    return words
+
+
+def _checksum(words: np.ndarray) -> int:
+    """CRC-32 over everything but word 4, where it stands."""
+    return crc32(words[5:].tobytes(), crc32(words[:4].tobytes()))
 
 
 def decode(words: np.ndarray) -> Task:
@@ -111,11 +120,12 @@ def decode(words: np.ndarray) -> Task:
         raise ValueError(f"not a task: {len(words)} words, the first {int(words[0]) if len(words) else None}")
     magic, kind, step, length, check, num_sequences, num_updates, num_tokens = words[:HEADER].tolist()
     if magic & 0xFFFF != VERSION:
-        raise ValueError(f"task version {magic & 0xFFFF}, this rank speaks {VERSION}; start all ranks from one checkout")
-    body = words[HEADER:]
-    if length != len(words) or check != int(body.sum()):
-        raise ValueError(f"task of step {step} is damaged: {len(words)} words of {length}, sum {int(body.sum())}, not {check}")
-    reader = _Reader(body.tolist())
+        raise ValueError(
+            f"task version {magic & 0xFFFF}, this rank speaks {VERSION}; start all ranks from one checkout"
+        )
+    if length != len(words) or check != _checksum(words):
+        raise ValueError(f"task of step {step} is damaged: {len(words)} words of {length}, CRC {_checksum(words)}, not {check}")
+    reader = _Reader(words[HEADER:].tolist())
     updates = tuple(PageUpdate(*reader.take(2), tuple(reader.take(reader.take(1)[0]))) for _ in range(num_updates))
     width = {STOP: 0, PREFILL: 4, DECODE: 2}.get(kind)
     if width is None:

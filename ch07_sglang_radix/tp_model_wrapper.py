@@ -143,14 +143,20 @@ class TPRadixAttentionModelWrapper:
         if max_total_tokens is not None:
             pages = max_total_tokens // self.page_size
             if pages < 1:
-                raise ValueError(f"max_total_tokens={max_total_tokens} holds no page of page_size={self.page_size} tokens")
+                raise ValueError(
+                    f"max_total_tokens={max_total_tokens} holds no page of page_size={self.page_size} tokens"
+                )
             return pages
         if self.tp.device.type == "cpu":
             pages = min(CPU_CACHE_BYTES // self.tp.size // per_page, MAX_POOL_TOKENS_ON_CPU // self.page_size)
         else:
             pages = int(torch.cuda.mem_get_info(self.tp.device)[0] * GPU_CACHE_SHARE) // per_page
-        offers = all_gather(torch.tensor([pages]), self.tp, "pool size")  # COMM all-gather [1]: pages each rank has room for
+        offers = all_gather(
+            torch.tensor([pages]), self.tp, "pool size"
+        )  # COMM all-gather [1]: pages each rank has room for
         pages = min(int(offer) for offer in offers)
         if pages < 1:
-            raise ValueError(f"no memory left for a single page of {per_page} bytes; use a smaller model, more ranks or bfloat16")
+            raise ValueError(
+                f"no memory left for a single page of {per_page} bytes; use a smaller model, more ranks or bfloat16"
+            )
         return pages

@@ -2,9 +2,9 @@
 
 import torch
 
+from common.heads import HeadLayout
 from common.model_config import ModelConfig
 from common.parallel_state import TPGroup
-from common.heads import HeadLayout
 
 
 class PagedKVCache:

@@ -48,7 +48,9 @@ class ModelConfig:
         """
         path = Path(folder) / "config.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; give a folder in Hugging Face layout (config.json, *.safetensors)")
+            raise FileNotFoundError(
+                f"{path} is missing; give a folder in Hugging Face layout (config.json, *.safetensors)"
+            )
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -63,7 +65,9 @@ class ModelConfig:
     def from_dict(cls, raw: dict[str, Any], eos: Any = None, where: str = "config") -> "ModelConfig":
         architecture = (raw.get("architectures") or ["none named"])[0]
         if architecture not in ARCHITECTURES:
-            raise ValueError(f"{where}: architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}")
+            raise ValueError(
+                f"{where}: architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}"
+            )
         missing = [k for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
                    if k not in raw]  # fmt: skip
         if missing:

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from common.ledger import Ledger
 
 CPU_TIMEOUT_S = 60.0
+CPU = torch.device("cpu")
 GPU_TIMEOUT_S = 300.0  # the first NCCL call sets up rings, the first kernels are compiled
 
 
@@ -47,7 +48,7 @@ class TPGroup:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     device_group: Any = None
     control_group: Any = None
     peers: tuple[tuple[int, int], ...] = ()  # (host, pid) of each rank, to name the one that died

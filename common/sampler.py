@@ -72,10 +72,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[torch.Ten
     """logits [B, V] -> (tokens [B] int64, log-probabilities [B] or None if no row asks for them)."""
     logits = logits.float()
     choice = _penalize(logits, rows) if any(row.params.penalized for row in rows) else logits
-    if all(row.params.greedy for row in rows):
-        tokens = choice.argmax(dim=-1)
-    else:
-        tokens = _draw(choice, rows)
+    tokens = choice.argmax(dim=-1) if all(row.params.greedy for row in rows) else _draw(choice, rows)
     if not any(row.params.logprobs for row in rows):
         return tokens, None
     return tokens, logits.log_softmax(dim=-1).gather(1, tokens.unsqueeze(1)).squeeze(1)

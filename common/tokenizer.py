@@ -16,23 +16,31 @@ class Tokenizer:
             self.hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{folder}: no usable tokenizer (tokenizer.json, tokenizer_config.json): {reason}") from None
+            raise ValueError(
+                f"{folder}: no usable tokenizer (tokenizer.json, tokenizer_config.json): {reason}"
+            ) from None
 
     @staticmethod
     def lies_in(folder: str | Path) -> bool:
         """Whether the folder has a tokenizer at all; weights alone can still be run on token ids."""
-        return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+        return any(
+            (Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+        )
 
     def encode(self, text: str) -> list[int]:
         """The text as it stands: no template, no special token added that the tokenizer does not add itself."""
         return self.hf.encode(text)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.hf.chat_template)
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """[{"role": "system" | "user" | "assistant", "content": ...}] -> prompt ids, up to the assistant's turn.
 
         Raises ValueError if the checkpoint has no chat template (a base model).
         """
-        if not self.hf.chat_template:
+        if not self.has_chat_template:
             raise ValueError("this checkpoint has no chat template; send plain text instead of messages")
         text = self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return self.hf.encode(text, add_special_tokens=False)

@@ -85,7 +85,13 @@ def load_model(
     with ExitStack() as stack:
         found = _tensors(folder, stack)
         todo = _plan(model, found, where=str(folder))
-        bar = tqdm(todo, desc=f"loading {Path(folder).name}", unit="tensor", disable=None if tp.rank == 0 else True, leave=False)
+        bar = tqdm(
+            todo,
+            desc=f"loading {Path(folder).name}",
+            unit="tensor",
+            disable=None if tp.rank == 0 else True,
+            leave=False,
+        )
         for name, param, shard_id in bar:
             param.weight_loader(source(found[name], name, report), shard_id)
             report.tensors.append(name)

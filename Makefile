@@ -1,0 +1,31 @@
+# Every target makes .venv by itself the first time.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test lint tiny-qwen bench-cpu clean
+
+setup: .venv/installed
+
+.venv/installed: requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+demo: setup
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 ch07_sglang_radix/demo_tp_radix.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+tiny-qwen: setup
+	$(BIN)/python -m common.tiny_qwen.train
+
+bench-cpu: setup
+	$(BIN)/python ch07_sglang_radix/bench_cpu.py
+
+clean:
+	rm -rf .venv *.egg-info .pytest_cache .hypothesis .ruff_cache

@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ch07_sglang_radix.tasks import (
+    HEADER,
+    DecodeSequence,
+    DecodeTask,
+    PageUpdate,
+    PrefillSequence,
+    PrefillTask,
+    StopTask,
+    decode,
+    encode,
+)
+
+small = st.integers(0, 1 << 40)
+updates = st.lists(st.builds(PageUpdate, small, small, st.lists(small, max_size=5).map(tuple)), max_size=4).map(tuple)
+decodes = st.builds(DecodeTask, small, updates, st.lists(st.builds(DecodeSequence, small, small), max_size=6).map(tuple))
+
+
+@st.composite
+def prefills(draw):
+    new = draw(st.lists(st.integers(1, 5), max_size=4))
+    sequences = tuple(PrefillSequence(draw(small), draw(small), n, draw(st.integers(0, 1))) for n in new)
+    return PrefillTask(draw(small), draw(updates), sequences, tuple(draw(small) for _ in range(sum(new))))
+
+
+tasks = st.one_of(decodes, prefills(), st.builds(StopTask, small))
+
+
+@given(tasks)
+def test_a_task_survives_the_wire(task):
+    assert decode(encode(task)) == task
+
+
+@given(tasks, st.data())
+def test_any_cut_or_changed_word_is_refused(task, data):
+    words = encode(task)
+    with pytest.raises(ValueError, match="task"):
+        decode(words[: data.draw(st.integers(0, len(words) - 1))])
+    with pytest.raises(ValueError, match="task"):
+        decode(np.append(words, 0))
+    at = data.draw(st.integers(0, len(words) - 1))
+    words[at] += 1
+    with pytest.raises(ValueError, match="task"):
+        decode(words)
+
+
+def test_another_version_is_refused_by_number():
+    words = encode(StopTask(3))
+    words[0] += 1
+    with pytest.raises(ValueError, match="version 2, this rank speaks 1"):
+        decode(words)
+
+
+def test_prefill_token_count_must_fit_the_sequences():
+    task = PrefillTask(0, (), (PrefillSequence(0, 0, 3, 1),), (1, 2))
+    with pytest.raises(ValueError, match="2 token ids for 3 tokens"):
+        decode(encode(task))
+
+
+def test_a_decode_task_does_not_grow_with_the_context():
+    def words(position):
+        return len(encode(DecodeTask(0, (), tuple(DecodeSequence(row, position) for row in range(8)))))
+
+    assert words(10) == words(10_000) == HEADER + 2 * 8

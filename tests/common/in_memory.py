@@ -1,0 +1,25 @@
+"""A checkpoint tensor that lies in memory and writes down what is read from it."""
+
+import torch
+
+
+class InMemory:
+    """What a weight loader asks of a checkpoint tensor: `shape` and `read(dim, start, stop)`."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, self.shape = tensor, tuple(tensor.shape)
+        self.reads: list[tuple[int, int, int]] = []
+
+    def read(self, dim: int, start: int, stop: int) -> torch.Tensor:
+        assert 0 <= start < stop <= self.shape[dim], f"[{start}:{stop}] of {self.shape[dim]}"
+        self.reads.append((dim, start, stop))
+        return self.tensor.narrow(dim, start, stop - start)
+
+    def times_read(self, dim: int) -> list[int]:
+        """How often each row (dim 0) or column (dim 1) has been read."""
+        count = [0] * self.shape[dim]
+        for along, start, stop in self.reads:
+            assert along == dim
+            for i in range(start, stop):
+                count[i] += 1
+        return count

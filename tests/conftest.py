@@ -1,0 +1,46 @@
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+import transformers
+
+from tests.oracle import SMALL, save_random
+from tests.ranks import RankPool
+
+torch.set_num_threads(1)
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """ranks(R) -> a RankPool of R processes, started on first use and kept; at most two sizes at a time."""
+    pools: dict[int, RankPool] = {}
+
+    def get(size: int) -> RankPool:
+        if size not in pools or pools[size].broken:
+            for other in [s for s in pools if s != size and len(pools) > 1]:
+                pools.pop(other).close()
+            pools[size] = RankPool(size)
+        return pools[size]
+
+    yield get
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """checkpoint(name) -> folder with random weights in that config (see oracle.SMALL), made once."""
+    made = {}
+
+    def get(name: str):
+        assert name in SMALL
+        if name not in made:
+            made[name] = save_random(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get
