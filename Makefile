@@ -12,7 +12,7 @@ setup: .venv/installed
 	@touch $@
 
 demo: setup
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 ch07_sglang_radix/demo_tp_radix.py
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 ch07_sglang_radix/demo_tp_radix.py
 
 test: setup
 	$(BIN)/python -m pytest

@@ -60,10 +60,8 @@ class Engine:
         """
         if (prompt is None) == (input_ids is None):
             raise ValueError("give either prompt or input_ids")
-        single = isinstance(prompt, str) or (
-            input_ids is not None and len(input_ids) > 0 and isinstance(input_ids[0], int)
-        )
-        given = prompt if prompt is not None else input_ids
+        given = input_ids if prompt is None else prompt
+        single = isinstance(given, str) or (prompt is None and (len(given) == 0 or isinstance(given[0], int)))
         texts = [given] if single else list(given)
         ids = [self.scheduler.encode(t) if isinstance(t, str) else list(t) for t in texts]
         params = [_params(p, return_logprob) for p in _one_each(sampling_params, len(texts))]

@@ -192,13 +192,19 @@ def _blame(tp: TPGroup, error: Exception) -> str:
     """Which peer is gone: the backend names a socket, a reader wants a rank."""
     deadline = time.monotonic() + 2.0  # a dying process closes its sockets a moment before it is gone
     while time.monotonic() < deadline:
-        for rank, (host, pid) in enumerate(tp.peers):
-            if rank != tp.rank and host == tp.peers[tp.rank][0]:
-                fate = _fate(pid)
-                if fate:
-                    return f"rank {rank} (pid {pid}) {fate}"
+        if lost := lost_peer(tp):
+            return lost
         time.sleep(0.02)
     return f"no peer on this host is dead, so one is stuck or unreachable ({str(error).splitlines()[0]})"
+
+
+def lost_peer(tp: TPGroup | None = None) -> str | None:
+    """ "rank 1 (pid 4711) has died", if a peer on this host has; None if all of them run."""
+    tp = tp or _tp
+    for rank, (host, pid) in enumerate(tp.peers if tp else ()):
+        if rank != tp.rank and host == tp.peers[tp.rank][0] and (fate := _fate(pid)):
+            return f"rank {rank} (pid {pid}) {fate}"
+    return None
 
 
 def _fate(pid: int) -> str | None:

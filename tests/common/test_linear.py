@@ -68,7 +68,7 @@ def test_merged_column_parallel_cuts_each_part_on_its_own(ranks):
     torch.testing.assert_close(mine[1][:, :7], F.linear(x, up, bias[1]))
 
 
-HEADS = pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(14, 2), (8, 2), (4, 4), (7, 1)])
+HEADS = pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(14, 2), (8, 2), (4, 4), (7, 1), (16, 8)])
 
 
 @HEADS
@@ -211,16 +211,18 @@ def test_together_the_ranks_read_every_column_once(ranks):
     assert w.times_read(1) == [1] * D
 
 
+@HEADS
 @pytest.mark.parametrize("kind", ["weight", "bias"])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 8])
-def test_a_rank_reads_a_kv_head_once_even_if_it_holds_it_twice(ranks, kind):
+def test_a_rank_reads_a_head_once_even_if_it_holds_it_twice(num_heads, num_kv_heads, ranks, kind):
     d = 4
-    for layer in every_rank(ranks, lambda tp: QKVParallelLinear(D, d, 14, 2, tp, bias=True)):
-        weights = {"q": random(14 * d, D), "k": random(2 * d, D), "v": random(2 * d, D)}
+    total = {"q": num_heads, "k": num_kv_heads, "v": num_kv_heads}
+    weights = {key: random(n * d, D) for key, n in total.items()}
+    for layer in every_rank(ranks, lambda tp: QKVParallelLinear(D, d, num_heads, num_kv_heads, tp, bias=True)):
         sources = fill(layer, weights, {key: w[:, 0] for key, w in weights.items()})
-        for key, heads in (("q", layer.heads.q_heads), ("k", layer.heads.kv_heads), ("v", layer.heads.kv_heads)):
-            total = {"q": 14, "k": 2, "v": 2}[key]
-            want = [int(head in heads) for head in range(total) for _ in range(d)]
+        held = {"q": layer.heads.q_heads, "k": layer.heads.kv_heads, "v": layer.heads.kv_heads}
+        for key, n in total.items():
+            want = [int(head in held[key]) for head in range(n) for _ in range(d)]
             assert sources[kind, key].times_read(0) == want
 
 

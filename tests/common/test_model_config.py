@@ -45,7 +45,12 @@ LLAMA3_2_1B = {
     "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True,
     "vocab_size": 128256,
 }  # fmt: skip
-PUBLISHED = {"Qwen2.5-0.5B": QWEN2_5_05B, "Qwen2.5-7B": QWEN2_5_7B, "Qwen3-0.6B": QWEN3_06B, "Llama-3.2-1B": LLAMA3_2_1B}
+PUBLISHED = {
+    "Qwen2.5-0.5B": QWEN2_5_05B,
+    "Qwen2.5-7B": QWEN2_5_7B,
+    "Qwen3-0.6B": QWEN3_06B,
+    "Llama-3.2-1B": LLAMA3_2_1B,
+}
 
 every_published = pytest.mark.parametrize("raw", PUBLISHED.values(), ids=PUBLISHED.keys())
 
@@ -203,7 +208,9 @@ def test_a_config_without_architecture_is_refused(named):
 
 
 def test_an_incomplete_config_is_refused_with_all_that_is_missing():
-    with pytest.raises(ValueError, match="vocab_size, num_hidden_layers missing; this is not a complete Qwen2ForCausalLM"):
+    with pytest.raises(
+        ValueError, match="vocab_size, num_hidden_layers missing; this is not a complete Qwen2ForCausalLM"
+    ):
         ModelConfig.from_dict(
             {key: value for key, value in QWEN2_5_05B.items() if key not in ("vocab_size", "num_hidden_layers")}
         )

@@ -6,7 +6,7 @@ from common.vocab import ParallelLMHead, VocabParallelEmbedding, gather_logits
 from tests.common.in_memory import InMemory
 
 V, D = 11, 6  # 11 rows: neither 2 nor 3 ranks divide it
-IDS = list(range(V))[::-1] + [0, V - 1, 5, 5]
+IDS = [*reversed(range(V)), 0, V - 1, 5, 5]
 
 
 def random(*shape, seed=0):

@@ -1,0 +1,208 @@
+"""The book's command as a reader types it, and what it says to bad input: one line, exit code 1, nobody left behind."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from common.tiny_qwen import TINY_QWEN_PATH
+from tests.oracle import greedy
+
+ROOT = Path(__file__).parents[2]
+DEMO = "ch07_sglang_radix/demo_tp_radix.py"
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "0", "PYTHONUNBUFFERED": "1"}
+
+
+def torchrun(*args, size=2, script=DEMO, wait=True):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}", script]
+    if size == 1:
+        command = [sys.executable, script]
+    process = subprocess.Popen(
+        [*command, *map(str, args)], cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    if not wait:
+        return process
+    out, err = process.communicate(timeout=200)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("demo") / "report.json"
+    code, out, err = torchrun("--json", path)
+    assert code == 0, err
+    return out, json.loads(path.read_text())
+
+
+def test_the_report_says_what_was_asked_for(demo):
+    _, report = demo
+    assert report["world_size"] == 2
+    assert report["page_size"] == 16
+    assert report["invariants_ok"] is True
+    assert len(report["requests"]) >= 8
+    assert set(report["requests"][0]) == {
+        "prompt", "prompt_ids", "text", "output_ids", "prompt_tokens", "cached_tokens"
+    }  # fmt: skip
+    assert set(report["comm"]) == {"all_reduce", "gather", "broadcast"}
+    assert report["steps"]["prefill"] > 1
+
+
+def test_the_answers_are_transformers_greedy_answers(demo):
+    for request in demo[1]["requests"]:
+        expected = greedy(TINY_QWEN_PATH, request["prompt_ids"], len(request["output_ids"]))
+        assert request["output_ids"] == expected, request["prompt"]
+
+
+def test_the_answers_are_the_glossary_s(demo):
+    glossary = [json.loads(line) for line in (TINY_QWEN_PATH / "glossary.jsonl").read_text("utf-8").splitlines()]
+    definitions = {entry[key] for entry in glossary for key in ("en_def", "zh_def")}
+    known = [request["text"] in definitions for request in demo[1]["requests"]]
+    assert sum(known) >= len(known) - 1
+
+
+def test_repeat_and_follow_up_hit_and_the_hit_rate_is_their_sum(demo):
+    _, report = demo
+    requests = report["requests"]
+    first = requests[0]
+    repeat = next(r for r in requests[1:] if r["prompt"] == first["prompt"])
+    assert first["cached_tokens"] == 0
+    assert repeat["cached_tokens"] == (first["prompt_tokens"] - 1) // 16 * 16
+    assert requests[-1]["cached_tokens"] >= first["prompt_tokens"] // 16 * 16, "the follow-up finds its first turn"
+    cached, prompt = (sum(r[key] for r in requests) for key in ("cached_tokens", "prompt_tokens"))
+    assert report["hit_rate"] == pytest.approx(cached / prompt)
+    assert report["hit_rate"] > 0.7
+
+
+def test_the_communication_is_the_formula(demo):
+    out, report = demo
+    config = json.loads((TINY_QWEN_PATH / "config.json").read_text())
+    steps = sum(report["steps"].values())
+    per_step = 1 + 2 * config["num_hidden_layers"]
+    prompts = sum(r["prompt_tokens"] - r["cached_tokens"] for r in report["requests"])
+    fed_in = prompts + sum(len(r["output_ids"]) - 1 for r in report["requests"])
+    assert report["comm"]["all_reduce"] == {"calls": per_step * steps, "bytes": per_step * fed_in * config["hidden_size"] * 4}
+    sampled = sum(len(r["output_ids"]) for r in report["requests"])
+    assert report["comm"]["gather"] == {"calls": steps, "bytes": sampled * -(-config["vocab_size"] // 2) * 4}
+    assert out.count("as the formula says") == 2
+
+
+def test_own_prompts_one_a_line_and_one_rank(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("What is a page?\n什么是控制面？\n", encoding="utf-8")
+    report = tmp_path / "report.json"
+    code, out, err = torchrun(
+        "--prompts-file", prompts, "--json", report, "--page-size", 1, "--max-new-tokens", 9, "--temperature", 0.8, size=1
+    )
+    assert code == 0, err
+    said = json.loads(report.read_text())
+    assert [r["prompt"] for r in said["requests"]] == ["What is a page?", "什么是控制面？"]
+    assert said["world_size"] == 1
+    assert said["comm"] == {}
+    assert "conservation" in out
+
+
+def broken_model(tmp_path, change):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in TINY_QWEN_PATH.iterdir():
+        if path.suffix in (".json", ".safetensors", ".jinja"):
+            (folder / path.name).write_bytes(path.read_bytes())
+    change(folder)
+    return folder
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def set_config(**values):
+    def change(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (truncate, "model.safetensors .* is truncated or damaged"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"holds no \*.safetensors"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
+        (set_config(architectures=["GPT2LMHeadModel"]), "architecture GPT2LMHeadModel is not supported; supported: Qwen2"),
+        (set_config(num_hidden_layers=5), r"missing: model\.layers\.4\."),
+        (set_config(num_hidden_layers=3), r"unexpected: model\.layers\.3\."),
+        (set_config(intermediate_size=100), r"of wrong shape: .*gate_proj.weight is \[\d+, 224\], not \[100, 224\]"),
+    ],
+)
+def test_a_broken_model_is_one_line(tmp_path, change, message):
+    code, _, err = torchrun("--model-name", broken_model(tmp_path, change), size=1)
+    assert code == 1
+    assert len(err.strip().splitlines()) == 1, err
+    assert re.search(f"^error: .*{message}", err)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--temperature", -1], r"temperature=-1.0 must be >= 0"),
+        (["--page-size", 0], "page_size=0 must be at least 1"),
+        (["--max-new-tokens", 5000], r"= \d+ tokens, but the model ends at 2048"),
+        (["--max-new-tokens", 0], "max_new_tokens=0 must be at least 1"),
+        (["--dtype", "int8"], "dtype='int8' is unknown; use float32, bfloat16, float16"),
+        (["--model-name", "nobody/nothing-here"], "no local folder, .* the Hub did not give it"),
+        (["--model-name", "./not-there"], "is no folder and no Hub id"),
+        (["--prompts-file", "not-there.txt"], "not-there.txt"),
+        (["--json", "no/such/folder/x.json"], "no/such/folder/x.json"),
+    ],
+)
+def test_a_bad_flag_is_one_line(args, message):
+    code, _, err = torchrun(*args, size=1)
+    assert code == 1
+    assert len(err.strip().splitlines()) == 1, err
+    assert re.search(f"^error: .*{message}", err)
+
+
+def test_an_empty_line_among_the_prompts_is_named(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("one\n\nthree\n")
+    code, _, err = torchrun("--prompts-file", path, size=1)
+    assert code == 1
+    assert f"line 2 of {path} is empty" in err
+
+
+def test_two_ranks_say_it_once():
+    code, _, err = torchrun("--temperature", -1)
+    assert code != 0
+    assert err.count("error: temperature=-1.0") == 1
+
+
+def children(pid):
+    listing = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return [int(word) for word in listing.stdout.split()]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_others_and_is_named(victim, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Tell me everything.\n" * 400)
+    process = torchrun("--prompts-file", prompts, "--max-new-tokens", 900, wait=False)
+    for line in process.stdout:  # until they are in the middle of it
+        if "prefill" in line:
+            break
+    ranks = sorted(children(process.pid))
+    assert len(ranks) == 2
+    os.kill(ranks[victim], signal.SIGKILL)
+    start = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert time.monotonic() - start < 60, "the collective timeout"
+    assert re.search(rf"error: rank {1 - victim}.* rank {victim} \(pid {ranks[victim]}\) has died", err), err
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in ranks), "orphans"
