@@ -73,7 +73,7 @@ class RequestOutput:
     """What became of a request; the same on every rank. `text` leaves special tokens out, `output_ids` keeps them."""
 
     request_id: int
-    prompt: str
+    prompt: str | None  # None if it came as token ids
     prompt_ids: list[int]
     text: str
     output_ids: list[int]

@@ -8,7 +8,6 @@ ranks a TPScheduler only follows.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 
 import numpy as np
 
@@ -98,7 +97,7 @@ class TPScheduler:
                 coming = arrivals is not None and arrivals(self.step_number)
                 more = self.step() or coming
             self.control.send_task(StopTask(self.step_number))
-        outputs = [asdict(r) for r in self.results.values()]
+        outputs = [vars(r) for r in self.results.values()]
         report = {"next_id": self._num_requests, "steps": self.steps, "work": self.work, "outputs": outputs}
         report = self.control.share_results(report)
         self._num_requests, self.steps, self.work = report["next_id"], report["steps"], report["work"]
@@ -338,7 +337,7 @@ class TPScheduler:
     def _output(self, req: Req) -> RequestOutput:
         text = self.wrapper.tokenizer.decode if self.wrapper.tokenizer else lambda ids: ""
         return RequestOutput(
-            request_id=req.rid, prompt=req.prompt if req.prompt is not None else text(req.prompt_ids),
+            request_id=req.rid, prompt=req.prompt,
             prompt_ids=req.prompt_ids, text=text(req.output_ids), output_ids=req.output_ids,
             cached_tokens=req.cached_tokens or 0, finish_reason=req.finish_reason, logprobs=req.logprobs,
         )  # fmt: skip

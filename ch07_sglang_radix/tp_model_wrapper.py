@@ -151,6 +151,8 @@ class TPRadixAttentionModelWrapper:
             pages = min(CPU_CACHE_BYTES // self.tp.size // per_page, MAX_POOL_TOKENS_ON_CPU // self.page_size)
         else:
             pages = int(torch.cuda.mem_get_info(self.tp.device)[0] * GPU_CACHE_SHARE) // per_page
+            # more than all requests at full length: only a tiny model gets there
+            pages = min(pages, self.max_running_requests * self.config.max_position_embeddings // self.page_size)
         mine = torch.tensor([pages])
         offers = all_gather(mine, self.tp, "pool size")  # COMM all-gather [1]: pages each rank has room for
         pages = min(int(offer) for offer in offers)

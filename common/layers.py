@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.linear import loadable
 from common.model_config import ModelConfig
 
 
@@ -18,8 +19,7 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.zeros(size), requires_grad=False)
-        self.weight.weight_loader, self.weight.shard_shapes = self.load_weight, {None: (size,)}
+        self.weight = loadable(torch.zeros(size), self.load_weight, {None: (size,)})
 
     def load_weight(self, source, shard_id=None) -> None:
         self.weight.copy_(source.read(0, 0, source.shape[0]))

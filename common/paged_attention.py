@@ -23,6 +23,8 @@ import torch.nn.functional as F
 
 from common.kv_cache import PagedKVCache
 
+MIN_SHARED_TOKENS = 64  # a shared prefix shorter than this is not worth a second pass and a merge
+
 
 @dataclass(frozen=True)
 class AttentionMetadata:
@@ -73,15 +75,24 @@ class TorchNativeAttention:
 
 
 class _DecodeGroup:
-    """B sequences with one new token each, of similar length."""
+    """B sequences with one new token each, of similar length.
+
+    Pages that all of them begin with (a shared prompt) are not copied B times: all queries attend to them
+    at once, each attends to its own rest, and the two results are merged by their log-sum-exp. vLLM calls
+    it cascade attention; the arithmetic is Hydragen's (Juravsky et al. 2024).
+    """
 
     def __init__(self, meta: AttentionMetadata, members: list[int], starts: list[int], lens: list[int]):
-        device, longest = meta.page_table.device, max(lens[b] for b in members)
-        pages = -(-longest // meta.page_size)
+        device, page_size = meta.page_table.device, meta.page_size
+        pages = -(-max(lens[b] for b in members) // page_size)
+        table = meta.page_table[members, :pages]  # [B, pages]
+        shared = _shared_pages(table, (min(lens[b] for b in members) - 1) // page_size, page_size)
         self.all_rows = len(members) == starts[-1] and members == sorted(members)
         self.rows = torch.tensor([starts[b] for b in members], device=device)
-        self.pages = meta.page_table[members, :pages].reshape(-1)  # [B * pages]
-        in_context = torch.arange(pages * meta.page_size, device=device) < meta.context_lens[members].unsqueeze(1)
+        self.shared = table[0, :shared] if shared else None
+        self.pages = table[:, shared:].reshape(-1)  # [B * (pages - shared)]
+        slots = torch.arange(shared * page_size, pages * page_size, device=device)
+        in_context = slots < meta.context_lens[members].unsqueeze(1)
         # 0 where a slot holds a token of the sequence, -inf behind its end
         self.mask = torch.zeros(in_context.shape, device=device).masked_fill_(~in_context, -torch.inf)[:, None, None]
 
@@ -92,7 +103,17 @@ class _DecodeGroup:
         v = v_pages.index_select(0, self.pages).view(b, -1, hkv, d).transpose(1, 2)
         # the query heads of a group become rows of one query: K and V are read once for all of them
         q = q.view(b, hkv, -1, d)  # [B, Hkv/R, g, d]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask.to(q.dtype)).view(b, -1, d)
+        mask = self.mask.to(q.dtype)
+        if self.shared is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(b, -1, d)
+        own, own_lse = _attention_with_lse(q, k, v, mask)  # [B, Hkv/R, g, d], [B, Hkv/R, g]
+        k, v = (x.index_select(0, self.shared).flatten(0, 1).transpose(0, 1)[None] for x in (k_pages, v_pages))
+        together = q.transpose(0, 1).reshape(1, hkv, -1, d)  # [1, Hkv/R, B * g, d]
+        o, lse = _attention_with_lse(together, k, v)
+        o, lse = o.view(hkv, b, -1, d).transpose(0, 1), lse.view(hkv, b, -1).transpose(0, 1)
+        # softmax over both parts: each weighs as much as the exponentials it summed up
+        weight = torch.sigmoid(lse - own_lse).unsqueeze(-1).to(q.dtype)
+        return torch.lerp(own, o, weight).reshape(b, -1, d)
 
 
 class _Extend:
@@ -116,6 +137,23 @@ class _Extend:
         q = q.transpose(0, 1)[None]  # [1, Hq/R, n, d]
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.mask is None)
         return o[0].transpose(0, 1)
+
+
+def _attention_with_lse(q, k, v, mask=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [B, H, n, d], k and v [B, H, S, d] -> o [B, H, n, d] and the log-sum-exp of the scores [B, H, n].
+
+    The operator behind scaled_dot_product_attention on CPU, called by name because it also returns the sum.
+    """
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
+
+
+def _shared_pages(table: torch.Tensor, limit: int, page_size: int) -> int:
+    """How many of the first `limit` columns of table [B, pages] are the same page in all rows; 0 if not worth it."""
+    if len(table) == 1 or limit * page_size < MIN_SHARED_TOKENS or table.device.type != "cpu":
+        return 0
+    same = (table[:, :limit] == table[0, :limit]).all(dim=0)
+    shared = int(same.long().cumprod(0).sum())
+    return shared if shared * page_size >= MIN_SHARED_TOKENS else 0
 
 
 def _similar_lengths(rows: list[int], lens: list[int]) -> list[list[int]]:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.heads import split_evenly
-from common.linear import ColumnParallelLinear, load_pieces
+from common.linear import ColumnParallelLinear, load_pieces, loadable, zero_matrix
 from common.parallel_state import TPGroup, all_reduce, gather
 
 
@@ -21,9 +21,7 @@ class VocabParallelEmbedding(nn.Module):
         self.tp, self.name = tp, name
         local, self.pieces = split_evenly(vocab_size, tp.rank, tp.size)
         self.first, self.last = tp.rank * local, (tp.rank + 1) * local - 1
-        self.weight = nn.Parameter(torch.zeros(local, hidden_size), requires_grad=False)
-        self.weight.weight_loader = self.load_weight
-        self.weight.shard_shapes = {None: (vocab_size, hidden_size)}
+        self.weight = loadable(zero_matrix(local, hidden_size), self.load_weight, {None: (vocab_size, hidden_size)})
 
     def load_weight(self, source, shard_id=None) -> None:
         load_pieces(self.weight, source, 0, self.pieces)

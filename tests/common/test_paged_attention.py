@@ -23,7 +23,8 @@ class Step:
     """A ragged step over random K and V, laid out in shuffled pages.
 
     lengths: (cached, new) of each sequence; `padding` one-token rows with slot -1 stand between them.
-    Slots that hold no token of a sequence are full of garbage.
+    Slots that hold no token of a sequence are full of garbage. Sequences that have `shared` cached tokens
+    begin with the same ones, in the same pages.
     """
 
     lengths: list[tuple[int, int]]
@@ -34,6 +35,8 @@ class Step:
     seed: int = 0
     garbage: float = 1e4
     page_padding: int = 0
+    shared: int = 0
+    scale: float = 1.0
 
     def __post_init__(self):
         rng = torch.Generator().manual_seed(self.seed)
@@ -47,6 +50,11 @@ class Step:
         self.cache.v.fill_(-self.garbage)
         self.k = [torch.randn(sum(x), hkv, D, generator=rng) for x in self.lengths]
         self.v = [torch.randn(sum(x), hkv, D, generator=rng) for x in self.lengths]
+        sharing = [b for b, (cached, _) in enumerate(self.lengths) if cached >= self.shared]
+        n = self.shared // size
+        for b in sharing[1:]:
+            self.pages[b][:n] = self.pages[sharing[0]][:n]
+            self.k[b][: n * size], self.v[b][: n * size] = (x[sharing[0]][: n * size] for x in (self.k, self.v))
         for b, (cached, _) in enumerate(self.lengths):
             self.cache.write(LAYER, self.slots(b)[:cached], self.k[b][:cached], self.v[b][:cached])
         self.before = self.cache.k.clone(), self.cache.v.clone()
@@ -55,7 +63,7 @@ class Step:
         self.rows = [rows[i] for i in torch.randperm(len(rows), generator=rng).tolist()]
         self.new = [1 if b is None else self.lengths[b][1] for b in self.rows]
         total = sum(self.new)
-        self.q = torch.randn(total, hkv * self.group, D, generator=rng)
+        self.q = self.scale * torch.randn(total, hkv * self.group, D, generator=rng)
 
     def slots(self, b):
         """Where each token of sequence b lies."""
@@ -122,6 +130,16 @@ steps = st.builds(
     group=st.sampled_from([1, 2, 7]),
     padding=st.integers(0, 3),
     seed=st.integers(0, 1000),
+    shared=st.sampled_from([0, 5, 64, 100, 120]),
+)
+decodes_behind_a_shared_prompt = st.builds(
+    Step,
+    lengths=st.lists(st.tuples(st.integers(60, 300), st.just(1)), min_size=2, max_size=5),
+    page_size=st.sampled_from([1, 4, 16]),
+    num_kv_heads=st.sampled_from([1, 2]),
+    group=st.sampled_from([1, 2, 7]),
+    seed=st.integers(0, 1000),
+    shared=st.integers(50, 150),
 )
 
 
@@ -129,6 +147,18 @@ steps = st.builds(
 @given(steps)
 def test_any_ragged_step_is_dense_attention_of_each_sequence(step):
     step.check()
+
+
+@settings(max_examples=100, deadline=None)
+@given(decodes_behind_a_shared_prompt)
+def test_decoding_behind_a_shared_prompt_is_dense_attention_of_each_sequence(step):
+    step.check()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 100.0])
+def test_a_shared_prompt_that_gets_all_or_none_of_the_attention(scale):
+    """Large scores: of prompt and rest, one outweighs the other beyond what a float can say."""
+    Step([(100, 1), (130, 1), (90, 1), (80, 1)], group=7, shared=80, scale=scale).check()
 
 
 @settings(max_examples=50, deadline=None)
@@ -170,15 +200,17 @@ CASES = {
     "a prompt of one token": [(0, 1)],
     "prompts behind cached prefixes": [(8, 5), (3, 2), (16, 16)],
     "decode": [(11, 1), (12, 1), (15, 1), (16, 1)],
+    "decode behind 64 tokens that may be shared": [(64, 1), (70, 1), (100, 1), (127, 1)],
     "all of it": [(11, 1), (0, 7), (8, 5), (0, 1), (40, 1)],
 }
 
 
 @pytest.mark.parametrize("group", [1, 7])
 @pytest.mark.parametrize("page_size", [1, 4, 16])
+@pytest.mark.parametrize("shared", [0, 64])
 @pytest.mark.parametrize("lengths", CASES.values(), ids=CASES.keys())
-def test_every_kind_of_step(lengths, page_size, group):
-    Step(lengths, page_size=page_size, group=group).check()
+def test_every_kind_of_step(lengths, shared, page_size, group):
+    Step(lengths, page_size=page_size, group=group, shared=shared).check()
 
 
 def test_very_unequal_decode_lengths():
@@ -232,17 +264,23 @@ def test_what_stands_in_the_page_table_behind_a_sequences_pages_does_not_matter(
     Step(lengths, page_padding=page_padding).check()
 
 
-@pytest.mark.parametrize(
-    "lengths", [[(3, 1), (30, 1)], [(0, 3), (0, 30)], [(4, 3)]], ids=["decode", "prefill", "extend"]
-)
+NEIGHBOURS = {
+    "decode": [(3, 1), (30, 1)],
+    "decode behind a shared prompt": [(80, 1), (101, 1)],
+    "prefill": [(0, 3), (0, 30)],
+    "prefill behind a prefix": [(4, 3)],
+}
+
+
+@pytest.mark.parametrize("lengths", NEIGHBOURS.values(), ids=NEIGHBOURS.keys())
 def test_nan_left_behind_in_free_slots_does_not_reach_other_sequences(lengths):
     """A request that overflowed leaves NaN in pages that the next one fills only in part."""
-    Step(lengths, garbage=math.nan).check()
+    Step(lengths, garbage=math.nan, shared=64).check()
 
 
 @pytest.mark.parametrize("lengths", CASES.values(), ids=CASES.keys())
 def test_bfloat16_stays_bfloat16_and_is_close(lengths):
-    step = Step(lengths, group=2, garbage=100.0)
+    step = Step(lengths, group=2, garbage=100.0, shared=64)
     cache = PagedKVCache(LAYERS, step.num_pages, step.page_size, step.num_kv_heads, D, dtype=torch.bfloat16)
     cache.k.copy_(step.cache.k)
     cache.v.copy_(step.cache.v)

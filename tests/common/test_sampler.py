@@ -137,7 +137,7 @@ def test_top_k_keeps_the_k_best(top_k, kept):
 
 @pytest.mark.parametrize(
     ("top_p", "kept"),
-    [(0.01, {2}), (0.49, {2}), (0.51, {2, 0}), (0.79, {2, 0}), (0.81, {2, 0, 1}), (1.0, {0, 1, 2, 3})],
+    [(1e-60, {2}), (0.01, {2}), (0.49, {2}), (0.51, {2, 0}), (0.79, {2, 0}), (0.81, {2, 0, 1}), (1.0, {0, 1, 2, 3})],
 )
 def test_top_p_keeps_the_token_that_crosses_p(top_p, kept):
     assert set(draws(log(0.3, 0.15, 0.5, 0.05), SamplingParams(temperature=1.0, top_p=top_p), 2000)) == kept
@@ -163,6 +163,13 @@ def test_min_p_1_keeps_all_that_are_equally_good():
 
 def test_a_token_of_probability_0_is_never_drawn():
     assert set(draws([0.0, -math.inf, 0.0, -1e9], SamplingParams(temperature=10.0), 5000)) == {0, 2}
+
+
+@pytest.mark.parametrize(("u", "token"), [(0.0, 0), (0.25, 1), (0.5, 2), (1 - 2**-24, 3)])
+def test_a_number_on_a_border_belongs_to_the_next_token(u, token, monkeypatch):
+    """Thus each token owns exactly its share of the numbers, and the last one still draws a kept token."""
+    monkeypatch.setattr("common.sampler.uniform", lambda seed, n: u)
+    assert one([1.0, 1.0, 1.0, 1.0, 0.0], SamplingParams(temperature=1.0, top_k=4)) == token
 
 
 def test_a_large_flat_vocabulary_is_drawn_from_end_to_end():

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from common.heads import HeadLayout, split_evenly
 from common.model_config import ModelConfig
 from common.parallel_state import TPGroup
-from common.weights import CheckpointTensor, checkpoint_files, load_model, load_then_shard
+from common.weights import CheckpointTensor, LoadReport, checkpoint_files, load_model, load_then_shard
 from tests.oracle import save_random
 
 MODELS = ["qwen2", "qwen3", "llama"]  # 14/2 heads tied and biased; 16/8 with head norms; 8/2 untied
@@ -189,6 +189,31 @@ def test_loading_whole_tensors_first_reads_everything_on_every_rank(checkpoint, 
     total = sum(x.nbytes for x in tensors(checkpoint(name)).values())
     for rank in range(2):
         assert load_then_shard(checkpoint(name), TPGroup(rank, 2))[1].bytes_read == total
+
+
+class SpyFile:
+    """An open safetensors file that writes down which slice it is asked for."""
+
+    def __init__(self, x):
+        self.x, self.asked = x, []
+
+    def get_slice(self, name):
+        return self
+
+    def get_shape(self):
+        return list(self.x.shape)
+
+    def __getitem__(self, index):
+        self.asked.append(index)
+        return self.x[index]
+
+
+@pytest.mark.parametrize(("dim", "asked"), [(0, slice(2, 5)), (1, (slice(None), slice(2, 5)))])
+def test_the_file_is_asked_for_the_slice_and_nothing_else(dim, asked):
+    file, report = SpyFile(torch.arange(60.0).view(6, 10)), LoadReport()
+    assert torch.equal(CheckpointTensor(file, "w", report).read(dim, 2, 5), file.x.narrow(dim, 2, 3))
+    assert file.asked == [asked]
+    assert report.bytes_read == 4 * file.x.narrow(dim, 2, 3).numel()
 
 
 def test_the_largest_piece_held_beside_the_parameters_shrinks_with_the_ranks(checkpoint, loaded):
