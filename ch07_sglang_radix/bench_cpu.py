@@ -125,7 +125,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     if args.rounds < 1 or not set(args.workloads) <= set("abc"):
-        raise ValueError(f"rounds={args.rounds} must be at least 1 and workloads={args.workloads!r} of the letters a, b, c")
+        raise ValueError(
+            f"rounds={args.rounds} must be at least 1 and workloads={args.workloads!r} of the letters a, b, c"
+        )
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     model = AutoModelForCausalLM.from_pretrained(TINY_QWEN_PATH, dtype=torch.float32).eval()
@@ -156,7 +158,9 @@ def main() -> None:
         writer.writerows(rows)
     for r in rows:
         faster = f"{r['engine_is_faster_by']:>6.2f} x" if r["contender"] != "this engine" else ""
-        print(f"{r['workload']}  {r['contender']:<28}{r['seconds']:8.2f} s {r['tokens_per_second']:8.0f} tok/s {faster}")
+        print(
+            f"{r['workload']}  {r['contender']:<28}{r['seconds']:8.2f} s {r['tokens_per_second']:8.0f} tok/s {faster}"
+        )
     print(f"written to {os.path.relpath(args.out)}")
 
 

@@ -14,9 +14,10 @@ import numpy as np
 from ch07_sglang_radix.control_plane import ControlPlane
 from ch07_sglang_radix.invariants import check_invariants
 from ch07_sglang_radix.memory_pool import ReqToTokenPool, TokenToKVPool
-from ch07_sglang_radix.radix_cache import RadixCache
+from ch07_sglang_radix.radix_cache import MatchResult, RadixCache
 from ch07_sglang_radix.request import Req, RequestOutput
-from ch07_sglang_radix.tasks import DecodeSequence, DecodeTask, PageUpdate, PrefillSequence, PrefillTask, StopTask
+from ch07_sglang_radix.request_memory import RequestMemory
+from ch07_sglang_radix.tasks import DecodeSequence, DecodeTask, PrefillSequence, PrefillTask, StopTask
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.sampler import SamplingParams, uniform
 
@@ -58,6 +59,7 @@ class TPScheduler:
             self.tree = RadixCache(self.pool, self.req_to_token, disable=disable_radix_cache)
             self.waiting: list[Req] = []
             self.running: list[Req] = []
+            self.memory = RequestMemory(self.pool, self.req_to_token, self.tree)
             self.chunked: Req | None = None  # the one request whose prompt is computed in part
             self.new_token_ratio = INIT_NEW_TOKEN_RATIO
 
@@ -133,9 +135,8 @@ class TPScheduler:
             batch.append((req, n))
             budget -= n
             reserved += req.max_len - req.seq_len
-        computing = RadixCache(
-            TokenToKVPool(page_size=self.page_size), disable=self.tree.disable
-        )  # this step's prompts
+        # a tree of what this very step computes, without pages behind it
+        computing = RadixCache(TokenToKVPool(page_size=self.page_size), disable=self.tree.disable)
         for req in list(self.waiting):
             if budget <= 0 or self.chunked or self.req_to_token.num_free == 0:
                 break
@@ -147,7 +148,7 @@ class TPScheduler:
                 break
             n = self._extend(req, budget)
             if n == 0:  # less than a page of budget left
-                self._release(req)
+                self.memory.release(req)
                 break
             self.waiting.remove(req)
             batch.append((req, n))
@@ -160,24 +161,21 @@ class TPScheduler:
             raise AssertionError(f"request {self.waiting[0].rid} cannot start although nothing runs: pages were lost")
         return batch
 
-    def _admit(self, req: Req, match, reserved: int) -> bool:
-        """Lock the cached prefix and give the request a row, if the pool will probably hold its whole answer.
+    def _admit(self, req: Req, match: MatchResult, reserved: int) -> bool:
+        """Give the request its place, if the pool will probably hold its whole answer.
 
         SGLang's rule: what it needs against what is free or evictable, less what the running requests will
         still need, a share new_token_ratio of their worst case, and what this step has promised already.
         """
         self.tree.inc_lock_ref(match.last_node)  # first: locking may shrink what is evictable
         promised = reserved + sum((r.max_len - r.seq_len) * self.new_token_ratio for r in self.running)
+        if not self.running and not reserved:
+            promised = 0  # alone: add_request has seen to it that it fits
         worst = req.seq_len + min(req.max_len - req.seq_len, CLIP_MAX_NEW_TOKENS)
-        need = self._whole_pages(worst) - len(match.slots)
-        alone = not self.running and not reserved and self.chunked is None
-        if need > self.pool.free_slots + self.tree.evictable_size - (0 if alone else promised):
+        if self.memory.whole_pages(worst) - len(match.slots) > self.memory.obtainable_slots() - promised:
             self.tree.dec_lock_ref(match.last_node)
             return False
-        req.row, req.last_node = self.req_to_token.alloc(), match.last_node
-        req.prefix_len = req.kv_len = req.allocated_len = len(match.slots)
-        req.sent_len = 0
-        self.req_to_token.req_to_token[req.row, : len(match.slots)] = match.slots
+        self.memory.admit(req, match)
         return True
 
     def _extend(self, req: Req, budget: int) -> int:
@@ -186,7 +184,7 @@ class TPScheduler:
         if n > budget:
             n = budget // self.page_size * self.page_size
         if n:
-            self._grow(req, req.kv_len + n)
+            self.memory.grow(req, req.kv_len + n)
         self.chunked = req if 0 < n < req.seq_len - req.kv_len else None
         return n
 
@@ -198,7 +196,7 @@ class TPScheduler:
             tokens += req.all_ids[req.kv_len : req.kv_len + n]
             if done:
                 emitting.append(req)
-        updates = self._page_updates([req for req, _ in batch])
+        updates = self.memory.page_updates([req for req, _ in batch])
         task = PrefillTask(self.step_number, updates, tuple(sequences), tuple(tokens))
         chosen = self._run(task, emitting, len(tokens))
         self.steps["prefill"] += 1
@@ -211,9 +209,9 @@ class TPScheduler:
     def _run_decode(self) -> None:
         self._make_room()
         for req in self.running:
-            self._grow(req, req.kv_len + 1)
+            self.memory.grow(req, req.kv_len + 1)
         sequences = tuple(DecodeSequence(req.row, req.kv_len) for req in self.running)
-        task = DecodeTask(self.step_number, self._page_updates(self.running), sequences)
+        task = DecodeTask(self.step_number, self.memory.page_updates(self.running), sequences)
         chosen = self._run(task, self.running, len(self.running))
         self.steps["decode"] += 1
         decay = (INIT_NEW_TOKEN_RATIO - MIN_NEW_TOKEN_RATIO) / RATIO_DECAY_STEPS
@@ -233,27 +231,8 @@ class TPScheduler:
         for i, req in enumerate(reqs):
             req.take_token(tokens[i], logprobs[i] if logprobs else None, self.wrapper.config.eos_token_ids)
             if req.finish_reason:
-                self.tree.cache_finished_req(req)
-                self.req_to_token.free(req.row)
+                self.memory.finish(req)
                 self.results[req.rid] = self._output(req)
-
-    # --- memory
-
-    def _grow(self, req: Req, length: int) -> None:
-        """Give the row slots for `length` tokens. Admission and _make_room have seen to it that they exist."""
-        pages = -(-(length - req.allocated_len) // self.page_size)
-        if pages <= 0:
-            return
-        missing = pages - self.pool.num_free_pages
-        if missing > 0:
-            self.tree.evict(missing * self.page_size)
-        slots = self.pool.alloc(pages)
-        if slots is None:
-            raise AssertionError(
-                f"request {req.rid} needs {pages} pages, {self.pool.num_free_pages} are free: admission failed"
-            )
-        self.req_to_token.req_to_token[req.row, req.allocated_len : req.allocated_len + len(slots)] = slots
-        req.allocated_len += len(slots)
 
     def _make_room(self) -> None:
         """Before a decode step: if not every request can have its next slot, retract until they can.
@@ -261,14 +240,14 @@ class TPScheduler:
         Those with the fewest tokens out go first (ties: the longest prompt), until RETRACT_DECODE_STEPS more
         steps fit for each of the others. The last one stays: alone it fits, or add_request had refused it.
         """
-        if self._pages_for(1) <= self._obtainable_pages():
+        if not self._lacks_room(1):
             return
         by_loss = sorted(self.running, key=lambda r: (len(r.output_ids), -len(r.prompt_ids)))
         retracted = []
-        while len(self.running) > 1 and self._pages_for(RETRACT_DECODE_STEPS) > self._obtainable_pages():
+        while len(self.running) > 1 and self._lacks_room(RETRACT_DECODE_STEPS):
             req = by_loss.pop(0)
             self.running.remove(req)
-            self._release(req)
+            self.memory.release(req)
             retracted.append(req)
         self.retractions += len(retracted)
         self.waiting = sorted(retracted, key=lambda r: r.rid) + self.waiting  # they came first
@@ -276,38 +255,8 @@ class TPScheduler:
         total = sum(r.params.max_new_tokens for r in self.running)
         self.new_token_ratio = min(1.0, (decoded + RETRACT_DECODE_STEPS * len(self.running)) / total)
 
-    def _release(self, req: Req) -> None:
-        """Take pages, lock and row from a request that goes back to the queue; its outputs stay."""
-        row = self.req_to_token.req_to_token[req.row]
-        self.pool.free(row[req.prefix_len : req.allocated_len])
-        self.tree.dec_lock_ref(req.last_node)
-        self.req_to_token.free(req.row)
-        req.row, req.last_node = -1, None
-        req.prefix_len = req.kv_len = req.allocated_len = req.sent_len = 0
-
-    def _pages_for(self, steps: int) -> int:
-        """Pages the running requests need for so many more tokens each (none beyond its own end)."""
-        total = 0
-        for r in self.running:
-            total += max(0, self._whole_pages(min(r.kv_len + steps, r.max_len)) - r.allocated_len)
-        return total // self.page_size
-
-    def _obtainable_pages(self) -> int:
-        return self.pool.num_free_pages + self.tree.evictable_size // self.page_size
-
-    def _page_updates(self, reqs: list[Req]) -> tuple[PageUpdate, ...]:
-        """What the ranks' page tables do not know yet."""
-        updates = []
-        for req in reqs:
-            if req.sent_len < req.allocated_len:
-                row = self.req_to_token.req_to_token[req.row]
-                pages = row[req.sent_len : req.allocated_len : self.page_size] // self.page_size
-                updates.append(PageUpdate(req.row, req.sent_len // self.page_size, tuple(pages.tolist())))
-                req.sent_len = req.allocated_len
-        return tuple(updates)
-
-    def _whole_pages(self, tokens: int) -> int:
-        return -(-tokens // self.page_size) * self.page_size
+    def _lacks_room(self, steps: int) -> bool:
+        return self.memory.slots_needed(self.running, steps) > self.memory.obtainable_slots()
 
     # --- words in and out
 
@@ -331,7 +280,7 @@ class TPScheduler:
                 f"{said}, but the model ends at {limit}; shorten the prompt or ask for at most {max(limit - len(ids), 0)}"
             )
         pool = self.wrapper.kv_cache.num_pages * self.page_size
-        if self._whole_pages(total) > pool:
+        if -(-total // self.page_size) * self.page_size > pool:
             raise ValueError(f"{said}, but the pool holds {pool}; shorten the request or raise max_total_tokens")
 
     def _output(self, req: Req) -> RequestOutput:

@@ -124,7 +124,9 @@ def decode(words: np.ndarray) -> Task:
             f"task version {magic & 0xFFFF}, this rank speaks {VERSION}; start all ranks from one checkout"
         )
     if length != len(words) or check != _checksum(words):
-        raise ValueError(f"task of step {step} is damaged: {len(words)} words of {length}, CRC {_checksum(words)}, not {check}")
+        raise ValueError(
+            f"task of step {step} is damaged: {len(words)} words of {length}, CRC {_checksum(words)}, not {check}"
+        )
     reader = _Reader(words[HEADER:].tolist())
     updates = tuple(PageUpdate(*reader.take(2), tuple(reader.take(reader.take(1)[0]))) for _ in range(num_updates))
     width = {STOP: 0, PREFILL: 4, DECODE: 2}.get(kind)

@@ -86,7 +86,10 @@ def test_the_communication_is_the_formula(demo):
     per_step = 1 + 2 * config["num_hidden_layers"]
     prompts = sum(r["prompt_tokens"] - r["cached_tokens"] for r in report["requests"])
     fed_in = prompts + sum(len(r["output_ids"]) - 1 for r in report["requests"])
-    assert report["comm"]["all_reduce"] == {"calls": per_step * steps, "bytes": per_step * fed_in * config["hidden_size"] * 4}
+    assert report["comm"]["all_reduce"] == {
+        "calls": per_step * steps,
+        "bytes": per_step * fed_in * config["hidden_size"] * 4,
+    }
     sampled = sum(len(r["output_ids"]) for r in report["requests"])
     assert report["comm"]["gather"] == {"calls": steps, "bytes": sampled * -(-config["vocab_size"] // 2) * 4}
     assert out.count("as the formula says") == 2
@@ -97,7 +100,17 @@ def test_own_prompts_one_a_line_and_one_rank(tmp_path):
     prompts.write_text("What is a page?\n什么是控制面？\n", encoding="utf-8")
     report = tmp_path / "report.json"
     code, out, err = torchrun(
-        "--prompts-file", prompts, "--json", report, "--page-size", 1, "--max-new-tokens", 9, "--temperature", 0.8, size=1
+        "--prompts-file",
+        prompts,
+        "--json",
+        report,
+        "--page-size",
+        1,
+        "--max-new-tokens",
+        9,
+        "--temperature",
+        0.8,
+        size=1,
     )
     assert code == 0, err
     said = json.loads(report.read_text())
@@ -136,7 +149,10 @@ def set_config(**values):
         (truncate, "model.safetensors .* is truncated or damaged"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"holds no \*.safetensors"),
         (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
-        (set_config(architectures=["GPT2LMHeadModel"]), "architecture GPT2LMHeadModel is not supported; supported: Qwen2"),
+        (
+            set_config(architectures=["GPT2LMHeadModel"]),
+            "architecture GPT2LMHeadModel is not supported; supported: Qwen2",
+        ),
         (set_config(num_hidden_layers=5), r"missing: model\.layers\.4\."),
         (set_config(num_hidden_layers=3), r"unexpected: model\.layers\.3\."),
         (set_config(intermediate_size=100), r"of wrong shape: .*gate_proj.weight is \[\d+, 224\], not \[100, 224\]"),

@@ -48,7 +48,9 @@ def test_logprobs_come_with_their_tokens(engine):
 
 def test_sampling_seed_repeats(engine):
     def text(seed):
-        return engine.generate("What is", {"temperature": 1.5, "sampling_seed": seed, "max_new_tokens": 12})["output_ids"]
+        return engine.generate("What is", {"temperature": 1.5, "sampling_seed": seed, "max_new_tokens": 12})[
+            "output_ids"
+        ]
 
     assert text(1) == text(1)
     assert text(1) != text(2)
@@ -65,7 +67,10 @@ def test_an_end_of_text_stops_and_has_no_text(engine):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompt": "a", "sampling_params": {"temperture": 1}}, "unknown sampling parameter temperture; known: .*temperature"),
+        (
+            {"prompt": "a", "sampling_params": {"temperture": 1}},
+            "unknown sampling parameter temperture; known: .*temperature",
+        ),
         ({"prompt": "a", "sampling_params": {"temperature": -1}}, "temperature=-1 must be >= 0"),
         ({"prompt": "a", "sampling_params": {"top_p": 0}}, r"top_p=0 must be in \(0, 1\]"),
         ({"prompt": ["a", "b"], "sampling_params": [{}]}, "1 sampling_params for 2 prompts"),

@@ -17,7 +17,9 @@ from ch07_sglang_radix.tasks import (
 
 small = st.integers(0, 1 << 40)
 updates = st.lists(st.builds(PageUpdate, small, small, st.lists(small, max_size=5).map(tuple)), max_size=4).map(tuple)
-decodes = st.builds(DecodeTask, small, updates, st.lists(st.builds(DecodeSequence, small, small), max_size=6).map(tuple))
+decodes = st.builds(
+    DecodeTask, small, updates, st.lists(st.builds(DecodeSequence, small, small), max_size=6).map(tuple)
+)
 
 
 @st.composite

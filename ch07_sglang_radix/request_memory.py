@@ -1,0 +1,81 @@
+"""What a request holds while it is admitted: a row, a locked path in the tree, pages of its own.
+
+The scheduler says who gets and who gives; here is how. Slots of a row, from the left:
+
+    0 .. prefix_len        the tree's, locked for this request
+    .. kv_len              its own, with K and V in them
+    .. allocated_len       its own, still empty (the rest of the last page)
+    0 .. sent_len          known to every rank's page table
+"""
+
+from collections.abc import Sequence
+
+from ch07_sglang_radix.memory_pool import ReqToTokenPool, TokenToKVPool
+from ch07_sglang_radix.radix_cache import MatchResult, RadixCache
+from ch07_sglang_radix.request import Req
+from ch07_sglang_radix.tasks import PageUpdate
+
+
+class RequestMemory:
+    """Moves rows, locks and pages between the pools, the tree and the requests."""
+
+    def __init__(self, pool: TokenToKVPool, rows: ReqToTokenPool, tree: RadixCache):
+        self.pool, self.rows, self.tree, self.page_size = pool, rows, tree, pool.page_size
+
+    def admit(self, req: Req, match: MatchResult) -> None:
+        """Give it a row that starts with the cached prefix. The caller has locked `match.last_node`."""
+        req.row, req.last_node = self.rows.alloc(), match.last_node
+        req.prefix_len = req.kv_len = req.allocated_len = len(match.slots)
+        req.sent_len = 0
+        self.rows.req_to_token[req.row, : len(match.slots)] = match.slots
+
+    def grow(self, req: Req, length: int) -> None:
+        """Slots for `length` tokens, evicting what it takes. The scheduler has seen to it that they exist."""
+        pages = -(-(length - req.allocated_len) // self.page_size)
+        if pages <= 0:
+            return
+        missing = pages - self.pool.num_free_pages
+        if missing > 0:
+            self.tree.evict(missing * self.page_size)
+        slots = self.pool.alloc(pages)
+        if slots is None:
+            raise AssertionError(
+                f"request {req.rid} needs {pages} pages, {self.pool.num_free_pages} are free: admission failed"
+            )
+        self.rows.req_to_token[req.row, req.allocated_len : req.allocated_len + len(slots)] = slots
+        req.allocated_len += len(slots)
+
+    def release(self, req: Req) -> None:
+        """Take everything back from a request that returns to the queue; its outputs stay."""
+        self.pool.free(self.rows.req_to_token[req.row, req.prefix_len : req.allocated_len])
+        self.tree.dec_lock_ref(req.last_node)
+        self.rows.free(req.row)
+        req.row, req.last_node = -1, None
+        req.prefix_len = req.kv_len = req.allocated_len = req.sent_len = 0
+
+    def finish(self, req: Req) -> None:
+        """Leave prompt and answer to the tree, take the rest back."""
+        self.tree.cache_finished_req(req)
+        self.rows.free(req.row)
+
+    def obtainable_slots(self) -> int:
+        """Free, or free after eviction."""
+        return self.pool.free_slots + self.tree.evictable_size
+
+    def slots_needed(self, reqs: Sequence[Req], steps: int) -> int:
+        """Slots these requests lack for so many more tokens each (none beyond its own end)."""
+        return sum(max(0, self.whole_pages(min(r.kv_len + steps, r.max_len)) - r.allocated_len) for r in reqs)
+
+    def page_updates(self, reqs: Sequence[Req]) -> tuple[PageUpdate, ...]:
+        """What the ranks' page tables do not know yet; afterwards they do."""
+        updates = []
+        for req in reqs:
+            if req.sent_len < req.allocated_len:
+                row = self.rows.req_to_token[req.row]
+                pages = row[req.sent_len : req.allocated_len : self.page_size] // self.page_size
+                updates.append(PageUpdate(req.row, req.sent_len // self.page_size, tuple(pages.tolist())))
+                req.sent_len = req.allocated_len
+        return tuple(updates)
+
+    def whole_pages(self, tokens: int) -> int:
+        return -(-tokens // self.page_size) * self.page_size
