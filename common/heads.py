@@ -13,6 +13,9 @@ Heads (letters: Hq query heads, Hkv KV heads, R ranks). Query head q reads KV he
     R % Hkv == 0  ->  replication                     R=4:  1 KV (each held twice) and 4 query heads, 1 in 8 zero
     otherwise     ->  padding inside groups           R=3:  2 KV and 6 query heads, 4 of 18 zero
 
+The last case pays with memory: lcm(8, 3) = 24 virtual KV heads make each of 3 ranks hold 8, as many as one
+rank alone. It is there so that every R runs, not because every R is wise.
+
 A zero query head has zero rows in q_proj and zero columns in o_proj: whatever its attention gives is
 multiplied by zero. vLLM and SGLang know the first two cases only and refuse the third.
 """
@@ -95,14 +98,19 @@ class HeadLayout:
 
 
 def _pieces(heads: tuple[int | None, ...], head_dim: int) -> list[Piece]:
-    """Head list -> pieces, neighbours joined so that they are read in one go."""
+    """Head list -> pieces, neighbours joined so that they are read in one go.
+
+    Not where a head is held twice: its copies stay pieces of their own, so that it is read once and copied.
+    """
     pieces: list[Piece] = []
+    held = [head for head in heads if head is not None]
+    join = len(set(held)) == len(held)
     for i, head in enumerate(heads):
         if head is None:
             continue
         piece = Piece(i * head_dim, head * head_dim, head_dim)
         last = pieces[-1] if pieces else None
-        if last and (last.dst + last.n, last.src + last.n) == piece[:2]:
+        if join and last and (last.dst + last.n, last.src + last.n) == piece[:2]:
             pieces[-1] = Piece(last.dst, last.src, last.n + head_dim)
         else:
             pieces.append(piece)

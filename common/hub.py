@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
@@ -15,22 +15,26 @@ def resolve_model(name: str | Path) -> Path:
     may all call this, the hub's own file locks let one of them download.
     Raises FileNotFoundError if it is neither a folder nor to be had.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
     text = str(name)
+    folder = Path(name).expanduser()
+    if text and folder.is_dir():
+        return folder
     if text.startswith(("/", ".", "~")) or text.count("/") != 1:
-        raise FileNotFoundError(f"{text} is no folder and no Hub id (owner/model); give one of the two")
+        raise FileNotFoundError(
+            f"{text or 'an empty name'} is no folder and no Hub id (owner/model); give one of the two"
+        )
     try:
-        return Path(snapshot_download(text, allow_patterns=FILES, local_files_only=True))
+        cached = Path(snapshot_download(text, allow_patterns=FILES, local_files_only=True))
+        if any(cached.glob("*.safetensors")):  # a cache may hold the config alone
+            return cached
     except LocalEntryNotFoundError:
         pass
     except HFValidationError as error:
         raise FileNotFoundError(f"{text} is no folder and no valid Hub id: {error}") from None
     try:
         return Path(snapshot_download(text, allow_patterns=FILES))
-    except (RepositoryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the HTTP client has a family of errors of its own
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise FileNotFoundError(
             f"{text} is no local folder, is not in the cache, and the Hub did not give it ({reason}); "
             f"give a local folder or try again with a network"

@@ -169,7 +169,7 @@ class RowParallelLinear(LinearBase):
     x [T, in/R] -> y [T, out], equal on every rank; one all-reduce. The bias is added after the sum:
     added before, it would count R times. `pieces` says which input columns are this rank's (o_proj: those
     of its query heads), by default an even cut. With `reduce_results=False` y stays this rank's partial
-    sum and nobody talks.
+    sum (rank 0's with the bias) and nobody talks.
     Megatron-LM, Shoeybi et al. 2019, section 3.
     """
 
@@ -191,4 +191,5 @@ class RowParallelLinear(LinearBase):
         y = F.linear(x, self.weight)  # [T, out], a partial sum
         if self.reduce_results:
             y = all_reduce(y, self.tp, self.name)  # COMM all-reduce [T, D]: partial sums -> full sum
-        return y if self.bias is None else y + self.bias
+        once = self.reduce_results or self.tp.rank == 0
+        return y + self.bias if self.bias is not None and once else y

@@ -51,14 +51,11 @@ class ModelConfig:
             raise FileNotFoundError(
                 f"{path} is missing; give a folder in Hugging Face layout (config.json, *.safetensors)"
             )
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
+        raw = read_json(path)
         generation = path.with_name("generation_config.json")
         eos = raw.get("eos_token_id")
         if generation.is_file():
-            eos = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id", eos)
+            eos = read_json(generation).get("eos_token_id", eos)
         return cls.from_dict(raw, eos, where=str(path))
 
     @classmethod
@@ -96,6 +93,17 @@ class ModelConfig:
             dtype=raw.get("dtype") or raw.get("torch_dtype") or "float32",  # transformers 5 says dtype, 4 torch_dtype
             eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError, naming the file, for anything else."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds a {type(raw).__name__}, not an object")
+    return raw
 
 
 def _rope(raw: dict[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:

@@ -3,7 +3,7 @@
 A step is T new tokens of B sequences, laid end to end (ragged). Attention is told this and only this:
 
     slot_mapping  [T]             where each new token's K and V go: page * P + offset; -1 is padding
-    page_table    [B, max_pages]  the page ids of each sequence, in order
+    page_table    [B, max_pages]  the page ids of each sequence, in order; behind its end anything, -1 included
     query_start   [B+1]           sequence b's new tokens are query_start[b] .. query_start[b+1]-1
     context_lens  [B]             tokens of each sequence once the new ones are in, cached ones included
     page_size     P
@@ -85,22 +85,22 @@ class _DecodeGroup:
     def __init__(self, meta: AttentionMetadata, members: list[int], starts: list[int], lens: list[int]):
         device, page_size = meta.page_table.device, meta.page_size
         pages = -(-max(lens[b] for b in members) // page_size)
-        table = meta.page_table[members, :pages]  # [B, pages]
+        table = meta.page_table[members, :pages].clamp(min=0)  # [B, pages]
         shared = _shared_pages(table, (min(lens[b] for b in members) - 1) // page_size, page_size)
-        self.all_rows = len(members) == starts[-1] and members == sorted(members)
+        self.all_rows = len(members) == len(meta.slot_mapping)
         self.rows = torch.tensor([starts[b] for b in members], device=device)
         self.shared = table[0, :shared] if shared else None
         self.pages = table[:, shared:].reshape(-1)  # [B * (pages - shared)]
         slots = torch.arange(shared * page_size, pages * page_size, device=device)
         in_context = slots < meta.context_lens[members].unsqueeze(1)
+        self.behind = (~in_context).flatten().nonzero().squeeze(-1)  # slots that hold nothing, or another's leftovers
         # 0 where a slot holds a token of the sequence, -inf behind its end
         self.mask = torch.zeros(in_context.shape, device=device).masked_fill_(~in_context, -torch.inf)[:, None, None]
 
     def attend(self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor) -> torch.Tensor:
         """q [B, Hq/R, d] -> o [B, Hq/R, d]."""
         b, (_, _, hkv, d) = len(q), k_pages.shape
-        k = k_pages.index_select(0, self.pages).view(b, -1, hkv, d).transpose(1, 2)  # [B, Hkv/R, S, d]
-        v = v_pages.index_select(0, self.pages).view(b, -1, hkv, d).transpose(1, 2)
+        k, v = (self._gather(pages).view(b, -1, hkv, d).transpose(1, 2) for pages in (k_pages, v_pages))
         # the query heads of a group become rows of one query: K and V are read once for all of them
         q = q.view(b, hkv, -1, d)  # [B, Hkv/R, g, d]
         mask = self.mask.to(q.dtype)
@@ -114,6 +114,13 @@ class _DecodeGroup:
         # softmax over both parts: each weighs as much as the exponentials it summed up
         weight = torch.sigmoid(lse - own_lse).unsqueeze(-1).to(q.dtype)
         return torch.lerp(own, o, weight).reshape(b, -1, d)
+
+    def _gather(self, pages: torch.Tensor) -> torch.Tensor:
+        """pages [N, P, Hkv/R, d] -> the slots of this group [B * S, Hkv/R, d].
+
+        What lies behind a sequence's end is blanked: masking it is not enough, 0 * NaN is NaN.
+        """
+        return pages.index_select(0, self.pages).flatten(0, 1).index_fill_(0, self.behind, 0)
 
 
 class _Extend:

@@ -51,7 +51,8 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0 or self.top_k == 1
+        """The best token always wins; below 1e-5 dividing by the temperature would overflow instead."""
+        return self.temperature < 1e-5 or self.top_k == 1
 
     @property
     def penalized(self) -> bool:
@@ -88,7 +89,8 @@ def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     # greedy rows of a mixed batch become top-k 1
     temperature = column([1.0 if p.greedy else p.temperature for p in params])
     top_k = column([1 if p.greedy else logits.shape[1] if p.top_k < 0 else p.top_k for p in params], torch.int64)
-    probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    logits, order = (logits / temperature).sort(dim=-1, descending=True, stable=True)
+    probs = logits.softmax(dim=-1)
     before = probs.cumsum(dim=-1) - probs  # mass of all better tokens
     keep = torch.arange(probs.shape[1], device=logits.device) < top_k
     kept_mass = (probs * keep).sum(dim=-1, keepdim=True)
@@ -109,7 +111,7 @@ def _penalize(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor
     for i, row in enumerate(rows):
         p = row.params
         if p.repetition_penalty != 1:
-            seen = torch.tensor(sorted({*row.prompt_ids, *row.output_ids}), device=logits.device)
+            seen = torch.tensor(sorted({*row.prompt_ids, *row.output_ids}), dtype=torch.int64, device=logits.device)
             x = logits[i, seen]
             logits[i, seen] = torch.where(x > 0, x / p.repetition_penalty, x * p.repetition_penalty)
         if row.output_ids and (p.presence_penalty or p.frequency_penalty):

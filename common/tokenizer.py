@@ -12,10 +12,12 @@ class Tokenizer:
     """The checkpoint's own tokenizer (Hugging Face), always from a local folder."""
 
     def __init__(self, folder: str | Path):
+        if not self.lies_in(folder):
+            raise ValueError(f"{folder}: no usable tokenizer, neither tokenizer.json nor tokenizer_config.json")
         try:
             self.hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # a damaged file can make the library raise anything
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise ValueError(
                 f"{folder}: no usable tokenizer (tokenizer.json, tokenizer_config.json): {reason}"
             ) from None

@@ -7,7 +7,6 @@ it holds (`safe_open(...).get_slice`), each once: about 1/R of the checkpoint pl
 `load_then_shard` is the old way, kept for comparison: read every tensor whole, keep a slice.
 """
 
-import json
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common.decoder import CausalLM
-from common.model_config import ModelConfig
+from common.model_config import ModelConfig, read_json
 from common.parallel_state import TPGroup
 
 # Hugging Face's module -> (ours, shard id): merged so that one GEMM does the work of two or three
@@ -125,7 +124,10 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{index} has no weight_map from tensor to file name; fetch it again")
+        names = sorted(set(weight_map.values()))
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
             raise FileNotFoundError(
@@ -145,7 +147,7 @@ def _plan(model: CausalLM, found: dict[str, object], where: str) -> list[tuple[s
         for shard_id, shape in param.shard_shapes.items():
             needed[_checkpoint_name(name, shard_id)] = (param, shard_id, shape)
     missing = sorted(needed.keys() - found.keys())
-    extra = sorted(name for name in found.keys() - needed.keys() if not _redundant(name, model.config))
+    extra = sorted(name for name in found.keys() - needed.keys() if not _redundant(name))
     wrong = []
     for name in sorted(needed.keys() & found.keys()):
         shape, want = tuple(found[name].get_slice(name).get_shape()), needed[name][2]
@@ -172,6 +174,6 @@ def _checkpoint_name(name: str, shard_id) -> str:
     return name
 
 
-def _redundant(name: str, config: ModelConfig) -> bool:
-    """Tensors some checkpoints carry although the config says how to make them."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
+def _redundant(name: str) -> bool:
+    """Tensors that some checkpoints carry although the config says how to make them (lm_head: if it is tied)."""
+    return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")

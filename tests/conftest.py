@@ -22,8 +22,8 @@ def ranks():
 
     def get(size: int) -> RankPool:
         if size not in pools or pools[size].broken:
-            for other in [s for s in pools if s != size and len(pools) > 1]:
-                pools.pop(other).close()
+            while len(pools) > 1:
+                pools.pop(next(iter(pools))).close()
             pools[size] = RankPool(size)
         return pools[size]
 

@@ -21,6 +21,7 @@ SMALL = {
     "llama": LlamaConfig(
         vocab_size=1009, hidden_size=128, intermediate_size=176, num_hidden_layers=3, num_attention_heads=8,
         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False, initializer_range=0.2,
+        bos_token_id=None, eos_token_id=None,
         rope_parameters={
             "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 64,

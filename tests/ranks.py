@@ -37,7 +37,10 @@ class RankPool:
             if not pipe.poll(TIMEOUT_S):
                 self.close()
                 raise AssertionError(f"rank {rank} of {self.size} gave no answer within {TIMEOUT_S} s")
-            answers.append(pipe.recv())
+            try:
+                answers.append(pipe.recv())
+            except EOFError:
+                answers.append((False, "died without a word"))
         failures = [f"rank {rank}:\n{what}" for rank, (ok, what) in enumerate(answers) if not ok]
         if failures:
             self.close()  # the ranks may be out of step

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = sorted(path for folder in ("common", "ch06_tp_vllm", "ch07_sglang_radix") for path in (ROOT / folder).rglob("*.py"))
+MODULES = sorted(
+    path for folder in ("common", "ch06_tp_vllm", "ch07_sglang_radix") for path in (ROOT / folder).rglob("*.py")
+)
 COLLECTIVES = {"all_reduce", "all_gather", "gather", "broadcast"}
 LEAF = re.compile(r"(demo|bench)_")  # demos and benchmarks may import anything, nobody imports them
 

@@ -330,7 +330,7 @@ def reduce_beside_a_dying_rank(folder, victim):
 def test_the_survivors_of_a_killed_rank_are_told_which_one_it_was(three_ranks, tmp_path):
     pool, victim = three_ranks(), 2
     try:
-        with pytest.raises(EOFError):
+        with pytest.raises(AssertionError, match="rank 2:\ndied without a word"):
             pool.run(reduce_beside_a_dying_rank, str(tmp_path), victim)
     finally:
         pool.close()
