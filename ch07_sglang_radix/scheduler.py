@@ -23,6 +23,8 @@ from common.sampler import SamplingParams, uniform
 
 CLIP_MAX_NEW_TOKENS = 4096  # admission does not reserve more than this for one request
 RETRACT_DECODE_STEPS = 20  # after a retraction this many steps fit for everyone left
+NO_CHUNKS = -1
+DEFAULT_CHUNK = {"cpu": 1024, "cuda": 8192}  # tokens a step: on a CPU what its caches like, on a GPU SGLang's default
 IN_BATCH_PREFIX = 32  # tokens shared with a prompt of this very step that are worth a step's wait
 INIT_NEW_TOKEN_RATIO, MIN_NEW_TOKEN_RATIO, RATIO_DECAY_STEPS = 0.7, 0.1, 600
 
@@ -33,17 +35,19 @@ class TPScheduler:
     Every rank makes the same calls (`add_request`, `process_requests`); rank 0 keeps the queue, the others
     execute its tasks, and all get the same results.
 
-    chunked_prefill_size: prompt tokens a step computes at most, None for no limit; a longer prompt is
-    computed in chunks of whole pages. disable_radix_cache: no prefix is shared. seed: for requests that
-    bring none. check: test the conservation of pages after every step.
+    chunked_prefill_size: prompt tokens a step computes at most; a longer prompt is computed in chunks of
+    whole pages. None takes the device's default, -1 is no limit. disable_radix_cache: no prefix is shared.
+    seed: for requests that bring none. check: test the conservation of pages after every step.
     """
 
     def __init__(
         self, wrapper: TPRadixAttentionModelWrapper, *, chunked_prefill_size: int | None = None,
         disable_radix_cache: bool = False, seed: int = 0, check: bool = False,
     ):  # fmt: skip
-        if chunked_prefill_size is not None:
-            _check_chunk(chunked_prefill_size, wrapper.page_size)
+        if chunked_prefill_size is None:
+            default = DEFAULT_CHUNK[wrapper.tp.device.type]
+            chunked_prefill_size = max(default // wrapper.page_size, 1) * wrapper.page_size
+        _check_chunk(chunked_prefill_size, wrapper.page_size)
         self.wrapper, self.tp, self.page_size = wrapper, wrapper.tp, wrapper.page_size
         self.control = ControlPlane(wrapper)
         self.chunked_prefill_size, self.seed, self.check = chunked_prefill_size, seed, check
@@ -127,7 +131,7 @@ class TPScheduler:
 
     def _next_prefill(self) -> list[tuple[Req, int]]:
         """[(request, tokens to compute)]: the chunked request first, then the queue in order of arrival."""
-        budget = self.chunked_prefill_size or 1 << 62
+        budget = self.chunked_prefill_size if self.chunked_prefill_size > 0 else 1 << 62
         batch: list[tuple[Req, int]] = []
         reserved = 0
         if req := self.chunked:
@@ -293,9 +297,9 @@ class TPScheduler:
 
 
 def _check_chunk(size: int, page_size: int) -> None:
-    if size < 1:
-        raise ValueError(f"chunked_prefill_size={size} must be at least 1, or None for no limit")
-    if size % page_size:
+    if size < 1 and size != NO_CHUNKS:
+        raise ValueError(f"chunked_prefill_size={size} must be at least 1, or {NO_CHUNKS} for no limit")
+    if size > 0 and size % page_size:
         below, above = size // page_size * page_size, -(-size // page_size) * page_size
         way_out = f"{below} or {above}" if below else f"{above}"
         raise ValueError(f"page_size={page_size} does not divide chunked_prefill_size={size}; use {way_out}")

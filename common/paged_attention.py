@@ -85,17 +85,19 @@ class _DecodeGroup:
     def __init__(self, meta: AttentionMetadata, members: list[int], starts: list[int], lens: list[int]):
         device, page_size = meta.page_table.device, meta.page_size
         pages = -(-max(lens[b] for b in members) // page_size)
-        table = meta.page_table[members, :pages].clamp(min=0)  # [B, pages]
-        shared = _shared_pages(table, (min(lens[b] for b in members) - 1) // page_size, page_size)
         self.all_rows = len(members) == len(meta.slot_mapping)
-        self.rows = torch.tensor([starts[b] for b in members], device=device)
+        table, context = meta.page_table[:, :pages], meta.context_lens
+        if not self.all_rows:
+            table, context = table[members], context[members]
+            self.rows = torch.tensor([starts[b] for b in members], device=device)
+        table = table.clamp(min=0)  # [B, pages]
+        shared = _shared_pages(table, (min(lens[b] for b in members) - 1) // page_size, page_size)
         self.shared = table[0, :shared] if shared else None
         self.pages = table[:, shared:].reshape(-1)  # [B * (pages - shared)]
         slots = torch.arange(shared * page_size, pages * page_size, device=device)
-        in_context = slots < meta.context_lens[members].unsqueeze(1)
-        self.behind = (~in_context).flatten().nonzero().squeeze(-1)  # slots that hold nothing, or another's leftovers
-        # 0 where a slot holds a token of the sequence, -inf behind its end
-        self.mask = torch.zeros(in_context.shape, device=device).masked_fill_(~in_context, -torch.inf)[:, None, None]
+        behind = slots >= context.unsqueeze(1)  # [B, S]: slots that hold nothing, or another's leftovers
+        self.behind = behind.flatten().nonzero().squeeze(-1)
+        self.mask = torch.zeros(behind.shape, device=device).masked_fill_(behind, -torch.inf)[:, None, None]
 
     def attend(self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor) -> torch.Tensor:
         """q [B, Hq/R, d] -> o [B, Hq/R, d]."""
@@ -133,16 +135,15 @@ class _Extend:
         self.mask = None  # nothing cached: SDPA's own causal mask
         if length > n:
             # SDPA aligns its causal mask at the top left; ours must end at the bottom right
-            self.mask = torch.ones(n, length, dtype=torch.bool, device=device).tril(length - n)
+            self.mask = torch.full((n, length), -torch.inf, device=device).triu_(length - n + 1)
 
     def attend(self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor) -> torch.Tensor:
         """q [n, Hq/R, d] -> o [n, Hq/R, d]."""
         k = k_pages.index_select(0, self.pages).flatten(0, 1)[: self.length]  # [S, Hkv/R, d]
         v = v_pages.index_select(0, self.pages).flatten(0, 1)[: self.length]
-        group = q.shape[1] // k.shape[1]
-        k, v = (x.transpose(0, 1).repeat_interleave(group, dim=0)[None] for x in (k, v))  # [1, Hq/R, S, d]
-        q = q.transpose(0, 1)[None]  # [1, Hq/R, n, d]
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.mask is None)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, Hq/R, n, d], [1, Hkv/R, S, d]
+        mask = None if self.mask is None else self.mask.to(q.dtype)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return o[0].transpose(0, 1)
 
 

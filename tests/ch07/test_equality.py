@@ -35,7 +35,7 @@ def serve(folder, prompts, variants, new_tokens):
     answers = []
     for v in variants:
         wrapper = TPRadixAttentionModelWrapper(str(folder), "cpu", v["page_size"], max_total_tokens=v["pool"])
-        chunk = CHUNK[v["page_size"]] if v["chunk"] else None
+        chunk = CHUNK[v["page_size"]] if v["chunk"] else -1
         scheduler = TPScheduler(wrapper, chunked_prefill_size=chunk, disable_radix_cache=not v["cache"], check=True)
         params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
         out = []
