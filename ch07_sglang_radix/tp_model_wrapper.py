@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from ch07_sglang_radix.tasks import DecodeTask, PageUpdate, PrefillTask
+from common.attention_backends import pick_attention
+from common.graph_runner import DecodeGraphs
 from common.hub import resolve_model
 from common.kv_cache import PagedKVCache
 from common.model_config import ModelConfig
@@ -29,6 +31,7 @@ class TPRadixAttentionModelWrapper:
 
     model_name: a folder in Hugging Face layout, a Hub id, or None for the bundled tiny model.
     device: auto, cpu, cuda. dtype: float32, bfloat16, float16; default float32 on CPU and bfloat16 on GPU.
+    attention_backend: auto, torch_native, triton (common/attention_backends.py).
     max_total_tokens: size of the pool in tokens; by default what memory allows, the same on every rank.
     Raises ValueError or FileNotFoundError, on every rank alike, for what cannot be run.
     """
@@ -36,7 +39,7 @@ class TPRadixAttentionModelWrapper:
     def __init__(
         self, model_name: str | None = None, device: str = "auto", page_size: int = 16, *,
         dtype: str | None = None, max_total_tokens: int | None = None, max_running_requests: int = 256,
-        tp: TPGroup | None = None,
+        attention_backend: str = "auto", disable_cuda_graph: bool = False, tp: TPGroup | None = None,
     ):  # fmt: skip
         self.tp = tp or get_tensor_parallel(device)
         if page_size < 1:
@@ -47,6 +50,7 @@ class TPRadixAttentionModelWrapper:
             raise ValueError(
                 f"device={device} but this group runs on {self.tp.device.type}; say so once, in initialize_tensor_parallel"
             )
+        self.attention = pick_attention(self.tp.device, attention_backend)
         folder = resolve_model(model_name or TINY_QWEN_PATH)
         self.dtype = self._pick_dtype(dtype)
         self.model, self.load_report = load_model(folder, self.tp, self.dtype)
@@ -63,6 +67,11 @@ class TPRadixAttentionModelWrapper:
         pages_per_row = -(-self.max_context // page_size)
         self.page_table = self._empty(max_running_requests, pages_per_row)
         self.last_token = self._empty(max_running_requests)
+        self.graphs = None
+        if self.attention is not TorchNativeAttention and not disable_cuda_graph:
+            batch = min(max_running_requests, num_pages)
+            self.graphs = DecodeGraphs(self.model, self.attention, self.kv_cache, batch, pages_per_row)
+            self.graphs.capture()
 
     # --- a task's three parts: forward, and what the tokens leave behind
 
@@ -91,11 +100,11 @@ class TPRadixAttentionModelWrapper:
         self._update_page_table(task.updates)
         rows, positions = np.array(task.sequences, dtype=np.int64).T
         on_device = self._tensor(rows)
-        hidden = self._forward(
-            self.last_token[on_device], self._tensor(positions), on_device,
-            rows, query_start=np.arange(len(rows) + 1), context_lens=positions + 1,
-        )  # fmt: skip
-        return self.model.compute_logits(hidden)
+        query_start, context_lens = np.arange(len(rows) + 1), positions + 1
+        step = (self._tensor(positions), on_device, rows, query_start, context_lens)
+        if self.graphs:
+            return self.graphs.run(self.last_token[on_device], step[0], self._metadata(*step))
+        return self.model.compute_logits(self._forward(self.last_token[on_device], *step))
 
     def receive_tokens(self, rows: list[int], tokens: torch.Tensor) -> None:
         """Remember the tokens [B] that rank 0 chose: the next decode step starts from them."""
@@ -104,17 +113,22 @@ class TPRadixAttentionModelWrapper:
     # --- inside
 
     def _forward(self, input_ids, positions, token_rows, rows, query_start, context_lens) -> torch.Tensor:
-        """Build the attention contract for this step and run the decoder: [T] -> hidden [T, D]."""
+        """input_ids, positions, token_rows [T] -> hidden [T, D]."""
+        meta = self._metadata(positions, token_rows, rows, query_start, context_lens)
+        return self.model(input_ids, positions, self.attention(self.kv_cache, meta))
+
+    def _metadata(self, positions, token_rows, rows, query_start, context_lens) -> AttentionMetadata:
+        """The attention contract of this step, from the page table."""
         longest = -(-int(context_lens.max()) // self.page_size)
         pages = self.page_table[token_rows, positions // self.page_size]  # [T]
-        meta = AttentionMetadata(
+        return AttentionMetadata(
             slot_mapping=pages * self.page_size + positions % self.page_size,
             page_table=self.page_table[self._tensor(rows), :longest],
             query_start=self._tensor(query_start),
             context_lens=self._tensor(context_lens),
             page_size=self.page_size,
+            max_query_len=int(np.diff(query_start).max()),
         )
-        return self.model(input_ids, positions, TorchNativeAttention(self.kv_cache, meta))
 
     def _update_page_table(self, updates: tuple[PageUpdate, ...]) -> None:
         if not updates:

@@ -9,6 +9,11 @@ from torch import nn
 from common.linear import loadable
 from common.model_config import ModelConfig
 
+try:  # a CPU build of torch comes without Triton
+    from common.kernels import fused
+except ImportError:
+    fused = None
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, computed in float32 (Zhang and Sennrich 2019).
@@ -25,10 +30,14 @@ class RMSNorm(nn.Module):
         self.weight.copy_(source.read(0, 0, source.shape[0]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if fused and x.is_cuda:
+            return fused.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(x + residual), x + residual): the pair that runs through a pre-norm decoder."""
+        if fused and x.is_cuda:
+            return fused.add_rms_norm(x, residual, self.weight, self.eps)
         residual = x + residual
         return self(residual), residual
 
@@ -37,6 +46,8 @@ class SiluAndMul(nn.Module):
     """SwiGLU's gate: x [T, 2F/R] = (gate, up) side by side -> silu(gate) * up [T, F/R] (Shazeer 2020)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if fused and x.is_cuda:
+            return fused.silu_and_mul(x)
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
 
@@ -62,6 +73,8 @@ class RotaryEmbedding(nn.Module):
 def apply_rotary(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """x [T, H, d] -> x turned by its position's angles; (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
     cos, sin = rotary
+    if fused and x.is_cuda:
+        return fused.rotary(x, cos, sin)
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 

@@ -34,6 +34,11 @@ class Ledger:
             size = x.numel() * x.element_size()
             self.entries.append(LedgerEntry(op, label, tuple(x.shape), str(x.dtype).removeprefix("torch."), size))
 
+    def replay(self, entries: list[LedgerEntry]) -> None:
+        """Messages of a captured step that ran again: no Python did, so nothing was recorded."""
+        if self.enabled:
+            self.entries += entries
+
     @contextmanager
     def recording(self) -> Iterator["Ledger"]:
         """`with tp.ledger.recording() as ledger:` starts from an empty page and switches off at the end."""

@@ -6,7 +6,7 @@ A step is T new tokens of B sequences, laid end to end (ragged). Attention is to
     page_table    [B, max_pages]  the page ids of each sequence, in order; behind its end anything, -1 included
     query_start   [B+1]           sequence b's new tokens are query_start[b] .. query_start[b+1]-1
     context_lens  [B]             tokens of each sequence once the new ones are in, cached ones included
-    page_size     P
+    page_size     P, and max_query_len, so that nobody has to ask the GPU for it
 
 Prefill, prefill behind a cached prefix, decode and any mix of them differ in these numbers alone. New
 token i of sequence b stands at position context_lens[b] - query_len[b] + i and sees everything up to itself.
@@ -35,6 +35,7 @@ class AttentionMetadata:
     query_start: torch.Tensor  # [B+1]
     context_lens: torch.Tensor  # [B]
     page_size: int  # P
+    max_query_len: int = 0  # longest of the step, known on the host: a GPU launch needs it; 0 is unknown
 
 
 class TorchNativeAttention:

@@ -1,0 +1,31 @@
+"""Which form of the attention contract runs on a device."""
+
+import warnings
+
+import torch
+
+from common.paged_attention import TorchNativeAttention
+
+BACKENDS = ("auto", "torch_native", "triton")
+
+
+def pick_attention(device: torch.device, name: str = "auto") -> type:
+    """The backend class. auto is triton on an NVIDIA GPU that has it, torch_native elsewhere.
+
+    Raises ValueError for an unknown name, or for triton where it cannot run.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"attention_backend={name!r} is unknown; use {', '.join(BACKENDS)}")
+    if name == "torch_native" or (name == "auto" and device.type != "cuda"):
+        return TorchNativeAttention
+    try:
+        # imported here because a CPU build of torch comes without Triton
+        from common.kernels.paged_attention import TritonAttention  # noqa: PLC0415
+    except ImportError as error:
+        if name == "triton":
+            raise ValueError(f"attention_backend=triton, but Triton is not installed ({error})") from None
+        warnings.warn(f"Triton is not installed ({error}): attention runs in plain PyTorch, and slower", stacklevel=2)
+        return TorchNativeAttention
+    if device.type != "cuda":
+        raise ValueError(f"attention_backend=triton needs an NVIDIA GPU, this rank runs on {device}")
+    return TritonAttention
