@@ -75,7 +75,8 @@ class Engine:
         return results[0] if single else results
 
     def shutdown(self) -> None:
-        """Leave the process group."""
+        """Let go of the model and leave the process group."""
+        self.scheduler = self.wrapper = None
         shutdown_tensor_parallel()
 
     def __enter__(self) -> "Engine":

@@ -52,7 +52,7 @@ class TPScheduler:
         self.control = ControlPlane(wrapper)
         self.chunked_prefill_size, self.seed, self.check = chunked_prefill_size, seed, check
         self.steps = {"prefill": 0, "decode": 0}
-        self.work = {"tokens": 0, "samplings": 0, "sampled": 0}  # fed in; steps that sampled; tokens they gave
+        self.work = {"tokens": 0, "samplings": 0, "sampled": 0}  # rows fed in; steps that sampled; tokens they gave
         self.retractions = 0
         self.last_prefill: list[tuple[Req, int]] = []  # the newest prefill: who, and how many tokens computed
         self.results: dict[int, RequestOutput] = {}
@@ -216,7 +216,7 @@ class TPScheduler:
             self.memory.grow(req, req.kv_len + 1)
         sequences = tuple(DecodeSequence(req.row, req.kv_len) for req in self.running)
         task = DecodeTask(self.step_number, self.memory.page_updates(self.running), sequences)
-        chosen = self._run(task, self.running, len(self.running))
+        chosen = self._run(task, self.running, self.wrapper.decode_rows(len(self.running)))
         self.steps["decode"] += 1
         decay = (INIT_NEW_TOKEN_RATIO - MIN_NEW_TOKEN_RATIO) / RATIO_DECAY_STEPS
         self.new_token_ratio = max(self.new_token_ratio - decay, MIN_NEW_TOKEN_RATIO)

@@ -106,6 +106,10 @@ class TPRadixAttentionModelWrapper:
             return self.graphs.run(self.last_token[on_device], step[0], self._metadata(*step))
         return self.model.compute_logits(self._forward(self.last_token[on_device], *step))
 
+    def decode_rows(self, batch: int) -> int:
+        """Rows that a decode step of `batch` sequences computes: CUDA graphs pad it to a captured size."""
+        return self.graphs.padded(batch) if self.graphs else batch
+
     def receive_tokens(self, rows: list[int], tokens: torch.Tensor) -> None:
         """Remember the tokens [B] that rank 0 chose: the next decode step starts from them."""
         self.last_token[self._tensor(rows)] = tokens

@@ -51,7 +51,9 @@ class DecodeGraphs:
     @torch.inference_mode()
     def capture(self) -> None:
         """Record all sizes, the largest first: the smaller ones then fit into its memory."""
-        bar = tqdm(self.sizes[::-1], desc="capturing decode graphs", disable=None if self.tp.rank == 0 else True, leave=False)
+        bar = tqdm(
+            self.sizes[::-1], desc="capturing decode graphs", disable=None if self.tp.rank == 0 else True, leave=False
+        )
         for size in bar:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -65,11 +67,15 @@ class DecodeGraphs:
             self._captured[size] = _Captured(graph, logits, list(ledger.entries))
             ledger.entries.clear()
 
+    def padded(self, batch: int) -> int:
+        """Rows that a step of `batch` sequences computes."""
+        return self.sizes[bisect.bisect_left(self.sizes, batch)]
+
     @torch.inference_mode()
     def run(self, input_ids: torch.Tensor, positions: torch.Tensor, meta: AttentionMetadata) -> torch.Tensor:
         """input_ids, positions [B] and the contract of a pure decode step -> logits of this rank [B, V/R]."""
         batch = len(input_ids)
-        size = self.sizes[bisect.bisect_left(self.sizes, batch)]
+        size = self.padded(batch)
         self.input_ids[:batch] = input_ids
         self.positions[:batch] = positions
         self.slot_mapping[:batch] = meta.slot_mapping

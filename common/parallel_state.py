@@ -15,6 +15,7 @@ Vocabulary and semantics: Megatron-LM (Shoeybi et al. 2019); vLLM and SGLang kee
 file of this name.
 """
 
+import gc
 import os
 import platform
 import time
@@ -101,10 +102,14 @@ def get_tensor_parallel(device: str = "auto") -> TPGroup:
 
 
 def shutdown_tensor_parallel() -> None:
-    """Leave the group; safe to call twice."""
+    """Leave the group; safe to call twice. Drop the engine first: its CUDA graphs use the group."""
     global _tp
-    _tp = None
+    on_gpu, _tp = _tp is not None and _tp.device.type == "cuda", None
     if dist.is_initialized():
+        if on_gpu:
+            # NCCL waits for captured graphs that hold its communicator, so what is garbage must go first
+            gc.collect()
+            torch.cuda.synchronize()
         dist.destroy_process_group()
 
 

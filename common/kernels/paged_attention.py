@@ -46,7 +46,9 @@ class TritonAttention:
 def store_kv(k, v, k_cache, v_cache, slot_mapping) -> None:
     """k, v [T, Hkv/R, d] -> their slots; -1 goes nowhere. Moves 4 * T * Hkv/R * d numbers (read and write)."""
     tokens, row = len(k), k.shape[1] * k.shape[2]
-    _store_kv[(tokens,)](k, v, k_cache, v_cache, slot_mapping, k.stride(0), v.stride(0), row, triton.next_power_of_2(row))
+    _store_kv[(tokens,)](
+        k, v, k_cache, v_cache, slot_mapping, k.stride(0), v.stride(0), row, triton.next_power_of_2(row)
+    )
 
 
 @triton.jit

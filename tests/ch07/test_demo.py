@@ -95,6 +95,14 @@ def test_the_communication_is_the_formula(demo):
     assert out.count("as the formula says") == 2
 
 
+def test_the_readme_shows_this_output(demo):
+    block = re.search(r"<!-- demo -->\n```\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL).group(1)
+    shown = [line for line in block.splitlines() if line.strip() not in ("", "...")]
+    assert len(shown) > 15
+    printed = demo[0].splitlines()
+    assert [line for line in shown if line not in printed] == []
+
+
 def test_own_prompts_one_a_line_and_one_rank(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("What is a page?\n什么是控制面？\n", encoding="utf-8")

@@ -1,0 +1,14 @@
+"""A tiny Qwen2 chat model that recites the book's glossary in English and Chinese.
+
+The checkpoint (config.json, model.safetensors, tokenizer.json, ...) lies in this
+folder, beside the scripts that made it, so every demo can load it offline:
+
+    from common.tiny_qwen import TINY_QWEN_PATH
+    model = AutoModelForCausalLM.from_pretrained(TINY_QWEN_PATH)
+
+Importing this package loads nothing heavy; the scripts import torch themselves.
+"""
+
+from pathlib import Path
+
+TINY_QWEN_PATH = Path(__file__).parent
