@@ -20,7 +20,7 @@ from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.launch import run_main
 from common.parallel_state import TPGroup, initialize_tensor_parallel
 from common.sampler import SamplingParams
-from common.tiny_qwen.corpus import SYSTEM_PROMPT
+from common.tiny_qwen.phrasings import SYSTEM_PROMPT
 
 QUESTIONS = [  # (arrives before step, question)
     (0, "What is a radix cache?"),
