@@ -50,6 +50,8 @@ def main() -> None:
 
     tp = initialize_tensor_parallel(device="cpu" if args.force_cpu else "auto")
     wrapper = TPRadixAttentionModelWrapper(args.model_name, page_size=args.page_size, dtype=args.dtype, tp=tp)
+    if wrapper.tokenizer is None:
+        raise ValueError(f"{args.model_name} has no tokenizer files; the demo asks in words")
     scheduler = TPScheduler(wrapper)
     if tp.rank == 0:
         print_header(wrapper, tp)

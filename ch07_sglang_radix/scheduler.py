@@ -93,22 +93,33 @@ class TPScheduler:
         """Run until every request is done; returns {request id: output}, equal on all ranks.
 
         `arrivals(step)` is called on rank 0 before each step: it may add requests, and returns whether more
-        are to come.
+        are to come. A ValueError of its own (a request refused) ends the run, with that error on every rank.
         """
+        refused = None
         if self.tp.rank > 0:
             self.control.follow()
         else:
-            more = True
-            while more:
-                coming = arrivals is not None and arrivals(self.step_number)
-                more = self.step() or coming
+            refused = self._run_to_the_end(arrivals)
             self.control.send_task(StopTask(self.step_number))
         outputs = [vars(r) for r in self.results.values()]
-        report = {"next_id": self._num_requests, "steps": self.steps, "work": self.work, "outputs": outputs}
-        report = self.control.share_results(report)
+        report = {"refused": refused, "next_id": self._num_requests, "steps": self.steps, "work": self.work}
+        report = self.control.share_results(report | {"outputs": outputs})
         self._num_requests, self.steps, self.work = report["next_id"], report["steps"], report["work"]
+        if report["refused"]:
+            raise ValueError(report["refused"])
         self.results = {}
         return {r["request_id"]: RequestOutput(**r) for r in sorted(report["outputs"], key=lambda r: r["request_id"])}
+
+    def _run_to_the_end(self, arrivals: Callable[[int], bool] | None) -> str | None:
+        """Rank 0: step until nothing is left and nothing more comes; returns why `arrivals` gave up, if it did."""
+        more = True
+        while more:
+            try:
+                coming = arrivals is not None and arrivals(self.step_number)
+            except ValueError as error:  # the other ranks wait for a task: tell them instead of leaving
+                return str(error)
+            more = self.step() or coming
+        return None
 
     @property
     def step_number(self) -> int:

@@ -7,12 +7,20 @@ import pytest
 import torch
 import transformers
 
+from common.parallel_state import shutdown_tensor_parallel
 from tests.oracle import SMALL, save_random
 from tests.ranks import RankPool
 
 torch.set_num_threads(1)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def no_group_left_over():
+    """A test that picked a device for the process must not pick it for the next one."""
+    yield
+    shutdown_tensor_parallel()
 
 
 @pytest.fixture(scope="session")

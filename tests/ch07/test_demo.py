@@ -161,6 +161,7 @@ def set_config(**values):
             set_config(architectures=["GPT2LMHeadModel"]),
             "architecture GPT2LMHeadModel is not supported; supported: Qwen2",
         ),
+        (lambda folder: [p.unlink() for p in folder.glob("tokenizer*")], "has no tokenizer files"),
         (set_config(num_hidden_layers=5), r"missing: model\.layers\.4\."),
         (set_config(num_hidden_layers=3), r"unexpected: model\.layers\.3\."),
         (set_config(intermediate_size=100), r"of wrong shape: .*gate_proj.weight is \[\d+, 224\], not \[100, 224\]"),
@@ -202,10 +203,18 @@ def test_an_empty_line_among_the_prompts_is_named(tmp_path):
     assert f"line 2 of {path} is empty" in err
 
 
-def test_two_ranks_say_it_once():
-    code, _, err = torchrun("--temperature", -1)
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["--temperature", -1], "error: temperature=-1.0 must be"),
+        (["--max-new-tokens", 5000], "error: prompt 187 + max_new_tokens 5000"),  # found by rank 0 alone
+    ],
+)
+def test_two_ranks_say_it_once(args, line):
+    code, _, err = torchrun(*args)
     assert code != 0
-    assert err.count("error: temperature=-1.0") == 1
+    assert err.count(line) == 1
+    assert err.count("error: ") == 1
 
 
 def children(pid):
