@@ -8,7 +8,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-TIMEOUT_S = 120
+TIMEOUT_S = 400  # for a whole call; more ranks than cores are slow on a busy machine
 
 
 class RankPool:
