@@ -13,7 +13,7 @@ Module names are Hugging Face's, with q/k/v and gate/up merged (weights.py maps 
 import torch
 from torch import nn
 
-from common.layers import RMSNorm, RotaryEmbedding, SiluAndMul, apply_rotary
+from common.layers import RMSNorm, RotaryEmbedding, SiluAndMul, turn
 from common.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from common.model_config import ModelConfig
 from common.parallel_state import TPGroup
@@ -36,19 +36,16 @@ class SelfAttention(nn.Module):
             config.num_heads * d, config.hidden_size, tp, config.o_bias, f"{name}.o_proj",
             pieces=(heads.num_q * d, heads.q_pieces(d)),
         )  # fmt: skip
-        if config.qk_norm:
-            self.q_norm = RMSNorm(d, config.rms_norm_eps)
-            self.k_norm = RMSNorm(d, config.rms_norm_eps)
-        self.qk_norm = config.qk_norm
+        self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], attention) -> torch.Tensor:
         q, k, v = self.qkv_proj.split(self.qkv_proj(x))
         q = q.view(len(x), -1, self.head_dim)  # [T, Hq/R, d]
         k = k.view(len(x), -1, self.head_dim)  # [T, Hkv/R, d]
         v = v.view(len(x), -1, self.head_dim)  # [T, Hkv/R, d]
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        o = attention(self.layer, apply_rotary(q, rotary), apply_rotary(k, rotary), v)  # [T, Hq/R, d]
+        q, k = turn(q, k, rotary, self.q_norm, self.k_norm)
+        o = attention(self.layer, q, k, v)  # [T, Hq/R, d]
         return self.o_proj(o.reshape(len(x), -1))  # all-reduce inside
 
 

@@ -66,6 +66,8 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """positions [T] -> cos, sin [T, 1, d]: each angle serves feature i and feature i + d/2."""
+        if fused and positions.is_cuda:
+            return fused.angles(positions, self.cos, self.sin, dtype)
         cos, sin = self.cos[positions].to(dtype), self.sin[positions].to(dtype)  # [T, d/2]
         return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
 
@@ -73,9 +75,17 @@ class RotaryEmbedding(nn.Module):
 def apply_rotary(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """x [T, H, d] -> x turned by its position's angles; (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
     cos, sin = rotary
-    if fused and x.is_cuda:
-        return fused.rotary(x, cos, sin)
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+
+
+def turn(q, k, rotary, q_norm: RMSNorm | None = None, k_norm: RMSNorm | None = None):
+    """q [T, Hq/R, d], k [T, Hkv/R, d] -> both with their positions in them; Qwen3 norms each head first."""
+    if fused and q.is_cuda:
+        norms = (q_norm.weight, k_norm.weight, q_norm.eps) if q_norm else ()
+        return fused.turn(q, k, *rotary, *norms)
+    if q_norm:
+        q, k = q_norm(q), k_norm(k)
+    return apply_rotary(q, rotary), apply_rotary(k, rotary)
 
 
 def inverse_frequencies(config: ModelConfig) -> torch.Tensor:

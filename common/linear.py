@@ -25,6 +25,11 @@ from torch import nn
 from common.heads import HeadLayout, Piece, split_evenly
 from common.parallel_state import TPGroup, all_reduce
 
+try:  # a CPU build of torch comes without Triton
+    from common.kernels import linear as fused
+except ImportError:
+    fused = None
+
 
 def load_pieces(param: torch.Tensor, source, dim: int, pieces: Sequence[Piece]) -> None:
     """Copy `pieces` of a checkpoint tensor into `param` along `dim`; each byte is read once.
@@ -54,6 +59,13 @@ def zero_matrix(rows: int, columns: int) -> torch.Tensor:
     if torch.get_default_dtype() == torch.float32 and torch.get_default_device().type == "cpu":
         return torch.zeros(columns, rows).t()
     return torch.zeros(rows, columns)
+
+
+def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, in], weight [out, in] -> x W^T (+ bias) [T, out]; a few rows on a GPU have their own kernel."""
+    if fused and x.is_cuda and len(x) <= fused.MAX_ROWS:
+        return fused.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 class LinearBase(nn.Module):
@@ -90,7 +102,7 @@ class ReplicatedLinear(LinearBase):
         self.bias.copy_(source.read(0, 0, source.shape[0]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return multiply(x, self.weight, self.bias)
 
 
 class ColumnParallelLinear(LinearBase):
@@ -117,7 +129,7 @@ class ColumnParallelLinear(LinearBase):
         load_pieces(self.bias, source, 0, self.pieces[shard_id])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)  # [T, out/R]
+        return multiply(x, self.weight, self.bias)  # [T, out/R]
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
@@ -188,7 +200,7 @@ class RowParallelLinear(LinearBase):
         self.bias.copy_(source.read(0, 0, source.shape[0]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.linear(x, self.weight)  # [T, out], a partial sum
+        y = multiply(x, self.weight)  # [T, out], a partial sum
         if self.reduce_results:
             y = all_reduce(y, self.tp, self.name)  # COMM all-reduce [T, D]: partial sums -> full sum
         once = self.reduce_results or self.tp.rank == 0

@@ -5,11 +5,20 @@ request draws with its own seed, and the n-th token of a request always gets the
 seed, so that neither the batch it runs in nor a retraction changes its text.
 """
 
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+
+from common.transfer import upload
+
+try:  # a CPU build of torch comes without Triton
+    from common.kernels import sampling as fused
+except ImportError:
+    fused = None
 
 UNLIMITED_TOP_K = -1
 _MASK64 = (1 << 64) - 1
@@ -72,74 +81,113 @@ class SamplingRow:
     seed: int
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]  # put out so far
+    ahead: int = 0  # tokens drawn already that are not in output_ids yet: the step before is still running
+
+    @property
+    def drawn(self) -> int:
+        """How many tokens this request has drawn: the number of its next random number."""
+        return len(self.output_ids) + self.ahead
 
 
-def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """logits [B, V] -> (tokens [B] int64, log-probabilities [B] or None if no row asks for them)."""
-    logits = logits.float()
-    choice = _penalize(logits, rows) if any(row.params.penalized for row in rows) else logits
-    tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
-    for how in (_best, _draw, _draw_sorted):
-        members = [i for i, row in enumerate(rows) if _how(row.params) is how]
-        if len(members) == len(rows):  # all alike, as nearly always: no copy of the logits
-            tokens = how(choice, rows)
-        elif members:
-            tokens[members] = how(choice[members], [rows[i] for i in members])
-    if not any(row.params.logprobs for row in rows):
+class SamplingBatch:
+    """A step's rows as arrays, one number a row, so that nobody walks over them again while the batch stays the same.
+
+    `advance()` moves every row on to its next token. Penalties read the rows' `output_ids`, which must then
+    hold every token before the one that is drawn.
+    """
+
+    def __init__(self, rows: Sequence[SamplingRow]):
+        self.rows = rows
+        params = [row.params for row in rows]
+        self.all_greedy = all(p.greedy for p in params)
+        self.truncated = any(p.truncated and not p.greedy for p in params)
+        self.penalized = any(p.penalized for p in params)
+        self.logprobs = any(p.logprobs for p in params)
+        self.seeds = np.array([row.seed & _MASK64 for row in rows], dtype=np.uint64)
+        self.counts = np.array([row.drawn for row in rows], dtype=np.uint64)
+        self._params = params
+        self._columns: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def advance(self) -> None:
+        self.counts += np.uint64(1)
+
+    def uniforms(self) -> np.ndarray:
+        """Each row's next random number in [0, 1): [B] float32."""
+        return uniform(self.seeds, self.counts).astype(np.float32)
+
+    def columns(self, device: torch.device) -> torch.Tensor:
+        """[4, B] float32: temperature (0: greedy), top_k (0: no limit), top_p, log(min_p)."""
+        if self._columns is None:
+            table = [
+                (0.0, 0, 1.0, -math.inf) if p.greedy
+                else (p.temperature, max(p.top_k, 0), p.top_p, math.log(p.min_p) if p.min_p else -math.inf)
+                for p in self._params
+            ]  # fmt: skip
+            self._columns = upload(np.array(table, dtype=np.float32).T, device)
+        return self._columns
+
+
+def sample(
+    logits: torch.Tensor, rows: Sequence[SamplingRow] | SamplingBatch
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """logits [B, V] -> (tokens [B] int64, log-probabilities [B] or None if no row asks for them).
+
+    The way a row is drawn depends on its own parameters, never on who else is in the batch. Nothing here
+    waits for a GPU.
+    """
+    batch = rows if isinstance(rows, SamplingBatch) else SamplingBatch(rows)
+    choice = _penalize(logits.float(), batch.rows) if batch.penalized else logits
+    if fused and logits.is_cuda:
+        tokens = fused.sample(choice, batch)
+    else:
+        tokens = _sample(choice.float(), batch)
+    if not batch.logprobs:
         return tokens, None
-    return tokens, logits.log_softmax(dim=-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
+    return tokens, logits.float().log_softmax(dim=-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
 
 
-def _how(params: SamplingParams) -> Callable:
-    """By what is asked for, never by who else is in the batch: the same row always takes the same way."""
-    if params.greedy:
-        return _best
-    return _draw_sorted if params.truncated else _draw
+def _sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """logits [B, V] float32 -> tokens [B]: argmax for greedy rows, inverse-CDF sampling for the others."""
+    if batch.all_greedy:
+        return _best(logits)
+    temperature, top_k, top_p, log_min_p = batch.columns(logits.device).unsqueeze(-1)  # [B, 1] each
+    greedy = temperature == 0
+    scaled = logits / temperature.masked_fill(greedy, 1)
+    scaled -= scaled.amax(dim=-1, keepdim=True)
+    if batch.truncated:
+        scaled.masked_fill_(~_kept(scaled, top_k, top_p, log_min_p), -torch.inf)
+    # float64: a running float32 sum over 150,000 tokens would swallow the rare ones
+    cdf = scaled.exp().cumsum(dim=-1, dtype=torch.float64)
+    u = torch.from_numpy(batch.uniforms()).to(cdf)
+    drawn = torch.searchsorted(cdf, u.unsqueeze(1) * cdf[:, -1:], right=True)
+    return torch.where(greedy, _best(logits).unsqueeze(1), drawn).squeeze(1)
 
 
-def _best(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+def _best(logits: torch.Tensor) -> torch.Tensor:
     """argmax over the vocabulary, [B, V] -> [B]. On a CPU NumPy's is vectorised and ten times as fast."""
     if logits.device.type == "cpu":
         return torch.from_numpy(logits.numpy().argmax(axis=-1))
     return logits.argmax(dim=-1)
 
 
-def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    """Inverse-CDF sampling over the whole vocabulary, in its own order: nothing has to be sorted. [B, V] -> [B]."""
-    temperature = _column([row.params.temperature for row in rows], logits)
-    # float64: a running float32 sum over 150,000 tokens would swallow the rare ones
-    cdf = (logits / temperature).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    return torch.searchsorted(cdf, _uniforms(rows, cdf) * cdf[:, -1:], right=True).squeeze(1)
+def _kept(scaled, top_k, top_p, log_min_p) -> torch.Tensor:
+    """Which tokens top-k, then top-p, then min-p leave: [B, V] bool. Of equal tokens the lower ids go first.
 
-
-def _draw_sorted(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    """The same over the best tokens only: what top-k, top-p and min-p leave. [B, V] -> [B]."""
-    params = [row.params for row in rows]
-    temperature = _column([p.temperature for p in params], logits)
-    top_k = _column([logits.shape[1] if p.top_k < 0 else p.top_k for p in params], logits)
-    logits, order = (logits / temperature).sort(dim=-1, descending=True, stable=True)
-    probs = logits.softmax(dim=-1)
-    before = probs.cumsum(dim=-1) - probs  # mass of all better tokens
-    keep = torch.arange(probs.shape[1], device=logits.device) < top_k
-    kept_mass = (probs * keep).sum(dim=-1, keepdim=True)
-    keep &= before < _column([p.top_p for p in params], logits) * kept_mass  # the token that crosses p stays
-    keep &= probs >= _column([p.min_p for p in params], logits) * probs[:, :1]
+    scaled [B, V] is the logits over the temperature, its maximum 0; the others are [B, 1].
+    """
+    best_first, order = scaled.sort(dim=-1, descending=True, stable=True)
+    weights = best_first.exp()
+    rank = torch.arange(weights.shape[1], device=weights.device)
+    keep = (rank < top_k) | (top_k == 0)
+    weights = weights * keep
+    total = weights.cumsum(dim=-1, dtype=torch.float64)
+    keep &= total - weights < top_p * total[:, -1:]  # mass of all better tokens: the one that crosses p stays
+    keep &= best_first >= log_min_p
     keep[:, 0] = True
-    cdf = (probs * keep).cumsum(dim=-1)
-    # the last kept token ends the CDF at its total; u < 1 keeps the draw in front of it
-    drawn = torch.searchsorted(cdf, _uniforms(rows, cdf) * cdf[:, -1:], right=True)
-    drawn = torch.minimum(drawn, keep.sum(dim=-1, keepdim=True) - 1)
-    return order.gather(1, drawn).squeeze(1)
-
-
-def _column(values: list, like: torch.Tensor) -> torch.Tensor:
-    """One number a row, [B, 1]."""
-    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
-
-
-def _uniforms(rows: Sequence[SamplingRow], like: torch.Tensor) -> torch.Tensor:
-    """Each row's next random number in [0, 1), [B, 1]."""
-    return _column([uniform(row.seed, len(row.output_ids)) for row in rows], like)
+    return torch.zeros_like(keep).scatter_(1, order, keep)
 
 
 def _penalize(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
@@ -159,9 +207,17 @@ def _penalize(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor
     return logits
 
 
-def uniform(seed: int, n: int) -> float:
-    """The n-th number in [0, 1) of a seed: a counter through splitmix64, so there is no state to keep or lose."""
-    x = (seed * 0x9E3779B97F4A7C15 + (n + 1) * 0xD1342543DE82EF95) & _MASK64
+def uniform(seed, n):
+    """The n-th number in [0, 1) of a seed: a counter through splitmix64, so there is no state to keep or lose.
+
+    Takes integers, or uint64 arrays of equal length.
+    """
+    x = (seed * _as(seed, 0x9E3779B97F4A7C15) + (n + _as(n, 1)) * _as(n, 0xD1342543DE82EF95)) & _as(seed, _MASK64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = ((x ^ (x >> shift)) * factor) & _MASK64
-    return ((x ^ (x >> 31)) >> 40) / (1 << 24)  # 24 bits: every value is exact in float32
+        x = ((x ^ (x >> _as(x, shift))) * _as(x, factor)) & _as(x, _MASK64)
+    return ((x ^ (x >> _as(x, 31))) >> _as(x, 40)) / (1 << 24)  # 24 bits: every value is exact in float32
+
+
+def _as(like, number: int):
+    """`number` in the arithmetic of `like`: a uint64 array wraps around by itself, an int is cut by the mask."""
+    return np.uint64(number) if isinstance(like, np.ndarray) else number

@@ -8,6 +8,11 @@ from common.heads import split_evenly
 from common.linear import ColumnParallelLinear, load_pieces, loadable, zero_matrix
 from common.parallel_state import TPGroup, all_reduce, gather
 
+try:  # a CPU build of torch comes without Triton
+    from common.kernels import fused
+except ImportError:
+    fused = None
+
 
 class VocabParallelEmbedding(nn.Module):
     """input_ids [T] -> hidden [T, D], equal on every rank; one all-reduce.
@@ -29,8 +34,11 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         if self.tp.size == 1:
             return F.embedding(input_ids, self.weight)
-        mine = (input_ids >= self.first) & (input_ids <= self.last)  # [T]
-        x = F.embedding((input_ids - self.first) * mine, self.weight) * mine.unsqueeze(-1)  # [T, D]
+        if fused and input_ids.is_cuda:
+            x = fused.embed(input_ids, self.weight, self.first)
+        else:
+            mine = (input_ids >= self.first) & (input_ids <= self.last)  # [T]
+            x = F.embedding((input_ids - self.first) * mine, self.weight) * mine.unsqueeze(-1)  # [T, D]
         x = all_reduce(x, self.tp, self.name)  # COMM all-reduce [T, D]: one rank's row + zeros -> the row
         return x
 

@@ -1,26 +1,26 @@
 """The attention contract of common/paged_attention.py as Triton kernels.
 
-    store_kv          one program a token: k, v of the step to their slots
-    decode_split      one program a (sequence, KV head, part of the context): partial softmax
-    decode_merge      one program a (sequence, query head): the parts into one, by log-sum-exp
-    extend            one program a (block of new tokens, query head): causal, behind any cached prefix
+    store_kv   one program a token: k, v of the step to their slots                        (prefill)
+    extend     one program a (block of new tokens, query head): causal, behind any cached prefix
+    decode     one program a (sequence, KV head, part of the context): stores the new token, attends with a
+               partial softmax; the last of a sequence's programs to end merges the parts by log-sum-exp
 
 No kernel waits for the CPU and no launch depends on a number that is only on the GPU. A decode step reads K
-and V of each context once, 2 * S * Hkv/R * d numbers a sequence, whatever the number of query heads: the g
-heads of a group share the load. FlashAttention-2 (Dao 2023), split-KV decoding (Dao et al. 2023).
+and V of each context once, 2 S Hkv/R d numbers a sequence, whatever the number of query heads: the g heads of
+a group share the load. FlashAttention-2 (Dao 2023), split-KV decoding (Dao et al. 2023).
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from common.kernels.launch import launch, let_next_start, num_processors, wait_for_previous
 from common.kv_cache import PagedKVCache
 from common.paged_attention import AttentionMetadata
 
-BLOCK_N = 64  # context tokens a program looks at in one go
-BLOCK_M = 64  # new tokens of a prefill that share one load of them
-MAX_SPLITS = 32
-PROGRAMS_PER_SM = 4  # enough in flight to keep the memory busy
+MAX_SPLITS = 32  # parts of one context at most
+PROGRAMS_PER_PROCESSOR = 16  # of a decode step: a part is short enough that the longest context does not lag behind
+LOG2_E = 1.4426950408889634
 
 
 class TritonAttention:
@@ -31,28 +31,32 @@ class TritonAttention:
             raise ValueError(f"page_size={meta.page_size} of the step is not the cache's page_size={cache.page_size}")
         self.cache, self.meta = cache, meta
         self.max_query_len = meta.max_query_len or int(meta.query_start.diff().max())
-        batch, kv_heads = len(meta.context_lens), cache.k.shape[3]
-        processors = torch.cuda.get_device_properties(cache.k.device).multi_processor_count
-        self.splits = max(1, min(MAX_SPLITS, PROGRAMS_PER_SM * processors // (batch * kv_heads)))
+        self.workspace = None
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]  # [N, P, Hkv/R, d]
-        store_kv(k, v, k_cache, v_cache, self.meta.slot_mapping)
         if self.max_query_len == 1:
-            return decode(q, k_cache, v_cache, self.meta, self.splits)
+            self.workspace = self.workspace or DecodeWorkspace(q, k_cache)
+            return decode(q, k, v, k_cache, v_cache, self.meta, self.workspace)
+        store_kv(k, v, k_cache, v_cache, self.meta.slot_mapping)
         return extend(q, k_cache, v_cache, self.meta, self.max_query_len)
 
 
 def store_kv(k, v, k_cache, v_cache, slot_mapping) -> None:
-    """k, v [T, Hkv/R, d] -> their slots; -1 goes nowhere. Moves 4 * T * Hkv/R * d numbers (read and write)."""
+    """k, v [T, Hkv/R, d] -> their slots; -1 goes nowhere. Moves 4 T Hkv/R d numbers (read and write)."""
     tokens, row = len(k), k.shape[1] * k.shape[2]
-    _store_kv[(tokens,)](
-        k, v, k_cache, v_cache, slot_mapping, k.stride(0), v.stride(0), row, triton.next_power_of_2(row)
-    )
+    launch(
+        _store_kv, (tokens,), k, v, k_cache, v_cache, slot_mapping, k.stride(0), v.stride(0), ROW=row,
+        BLOCK=triton.next_power_of_2(row),
+    )  # fmt: skip
 
 
 @triton.jit
-def _store_kv(k, v, k_cache, v_cache, slots, k_stride, v_stride, ROW: tl.constexpr, BLOCK: tl.constexpr):
+def _store_kv(
+    k, v, k_cache, v_cache, slots, k_stride, v_stride, ROW: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    let_next_start(PDL)
+    wait_for_previous(PDL)
     t = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + t)
     if slot >= 0:
@@ -61,20 +65,35 @@ def _store_kv(k, v, k_cache, v_cache, slots, k_stride, v_stride, ROW: tl.constex
         tl.store(v_cache + slot * ROW + i, tl.load(v + t * v_stride + i, mask=i < ROW), mask=i < ROW)
 
 
-def decode(q, k_cache, v_cache, meta: AttentionMetadata, splits: int) -> torch.Tensor:
-    """q [B, Hq/R, d], one new token a sequence -> o [B, Hq/R, d]."""
+class DecodeWorkspace:
+    """Room for the parts of one decode step; all layers use it in turn.
+
+    part [B, Hkv/R, splits, g, d] and lse [B, Hkv/R, splits, g] float32, arrived [B, Hkv/R]: how many parts are
+    there, zero between two layers.
+    """
+
+    def __init__(self, q: torch.Tensor, k_cache: torch.Tensor):
+        (batch, heads, d), kv_heads = q.shape, k_cache.shape[2]
+        programs = PROGRAMS_PER_PROCESSOR * num_processors(q.device)
+        self.splits = max(1, min(MAX_SPLITS, programs // (batch * kv_heads)))
+        self.least = 64 if batch * kv_heads < num_processors(q.device) else 256  # tokens that are worth a part
+        self.part = torch.empty(batch, heads, self.splits, d, dtype=torch.float32, device=q.device)
+        self.lse = torch.empty(batch, heads, self.splits, dtype=torch.float32, device=q.device)
+        self.arrived = torch.zeros(batch, kv_heads, dtype=torch.int32, device=q.device)
+
+
+def decode(q, k, v, k_cache, v_cache, meta: AttentionMetadata, space: DecodeWorkspace, block_n=64, warps=4, stages=3):
+    """q [B, Hq/R, d], k, v [B, Hkv/R, d] of one new token a sequence -> o [B, Hq/R, d]; stores k and v."""
     (batch, heads, d), kv_heads = q.shape, k_cache.shape[2]
     group = heads // kv_heads
-    q, o = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
-    part = torch.empty(batch, heads, splits, d, dtype=torch.float32, device=q.device)
-    lse = torch.empty(batch, heads, splits, dtype=torch.float32, device=q.device)
-    block_d = max(16, triton.next_power_of_2(d))
-    _decode_split[(batch, kv_heads, splits)](
-        q, k_cache, v_cache, part, lse, meta.page_table, meta.context_lens, meta.page_table.stride(0), d**-0.5,
-        P=meta.page_size, HKV=kv_heads, G=group, GP=max(16, triton.next_power_of_2(group)), D=d, BD=block_d,
-        SPLITS=splits, BN=BLOCK_N, F32=q.dtype == torch.float32,
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    launch(
+        _decode, (space.splits, kv_heads, batch), q, k, v, k_cache, v_cache, o, space.part, space.lse, space.arrived,
+        meta.slot_mapping, meta.page_table, meta.context_lens, meta.page_table.stride(0), q.stride(0), k.stride(0),
+        v.stride(0), d**-0.5 * LOG2_E, P=meta.page_size, HKV=kv_heads, G=group, GP=max(16, triton.next_power_of_2(group)),
+        D=d, BD=max(16, triton.next_power_of_2(d)), SPLITS=space.splits, SP=triton.next_power_of_2(space.splits),
+        LEAST=space.least, BN=block_n, F32=q.dtype == torch.float32, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    _decode_merge[(batch * heads,)](part, lse, o, D=d, BD=block_d, SPLITS=splits, BS=triton.next_power_of_2(splits))
     return o
 
 
@@ -86,102 +105,147 @@ def _slots(page_table_row, n, length, P: tl.constexpr):
 
 
 @triton.jit
-def _decode_split(
-    q, k_cache, v_cache, part, lse, page_table, context_lens, table_stride, scale,
-    P: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    SPLITS: tl.constexpr, BN: tl.constexpr, F32: tl.constexpr,
+def _decode(
+    q, k, v, k_cache, v_cache, o, part, lse, arrived, slots, page_table, context_lens, table_stride, q_stride, k_stride,
+    v_stride, scale, P: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr, SPLITS: tl.constexpr, SP: tl.constexpr, LEAST: tl.constexpr, BN: tl.constexpr,
+    F32: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    b, h, s = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    length = tl.load(context_lens + b).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(length, SPLITS), BN) * BN  # tokens a split, in whole blocks
-    start, stop = s * share, tl.minimum((s + 1) * share, length)
-    g, i = tl.arange(0, GP), tl.arange(0, BD)
-    rows = (b * HKV + h) * G + g  # rows of q [B * Hq/R]
-    live = (g[:, None] < G) & (i[None, :] < D)
-    qs = tl.load(q + rows[:, None] * D + i[None, :], mask=live, other=0.0)  # [GP, BD]
-    m = tl.full([GP], -float("inf"), tl.float32)
-    total = tl.zeros([GP], tl.float32)
-    acc = tl.zeros([GP, BD], tl.float32)
-    for first in range(start, stop, BN):
-        n = first + tl.arange(0, BN)
-        at = (_slots(page_table + b * table_stride, n, stop, P) * HKV + h) * D  # [BN]
-        seen = (n < stop)[:, None] & (i[None, :] < D)
-        k = tl.load(k_cache + at[:, None] + i[None, :], mask=seen, other=0.0)  # [BN, BD]
-        scores = tl.dot(qs, tl.trans(k), input_precision="ieee" if F32 else "tf32") * scale  # [GP, BN]
-        scores = tl.where((n < stop)[None, :], scores, -float("inf"))
-        m_new = tl.maximum(m, tl.max(scores, 1))
-        p = tl.exp(scores - m_new[:, None])
-        old = tl.exp(m - m_new)
-        v = tl.load(v_cache + at[:, None] + i[None, :], mask=seen, other=0.0)
-        acc = acc * old[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee" if F32 else "tf32")
-        total = total * old + tl.sum(p, 1)
-        m = m_new
-    out = rows * SPLITS + s
-    tl.store(part + out[:, None] * D + i[None, :], acc / tl.maximum(total, 1e-30)[:, None], mask=live)
-    tl.store(lse + out, m + tl.log(total), mask=g < G)  # -inf for a split that has nothing to see
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    s, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    cached = tl.load(context_lens + b).to(tl.int32) - 1
+    share = tl.maximum(tl.cdiv(tl.cdiv(cached, SPLITS), BN) * BN, LEAST)  # tokens a part, in whole blocks
+    parts = tl.maximum(tl.cdiv(cached, share), 1)
+    if s < parts:
+        start, stop = s * share, tl.minimum((s + 1) * share, cached)
+        g, i = tl.arange(0, GP), tl.arange(0, BD)
+        live = (g[:, None] < G) & (i[None, :] < D)
+        row = h * G + g  # query heads of this group
+        qs = tl.load(q + b * q_stride + row[:, None] * D + i[None, :], mask=live, other=0.0)  # [GP, BD]
+        m = tl.full([GP], -float("inf"), tl.float32)
+        total = tl.zeros([GP], tl.float32)
+        acc = tl.zeros([GP, BD], tl.float32)
+        for first in range(start, stop, BN):
+            n = first + tl.arange(0, BN)
+            at = (_slots(page_table + b * table_stride, n, stop, P) * HKV + h) * D  # [BN]
+            seen = (n < stop)[:, None] & (i[None, :] < D)
+            ks = tl.load(k_cache + at[:, None] + i[None, :], mask=seen, other=0.0)  # [BN, BD]
+            vs = tl.load(v_cache + at[:, None] + i[None, :], mask=seen, other=0.0)
+            scores = tl.dot(qs, tl.trans(ks), input_precision="ieee" if F32 else "tf32") * scale  # [GP, BN]
+            scores = tl.where((n < stop)[None, :], scores, -float("inf"))
+            m_new = tl.maximum(m, tl.max(scores, 1))
+            p = tl.exp2(scores - m_new[:, None])
+            old = tl.exp2(m - m_new)
+            acc = acc * old[:, None] + tl.dot(p.to(vs.dtype), vs, input_precision="ieee" if F32 else "tf32")
+            total = total * old + tl.sum(p, 1)
+            m = m_new
+        if s == parts - 1:  # the new token is in no page yet: attend to it here, and store it
+            new_k = tl.load(k + b * k_stride + h * D + i, mask=i < D, other=0.0)
+            new_v = tl.load(v + b * v_stride + h * D + i, mask=i < D, other=0.0)
+            score = tl.sum(qs.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale  # [GP]
+            m_new = tl.maximum(m, score)
+            p, old = tl.exp2(score - m_new), tl.exp2(m - m_new)
+            acc = acc * old[:, None] + p[:, None] * new_v.to(tl.float32)[None, :]
+            total = total * old + p
+            m = m_new
+            slot = tl.load(slots + b)
+            if slot >= 0:
+                tl.store(k_cache + (slot * HKV + h) * D + i, new_k, mask=i < D)
+                tl.store(v_cache + (slot * HKV + h) * D + i, new_v, mask=i < D)
+        out = o + (b * HKV * G + row[:, None]) * D + i[None, :]
+        if parts == 1:
+            tl.store(out, (acc / total[:, None]).to(o.dtype.element_ty), mask=live)
+        else:
+            heads = (b * HKV + h) * G
+            tl.store(part + ((heads + g[:, None]) * SPLITS + s) * D + i[None, :], acc / total[:, None], mask=live)
+            tl.store(lse + (heads + g) * SPLITS + s, m + tl.log2(total), mask=g < G)
+            tl.debug_barrier()  # all threads have stored before one says so
+            count = tl.atomic_add(arrived + b * HKV + h, 1, sem="acq_rel")
+            if count == parts - 1:  # all parts are there
+                tl.store(arrived + b * HKV + h, 0)
+                c = tl.arange(0, SP)
+                for j in tl.static_range(G):
+                    at = (heads + j) * SPLITS + c
+                    sums = tl.load(lse + at, mask=c < parts, other=-float("inf"), cache_modifier=".cg")
+                    weight = tl.exp2(sums - tl.max(sums, 0))
+                    weight = weight / tl.sum(weight, 0)
+                    seen = (c < parts)[:, None] & (i[None, :] < D)
+                    values = tl.load(part + at[:, None] * D + i[None, :], mask=seen, other=0.0, cache_modifier=".cg")
+                    merged = tl.sum(values * weight[:, None], 0)
+                    tl.store(o + (heads + j) * D + i, merged.to(o.dtype.element_ty), mask=i < D)
 
 
-@triton.jit
-def _decode_merge(part, lse, o, D: tl.constexpr, BD: tl.constexpr, SPLITS: tl.constexpr, BS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    s, i = tl.arange(0, BS), tl.arange(0, BD)
-    sums = tl.load(lse + row * SPLITS + s, mask=s < SPLITS, other=-float("inf"))
-    weight = tl.exp(sums - tl.max(sums, 0))
-    weight = weight / tl.sum(weight, 0)
-    live = (s[:, None] < SPLITS) & (i[None, :] < D)
-    parts = tl.load(part + (row * SPLITS + s)[:, None] * D + i[None, :], mask=live, other=0.0)  # [BS, BD]
-    tl.store(o + row * D + i, tl.sum(parts * weight[:, None], 0).to(o.dtype.element_ty), mask=i < D)
-
-
-def extend(q, k_cache, v_cache, meta: AttentionMetadata, max_query_len: int) -> torch.Tensor:
+def extend(
+    q, k_cache, v_cache, meta: AttentionMetadata, max_query_len: int, block_m=64, block_n=64, warps=4, stages=2
+) -> torch.Tensor:
     """q [T, Hq/R, d], several new tokens a sequence behind cached ones -> o [T, Hq/R, d].
 
-    Reads K and V of a context once for every BLOCK_M new tokens and query head.
+    Reads K and V of a context once for every block of new tokens and query head.
     """
     (_, heads, d), kv_heads = q.shape, k_cache.shape[2]
-    q, o = q.contiguous(), torch.zeros_like(q, memory_format=torch.contiguous_format)
-    grid = (triton.cdiv(max_query_len, BLOCK_M), heads, len(meta.context_lens))
-    _extend[grid](
-        q, k_cache, v_cache, o, meta.page_table, meta.query_start, meta.context_lens, meta.page_table.stride(0),
-        d**-0.5, P=meta.page_size, H=heads, HKV=kv_heads, D=d, BD=max(16, triton.next_power_of_2(d)), BM=BLOCK_M,
-        BN=32 if q.dtype == torch.float32 else BLOCK_N, F32=q.dtype == torch.float32,
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    grid = (triton.cdiv(max_query_len, block_m), heads, len(meta.context_lens))
+    launch(
+        _extend, grid, q, k_cache, v_cache, o, meta.page_table, meta.query_start, meta.context_lens,
+        meta.page_table.stride(0), q.stride(0), d**-0.5 * LOG2_E, P=meta.page_size, H=heads, HKV=kv_heads, D=d,
+        BD=max(16, triton.next_power_of_2(d)), BM=block_m, BN=32 if q.dtype == torch.float32 else block_n,
+        F32=q.dtype == torch.float32, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return o
 
 
 @triton.jit
 def _extend(
-    q, k_cache, v_cache, o, page_table, query_start, context_lens, table_stride, scale,
+    q, k_cache, v_cache, o, page_table, query_start, context_lens, table_stride, q_stride, scale,
     P: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, F32: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, F32: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    block, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    block, h, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     q_first, q_last = tl.load(query_start + b), tl.load(query_start + b + 1)
     new = (q_last - q_first).to(tl.int32)
-    if block * BM >= new:
-        return
-    length = tl.load(context_lens + b).to(tl.int32)
-    m_i, i = block * BM + tl.arange(0, BM), tl.arange(0, BD)
-    position = length - new + m_i  # of each new token
-    rows = (q_first + m_i) * H + h
-    live = (m_i < new)[:, None] & (i[None, :] < D)
-    qs = tl.load(q + rows[:, None] * D + i[None, :], mask=live, other=0.0)  # [BM, BD]
-    m = tl.full([BM], -float("inf"), tl.float32)
-    total = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, BD], tl.float32)
-    stop = tl.minimum(length - new + (block + 1) * BM, length)  # nobody in this block sees further
-    for first in range(0, stop, BN):
-        n = first + tl.arange(0, BN)
-        at = (_slots(page_table + b * table_stride, n, stop, P) * HKV + h // (H // HKV)) * D
-        seen = (n < stop)[:, None] & (i[None, :] < D)
-        k = tl.load(k_cache + at[:, None] + i[None, :], mask=seen, other=0.0)  # [BN, BD]
-        scores = tl.dot(qs, tl.trans(k), input_precision="ieee" if F32 else "tf32") * scale  # [BM, BN]
+    if block * BM < new:  # the longest rows of a sequence come first
+        length = tl.load(context_lens + b).to(tl.int32)
+        m_i, i = block * BM + tl.arange(0, BM), tl.arange(0, BD)
+        position = length - new + m_i  # of each new token
+        live = (m_i < new)[:, None] & (i[None, :] < D)
+        qs = tl.load(q + (q_first + m_i)[:, None] * q_stride + h * D + i[None, :], mask=live, other=0.0)  # [BM, BD]
+        m = tl.full([BM], -float("inf"), tl.float32)
+        total = tl.zeros([BM], tl.float32)
+        acc = tl.zeros([BM, BD], tl.float32)
+        table, kv = page_table + b * table_stride, h // (H // HKV)
+        seen_by_all = (length - new + block * BM + 1) // BN * BN  # whole blocks that need no mask
+        stop = tl.minimum(length - new + (block + 1) * BM, length)  # nobody in this block sees further
+        for first in range(0, seen_by_all, BN):
+            m, total, acc = _attend(
+                qs, m, total, acc, k_cache, v_cache, table, first, stop, position, kv, scale, i, P, HKV, D, BN, F32, False
+            )
+        for first in range(seen_by_all, stop, BN):
+            m, total, acc = _attend(
+                qs, m, total, acc, k_cache, v_cache, table, first, stop, position, kv, scale, i, P, HKV, D, BN, F32, True
+            )
+        rows = (q_first + m_i) * H + h
+        tl.store(o + rows[:, None] * D + i[None, :], (acc / total[:, None]).to(o.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _attend(
+    qs, m, total, acc, k_cache, v_cache, table, first, stop, position, kv, scale, i, P: tl.constexpr, HKV: tl.constexpr,
+    D: tl.constexpr, BN: tl.constexpr, F32: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One block of the context for one block of queries: the running maximum, sum and output."""
+    n = first + tl.arange(0, BN)
+    at = (_slots(table, n, stop, P) * HKV + kv) * D
+    seen = (n < stop)[:, None] & (i[None, :] < D)
+    ks = tl.load(k_cache + at[:, None] + i[None, :], mask=seen, other=0.0)  # [BN, BD]
+    vs = tl.load(v_cache + at[:, None] + i[None, :], mask=seen, other=0.0)
+    scores = tl.dot(qs, tl.trans(ks), input_precision="ieee" if F32 else "tf32") * scale  # [BM, BN]
+    if MASKED:
         scores = tl.where(n[None, :] <= position[:, None], scores, -float("inf"))
-        m_new = tl.maximum(m, tl.max(scores, 1))
-        p = tl.exp(scores - m_new[:, None])
-        old = tl.exp(m - m_new)
-        v = tl.load(v_cache + at[:, None] + i[None, :], mask=seen, other=0.0)
-        acc = acc * old[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee" if F32 else "tf32")
-        total = total * old + tl.sum(p, 1)
-        m = m_new
-    tl.store(o + rows[:, None] * D + i[None, :], (acc / total[:, None]).to(o.dtype.element_ty), mask=live)
+    m_new = tl.maximum(m, tl.max(scores, 1))
+    p = tl.exp2(scores - m_new[:, None])
+    old = tl.exp2(m - m_new)
+    acc = acc * old[:, None] + tl.dot(p.to(vs.dtype), vs, input_precision="ieee" if F32 else "tf32")
+    return m_new, total * old + tl.sum(p, 1), acc

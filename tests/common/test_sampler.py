@@ -3,6 +3,7 @@ import random
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -168,7 +169,7 @@ def test_a_token_of_probability_0_is_never_drawn():
 @pytest.mark.parametrize(("u", "token"), [(0.0, 0), (0.25, 1), (0.5, 2), (1 - 2**-24, 3)])
 def test_a_number_on_a_border_belongs_to_the_next_token(u, token, monkeypatch):
     """Thus each token owns exactly its share of the numbers, and the last one still draws a kept token."""
-    monkeypatch.setattr("common.sampler.uniform", lambda seed, n: u)
+    monkeypatch.setattr("common.sampler.uniform", lambda seeds, counts: np.full(len(seeds), u))
     assert one([1.0, 1.0, 1.0, 1.0, 0.0], SamplingParams(temperature=1.0, top_k=4)) == token
 
 
