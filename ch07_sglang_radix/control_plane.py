@@ -2,18 +2,22 @@
 
     rank 0                                    every other rank
     build task                                follow():
-    run(task):                                  receive task    <- broadcast
+    execute(task):                              receive task    <- broadcast
       send task        -> broadcast             execute it      (all-reduces inside)
       execute it       (all-reduces inside)     give logits     -> gather
       take logits      <- gather                receive tokens  <- broadcast
-      sample                                    and again, until a StopTask
+    sample(logits)                              and again, until a StopTask
       send tokens      -> broadcast
+
+On a GPU none of this waits: forward, gather, sampling and the broadcast of the tokens are queued one behind the
+other, the next step reads its tokens where they lie, and rank 0 looks at them when it wants to (Drawn.take).
 
 This is the book's design. SGLang itself runs the same scheduler on every rank, which needs no task on the
 wire but needs all of them to decide alike, always; here only one can be wrong.
 """
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,10 +26,23 @@ import torch
 from ch07_sglang_radix.tasks import DecodeTask, PrefillTask, StopTask, Task, decode, encode
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.parallel_state import broadcast
-from common.sampler import SamplingRow, sample
-from common.vocab import gather_logits
+from common.sampler import SamplingBatch, sample
+from common.transfer import Download
+from common.vocab import gather_best_logits, gather_logits
 
 FRAME = 256  # words of a task's first message; a decode step of 60 sequences and its page updates fit
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The tokens of a step, on their way from the device."""
+
+    tokens: Download
+    logprobs: Download | None
+
+    def take(self) -> tuple[list[int], list[float] | None]:
+        """Waits until they are here."""
+        return self.tokens.numpy().tolist(), None if self.logprobs is None else self.logprobs.numpy().tolist()
 
 
 class ControlPlane:
@@ -36,15 +53,16 @@ class ControlPlane:
 
     # --- rank 0
 
-    def run(self, task: PrefillTask | DecodeTask, rows: list[SamplingRow]) -> tuple[list[int], list[float] | None]:
-        """Have all ranks execute `task`; returns one token for each of `rows`, the sequences that emit."""
+    def execute(self, task: PrefillTask | DecodeTask) -> torch.Tensor | None:
+        """Have all ranks execute `task`; returns the logits [B, V] of the sequences that emit, None if none does."""
         self.send_task(task)
-        logits = self._execute(task)  # [B, V]
-        if logits is None:
-            return [], None
-        tokens, logprobs = sample(logits, rows)
-        self._share_tokens(task, tokens)
-        return tokens.tolist(), None if logprobs is None else logprobs.tolist()
+        return self._execute(task)
+
+    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> "Drawn":
+        """Draw one token for each row of the last task's logits, and tell all ranks."""
+        tokens, logprobs = sample(logits, batch)
+        self._share_tokens(tokens)
+        return Drawn(Download(tokens), None if logprobs is None else Download(logprobs))
 
     def send_task(self, task: Task) -> None:
         """One message of FRAME words; a longer task sends its rest in a second one."""
@@ -64,8 +82,8 @@ class ControlPlane:
         """Execute what rank 0 sends until it says stop."""
         while not isinstance(task := self.receive_task(), StopTask):
             self._execute(task)
-            if rows := task.emitting_rows:
-                self._share_tokens(task, torch.empty(len(rows), dtype=torch.int64, device=self.tp.device))
+            if emitting := task.num_emitting:
+                self._share_tokens(torch.empty(emitting, dtype=torch.int64, device=self.tp.device))
 
     def receive_task(self) -> Task:
         frame = torch.empty(FRAME, dtype=torch.int64)
@@ -87,11 +105,14 @@ class ControlPlane:
             logits_local = self.wrapper.execute_prefill_task(task)
         if logits_local is None:  # a chunk that completes no prompt: nothing to sample
             return None
-        return gather_logits(logits_local, self.wrapper.config.vocab_size, self.tp)
+        vocab_size = self.wrapper.config.vocab_size
+        if task.best:
+            return gather_best_logits(logits_local, task.best, vocab_size, self.tp)
+        return gather_logits(logits_local, vocab_size, self.tp)
 
-    def _share_tokens(self, task: PrefillTask | DecodeTask, tokens: torch.Tensor) -> None:
+    def _share_tokens(self, tokens: torch.Tensor) -> None:
         broadcast(tokens, self.tp, "tokens")  # COMM broadcast [B]: the tokens rank 0 chose
-        self.wrapper.receive_tokens(task.emitting_rows, tokens)
+        self.wrapper.receive_tokens(tokens)
 
     def share_results(self, results: Any = None) -> Any:
         """Rank 0's results, as JSON, to every rank: the script on each can go on with the same values."""

@@ -34,15 +34,18 @@ class Engine:
         self, model_path: str | None = None, *, tp_size: int | None = None, device: str = "auto",
         dtype: str | None = None, page_size: int = 16, max_total_tokens: int | None = None,
         max_running_requests: int = 256, chunked_prefill_size: int | None = None,
-        disable_radix_cache: bool = False, attention_backend: str = "auto", random_seed: int = 0, check: bool = False,
+        disable_radix_cache: bool = False, disable_overlap_schedule: bool | None = None, gather_best: bool = False,
+        disable_cuda_graph: bool = False, attention_backend: str = "auto", random_seed: int = 0, check: bool = False,
     ):  # fmt: skip
         tp = initialize_tensor_parallel(tp_size, device)
         self.wrapper = TPRadixAttentionModelWrapper(
             model_path, device, page_size, dtype=dtype, max_total_tokens=max_total_tokens,
-            max_running_requests=max_running_requests, attention_backend=attention_backend, tp=tp,
+            max_running_requests=max_running_requests, attention_backend=attention_backend,
+            disable_cuda_graph=disable_cuda_graph, tp=tp,
         )  # fmt: skip
         self.scheduler = TPScheduler(
             self.wrapper, chunked_prefill_size=chunked_prefill_size, disable_radix_cache=disable_radix_cache,
+            overlap=None if disable_overlap_schedule is None else not disable_overlap_schedule, gather_best=gather_best,
             seed=random_seed, check=check,
         )  # fmt: skip
 

@@ -35,7 +35,8 @@ class Req:
     cached_tokens: int | None = None  # prompt tokens found in the tree when it was first admitted
 
     # each step
-    kv_len: int = 0  # tokens whose K and V are in the pool
+    pending: int = 0  # tokens that are drawn, or being drawn, and not yet in output_ids
+    kv_len: int = 0  # tokens whose K and V are in the pool, or on their way there
     allocated_len: int = 0  # slots the row has, a multiple of the page size
     sent_len: int = 0  # slots of the row that every rank's page table knows
 
@@ -46,15 +47,22 @@ class Req:
 
     @property
     def seq_len(self) -> int:
-        return len(self.prompt_ids) + len(self.output_ids)
+        """Tokens it has, those included whose values nobody has looked at yet."""
+        return len(self.prompt_ids) + len(self.output_ids) + self.pending
 
     @property
     def max_len(self) -> int:
         """Tokens it will have at most."""
         return len(self.prompt_ids) + self.params.max_new_tokens
 
+    @property
+    def wants_more(self) -> bool:
+        """False once its last token is drawn, as far as its length says."""
+        return len(self.output_ids) + self.pending < self.params.max_new_tokens
+
     def sampling_row(self) -> SamplingRow:
-        return SamplingRow(self.params, self.seed, self.prompt_ids, self.output_ids)
+        """For the newest of its pending tokens."""
+        return SamplingRow(self.params, self.seed, self.prompt_ids, self.output_ids, self.pending - 1)
 
     def take_token(self, token: int, logprob: float | None, eos_token_ids: tuple[int, ...]) -> None:
         """Append a sampled token and see whether it was the last."""

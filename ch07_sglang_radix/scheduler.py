@@ -3,15 +3,25 @@
 A step is either a prefill or a decode. Prefill goes first: it turns waiting requests into running ones, and
 the larger the running batch, the more a decode step is worth. Requests join and leave at any step.
 
+With overlap, step N+1 is prepared and queued while a GPU still computes step N, and only then are N's tokens
+looked at:
+
+    GPU        | step N      | step N+1    | step N+2    |
+    rank 0     | queue N+1, take N's tokens | queue N+2, take N+1's ...
+
+The tokens themselves never leave the device in between: N+1 reads them where N left them. An end that its
+length tells is known ahead; a stop token is seen one step late, and that step's token is thrown away.
+
 What rank 0 decides here is written into a task and executed by all ranks (control_plane.py). On the other
 ranks a TPScheduler only follows.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from ch07_sglang_radix.control_plane import ControlPlane
+from ch07_sglang_radix.control_plane import ControlPlane, Drawn
 from ch07_sglang_radix.invariants import check_invariants
 from ch07_sglang_radix.memory_pool import ReqToTokenPool, TokenToKVPool
 from ch07_sglang_radix.radix_cache import MatchResult, RadixCache
@@ -19,14 +29,32 @@ from ch07_sglang_radix.request import Req, RequestOutput
 from ch07_sglang_radix.request_memory import RequestMemory
 from ch07_sglang_radix.tasks import DecodeSequence, DecodeTask, PrefillSequence, PrefillTask, StopTask
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
-from common.sampler import SamplingParams, uniform
+from common.sampler import SamplingBatch, SamplingParams, uniform
 
 CLIP_MAX_NEW_TOKENS = 4096  # admission does not reserve more than this for one request
 RETRACT_DECODE_STEPS = 20  # after a retraction this many steps fit for everyone left
 NO_CHUNKS = -1
 DEFAULT_CHUNK = {"cpu": 1024, "cuda": 8192}  # tokens a step: on a CPU what its caches like, on a GPU SGLang's default
+MAX_BEST = 1024  # with a larger top_k every rank sends all its logits
 IN_BATCH_PREFIX = 32  # tokens shared with a prompt of this very step that are worth a step's wait
 INIT_NEW_TOKEN_RATIO, MIN_NEW_TOKEN_RATIO, RATIO_DECAY_STEPS = 0.7, 0.1, 600
+
+
+@dataclass(frozen=True)
+class _Queued:
+    """A step that all ranks have been told to do: who gets a token out of it, and the tokens."""
+
+    reqs: list[Req]
+    drawn: Drawn | None
+
+
+@dataclass
+class _DecodeBatch:
+    """The running requests as arrays, kept from one decode step to the next while they stay the same."""
+
+    reqs: list[Req]
+    rows: np.ndarray  # [B]
+    sampling: SamplingBatch | None = None
 
 
 class TPScheduler:
@@ -37,12 +65,15 @@ class TPScheduler:
 
     chunked_prefill_size: prompt tokens a step computes at most; a longer prompt is computed in chunks of
     whole pages. None takes the device's default, -1 is no limit. disable_radix_cache: no prefix is shared.
-    seed: for requests that bring none. check: test the conservation of pages after every step.
+    overlap: queue a step before the last one's tokens are seen; None: on a GPU, where queueing is not doing.
+    gather_best: where all requests of a step are greedy or have a small top_k, every rank sends its best logits
+    instead of all. seed: for requests that bring none. check: test the conservation of pages after every step.
     """
 
     def __init__(
         self, wrapper: TPRadixAttentionModelWrapper, *, chunked_prefill_size: int | None = None,
-        disable_radix_cache: bool = False, seed: int = 0, check: bool = False,
+        disable_radix_cache: bool = False, overlap: bool | None = None, gather_best: bool = False, seed: int = 0,
+        check: bool = False,
     ):  # fmt: skip
         if chunked_prefill_size is None:
             default = DEFAULT_CHUNK[wrapper.tp.device.type]
@@ -51,6 +82,8 @@ class TPScheduler:
         self.wrapper, self.tp, self.page_size = wrapper, wrapper.tp, wrapper.page_size
         self.control = ControlPlane(wrapper)
         self.chunked_prefill_size, self.seed, self.check = chunked_prefill_size, seed, check
+        self.overlap = wrapper.tp.device.type == "cuda" if overlap is None else overlap
+        self.gather_best = gather_best
         self.steps = {"prefill": 0, "decode": 0}
         self.work = {"tokens": 0, "samplings": 0, "sampled": 0}  # rows fed in; steps that sampled; tokens they gave
         self.retractions = 0
@@ -66,6 +99,8 @@ class TPScheduler:
             self.memory = RequestMemory(self.pool, self.req_to_token, self.tree)
             self.chunked: Req | None = None  # the one request whose prompt is computed in part
             self.new_token_ratio = INIT_NEW_TOKEN_RATIO
+            self._queued: _Queued | None = None  # the step whose tokens nobody has looked at
+            self._decoding = _DecodeBatch([], np.zeros(0, dtype=np.int64))
 
     # --- for the user
 
@@ -131,11 +166,21 @@ class TPScheduler:
         """Schedule, execute, sample, account. False if there was nothing to do."""
         if batch := self._next_prefill():
             self.last_prefill = batch
-            self._run_prefill(batch)
-        elif self.running:
-            self._run_decode()
-        else:
+            queued = self._queue_prefill(batch)
+        elif any(req.wants_more for req in self.running):
+            queued = self._queue_decode()
+        elif self._queued is None:
+            if self.waiting:
+                raise AssertionError(
+                    f"request {self.waiting[0].rid} cannot start although nothing runs: pages were lost"
+                )
             return False
+        else:
+            queued = None
+        self._settle()
+        self._queued = queued
+        if not self.overlap:
+            self._settle()
         if self.check:
             check_invariants(self)
         return True
@@ -152,6 +197,7 @@ class TPScheduler:
             reserved += req.max_len - req.seq_len
         # a tree of what this very step computes, without pages behind it
         computing = RadixCache(TokenToKVPool(page_size=self.page_size), disable=self.tree.disable)
+        running = sum(r.max_len - r.seq_len for r in self.running) * self.new_token_ratio if self.waiting else 0
         for req in list(self.waiting):
             if budget <= 0 or self.chunked or self.req_to_token.num_free == 0:
                 break
@@ -159,7 +205,7 @@ class TPScheduler:
             ahead = computing.match_prefix(req.all_ids[:-1])
             if len(ahead.slots) - len(match.slots) >= IN_BATCH_PREFIX:
                 continue  # another prompt of this step computes what it could share: let it hit in the next
-            if not self._admit(req, match, reserved):
+            if not self._admit(req, match, reserved + running):
                 break
             n = self._extend(req, budget)
             if n == 0:  # less than a page of budget left
@@ -172,20 +218,15 @@ class TPScheduler:
             budget -= n
             reserved += req.max_len - req.seq_len
             computing.insert(req.all_ids[: req.kv_len + n], np.zeros(req.kv_len + n, dtype=np.int64))
-        if not batch and self.waiting and not self.running:
-            raise AssertionError(f"request {self.waiting[0].rid} cannot start although nothing runs: pages were lost")
         return batch
 
-    def _admit(self, req: Req, match: MatchResult, reserved: int) -> bool:
+    def _admit(self, req: Req, match: MatchResult, promised: float) -> bool:
         """Give the request its place, if the pool will probably hold its whole answer.
 
         SGLang's rule: what it needs against what is free or evictable, less what the running requests will
         still need, a share new_token_ratio of their worst case, and what this step has promised already.
         """
         self.tree.inc_lock_ref(match.last_node)  # first: locking may shrink what is evictable
-        promised = reserved + sum((r.max_len - r.seq_len) * self.new_token_ratio for r in self.running)
-        if not self.running and not reserved:
-            promised = 0  # alone: add_request has seen to it that it fits
         worst = req.seq_len + min(req.max_len - req.seq_len, CLIP_MAX_NEW_TOKENS)
         if self.memory.whole_pages(worst) - len(match.slots) > self.memory.obtainable_slots() - promised:
             self.tree.dec_lock_ref(match.last_node)
@@ -203,7 +244,7 @@ class TPScheduler:
         self.chunked = req if 0 < n < req.seq_len - req.kv_len else None
         return n
 
-    def _run_prefill(self, batch: list[tuple[Req, int]]) -> None:
+    def _queue_prefill(self, batch: list[tuple[Req, int]]) -> _Queued:
         sequences, tokens, emitting = [], [], []
         for req, n in batch:
             done = req.kv_len + n == req.seq_len
@@ -212,42 +253,85 @@ class TPScheduler:
             if done:
                 emitting.append(req)
         updates = self.memory.page_updates([req for req, _ in batch])
-        task = PrefillTask(self.step_number, updates, tuple(sequences), tuple(tokens))
-        chosen = self._run(task, emitting, len(tokens))
+        task = PrefillTask(self.step_number, updates, tuple(sequences), tuple(tokens), self._best(emitting))
+        queued = self._queue(task, emitting, len(tokens))
         self.steps["prefill"] += 1
         for req, n in batch:
             req.kv_len += n
             self.tree.cache_unfinished_req(req)
-        self._take_tokens(emitting, *chosen)
-        self.running += [req for req in emitting if req.finish_reason is None]
+        self.running += emitting
+        return queued
 
-    def _run_decode(self) -> None:
+    def _queue_decode(self) -> _Queued:
         self._make_room()
-        for req in self.running:
-            self.memory.grow(req, req.kv_len + 1)
-        sequences = tuple(DecodeSequence(req.row, req.kv_len) for req in self.running)
-        task = DecodeTask(self.step_number, self.memory.page_updates(self.running), sequences)
-        chosen = self._run(task, self.running, self.wrapper.decode_rows(len(self.running)))
+        reqs = [req for req in self.running if req.wants_more]
+        if not reqs:  # room was made by looking at the last step's tokens, and they were the last
+            return _Queued([], None)
+        for req in reqs:
+            if req.kv_len == req.allocated_len:
+                self.memory.grow(req, req.kv_len + 1)
+        if reqs != self._decoding.reqs:
+            self._decoding = _DecodeBatch(reqs, np.array([req.row for req in reqs]))
+        sequences = tuple(DecodeSequence(req.row, req.kv_len) for req in reqs)
+        task = DecodeTask(self.step_number, self.memory.page_updates(reqs), sequences, self._best(reqs))
+        queued = self._queue(task, reqs, self.wrapper.decode_rows(len(reqs)))
         self.steps["decode"] += 1
         decay = (INIT_NEW_TOKEN_RATIO - MIN_NEW_TOKEN_RATIO) / RATIO_DECAY_STEPS
         self.new_token_ratio = max(self.new_token_ratio - decay, MIN_NEW_TOKEN_RATIO)
-        for req in self.running:
+        for req in reqs:
             req.kv_len += 1
-        self._take_tokens(self.running, *chosen)
-        self.running = [req for req in self.running if req.finish_reason is None]
+        return queued
 
-    def _run(self, task: PrefillTask | DecodeTask, emitting: list[Req], tokens: int):
+    def _queue(self, task: PrefillTask | DecodeTask, emitting: list[Req], tokens: int) -> _Queued:
         self.work["tokens"] += tokens
         self.work["samplings"] += bool(emitting)
         self.work["sampled"] += len(emitting)
-        return self.control.run(task, [req.sampling_row() for req in emitting])
+        logits = self.control.execute(task)
+        if not emitting:
+            return _Queued([], None)
+        for req in emitting:
+            req.pending += 1
+        if any(req.params.penalized for req in emitting):
+            self._settle()  # a penalty must know every token before the one it is for
+        return _Queued(emitting, self.control.sample(logits, self._sampling(task, emitting)))
 
-    def _take_tokens(self, reqs: list[Req], tokens: list[int], logprobs: list[float] | None) -> None:
-        for i, req in enumerate(reqs):
+    def _sampling(self, task: PrefillTask | DecodeTask, reqs: list[Req]) -> SamplingBatch:
+        """The parameters of the step's rows; those of a decode batch that has not changed are still there."""
+        if isinstance(task, PrefillTask):
+            return SamplingBatch([req.sampling_row() for req in reqs])
+        if self._decoding.sampling is None or self._decoding.sampling.penalized:
+            self._decoding.sampling = SamplingBatch([req.sampling_row() for req in reqs])
+        else:
+            self._decoding.sampling.advance()
+        return self._decoding.sampling
+
+    def _best(self, reqs: list[Req]) -> int:
+        """How many of its best logits each rank gives in this step; 0: all."""
+        params = [req.params for req in reqs]
+        if not self.gather_best or any(p.logprobs or p.penalized or not (p.greedy or p.top_k > 0) for p in params):
+            return 0
+        best = max((1 if p.greedy else p.top_k for p in params), default=0)
+        return best if best <= MAX_BEST else 0
+
+    def _settle(self) -> None:
+        """Look at the tokens of the step that was queued last: append them, and end who has come to an end."""
+        step, self._queued = self._queued, None
+        if step is None or step.drawn is None:
+            return
+        tokens, logprobs = step.drawn.take()
+        ended = False
+        for i, req in enumerate(step.reqs):
+            req.pending -= 1
+            if req.finish_reason:  # it had ended when this step was on its way already
+                continue
             req.take_token(tokens[i], logprobs[i] if logprobs else None, self.wrapper.config.eos_token_ids)
             if req.finish_reason:
+                ended = True
+                req.kv_len = len(req.prompt_ids) + len(req.output_ids) - 1  # without what a later step computes for it
                 self.memory.finish(req)
                 self.results[req.rid] = self._output(req)
+        if ended:
+            self.running = [req for req in self.running if req.finish_reason is None]
 
     def _make_room(self) -> None:
         """Before a decode step: if not every request can have its next slot, retract until they can.
@@ -255,6 +339,9 @@ class TPScheduler:
         Those with the fewest tokens out go first (ties: the longest prompt), until RETRACT_DECODE_STEPS more
         steps fit for each of the others. The last one stays: alone it fits, or add_request had refused it.
         """
+        if self.memory.obtainable_slots() >= len(self.running) * self.page_size or not self._lacks_room(1):
+            return
+        self._settle()  # requests may have ended, and those that go back to the queue need all their tokens
         if not self._lacks_room(1):
             return
         by_loss = sorted(self.running, key=lambda r: (len(r.output_ids), -len(r.prompt_ids)))

@@ -13,9 +13,10 @@ On the wire a task is a flat int64 tensor:
     word 0   magic and version           5   sequences
          1   kind (1 stop, 2 prefill,    6   page updates
              3 decode)                   7   token ids
-         2   step                        then, in this order:
-         3   length in words             per update:    row, first page index, n, n page ids
-         4   CRC-32 of all the others    per sequence:  prefill (row, cached, new, emits), decode (row, position)
+         2   step                        8   best: logits a rank gives (0: all)
+         3   length in words             then, in this order:
+         4   CRC-32 of all the others    per update:    row, first page index, n, n page ids
+                                         per sequence:  prefill (row, cached, new, emits), decode (row, position)
                                          token ids (prefill)
 
 No pickle: a rank that reads a task can come to no other harm than ValueError.
@@ -30,7 +31,7 @@ import numpy as np
 
 MAGIC = 0x5A11_0000
 VERSION = 1
-HEADER = 8
+HEADER = 9
 STOP, PREFILL, DECODE = 1, 2, 3
 
 
@@ -64,11 +65,12 @@ class PrefillTask:
     updates: tuple[PageUpdate, ...]
     sequences: tuple[PrefillSequence, ...]
     token_ids: tuple[int, ...]  # of all sequences, end to end
+    best: int = 0  # every rank gives its `best` best logits a sequence; 0: all of them
 
     @property
-    def emitting_rows(self) -> list[int]:
-        """Rows that get a token out of this step, in order."""
-        return [s.row for s in self.sequences if s.emits]
+    def num_emitting(self) -> int:
+        """Sequences that get a token out of this step."""
+        return sum(s.emits for s in self.sequences)
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,11 @@ class DecodeTask:
     step: int
     updates: tuple[PageUpdate, ...]
     sequences: tuple[DecodeSequence, ...]
+    best: int = 0
 
     @property
-    def emitting_rows(self) -> list[int]:
-        return [s.row for s in self.sequences]
+    def num_emitting(self) -> int:
+        return len(self.sequences)
 
 
 @dataclass(frozen=True)
@@ -95,15 +98,15 @@ Task = PrefillTask | DecodeTask | StopTask
 def encode(task: Task) -> np.ndarray:
     """Task -> int64 [length]."""
     if isinstance(task, StopTask):
-        kind, updates, sequences, tokens = STOP, (), (), ()
+        kind, updates, sequences, tokens, best = STOP, (), (), (), 0
     elif isinstance(task, PrefillTask):
-        kind, updates, sequences, tokens = PREFILL, task.updates, task.sequences, task.token_ids
+        kind, updates, sequences, tokens, best = PREFILL, task.updates, task.sequences, task.token_ids, task.best
     else:
-        kind, updates, sequences, tokens = DECODE, task.updates, task.sequences, ()
+        kind, updates, sequences, tokens, best = DECODE, task.updates, task.sequences, (), task.best
     heads = ((u.row, u.first, len(u.pages), *u.pages) for u in updates)
     body = np.fromiter(chain(*heads, *sequences, tokens), dtype=np.int64)
     counts = (len(sequences), len(updates), len(tokens))
-    header = (MAGIC | VERSION, kind, task.step, HEADER + len(body), 0, *counts)
+    header = (MAGIC | VERSION, kind, task.step, HEADER + len(body), 0, *counts, best)
     words = np.concatenate((np.array(header, dtype=np.int64), body))
     words[4] = _checksum(words)
     return words
@@ -118,7 +121,7 @@ def decode(words: np.ndarray) -> Task:
     """int64 [length] -> Task. Raises ValueError for anything that `encode` did not write."""
     if len(words) < HEADER or int(words[0]) & ~0xFFFF != MAGIC:
         raise ValueError(f"not a task: {len(words)} words, the first {int(words[0]) if len(words) else None}")
-    magic, kind, step, length, check, num_sequences, num_updates, num_tokens = words[:HEADER].tolist()
+    magic, kind, step, length, check, num_sequences, num_updates, num_tokens, best = words[:HEADER].tolist()
     if magic & 0xFFFF != VERSION:
         raise ValueError(
             f"task version {magic & 0xFFFF}, this rank speaks {VERSION}; start all ranks from one checkout"
@@ -139,8 +142,8 @@ def decode(words: np.ndarray) -> Task:
     if kind == STOP:
         return StopTask(step)
     if kind == DECODE:
-        return DecodeTask(step, updates, tuple(DecodeSequence(*s) for s in sequences))
-    task = PrefillTask(step, updates, tuple(PrefillSequence(*s) for s in sequences), tokens)
+        return DecodeTask(step, updates, tuple(DecodeSequence(*s) for s in sequences), best)
+    task = PrefillTask(step, updates, tuple(PrefillSequence(*s) for s in sequences), tokens, best)
     if sum(s.new for s in task.sequences) != num_tokens:
         raise ValueError(f"task of step {step}: {num_tokens} token ids for {sum(s.new for s in task.sequences)} tokens")
     return task

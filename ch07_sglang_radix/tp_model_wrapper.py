@@ -5,6 +5,8 @@ row. It has no tree, no sampler and no queue. `execute_*` computes this rank's l
 place has the language model's will, and it is not here.
 """
 
+from itertools import chain
+
 import numpy as np
 import torch
 
@@ -14,10 +16,12 @@ from common.graph_runner import DecodeGraphs
 from common.hub import resolve_model
 from common.kv_cache import PagedKVCache
 from common.model_config import ModelConfig
-from common.paged_attention import AttentionMetadata, TorchNativeAttention
+from common.paged_attention import TorchNativeAttention
 from common.parallel_state import TPGroup, all_gather, get_tensor_parallel, pick_device
+from common.sequence_table import SequenceTable
 from common.tiny_qwen import TINY_QWEN_PATH
 from common.tokenizer import Tokenizer
+from common.transfer import upload_all
 from common.weights import load_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,16 +68,17 @@ class TPRadixAttentionModelWrapper:
             self.dtype, self.tp.device,
         )  # fmt: skip
         self.max_context = min(self.config.max_position_embeddings, num_pages * page_size)
-        pages_per_row = -(-self.max_context // page_size)
-        self.page_table = self._empty(max_running_requests, pages_per_row)
-        self.last_token = self._empty(max_running_requests)
+        self.table = SequenceTable(
+            max_running_requests, -(-self.max_context // page_size), page_size, self.tp.device
+        )  # fmt: skip
+        self._emitting: torch.Tensor | None = None  # rows that wait for a token
         self.graphs = None
         if self.attention is not TorchNativeAttention and not disable_cuda_graph:
             batch = min(max_running_requests, num_pages)
-            self.graphs = DecodeGraphs(self.model, self.attention, self.kv_cache, batch, pages_per_row)
+            self.graphs = DecodeGraphs(self.model, self.attention, self.kv_cache, self.table, batch)
             self.graphs.capture()
 
-    # --- a task's three parts: forward, and what the tokens leave behind
+    # --- a task's three parts: page updates and forward, and what the tokens leave behind
 
     @torch.inference_mode()
     def execute_prefill_task(self, task: PrefillTask) -> torch.Tensor | None:
@@ -81,73 +86,50 @@ class TPRadixAttentionModelWrapper:
 
         Returns this rank's logits [B, V/R] of the sequences that emit a token, None if none does.
         """
-        self._update_page_table(task.updates)
+        self._update_pages(task.updates)
         rows, cached, new, emits = np.array(task.sequences, dtype=np.int64).T
-        ends = np.cumsum(new)  # [B]
-        offset = np.repeat(cached - (ends - new), new)
-        positions = np.arange(ends[-1]) + offset  # [T]
-        token_rows = np.repeat(rows, new)  # [T]
-        hidden = self._forward(
-            self._tensor(task.token_ids), self._tensor(positions), self._tensor(token_rows),
-            rows, query_start=np.concatenate(([0], ends)), context_lens=cached + new,
-        )  # fmt: skip
-        last = ends[emits > 0] - 1
-        return self.model.compute_logits(hidden[self._tensor(last)]) if len(last) else None
+        step = self.table.prefill(np.array(task.token_ids, dtype=np.int64), rows, cached, new)
+        hidden = self.model(step.input_ids, step.positions, self.attention(self.kv_cache, step.meta))
+        emitting = np.flatnonzero(emits)
+        if len(emitting) == 0:
+            return None
+        last, self._emitting = upload_all(self.tp.device, np.cumsum(new)[emitting] - 1, rows[emitting])
+        return self.model.compute_logits(hidden[last])
 
     @torch.inference_mode()
     def execute_decode_task(self, task: DecodeTask) -> torch.Tensor:
         """One more token for each running row: feed in its last token. Returns logits [B, V/R] of this rank."""
-        self._update_page_table(task.updates)
+        self._update_pages(task.updates)
         rows, positions = np.array(task.sequences, dtype=np.int64).T
-        on_device = self._tensor(rows)
-        query_start, context_lens = np.arange(len(rows) + 1), positions + 1
-        step = (self._tensor(positions), on_device, rows, query_start, context_lens)
         if self.graphs:
-            return self.graphs.run(self.last_token[on_device], step[0], self._metadata(*step))
-        return self.model.compute_logits(self._forward(self.last_token[on_device], *step))
+            logits, self._emitting = self.graphs.run(rows, positions), self.graphs.rows(len(rows))
+            return logits
+        step = self.table.decode(rows, positions)
+        self._emitting = step.rows
+        return self.model.compute_logits(
+            self.model(step.input_ids, step.positions, self.attention(self.kv_cache, step.meta))
+        )
 
     def decode_rows(self, batch: int) -> int:
         """Rows that a decode step of `batch` sequences computes: CUDA graphs pad it to a captured size."""
         return self.graphs.padded(batch) if self.graphs else batch
 
-    def receive_tokens(self, rows: list[int], tokens: torch.Tensor) -> None:
-        """Remember the tokens [B] that rank 0 chose: the next decode step starts from them."""
-        self.last_token[self._tensor(rows)] = tokens
+    @torch.inference_mode()
+    def receive_tokens(self, tokens: torch.Tensor) -> None:
+        """Remember the tokens [B] that rank 0 chose in this step: the next decode step starts from them."""
+        self.table.set_tokens(self._emitting, tokens)
 
     # --- inside
 
-    def _forward(self, input_ids, positions, token_rows, rows, query_start, context_lens) -> torch.Tensor:
-        """input_ids, positions, token_rows [T] -> hidden [T, D]."""
-        meta = self._metadata(positions, token_rows, rows, query_start, context_lens)
-        return self.model(input_ids, positions, self.attention(self.kv_cache, meta))
-
-    def _metadata(self, positions, token_rows, rows, query_start, context_lens) -> AttentionMetadata:
-        """The attention contract of this step, from the page table."""
-        longest = -(-int(context_lens.max()) // self.page_size)
-        pages = self.page_table[token_rows, positions // self.page_size]  # [T]
-        return AttentionMetadata(
-            slot_mapping=pages * self.page_size + positions % self.page_size,
-            page_table=self.page_table[self._tensor(rows), :longest],
-            query_start=self._tensor(query_start),
-            context_lens=self._tensor(context_lens),
-            page_size=self.page_size,
-            max_query_len=int(np.diff(query_start).max()),
-        )
-
-    def _update_page_table(self, updates: tuple[PageUpdate, ...]) -> None:
+    def _update_pages(self, updates: tuple[PageUpdate, ...]) -> None:
         if not updates:
             return
         n = [len(u.pages) for u in updates]
         rows = np.repeat([u.row for u in updates], n)
-        columns = np.concatenate([np.arange(u.first, u.first + len(u.pages)) for u in updates])
-        pages = np.concatenate([u.pages for u in updates])
-        self.page_table[self._tensor(rows), self._tensor(columns)] = self._tensor(pages)
-
-    def _tensor(self, values) -> torch.Tensor:
-        return torch.as_tensor(np.asarray(values, dtype=np.int64), device=self.tp.device)
-
-    def _empty(self, *shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.int64, device=self.tp.device)
+        first = np.repeat([u.first for u in updates], n)
+        columns = first + np.arange(len(rows)) - np.repeat(np.cumsum(n) - n, n)
+        pages = np.fromiter(chain.from_iterable(u.pages for u in updates), dtype=np.int64, count=len(rows))
+        self.table.set_pages(rows, columns, pages)
 
     def _pick_dtype(self, name: str | None) -> torch.dtype:
         name = name or ("float32" if self.tp.device.type == "cpu" else "bfloat16")

@@ -3,21 +3,23 @@
 A decode step does the same launches for the same number of sequences, only with other numbers in its inputs.
 So the inputs live at fixed addresses, the step is captured once a batch size, and a replay costs the CPU
 one call. Batches between two captured sizes are padded: a padding row stores to slot -1 and attends to
-one token of page 0, and its logits are dropped. The collectives are captured with everything else.
+its own token, and its logits are dropped. The collectives are captured with everything else.
 
-Any engine that builds the attention contract can use it.
+Any engine that keeps its sequences in a SequenceTable can use it.
 """
 
 import bisect
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from common.decoder import CausalLM
 from common.kv_cache import PagedKVCache
 from common.ledger import LedgerEntry
-from common.paged_attention import AttentionMetadata
+from common.sequence_table import SequenceTable
+from common.transfer import pinned
 
 SMALL_SIZES = (1, 2, 4)
 SIZE_STEP = 8  # then 8, 16, 24, ...: at most 7 padding rows
@@ -31,20 +33,17 @@ class _Captured:
 
 
 class DecodeGraphs:
-    """`run` is `model` + `compute_logits` for one new token a sequence, with other numbers and the same result."""
+    """`run` is model + compute_logits for one new token a sequence, with the same result as without graphs.
 
-    def __init__(self, model: CausalLM, attention: type, cache: PagedKVCache, max_batch: int, max_pages: int):
-        self.model, self.attention, self.cache, self.tp = model, attention, cache, model.tp
+    inputs [2 * size] int64: rows, then positions, of the step that runs. The plan of the step (slots, page
+    table, lengths) is worked out from them inside the graph.
+    """
+
+    def __init__(self, model: CausalLM, attention: type, cache: PagedKVCache, table: SequenceTable, max_batch: int):
+        self.model, self.attention, self.cache, self.table, self.tp = model, attention, cache, table, model.tp
         sizes = [n for n in (*SMALL_SIZES, *range(SIZE_STEP, max_batch + SIZE_STEP, SIZE_STEP)) if n <= max_batch]
         self.sizes = sorted({*sizes, max_batch})
-
-        def ints(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int64, device=cache.k.device)
-
-        self.input_ids, self.positions = ints(max_batch), ints(max_batch)
-        self.slot_mapping, self.context_lens = ints(max_batch).fill_(-1), ints(max_batch).fill_(1)
-        self.page_table = ints(max_batch, max_pages)
-        self.query_start = torch.arange(max_batch + 1, device=cache.k.device)
+        self.inputs = torch.full((2 * max_batch,), -1, dtype=torch.int64, device=cache.k.device)
         self._captured: dict[int, _Captured] = {}
         self._pool = None
 
@@ -72,27 +71,23 @@ class DecodeGraphs:
         return self.sizes[bisect.bisect_left(self.sizes, batch)]
 
     @torch.inference_mode()
-    def run(self, input_ids: torch.Tensor, positions: torch.Tensor, meta: AttentionMetadata) -> torch.Tensor:
-        """input_ids, positions [B] and the contract of a pure decode step -> logits of this rank [B, V/R]."""
-        batch = len(input_ids)
-        size = self.padded(batch)
-        self.input_ids[:batch] = input_ids
-        self.positions[:batch] = positions
-        self.slot_mapping[:batch] = meta.slot_mapping
-        self.context_lens[:batch] = meta.context_lens
-        self.page_table[:batch, : meta.page_table.shape[1]] = meta.page_table
-        if size > batch:
-            self.slot_mapping[batch:size] = -1
-            self.context_lens[batch:size] = 1
+    def run(self, rows: np.ndarray, positions: np.ndarray) -> torch.Tensor:
+        """rows, positions [B] of a decode step -> logits of this rank [B, V/R], valid until the next run."""
+        batch, size = len(rows), self.padded(len(rows))
+        numbers = np.full((2, size), -1, dtype=np.int64)
+        numbers[:, :batch] = rows, positions
+        self.inputs[: 2 * size].copy_(pinned(numbers.reshape(-1)), non_blocking=True)
         captured = self._captured[size]
         captured.graph.replay()
         self.tp.ledger.replay(captured.messages)
         return captured.logits[:batch]
 
+    def rows(self, batch: int) -> torch.Tensor:
+        """The rows [B] of the step that runs, on the device."""
+        return self.inputs[:batch]
+
     def _step(self, size: int) -> torch.Tensor:
-        meta = AttentionMetadata(
-            self.slot_mapping[:size], self.page_table[:size], self.query_start[: size + 1], self.context_lens[:size],
-            self.cache.page_size, max_query_len=1,
-        )  # fmt: skip
-        hidden = self.model(self.input_ids[:size], self.positions[:size], self.attention(self.cache, meta))
+        rows, positions = self.inputs[:size], self.inputs[size : 2 * size]
+        step = self.table.decode_on_device(rows, positions.clamp(min=0), self.table.page_table.shape[1])
+        hidden = self.model(step.input_ids, step.positions, self.attention(self.cache, step.meta))
         return self.model.compute_logits(hidden)

@@ -140,10 +140,7 @@ def sample(
     """
     batch = rows if isinstance(rows, SamplingBatch) else SamplingBatch(rows)
     choice = _penalize(logits.float(), batch.rows) if batch.penalized else logits
-    if fused and logits.is_cuda:
-        tokens = fused.sample(choice, batch)
-    else:
-        tokens = _sample(choice.float(), batch)
+    tokens = fused.sample(choice, batch) if fused and logits.is_cuda else _sample(choice.float(), batch)
     if not batch.logprobs:
         return tokens, None
     return tokens, logits.float().log_softmax(dim=-1).gather(1, tokens.unsqueeze(1)).squeeze(1)

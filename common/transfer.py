@@ -8,14 +8,17 @@ import numpy as np
 import torch
 
 
+def pinned(values: np.ndarray) -> torch.Tensor:
+    """A copy in memory that a GPU can fetch by itself."""
+    values = torch.from_numpy(np.ascontiguousarray(values))
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values)
+
+
 def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:
     """values -> tensor on `device`; one queued copy, whatever the size."""
-    values = np.ascontiguousarray(values)
     if device.type == "cpu":
-        return torch.from_numpy(values)
-    pinned = torch.empty(values.shape, dtype=torch.from_numpy(values[:0]).dtype, pin_memory=True)
-    pinned.numpy()[...] = values
-    return pinned.to(device, non_blocking=True)
+        return torch.from_numpy(np.ascontiguousarray(values))
+    return pinned(values).to(device, non_blocking=True)
 
 
 def upload_all(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:

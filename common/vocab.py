@@ -63,3 +63,40 @@ def gather_logits(logits_local: torch.Tensor, vocab_size: int, tp: TPGroup) -> t
     """
     parts = gather(logits_local, tp, "logits")  # COMM gather [B, V/R]: rank 0 alone samples
     return None if parts is None else torch.cat(parts, dim=-1)[:, :vocab_size]
+
+
+def gather_best_logits(logits_local: torch.Tensor, best: int, vocab_size: int, tp: TPGroup) -> torch.Tensor | None:
+    """logits_local [B, V/R] -> [B, V] on rank 0 with all but each rank's `best` best at -inf; None elsewhere.
+
+    Exact for whoever looks at no more than the `best` best of all: greedy at 1, top-k at k. A rank sends
+    [B, best] pairs (logit, token id) instead of V/R logits. Of equal logits the lower ids go first.
+    """
+    if tp.size == 1:
+        return logits_local[:, :vocab_size]
+    local = logits_local.shape[1]
+    best = min(best, local)
+    own = logits_local.float()
+    if vocab_size < local * tp.size:  # the last rank's padding columns are no tokens
+        ids = torch.arange(local, device=own.device) + tp.rank * local
+        own = own.masked_fill(ids >= vocab_size, -torch.inf)
+    values, ids = first_best(own, best)
+    pairs = torch.stack((values, (ids + tp.rank * local).to(torch.int32).view(torch.float32)), dim=-1)  # [B, best, 2]
+    parts = gather(pairs, tp, "logits")  # COMM gather [B, best, 2]: what rank 0 may choose from
+    if parts is None:
+        return None
+    values, ids = torch.cat(parts, dim=1).unbind(-1)  # [B, R * best]
+    logits = torch.full((len(own), local * tp.size), -torch.inf, device=own.device)
+    logits.scatter_(1, ids.contiguous().view(torch.int32).long(), values)
+    return logits[:, :vocab_size]
+
+
+def first_best(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of each row of x [B, n] and where they are, the first of equals."""
+    if k == 1:
+        at = x.argmax(dim=-1, keepdim=True)
+        return x.gather(1, at), at
+    # one sortable number from value and place: the bits of a float in the order of its values, then the place
+    bits = (x + 0.0).view(torch.int32).long()
+    place = torch.arange(x.shape[1] - 1, -1, -1, device=x.device)
+    at = ((torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32) + place).topk(k, dim=-1).indices
+    return x.gather(1, at), at

@@ -88,8 +88,8 @@ def test_the_answer_is_cached_too(scheduler):
 def test_chunks_hold_the_budget_and_end_at_pages(checkpoint):
     scheduler = make(checkpoint("qwen2"), chunked_prefill_size=8)
     seen = []
-    run = scheduler.control.run
-    scheduler.control.run = lambda task, rows: (seen.append(task), run(task, rows))[1]
+    execute = scheduler.control.execute
+    scheduler.control.execute = lambda task: (seen.append(task), execute(task))[1]
     scheduler.add_request(input_ids=list(range(21)), max_new_tokens=1)
     scheduler.add_request(input_ids=list(range(100, 105)), max_new_tokens=1)
     results = scheduler.process_requests()

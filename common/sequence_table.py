@@ -1,0 +1,86 @@
+"""What every rank remembers of the running sequences between two steps: their pages, and their last token.
+
+Each running sequence has a row. A step then needs few numbers from outside: which rows run and where they
+stand. vLLM V1 (persistent batch, block table on the device) and SGLang (req_to_token on the device) do the same.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from common.paged_attention import AttentionMetadata
+from common.transfer import upload_all
+
+try:  # a CPU build of torch comes without Triton
+    from common.kernels import plan as fused
+except ImportError:
+    fused = None
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """Everything the model and attention need for one step of T tokens of B sequences."""
+
+    input_ids: torch.Tensor  # [T]
+    positions: torch.Tensor  # [T]
+    rows: torch.Tensor  # [B]
+    meta: AttentionMetadata
+
+
+class SequenceTable:
+    """page_table [rows, max_pages], last_token [rows]; int64 on the device. Nothing here waits for a GPU."""
+
+    def __init__(self, num_rows: int, max_pages: int, page_size: int, device: torch.device):
+        self.page_size, self.device = page_size, device
+        self.page_table = torch.zeros(num_rows, max_pages, dtype=torch.int64, device=device)
+        self.last_token = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self._counting = torch.arange(num_rows + 1, device=device)  # the query_start of any decode step
+
+    def set_pages(self, rows: np.ndarray, columns: np.ndarray, pages: np.ndarray) -> None:
+        """page_table[rows[i], columns[i]] = pages[i]."""
+        where, what = upload_all(self.device, rows * self.page_table.shape[1] + columns, pages)
+        self.page_table.view(-1).index_copy_(0, where, what)
+
+    def set_tokens(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
+        """The tokens [B] that the sequences of `rows` [B] go on with."""
+        self.last_token.index_copy_(0, rows, tokens)
+
+    def prefill(self, tokens: np.ndarray, rows: np.ndarray, cached: np.ndarray, new: np.ndarray) -> StepInputs:
+        """tokens [T], end to end: new[b] tokens of the sequence in rows[b] behind cached[b] known ones."""
+        ends = np.cumsum(new)  # [B]
+        positions = np.arange(ends[-1]) + np.repeat(cached - (ends - new), new)  # [T]
+        context = cached + new
+        ids, at, of, row, starts, context_lens = upload_all(
+            self.device, tokens, positions, np.repeat(rows, new), rows, np.concatenate(([0], ends)), context
+        )
+        table = self.page_table[row, : self._pages(context.max())]
+        return StepInputs(ids, at, row, self._meta(of, at, table, starts, context_lens, int(new.max())))
+
+    def decode(self, rows: np.ndarray, positions: np.ndarray) -> StepInputs:
+        """The last token of each sequence, to stand at positions [B]."""
+        row, at = upload_all(self.device, rows, positions)
+        return self.decode_on_device(row, at, self._pages(positions.max() + 1))
+
+    def decode_on_device(self, rows: torch.Tensor, positions: torch.Tensor, pages: int) -> StepInputs:
+        """The same from tensors, at most `pages` pages a sequence; a row -1 is padding: it leaves no trace."""
+        starts = self._counting[: len(rows) + 1]
+        if fused and rows.is_cuda:
+            ids, slots, table, context = fused.plan_decode(
+                rows, positions, self.page_table, self.last_token, pages, self.page_size
+            )
+            meta = AttentionMetadata(slots, table, starts, context, self.page_size, max_query_len=1)
+            return StepInputs(ids, positions, rows, meta)
+        real = rows >= 0
+        row, at = rows.clamp(min=0), positions * real
+        meta = self._meta(row, at, self.page_table[row, :pages], starts, at + 1, 1)
+        meta = replace(meta, slot_mapping=meta.slot_mapping.where(real, -1))
+        return StepInputs(self.last_token[row] * real, positions, rows, meta)
+
+    def _meta(self, rows, positions, table, starts, context_lens, longest: int) -> AttentionMetadata:
+        pages = self.page_table[rows, positions // self.page_size]  # [T]
+        slots = pages * self.page_size + positions % self.page_size
+        return AttentionMetadata(slots, table, starts, context_lens, self.page_size, longest)
+
+    def _pages(self, length) -> int:
+        return -(-int(length) // self.page_size)
