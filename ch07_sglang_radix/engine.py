@@ -35,9 +35,10 @@ class Engine:
         dtype: str | None = None, page_size: int = 16, max_total_tokens: int | None = None,
         max_running_requests: int = 256, chunked_prefill_size: int | None = None,
         disable_radix_cache: bool = False, disable_overlap_schedule: bool | None = None, gather_best: bool = False,
-        disable_cuda_graph: bool = False, attention_backend: str = "auto", random_seed: int = 0, check: bool = False,
+        disable_cuda_graph: bool = False, disable_custom_all_reduce: bool = False, attention_backend: str = "auto",
+        random_seed: int = 0, check: bool = False,
     ):  # fmt: skip
-        tp = initialize_tensor_parallel(tp_size, device)
+        tp = initialize_tensor_parallel(tp_size, device, disable_custom_all_reduce=disable_custom_all_reduce)
         self.wrapper = TPRadixAttentionModelWrapper(
             model_path, device, page_size, dtype=dtype, max_total_tokens=max_total_tokens,
             max_running_requests=max_running_requests, attention_backend=attention_backend,

@@ -27,6 +27,7 @@ class Req:
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: dict[str, Any] | None = None
+    stops: frozenset[int] = frozenset()  # tokens that end it
 
     # admission: a row of req_to_token and a locked path in the tree
     row: int = -1
@@ -36,6 +37,7 @@ class Req:
 
     # each step
     pending: int = 0  # tokens that are drawn, or being drawn, and not yet in output_ids
+    wanted: int = 0  # tokens that nobody has begun to draw yet
     kv_len: int = 0  # tokens whose K and V are in the pool, or on their way there
     allocated_len: int = 0  # slots the row has, a multiple of the page size
     sent_len: int = 0  # slots of the row that every rank's page table knows
@@ -55,22 +57,16 @@ class Req:
         """Tokens it will have at most."""
         return len(self.prompt_ids) + self.params.max_new_tokens
 
-    @property
-    def wants_more(self) -> bool:
-        """False once its last token is drawn, as far as its length says."""
-        return len(self.output_ids) + self.pending < self.params.max_new_tokens
-
     def sampling_row(self) -> SamplingRow:
         """For the newest of its pending tokens."""
         return SamplingRow(self.params, self.seed, self.prompt_ids, self.output_ids, self.pending - 1)
 
-    def take_token(self, token: int, logprob: float | None, eos_token_ids: tuple[int, ...]) -> None:
+    def take_token(self, token: int, logprob: float | None) -> None:
         """Append a sampled token and see whether it was the last."""
         self.output_ids.append(token)
         if logprob is not None and self.params.logprobs:
             self.logprobs.append(logprob)
-        stops = self.params.stop_token_ids + (() if self.params.ignore_eos else eos_token_ids)
-        if token in stops:
+        if token in self.stops:
             self.finish_reason = {"type": "stop", "matched": token}
         elif len(self.output_ids) >= self.params.max_new_tokens:
             self.finish_reason = {"type": "length", "length": self.params.max_new_tokens}

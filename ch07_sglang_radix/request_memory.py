@@ -10,6 +10,8 @@ The scheduler says who gets and who gives; here is how. Slots of a row, from the
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from ch07_sglang_radix.memory_pool import ReqToTokenPool, TokenToKVPool
 from ch07_sglang_radix.radix_cache import MatchResult, RadixCache
 from ch07_sglang_radix.request import Req
@@ -32,16 +34,26 @@ class RequestMemory:
     def grow(self, req: Req, length: int) -> None:
         """Slots for `length` tokens, evicting what it takes. The scheduler has seen to it that they exist."""
         pages = -(-(length - req.allocated_len) // self.page_size)
-        if pages <= 0:
-            return
+        if pages > 0:
+            self._append(req, self._take(pages))
+
+    def grow_by_a_page(self, reqs: Sequence[Req]) -> None:
+        """One page more for each, taken at one go: decode steps do nothing else."""
+        if reqs:
+            for req, slots in zip(reqs, self._take(len(reqs)).reshape(len(reqs), -1), strict=True):
+                self._append(req, slots)
+
+    def _take(self, pages: int) -> np.ndarray:
+        """[pages * P] slots, evicting what it takes."""
         missing = pages - self.pool.num_free_pages
         if missing > 0:
             self.tree.evict(missing * self.page_size)
         slots = self.pool.alloc(pages)
         if slots is None:
-            raise AssertionError(
-                f"request {req.rid} needs {pages} pages, {self.pool.num_free_pages} are free: admission failed"
-            )
+            raise AssertionError(f"{pages} pages are needed, {self.pool.num_free_pages} are free: admission failed")
+        return slots
+
+    def _append(self, req: Req, slots: np.ndarray) -> None:
         self.rows.req_to_token[req.row, req.allocated_len : req.allocated_len + len(slots)] = slots
         req.allocated_len += len(slots)
 

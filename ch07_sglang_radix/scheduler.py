@@ -27,7 +27,7 @@ from ch07_sglang_radix.memory_pool import ReqToTokenPool, TokenToKVPool
 from ch07_sglang_radix.radix_cache import MatchResult, RadixCache
 from ch07_sglang_radix.request import Req, RequestOutput
 from ch07_sglang_radix.request_memory import RequestMemory
-from ch07_sglang_radix.tasks import DecodeSequence, DecodeTask, PrefillSequence, PrefillTask, StopTask
+from ch07_sglang_radix.tasks import DecodeTask, PrefillSequence, PrefillTask, StopTask
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.sampler import SamplingBatch, SamplingParams, uniform
 
@@ -48,13 +48,13 @@ class _Queued:
     drawn: Drawn | None
 
 
-@dataclass
 class _DecodeBatch:
     """The running requests as arrays, kept from one decode step to the next while they stay the same."""
 
-    reqs: list[Req]
-    rows: np.ndarray  # [B]
-    sampling: SamplingBatch | None = None
+    def __init__(self, reqs: list[Req]):
+        self.reqs, self.rows = reqs, tuple(req.row for req in reqs)
+        self.positions = np.array([req.kv_len for req in reqs])  # of the next step [B]
+        self.sampling: SamplingBatch | None = None
 
 
 class TPScheduler:
@@ -100,7 +100,7 @@ class TPScheduler:
             self.chunked: Req | None = None  # the one request whose prompt is computed in part
             self.new_token_ratio = INIT_NEW_TOKEN_RATIO
             self._queued: _Queued | None = None  # the step whose tokens nobody has looked at
-            self._decoding = _DecodeBatch([], np.zeros(0, dtype=np.int64))
+            self._decoding = _DecodeBatch([])
 
     # --- for the user
 
@@ -121,7 +121,8 @@ class TPScheduler:
         rid, self._num_requests = self._num_requests, self._num_requests + 1
         if self.tp.rank == 0:
             seed = params.seed if params.seed is not None else int(uniform(self.seed, rid) * (1 << 24))
-            self.waiting.append(Req(rid, text, ids, params, seed))
+            stops = frozenset(params.stop_token_ids + (() if params.ignore_eos else self.wrapper.config.eos_token_ids))
+            self.waiting.append(Req(rid, text, ids, params, seed, stops=stops, wanted=params.max_new_tokens))
         return rid
 
     def process_requests(self, arrivals: Callable[[int], bool] | None = None) -> dict[int, RequestOutput]:
@@ -167,7 +168,7 @@ class TPScheduler:
         if batch := self._next_prefill():
             self.last_prefill = batch
             queued = self._queue_prefill(batch)
-        elif any(req.wants_more for req in self.running):
+        elif any(req.wanted for req in self.running):
             queued = self._queue_decode()
         elif self._queued is None:
             if self.waiting:
@@ -264,20 +265,20 @@ class TPScheduler:
 
     def _queue_decode(self) -> _Queued:
         self._make_room()
-        reqs = [req for req in self.running if req.wants_more]
+        reqs = [req for req in self.running if req.wanted]
         if not reqs:  # room was made by looking at the last step's tokens, and they were the last
             return _Queued([], None)
-        for req in reqs:
-            if req.kv_len == req.allocated_len:
-                self.memory.grow(req, req.kv_len + 1)
         if reqs != self._decoding.reqs:
-            self._decoding = _DecodeBatch(reqs, np.array([req.row for req in reqs]))
-        sequences = tuple(DecodeSequence(req.row, req.kv_len) for req in reqs)
-        task = DecodeTask(self.step_number, self.memory.page_updates(reqs), sequences, self._best(reqs))
+            self._decoding = _DecodeBatch(reqs)
+        batch = self._decoding
+        self.memory.grow_by_a_page([req for req in reqs if req.kv_len == req.allocated_len])
+        updates = self.memory.page_updates(reqs)
+        task = DecodeTask(self.step_number, updates, batch.rows, tuple(batch.positions.tolist()), self._best(reqs))
         queued = self._queue(task, reqs, self.wrapper.decode_rows(len(reqs)))
         self.steps["decode"] += 1
         decay = (INIT_NEW_TOKEN_RATIO - MIN_NEW_TOKEN_RATIO) / RATIO_DECAY_STEPS
         self.new_token_ratio = max(self.new_token_ratio - decay, MIN_NEW_TOKEN_RATIO)
+        batch.positions += 1
         for req in reqs:
             req.kv_len += 1
         return queued
@@ -291,19 +292,21 @@ class TPScheduler:
             return _Queued([], None)
         for req in emitting:
             req.pending += 1
-        if any(req.params.penalized for req in emitting):
-            self._settle()  # a penalty must know every token before the one it is for
+            req.wanted -= 1
         return _Queued(emitting, self.control.sample(logits, self._sampling(task, emitting)))
 
     def _sampling(self, task: PrefillTask | DecodeTask, reqs: list[Req]) -> SamplingBatch:
         """The parameters of the step's rows; those of a decode batch that has not changed are still there."""
-        if isinstance(task, PrefillTask):
-            return SamplingBatch([req.sampling_row() for req in reqs])
-        if self._decoding.sampling is None or self._decoding.sampling.penalized:
-            self._decoding.sampling = SamplingBatch([req.sampling_row() for req in reqs])
-        else:
-            self._decoding.sampling.advance()
-        return self._decoding.sampling
+        batch = self._decoding.sampling if isinstance(task, DecodeTask) else None
+        if batch and not batch.penalized:
+            batch.advance()
+            return batch
+        if any(req.params.penalized for req in reqs):
+            self._settle()  # a penalty must know every token before the one it is for
+        batch = SamplingBatch([req.sampling_row() for req in reqs])
+        if isinstance(task, DecodeTask):
+            self._decoding.sampling = batch
+        return batch
 
     def _best(self, reqs: list[Req]) -> int:
         """How many of its best logits each rank gives in this step; 0: all."""
@@ -324,7 +327,7 @@ class TPScheduler:
             req.pending -= 1
             if req.finish_reason:  # it had ended when this step was on its way already
                 continue
-            req.take_token(tokens[i], logprobs[i] if logprobs else None, self.wrapper.config.eos_token_ids)
+            req.take_token(tokens[i], logprobs[i] if logprobs else None)
             if req.finish_reason:
                 ended = True
                 req.kv_len = len(req.prompt_ids) + len(req.output_ids) - 1  # without what a later step computes for it
@@ -372,9 +375,9 @@ class TPScheduler:
         vocab = self.wrapper.config.vocab_size
         if not ids:
             raise ValueError("the prompt is empty: there is no token to continue from")
-        bad = [i for i in ids if not 0 <= i < vocab]
-        if bad:
-            raise ValueError(f"token id {bad[0]} is outside the vocabulary 0..{vocab - 1}")
+        if min(ids) < 0 or max(ids) >= vocab:
+            bad = next(i for i in ids if not 0 <= i < vocab)
+            raise ValueError(f"token id {bad} is outside the vocabulary 0..{vocab - 1}")
         total, limit = len(ids) + params.max_new_tokens, self.wrapper.config.max_position_embeddings
         said = f"prompt {len(ids)} + max_new_tokens {params.max_new_tokens} = {total} tokens"
         if total > limit:

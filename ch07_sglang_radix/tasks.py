@@ -16,8 +16,8 @@ On the wire a task is a flat int64 tensor:
          2   step                        8   best: logits a rank gives (0: all)
          3   length in words             then, in this order:
          4   CRC-32 of all the others    per update:    row, first page index, n, n page ids
-                                         per sequence:  prefill (row, cached, new, emits), decode (row, position)
-                                         token ids (prefill)
+                                         prefill: (row, cached, new, emits) per sequence, then token ids
+                                         decode:  the rows, then their positions
 
 No pickle: a rank that reads a task can come to no other harm than ValueError.
 """
@@ -52,13 +52,6 @@ class PrefillSequence(NamedTuple):
     emits: int
 
 
-class DecodeSequence(NamedTuple):
-    """Feed the row's last token in at `position`."""
-
-    row: int
-    position: int
-
-
 @dataclass(frozen=True)
 class PrefillTask:
     step: int
@@ -75,14 +68,17 @@ class PrefillTask:
 
 @dataclass(frozen=True)
 class DecodeTask:
+    """Feed the last token of each of `rows` in at its position."""
+
     step: int
     updates: tuple[PageUpdate, ...]
-    sequences: tuple[DecodeSequence, ...]
+    rows: tuple[int, ...]
+    positions: tuple[int, ...]
     best: int = 0
 
     @property
     def num_emitting(self) -> int:
-        return len(self.sequences)
+        return len(self.rows)
 
 
 @dataclass(frozen=True)
@@ -93,20 +89,22 @@ class StopTask:
 
 
 Task = PrefillTask | DecodeTask | StopTask
+KINDS = {StopTask: STOP, PrefillTask: PREFILL, DecodeTask: DECODE}
 
 
 def encode(task: Task) -> np.ndarray:
     """Task -> int64 [length]."""
-    if isinstance(task, StopTask):
-        kind, updates, sequences, tokens, best = STOP, (), (), (), 0
-    elif isinstance(task, PrefillTask):
-        kind, updates, sequences, tokens, best = PREFILL, task.updates, task.sequences, task.token_ids, task.best
-    else:
-        kind, updates, sequences, tokens, best = DECODE, task.updates, task.sequences, (), task.best
+    updates, num_sequences, best, tokens, sequences = (), 0, 0, (), ()
+    if not isinstance(task, StopTask):
+        updates, best = task.updates, task.best
+    if isinstance(task, PrefillTask):
+        num_sequences, sequences, tokens = len(task.sequences), chain(*task.sequences), task.token_ids
+    elif isinstance(task, DecodeTask):
+        num_sequences, sequences = len(task.rows), chain(task.rows, task.positions)
     heads = ((u.row, u.first, len(u.pages), *u.pages) for u in updates)
-    body = np.fromiter(chain(*heads, *sequences, tokens), dtype=np.int64)
-    counts = (len(sequences), len(updates), len(tokens))
-    header = (MAGIC | VERSION, kind, task.step, HEADER + len(body), 0, *counts, best)
+    body = np.fromiter(chain(*heads, sequences, tokens), dtype=np.int64)
+    counts = (num_sequences, len(updates), len(tokens))
+    header = (MAGIC | VERSION, KINDS[type(task)], task.step, HEADER + len(body), 0, *counts, best)
     words = np.concatenate((np.array(header, dtype=np.int64), body))
     words[4] = _checksum(words)
     return words
@@ -135,15 +133,16 @@ def decode(words: np.ndarray) -> Task:
     width = {STOP: 0, PREFILL: 4, DECODE: 2}.get(kind)
     if width is None:
         raise ValueError(f"task of step {step} has the unknown kind {kind}")
-    sequences = [reader.take(width) for _ in range(num_sequences)]
+    sequences = reader.take(width * num_sequences)
     tokens = tuple(reader.take(num_tokens))
     if reader.left:
         raise ValueError(f"task of step {step} has {reader.left} words too many")
     if kind == STOP:
         return StopTask(step)
     if kind == DECODE:
-        return DecodeTask(step, updates, tuple(DecodeSequence(*s) for s in sequences), best)
-    task = PrefillTask(step, updates, tuple(PrefillSequence(*s) for s in sequences), tokens, best)
+        return DecodeTask(step, updates, tuple(sequences[:num_sequences]), tuple(sequences[num_sequences:]), best)
+    sequences = tuple(PrefillSequence(*sequences[i : i + width]) for i in range(0, len(sequences), width))
+    task = PrefillTask(step, updates, sequences, tokens, best)
     if sum(s.new for s in task.sequences) != num_tokens:
         raise ValueError(f"task of step {step}: {num_tokens} token ids for {sum(s.new for s in task.sequences)} tokens")
     return task

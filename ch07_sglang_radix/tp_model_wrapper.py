@@ -18,6 +18,7 @@ from common.kv_cache import PagedKVCache
 from common.model_config import ModelConfig
 from common.paged_attention import TorchNativeAttention
 from common.parallel_state import TPGroup, all_gather, get_tensor_parallel, pick_device
+from common.sampler import SamplingParams, SamplingRow, sample
 from common.sequence_table import SequenceTable
 from common.tiny_qwen import TINY_QWEN_PATH
 from common.tokenizer import Tokenizer
@@ -28,6 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 CPU_CACHE_BYTES = 1 << 30  # over all ranks: they share one machine's memory
 GPU_CACHE_SHARE = 0.85  # of the memory that is free once the weights are there
 MAX_POOL_TOKENS_ON_CPU = 65_536
+WARM_UP_TOKENS = 8192
 
 
 class TPRadixAttentionModelWrapper:
@@ -77,6 +79,8 @@ class TPRadixAttentionModelWrapper:
             batch = min(max_running_requests, num_pages)
             self.graphs = DecodeGraphs(self.model, self.attention, self.kv_cache, self.table, batch)
             self.graphs.capture()
+        if self.tp.device.type == "cuda":
+            self._warm_up()
 
     # --- a task's three parts: page updates and forward, and what the tokens leave behind
 
@@ -100,7 +104,7 @@ class TPRadixAttentionModelWrapper:
     def execute_decode_task(self, task: DecodeTask) -> torch.Tensor:
         """One more token for each running row: feed in its last token. Returns logits [B, V/R] of this rank."""
         self._update_pages(task.updates)
-        rows, positions = np.array(task.sequences, dtype=np.int64).T
+        rows, positions = np.array(task.rows, dtype=np.int64), np.array(task.positions, dtype=np.int64)
         if self.graphs:
             logits, self._emitting = self.graphs.run(rows, positions), self.graphs.rows(len(rows))
             return logits
@@ -120,6 +124,19 @@ class TPRadixAttentionModelWrapper:
         self.table.set_tokens(self._emitting, tokens)
 
     # --- inside
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        """One long prefill of nothing, and both kinds of sampling: what is compiled or loaded on first use, now."""
+        n, one = min(WARM_UP_TOKENS, self.max_context), np.ones(1, dtype=np.int64)
+        step = self.table.prefill(np.zeros(n, dtype=np.int64), 0 * one, 0 * one, n * one)
+        logits = self.model.compute_logits(
+            self.model(step.input_ids, step.positions, self.attention(self.kv_cache, step.meta))[-1:]
+        )
+        if self.tp.rank > 0:
+            return
+        for params in (SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_p=0.5)):
+            sample(logits, [SamplingRow(params, 0, [], [])])
 
     def _update_pages(self, updates: tuple[PageUpdate, ...]) -> None:
         if not updates:

@@ -19,7 +19,7 @@ from common.decoder import CausalLM
 from common.kv_cache import PagedKVCache
 from common.ledger import LedgerEntry
 from common.sequence_table import SequenceTable
-from common.transfer import pinned
+from common.transfer import copy_to
 
 SMALL_SIZES = (1, 2, 4)
 SIZE_STEP = 8  # then 8, 16, 24, ...: at most 7 padding rows
@@ -76,7 +76,7 @@ class DecodeGraphs:
         batch, size = len(rows), self.padded(len(rows))
         numbers = np.full((2, size), -1, dtype=np.int64)
         numbers[:, :batch] = rows, positions
-        self.inputs[: 2 * size].copy_(pinned(numbers.reshape(-1)), non_blocking=True)
+        copy_to(numbers, self.inputs[: 2 * size])
         captured = self._captured[size]
         captured.graph.replay()
         self.tp.ledger.replay(captured.messages)

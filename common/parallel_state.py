@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from common.ledger import Ledger
+from common.symmetric_memory import SymmetricAllReduce
 
 CPU_TIMEOUT_S = 60.0
 CPU = torch.device("cpu")
@@ -53,6 +54,7 @@ class TPGroup:
     device_group: Any = None
     control_group: Any = None
     peers: tuple[tuple[int, int], ...] = ()  # (host, pid) of each rank, to name the one that died
+    fast_all_reduce: SymmetricAllReduce | None = None  # for small messages between GPUs of one host
     ledger: Ledger = field(default_factory=Ledger, compare=False)
 
     def __post_init__(self):
@@ -64,13 +66,15 @@ _tp: TPGroup | None = None  # the process's own group; read at the outer API onl
 
 
 def initialize_tensor_parallel(
-    tensor_parallel_size: int | None = None, device: str = "auto", timeout_s: float | None = None
-) -> TPGroup:
+    tensor_parallel_size: int | None = None, device: str = "auto", timeout_s: float | None = None,
+    disable_custom_all_reduce: bool = False,
+) -> TPGroup:  # fmt: skip
     """Join the group of `tensor_parallel_size` ranks (default: as many as torchrun started).
 
     Without torchrun there is one rank, no process group and no communication. The address and the port
     come from torchrun's environment, never from here. A collective that a peer does not answer within
-    `timeout_s` (default 60 s on CPU) raises RankFailure.
+    `timeout_s` (default 60 s on CPU) raises RankFailure. Between GPUs of one host small all-reduces go through
+    symmetric memory (symmetric_memory.py), unless `disable_custom_all_reduce`; all others through NCCL.
 
     Raises ValueError if the size is not the number of processes that run.
     """
@@ -90,7 +94,9 @@ def initialize_tensor_parallel(
     else:
         torch.cuda.set_device(where)
     if size > 1:
-        _tp = _join(where, timeout_s or (CPU_TIMEOUT_S if where.type == "cpu" else GPU_TIMEOUT_S))
+        _tp = _join(
+            where, timeout_s or (CPU_TIMEOUT_S if where.type == "cpu" else GPU_TIMEOUT_S), disable_custom_all_reduce
+        )
     else:
         _tp = TPGroup(device=where)
     return _tp
@@ -129,7 +135,7 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _join(device: torch.device, timeout_s: float) -> TPGroup:
+def _join(device: torch.device, timeout_s: float, disable_custom_all_reduce: bool) -> TPGroup:
     timeout = timedelta(seconds=timeout_s)
     backend = "gloo" if device.type == "cpu" else "nccl"
     if not dist.is_initialized():
@@ -140,16 +146,37 @@ def _join(device: torch.device, timeout_s: float) -> TPGroup:
     everyone = [torch.empty_like(me) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, me, group=control_group)  # COMM all-gather [2]: host and pid, to name a rank that dies
     peers = tuple((int(host), int(pid)) for host, pid in everyone)
-    return TPGroup(dist.get_rank(), len(peers), device, device_group, control_group, peers)
+    fast = None
+    if device.type == "cuda" and not disable_custom_all_reduce:
+        fast = _connect(device, device_group, control_group, peers)
+    return TPGroup(dist.get_rank(), len(peers), device, device_group, control_group, peers, fast)
+
+
+def _connect(device: torch.device, device_group, control_group, peers) -> SymmetricAllReduce | None:
+    """Symmetric memory, if all ranks can have it: they must all send the same message the same way."""
+    possible = len({host for host, _ in peers}) == 1 and SymmetricAllReduce.reachable(device, len(peers))
+    if not _all_agree(possible, control_group):
+        return None
+    fast = SymmetricAllReduce.connect(device_group, device)
+    return fast if _all_agree(fast is not None, control_group) else None
+
+
+def _all_agree(mine: bool, group) -> bool:
+    vote = torch.tensor([int(mine)])
+    dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=group)  # COMM all-reduce [1]: can every rank do it?
+    return bool(vote)
 
 
 # --- the collectives: one rank alone has nothing to say, so R = 1 returns its input and records nothing
 
 
 def all_reduce(x: torch.Tensor, tp: TPGroup, label: str) -> torch.Tensor:
-    """x [...] partial on each rank -> the sum, equal on every rank. In place."""
-    if tp.size > 1:
-        _communicate("all_reduce", x, tp, label, lambda group: dist.all_reduce(x, group=group))
+    """x [...] partial on each rank -> the sum, equal on every rank. Go on with the result: x may be overwritten."""
+    if tp.size == 1:
+        return x
+    if tp.fast_all_reduce and tp.fast_all_reduce.fits(x):
+        return _communicate("all_reduce", x, tp, label, lambda group: tp.fast_all_reduce(x))
+    _communicate("all_reduce", x, tp, label, lambda group: dist.all_reduce(x, group=group))
     return x
 
 
@@ -178,7 +205,7 @@ def broadcast(x: torch.Tensor, tp: TPGroup, label: str) -> torch.Tensor:
     return x
 
 
-def _communicate(op: str, x: torch.Tensor, tp: TPGroup, label: str, call: Callable[[Any], Any]) -> None:
+def _communicate(op: str, x: torch.Tensor, tp: TPGroup, label: str, call: Callable[[Any], Any]) -> Any:
     """Record the message, send it over the group that fits its device, and name the rank that failed it."""
     group = tp.control_group if x.device.type == "cpu" else tp.device_group
     if group is None:
@@ -188,7 +215,7 @@ def _communicate(op: str, x: torch.Tensor, tp: TPGroup, label: str, call: Callab
         )
     tp.ledger.record(op, label, x)
     try:
-        call(group)
+        return call(group)
     except RuntimeError as error:
         raise RankFailure(f"rank {tp.rank}: {op} {label!r} {list(x.shape)} failed: {_blame(tp, error)}") from error
 

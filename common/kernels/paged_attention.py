@@ -19,7 +19,7 @@ from common.kv_cache import PagedKVCache
 from common.paged_attention import AttentionMetadata
 
 MAX_SPLITS = 32  # parts of one context at most
-PROGRAMS_PER_PROCESSOR = 16  # of a decode step: a part is short enough that the longest context does not lag behind
+PROGRAMS_PER_PROCESSOR = 8  # of a decode step: a part is short enough that the longest context does not lag behind
 LOG2_E = 1.4426950408889634
 
 
@@ -74,15 +74,20 @@ class DecodeWorkspace:
 
     def __init__(self, q: torch.Tensor, k_cache: torch.Tensor):
         (batch, heads, d), kv_heads = q.shape, k_cache.shape[2]
-        programs = PROGRAMS_PER_PROCESSOR * num_processors(q.device)
-        self.splits = max(1, min(MAX_SPLITS, programs // (batch * kv_heads)))
-        self.least = 64 if batch * kv_heads < num_processors(q.device) else 256  # tokens that are worth a part
+        programs, processors = batch * kv_heads, num_processors(q.device)
+        wanted = max(1, min(MAX_SPLITS, PROGRAMS_PER_PROCESSOR * processors // programs))
+        self.splits = 1 << (wanted.bit_length() - 1)
+        # tokens that are worth a part: few where the chip is empty, many where it is full
+        self.least = 64 if programs * 16 <= processors else 128 if programs < processors else 512
+        self.block, self.warps = (64, 4) if self.least == 64 else (128, 2 if d <= 64 else 4)
+        if q.dtype == torch.float32:
+            self.block, self.warps = 32, 4
         self.part = torch.empty(batch, heads, self.splits, d, dtype=torch.float32, device=q.device)
         self.lse = torch.empty(batch, heads, self.splits, dtype=torch.float32, device=q.device)
         self.arrived = torch.zeros(batch, kv_heads, dtype=torch.int32, device=q.device)
 
 
-def decode(q, k, v, k_cache, v_cache, meta: AttentionMetadata, space: DecodeWorkspace, block_n=64, warps=4, stages=3):
+def decode(q, k, v, k_cache, v_cache, meta: AttentionMetadata, space: DecodeWorkspace) -> torch.Tensor:
     """q [B, Hq/R, d], k, v [B, Hkv/R, d] of one new token a sequence -> o [B, Hq/R, d]; stores k and v."""
     (batch, heads, d), kv_heads = q.shape, k_cache.shape[2]
     group = heads // kv_heads
@@ -90,9 +95,10 @@ def decode(q, k, v, k_cache, v_cache, meta: AttentionMetadata, space: DecodeWork
     launch(
         _decode, (space.splits, kv_heads, batch), q, k, v, k_cache, v_cache, o, space.part, space.lse, space.arrived,
         meta.slot_mapping, meta.page_table, meta.context_lens, meta.page_table.stride(0), q.stride(0), k.stride(0),
-        v.stride(0), d**-0.5 * LOG2_E, P=meta.page_size, HKV=kv_heads, G=group, GP=max(16, triton.next_power_of_2(group)),
-        D=d, BD=max(16, triton.next_power_of_2(d)), SPLITS=space.splits, SP=triton.next_power_of_2(space.splits),
-        LEAST=space.least, BN=block_n, F32=q.dtype == torch.float32, num_warps=warps, num_stages=stages,
+        v.stride(0), d**-0.5 * LOG2_E, space.splits, space.least, P=meta.page_size, HKV=kv_heads, G=group,
+        GP=max(16, triton.next_power_of_2(group)), PG=triton.next_power_of_2(group), D=d,
+        BD=max(16, triton.next_power_of_2(d)), TOGETHER=8, BN=space.block, F32=q.dtype == torch.float32,
+        num_warps=space.warps, num_stages=2,
     )  # fmt: skip
     return o
 
@@ -107,15 +113,15 @@ def _slots(page_table_row, n, length, P: tl.constexpr):
 @triton.jit
 def _decode(
     q, k, v, k_cache, v_cache, o, part, lse, arrived, slots, page_table, context_lens, table_stride, q_stride, k_stride,
-    v_stride, scale, P: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, SPLITS: tl.constexpr, SP: tl.constexpr, LEAST: tl.constexpr, BN: tl.constexpr,
+    v_stride, scale, splits, least, P: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr, PG: tl.constexpr, TOGETHER: tl.constexpr, BN: tl.constexpr,
     F32: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
     wait_for_previous(PDL)
     s, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     cached = tl.load(context_lens + b).to(tl.int32) - 1
-    share = tl.maximum(tl.cdiv(tl.cdiv(cached, SPLITS), BN) * BN, LEAST)  # tokens a part, in whole blocks
+    share = tl.maximum(tl.cdiv(tl.cdiv(cached, splits), BN) * BN, least)  # tokens a part, in whole blocks
     parts = tl.maximum(tl.cdiv(cached, share), 1)
     if s < parts:
         start, stop = s * share, tl.minimum((s + 1) * share, cached)
@@ -158,22 +164,33 @@ def _decode(
             tl.store(out, (acc / total[:, None]).to(o.dtype.element_ty), mask=live)
         else:
             heads = (b * HKV + h) * G
-            tl.store(part + ((heads + g[:, None]) * SPLITS + s) * D + i[None, :], acc / total[:, None], mask=live)
-            tl.store(lse + (heads + g) * SPLITS + s, m + tl.log2(total), mask=g < G)
+            tl.store(part + ((heads + g[:, None]) * splits + s) * D + i[None, :], acc / total[:, None], mask=live)
+            tl.store(lse + (heads + g) * splits + s, m + tl.log2(total), mask=g < G)
             tl.debug_barrier()  # all threads have stored before one says so
             count = tl.atomic_add(arrived + b * HKV + h, 1, sem="acq_rel")
             if count == parts - 1:  # all parts are there
                 tl.store(arrived + b * HKV + h, 0)
-                c = tl.arange(0, SP)
-                for j in tl.static_range(G):
-                    at = (heads + j) * SPLITS + c
-                    sums = tl.load(lse + at, mask=c < parts, other=-float("inf"), cache_modifier=".cg")
-                    weight = tl.exp2(sums - tl.max(sums, 0))
-                    weight = weight / tl.sum(weight, 0)
-                    seen = (c < parts)[:, None] & (i[None, :] < D)
-                    values = tl.load(part + at[:, None] * D + i[None, :], mask=seen, other=0.0, cache_modifier=".cg")
-                    merged = tl.sum(values * weight[:, None], 0)
-                    tl.store(o + (heads + j) * D + i, merged.to(o.dtype.element_ty), mask=i < D)
+                j, e = tl.arange(0, PG), tl.arange(0, TOGETHER)
+                best = tl.full([PG], -float("inf"), tl.float32)
+                total = tl.zeros([PG], tl.float32)
+                merged = tl.zeros([PG, BD], tl.float32)
+                for first in range(0, parts, TOGETHER):
+                    c = first + e
+                    at = (heads + j)[None, :] * splits + c[:, None]  # [TOGETHER, PG]
+                    there = (c < parts)[:, None] & (j < G)[None, :]
+                    sums = tl.load(lse + at, mask=there, other=-1e30, cache_modifier=".cg")
+                    values = tl.load(
+                        part + at[:, :, None] * D + i[None, None, :], mask=there[:, :, None] & (i < D)[None, None, :],
+                        other=0.0, cache_modifier=".cg",
+                    )  # fmt: skip
+                    new_best = tl.maximum(best, tl.max(sums, 0))
+                    weight, old = tl.exp2(sums - new_best[None, :]), tl.exp2(best - new_best)
+                    merged = merged * old[:, None] + tl.sum(values * weight[:, :, None], 0)
+                    total = total * old + tl.sum(weight, 0)
+                    best = new_best
+                out = o + (heads + j)[:, None] * D + i[None, :]
+                live = (j < G)[:, None] & (i < D)[None, :]
+                tl.store(out, (merged / total[:, None]).to(o.dtype.element_ty), mask=live)
 
 
 def extend(

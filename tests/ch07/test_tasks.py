@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 
 from ch07_sglang_radix.tasks import (
     HEADER,
-    DecodeSequence,
     DecodeTask,
     PageUpdate,
     PrefillSequence,
@@ -17,19 +16,22 @@ from ch07_sglang_radix.tasks import (
 
 small = st.integers(0, 1 << 40)
 updates = st.lists(st.builds(PageUpdate, small, small, st.lists(small, max_size=5).map(tuple)), max_size=4).map(tuple)
-decodes = st.builds(
-    DecodeTask, small, updates, st.lists(st.builds(DecodeSequence, small, small), max_size=6).map(tuple)
-)
+
+
+@st.composite
+def decodes(draw):
+    rows = draw(st.lists(small, max_size=6).map(tuple))
+    return DecodeTask(draw(small), draw(updates), rows, tuple(draw(small) for _ in rows), draw(small))
 
 
 @st.composite
 def prefills(draw):
     new = draw(st.lists(st.integers(1, 5), max_size=4))
     sequences = tuple(PrefillSequence(draw(small), draw(small), n, draw(st.integers(0, 1))) for n in new)
-    return PrefillTask(draw(small), draw(updates), sequences, tuple(draw(small) for _ in range(sum(new))))
+    return PrefillTask(draw(small), draw(updates), sequences, tuple(draw(small) for _ in range(sum(new))), draw(small))
 
 
-tasks = st.one_of(decodes, prefills(), st.builds(StopTask, small))
+tasks = st.one_of(decodes(), prefills(), st.builds(StopTask, small))
 
 
 @given(tasks)
@@ -65,6 +67,6 @@ def test_prefill_token_count_must_fit_the_sequences():
 
 def test_a_decode_task_does_not_grow_with_the_context():
     def words(position):
-        return len(encode(DecodeTask(0, (), tuple(DecodeSequence(row, position) for row in range(8)))))
+        return len(encode(DecodeTask(0, (), tuple(range(8)), (position,) * 8)))
 
     assert words(10) == words(10_000) == HEADER + 2 * 8

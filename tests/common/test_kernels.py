@@ -62,6 +62,9 @@ def test_attention_is_the_plain_form_s(name, page_size, dtype, tolerance, heads,
     o = pick_attention(torch.device("cuda"), "triton")(cache, meta)(0, *qkv)
     error = (o.float() - expected).norm() / expected.norm()
     assert error < tolerance
+    attention = pick_attention(torch.device("cuda"), "triton")(cache, meta)
+    for _ in range(3):  # the workspace is as it was before
+        assert torch.equal(attention(0, *qkv), o)
     written = meta.slot_mapping
     assert torch.equal(cache.k[0].flatten(0, 1)[written], qkv[1])
     assert torch.equal(cache.v[0].flatten(0, 1)[written], qkv[2])
@@ -111,14 +114,113 @@ def test_fused_norms(size, dtype):
 
 @gpu
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_fused_silu_and_rotary(dtype):
+def test_silu_and_mul(dtype):
     from common.kernels import fused  # noqa: PLC0415
 
     x = torch.randn(37, 2 * 4864, device="cuda", dtype=dtype)
     gate, up = x.float().chunk(2, dim=-1)
     assert relative_error(fused.silu_and_mul(x), torch.nn.functional.silu(gate) * up) < TOLERANCE[dtype]
-    qkv = torch.randn(37, 18, 64, device="cuda", dtype=dtype)
-    q = qkv[:, :14]  # rows lie apart, as after the split of qkv
-    cos, sin = (torch.randn(37, 1, 64, device="cuda", dtype=dtype) for _ in range(2))
-    expected = q.float() * cos.float() + q.float().roll(32, dims=-1) * sin.float()
-    assert relative_error(fused.rotary(q, cos, sin), expected) < TOLERANCE[dtype]
+
+
+@gpu
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("heads", "d"), [((14, 2), 64), ((16, 8), 128), ((7, 1), 8), ((28, 4), 128)])
+def test_turn(dtype, normed, heads, d):
+    """Queries and keys as views of the fused projection, against norm, then rotary in plain PyTorch."""
+    from common.kernels import fused  # noqa: PLC0415
+
+    qkv = torch.randn(37, (heads[0] + 2 * heads[1]) * d, device="cuda", dtype=dtype)
+    q, k, _ = qkv.split([heads[0] * d, heads[1] * d, heads[1] * d], dim=-1)
+    q, k = q.view(37, -1, d), k.view(37, -1, d)
+    weights = [torch.randn(d, device="cuda", dtype=dtype) for _ in range(2)] if normed else [None, None]
+    angles = torch.outer(torch.arange(100.0), torch.rand(d // 2)).cuda()
+    positions = torch.randint(0, 100, (37,), device="cuda")
+    cos, sin = fused.angles(positions, angles.cos(), angles.sin(), torch.float32)
+    want = torch.cat((angles.cos(), angles.cos()), -1)[positions].unsqueeze(1)
+    assert relative_error(cos, want) < 1e-6
+    for x, weight, got in zip((q, k), weights, fused.turn(q, k, cos, sin, *weights, 1e-6), strict=True):
+        here = torch.nn.functional.rms_norm(x.float(), (d,), weight.float(), 1e-6) if normed else x.float()
+        other = torch.cat((-here[..., d // 2 :], here[..., : d // 2]), -1)
+        bare = torch.cat((angles.sin(), angles.sin()), -1)[positions].unsqueeze(1)
+        assert relative_error(got, here * want + other * bare) < TOLERANCE[dtype]
+
+
+@gpu
+def test_embed_gives_zeros_for_rows_of_another_rank():
+    from common.kernels import fused  # noqa: PLC0415
+
+    weight = torch.randn(100, 112, device="cuda")
+    ids = torch.tensor([0, 99, 100, 150, 199, 200, 1000], device="cuda")
+    x = fused.embed(ids, weight, 100)
+    assert torch.equal(x[2:5], weight[[0, 50, 99]])
+    assert not x[[0, 1, 5, 6]].any()
+
+
+@gpu
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize(("out", "width"), [(1152, 896), (896, 4864), (151_936, 896), (37, 100), (3584, 18_944)])
+def test_linear(dtype, rows, out, width):
+    from common.kernels import linear  # noqa: PLC0415
+
+    x, weight = (torch.randn(n, width, device="cuda", dtype=dtype) for n in (rows, out))
+    bias = torch.randn(out, device="cuda", dtype=dtype)
+    want = x.double() @ weight.double().t()
+    assert relative_error(linear.linear(x, weight), want) < TOLERANCE[dtype]
+    assert relative_error(linear.linear(x, weight, bias), want + bias) < TOLERANCE[dtype]
+
+
+@gpu
+@pytest.mark.parametrize("rows", [[0], [3, -1, 0, 2], [1, 2, -1, -1]])
+def test_plan_is_the_plain_form_s(rows, monkeypatch):
+    from common import sequence_table  # noqa: PLC0415
+
+    device = torch.device("cuda")
+    table = sequence_table.SequenceTable(4, 300, 16, device)
+    table.page_table.copy_(torch.randint(0, 10_000, (4, 300)))
+    table.last_token.copy_(torch.randint(0, 1000, (4,)))
+    rows = torch.tensor(rows, device=device)
+    positions = torch.tensor([4799, 0, 15, 16], device=device)[: len(rows)]
+    got = table.decode_on_device(rows, positions * (rows >= 0), 300)
+    monkeypatch.setattr(sequence_table, "fused", None)
+    want = table.decode_on_device(rows, positions, 300)
+    assert torch.equal(got.input_ids, want.input_ids)
+    assert torch.equal(got.meta.slot_mapping, want.meta.slot_mapping)
+    assert torch.equal(got.meta.context_lens, want.meta.context_lens)
+    for b, length in enumerate(want.meta.context_lens.tolist()):
+        if rows[b] >= 0:
+            pages = -(-length // 16)
+            assert torch.equal(got.meta.page_table[b, :pages], want.meta.page_table[b, :pages])
+
+
+SETTINGS = [
+    {"temperature": 0.0}, {"temperature": 0.6}, {"temperature": 1.5}, {"temperature": 1.0, "top_k": 5},
+    {"temperature": 1.0, "top_k": 300, "top_p": 0.8}, {"temperature": 0.7, "top_p": 0.9},
+    {"temperature": 1.0, "min_p": 0.1}, {"temperature": 2.0, "top_k": 40, "top_p": 0.95, "min_p": 0.02},
+]  # fmt: skip
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [151_936, 1000])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_sampling_draws_the_tokens_of_the_plain_form(dtype, vocab, mixed):
+    """The same random numbers give the same tokens; a draw that falls on a border may go to a neighbour."""
+    from common import sampler  # noqa: PLC0415
+
+    torch.manual_seed(0)
+    logits = (torch.randn(64, vocab, device="cuda") * 3).to(dtype)
+    groups = [SETTINGS * 8] if mixed else [[one] * 64 for one in SETTINGS]
+    for settings in groups:
+        params = [sampler.SamplingParams(**one) for one in settings]
+        batch = sampler.SamplingBatch([sampler.SamplingRow(p, seed, [], []) for seed, p in enumerate(params)])
+        got = sampler.sample(logits, batch)[0]
+        want = sampler._sample(logits.float(), batch)
+        assert (got == want).sum() >= 62, settings[0]
+        kept = logits.float().gather(1, got.unsqueeze(1))
+        for i, p in enumerate(params):  # and every token is one that may be drawn
+            if p.top_k > 0:
+                assert (logits[i].float() > kept[i]).sum() < p.top_k
+            if p.greedy:
+                assert got[i] == logits[i].argmax()

@@ -1,0 +1,230 @@
+"""Every kernel at the shapes of real models: is it right, and how far is it from the time its bytes need?
+
+    python -m common.kernels.bench_kernels            # under two minutes; writes figures/bench_kernels.csv
+
+The floor is the bytes a kernel must move over the bandwidth of a large copy on this GPU, measured first. Each
+kernel runs on rotating buffers too large for the L2 cache, captured into one graph; the median of ten
+replays counts. `plain us` is PyTorch's own way to the same numbers, timed alike (it may be several kernels), and
+`error` the relative distance to it in float32.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from common.kernels import fused, linear, sampling
+from common.kernels.paged_attention import TritonAttention
+from common.kv_cache import PagedKVCache
+from common.paged_attention import AttentionMetadata, TorchNativeAttention
+from common.published_configs import published_config
+from common.report import FIGURES, write_csv
+from common.sampler import SamplingBatch, SamplingParams, SamplingRow, _sample
+
+MODELS = ("Qwen2.5-0.5B", "Qwen3-0.6B", "Qwen2.5-7B")
+ROTATE_BYTES = 256 << 20  # several times the L2 cache
+BF16 = torch.bfloat16
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth()
+    print(f"copy: {bandwidth / 1e12:.2f} TB/s")
+    cases = [case for name in MODELS for case in model_cases(name)]
+    rows = []
+    for case in tqdm(cases, desc="kernels", disable=None):
+        rows.append(measure(case, bandwidth))
+    for row in rows:
+        print(
+            " ".join(
+                f"{key} {value}" if key not in ("kernel", "model", "shape") else f"{value:24s}"
+                for key, value in row.items()
+            )
+        )
+    write_csv(rows, Path(FIGURES / "bench_kernels.csv"))
+
+
+class Case:
+    """One kernel at one shape. `make()` gives fresh inputs as (call, plain call), each returning its result."""
+
+    def __init__(self, kernel: str, model: str, shape: str, size: int, make: Callable, footprint: int | None = None):
+        self.kernel, self.model, self.shape, self.bytes, self.make = kernel, model, shape, size, make
+        self.copies = max(1, min(64, ROTATE_BYTES // (footprint or size)))
+
+
+def measure(case: Case, bandwidth: float) -> dict:
+    made = [case.make() for _ in range(case.copies)]
+    got, want = made[0][0]().float(), made[0][1]().float()
+    error = ((got - want).norm() / want.norm()).item() if got.is_floating_point() else 0.0
+    us, plain = (timed([pair[i] for pair in made]) for i in (0, 1))
+    floor = case.bytes / bandwidth * 1e6
+    return {
+        "kernel": case.kernel, "model": case.model, "shape": case.shape, "MB": round(case.bytes / 1e6, 3),
+        "floor us": round(floor, 2), "us": round(us, 2), "plain us": round(plain, 2), "error": f"{error:.1e}",
+    }  # fmt: skip
+
+
+def model_cases(name: str) -> list[Case]:
+    """The kernels of a decode step of one and of 128 sequences, and of a prefill."""
+    config = published_config(name)
+    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    hq, hkv, width, mlp = (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.hidden_size,
+        config.intermediate_size,
+    )
+    shapes = {
+        "qkv": ((hq + 2 * hkv) * d, width), "o": (width, hq * d), "gate_up": (2 * mlp, width), "down": (width, mlp),
+        "lm_head": (config.vocab_size, width),
+    }  # fmt: skip
+    cases = [
+        Case("linear", name, f"{label} 1x{k} -> {n}", 2 * n * k, lambda n=n, k=k: linear_inputs(n, k))
+        for label, (n, k) in shapes.items()
+    ]
+    for batch in (1, 128):
+        cases += [
+            Case("add_rms_norm", name, f"{batch}x{width}", 8 * batch * width, lambda b=batch: norm_inputs(b, width)),
+            Case("silu_and_mul", name, f"{batch}x{mlp}", 6 * batch * mlp, lambda b=batch: silu_inputs(b, mlp)),
+            Case(
+                "turn",
+                name,
+                f"{batch}x({hq}+{hkv})x{d}",
+                4 * batch * (hq + hkv) * d,
+                lambda b=batch: turn_inputs(b, hq, hkv, d),
+            ),
+        ]
+    for label, contexts in (("1 x 400", [400]), ("128 x 100..1500", spread(128)), ("256 x 2200", [2200] * 256)):
+        size = 4 * sum(contexts) * hkv * d
+        cases.append(
+            Case(
+                "decode attention", name, label, size, lambda c=contexts: attention_inputs([1] * len(c), c, hq, hkv, d)
+            )
+        )
+    for label, new, contexts in (
+        ("8 x 1024 new", [1024] * 8, [1024] * 8),
+        ("16 x 128 new of 2176", [128] * 16, [2176] * 16),
+    ):
+        size = 4 * sum(contexts) * hkv * d + 4 * sum(new) * hq * d
+        cases.append(
+            Case("extend attention", name, label, size, lambda n=new, c=contexts: attention_inputs(n, c, hq, hkv, d))
+        )
+    for label, params in (
+        ("greedy", {}),
+        ("temperature", {"temperature": 0.6}),
+        ("top-k 50, top-p 0.9", {"temperature": 0.6, "top_k": 50, "top_p": 0.9}),
+    ):
+        for batch in (1, 128):
+            size = 2 * batch * config.vocab_size
+            cases.append(
+                Case(
+                    f"sampling, {label}",
+                    name,
+                    f"{batch}x{config.vocab_size}",
+                    size,
+                    lambda b=batch, p=params: sampling_inputs(b, config.vocab_size, p),
+                )
+            )
+    return cases
+
+
+def spread(count: int) -> list[int]:
+    return torch.linspace(100, 1500, count).int().tolist()
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device="cuda", dtype=BF16)
+
+
+def linear_inputs(n: int, k: int):
+    x, weight = randn(1, k), randn(n, k)
+    return lambda: linear.linear(x, weight), lambda: F.linear(x, weight)
+
+
+def norm_inputs(tokens: int, width: int):
+    x, residual, weight = randn(tokens, width), randn(tokens, width), randn(width)
+    return lambda: fused.add_rms_norm(x, residual, weight, 1e-6)[0], lambda: F.rms_norm(
+        x + residual, (width,), weight, 1e-6
+    )
+
+
+def silu_inputs(tokens: int, width: int):
+    x = randn(tokens, 2 * width)
+    return lambda: fused.silu_and_mul(x), lambda: F.silu(x[:, :width]) * x[:, width:]
+
+
+def turn_inputs(tokens: int, hq: int, hkv: int, d: int):
+    q, k, cos, sin = randn(tokens, hq, d), randn(tokens, hkv, d), randn(tokens, 1, d), randn(tokens, 1, d)
+
+    def plain():
+        return torch.cat([x * cos + x.roll(d // 2, dims=-1) * sin for x in (q, k)], dim=1)
+
+    def kernel():
+        return torch.cat(fused.turn(q, k, cos, sin), dim=1)
+
+    return kernel, plain
+
+
+def attention_inputs(new: list[int], contexts: list[int], hq: int, hkv: int, d: int):
+    pages = [-(-n // 16) for n in contexts]
+    cache = PagedKVCache(1, sum(pages), 16, hkv, d, BF16, "cuda")
+    cache.k.normal_()
+    cache.v.normal_()
+    order, table = torch.randperm(sum(pages)), torch.zeros(len(pages), max(pages), dtype=torch.int64)
+    for b, own in enumerate(order.split(pages)):
+        table[b, : len(own)] = own
+    slots = torch.cat([
+        table[b, torch.arange(c - n, c) // 16] * 16 + torch.arange(c - n, c) % 16
+        for b, (n, c) in enumerate(zip(new, contexts, strict=True))
+    ])  # fmt: skip
+    starts = torch.tensor([0, *new]).cumsum(0)
+    meta = AttentionMetadata(slots.cuda(), table.cuda(), starts.cuda(), torch.tensor(contexts).cuda(), 16, max(new))
+    q, k, v = (randn(sum(new), h, d) for h in (hq, hkv, hkv))
+    attention = TritonAttention(cache, meta)
+    plain = TorchNativeAttention(cache, meta)
+    return lambda: attention(0, q, k, v), lambda: plain(0, q, k, v)
+
+
+def sampling_inputs(batch: int, vocab: int, params: dict):
+    logits = randn(batch, vocab)
+    rows = SamplingBatch([SamplingRow(SamplingParams(**params), seed, [], []) for seed in range(batch)])
+    rows.columns(logits.device)
+    u = torch.from_numpy(rows.uniforms()).cuda()
+    rows.uniforms = lambda: u  # on the device already: a graph cannot fetch it
+    return lambda: sampling.sample(logits, rows), lambda: _sample(logits.float(), rows)
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a copy of 1 GiB."""
+    source = torch.empty(1 << 28, dtype=torch.float32, device="cuda").normal_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / (timed([lambda: target.copy_(source)] * 4) * 1e-6)
+
+
+def timed(calls: list[Callable[[], object]]) -> float:
+    """Microseconds a call: all of them captured into one graph, the median of ten replays."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(13):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times[3:])[5] * 1e3 / len(calls)
+
+
+if __name__ == "__main__":
+    main()

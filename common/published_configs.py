@@ -1,0 +1,41 @@
+"""The shapes of published models, for benchmarks and tests: random weights cost what trained ones do."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+CONFIGS = {
+    "Qwen2.5-0.5B": dict(
+        model_type="qwen2", vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+        num_attention_heads=14, num_key_value_heads=2, max_position_embeddings=32_768, tie_word_embeddings=True,
+        rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+    ),
+    "Qwen3-0.6B": dict(
+        model_type="qwen3", vocab_size=151_936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=128, max_position_embeddings=40_960,
+        tie_word_embeddings=True, rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+    ),
+    "Qwen2.5-7B": dict(
+        model_type="qwen2", vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=32_768, tie_word_embeddings=False,
+        rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+    ),
+}  # fmt: skip
+
+
+def published_config(name: str, **changes) -> PretrainedConfig:
+    """The configuration of a published model by its name."""
+    values = dict(CONFIGS[name], **changes)
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def save_random_weights(name: str, folder: Path, device: str = "cpu") -> Path:
+    """A bfloat16 checkpoint of that shape with random weights, made on `device`; kept if it is there already."""
+    if not (folder / "config.json").exists():
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(published_config(name), dtype=torch.bfloat16)
+        model.save_pretrained(folder)
+    return folder
