@@ -114,9 +114,9 @@ class SamplingBatch:
     def advance(self) -> None:
         self.counts += np.uint64(1)
 
-    def uniforms(self) -> np.ndarray:
+    def uniforms(self, device: torch.device) -> torch.Tensor:
         """Each row's next random number in [0, 1): [B] float32."""
-        return uniform(self.seeds, self.counts).astype(np.float32)
+        return upload(uniform(self.seeds, self.counts).astype(np.float32), device)
 
     def columns(self, device: torch.device) -> torch.Tensor:
         """[4, B] float32: temperature (0: greedy), top_k (0: no limit), top_p, log(min_p)."""
@@ -158,8 +158,8 @@ def _sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         scaled.masked_fill_(~_kept(scaled, top_k, top_p, log_min_p), -torch.inf)
     # float64: a running float32 sum over 150,000 tokens would swallow the rare ones
     cdf = scaled.exp().cumsum(dim=-1, dtype=torch.float64)
-    u = torch.from_numpy(batch.uniforms()).to(cdf)
-    drawn = torch.searchsorted(cdf, u.unsqueeze(1) * cdf[:, -1:], right=True)
+    u = batch.uniforms(cdf.device).unsqueeze(1)
+    drawn = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
     return torch.where(greedy, _best(logits).unsqueeze(1), drawn).squeeze(1)
 
 

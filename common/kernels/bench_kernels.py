@@ -26,6 +26,11 @@ from common.sampler import SamplingBatch, SamplingParams, SamplingRow, _sample
 MODELS = ("Qwen2.5-0.5B", "Qwen3-0.6B", "Qwen2.5-7B")
 ROTATE_BYTES = 256 << 20  # several times the L2 cache
 BF16 = torch.bfloat16
+SAMPLINGS = {
+    "greedy": {},
+    "temperature": {"temperature": 0.6},
+    "top-k 50, top-p 0.9": {"temperature": 0.6, "top_k": 50, "top_p": 0.9},
+}
 
 
 def main() -> None:
@@ -111,22 +116,14 @@ def model_cases(name: str) -> list[Case]:
         cases.append(
             Case("extend attention", name, label, size, lambda n=new, c=contexts: attention_inputs(n, c, hq, hkv, d))
         )
-    for label, params in (
-        ("greedy", {}),
-        ("temperature", {"temperature": 0.6}),
-        ("top-k 50, top-p 0.9", {"temperature": 0.6, "top_k": 50, "top_p": 0.9}),
-    ):
+    for label, params in SAMPLINGS.items():
         for batch in (1, 128):
-            size = 2 * batch * config.vocab_size
             cases.append(
                 Case(
-                    f"sampling, {label}",
-                    name,
-                    f"{batch}x{config.vocab_size}",
-                    size,
+                    f"sampling, {label}", name, f"{batch}x{config.vocab_size}", 2 * batch * config.vocab_size,
                     lambda b=batch, p=params: sampling_inputs(b, config.vocab_size, p),
                 )
-            )
+            )  # fmt: skip
     return cases
 
 
@@ -191,8 +188,8 @@ def sampling_inputs(batch: int, vocab: int, params: dict):
     logits = randn(batch, vocab)
     rows = SamplingBatch([SamplingRow(SamplingParams(**params), seed, [], []) for seed in range(batch)])
     rows.columns(logits.device)
-    u = torch.from_numpy(rows.uniforms()).cuda()
-    rows.uniforms = lambda: u  # on the device already: a graph cannot fetch it
+    u = rows.uniforms(logits.device)
+    rows.uniforms = lambda device: u  # on the device already: a graph cannot fetch it
     return lambda: sampling.sample(logits, rows), lambda: _sample(logits.float(), rows)
 
 

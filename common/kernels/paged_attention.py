@@ -170,27 +170,33 @@ def _decode(
             count = tl.atomic_add(arrived + b * HKV + h, 1, sem="acq_rel")
             if count == parts - 1:  # all parts are there
                 tl.store(arrived + b * HKV + h, 0)
-                j, e = tl.arange(0, PG), tl.arange(0, TOGETHER)
-                best = tl.full([PG], -float("inf"), tl.float32)
-                total = tl.zeros([PG], tl.float32)
-                merged = tl.zeros([PG, BD], tl.float32)
-                for first in range(0, parts, TOGETHER):
-                    c = first + e
-                    at = (heads + j)[None, :] * splits + c[:, None]  # [TOGETHER, PG]
-                    there = (c < parts)[:, None] & (j < G)[None, :]
-                    sums = tl.load(lse + at, mask=there, other=-1e30, cache_modifier=".cg")
-                    values = tl.load(
-                        part + at[:, :, None] * D + i[None, None, :], mask=there[:, :, None] & (i < D)[None, None, :],
-                        other=0.0, cache_modifier=".cg",
-                    )  # fmt: skip
-                    new_best = tl.maximum(best, tl.max(sums, 0))
-                    weight, old = tl.exp2(sums - new_best[None, :]), tl.exp2(best - new_best)
-                    merged = merged * old[:, None] + tl.sum(values * weight[:, :, None], 0)
-                    total = total * old + tl.sum(weight, 0)
-                    best = new_best
-                out = o + (heads + j)[:, None] * D + i[None, :]
-                live = (j < G)[:, None] & (i < D)[None, :]
-                tl.store(out, (merged / total[:, None]).to(o.dtype.element_ty), mask=live)
+                _merge(part, lse, o, heads, parts, splits, G, PG, D, BD, TOGETHER)
+
+
+@triton.jit
+def _merge(
+    part, lse, o, heads, parts, splits, G: tl.constexpr, PG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """The parts of the G query heads from `heads` on -> o; TOGETHER of them are loaded at once."""
+    j, i = tl.arange(0, PG), tl.arange(0, BD)
+    best = tl.full([PG], -float("inf"), tl.float32)
+    total = tl.zeros([PG], tl.float32)
+    acc = tl.zeros([PG, BD], tl.float32)
+    for first in range(0, parts, TOGETHER):
+        c = first + tl.arange(0, TOGETHER)
+        at = (heads + j)[None, :] * splits + c[:, None]  # [TOGETHER, PG]
+        there = (c < parts)[:, None] & (j < G)[None, :]
+        sums = tl.load(lse + at, mask=there, other=-1e30, cache_modifier=".cg")
+        live = there[:, :, None] & (i < D)[None, None, :]
+        values = tl.load(part + at[:, :, None] * D + i[None, None, :], mask=live, other=0.0, cache_modifier=".cg")
+        best_now = tl.maximum(best, tl.max(sums, 0))
+        weight, old = tl.exp2(sums - best_now[None, :]), tl.exp2(best - best_now)
+        acc = acc * old[:, None] + tl.sum(values * weight[:, :, None], 0)
+        total = total * old + tl.sum(weight, 0)
+        best = best_now
+    out = o + (heads + j)[:, None] * D + i[None, :]
+    tl.store(out, (acc / total[:, None]).to(o.dtype.element_ty), mask=(j < G)[:, None] & (i < D)[None, :])
 
 
 def extend(

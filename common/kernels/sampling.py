@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 
 from common.kernels.launch import launch, let_next_start, wait_for_previous
-from common.transfer import upload
 
 CHUNK = 2048  # tokens a program of `scan` looks at
 BLOCK = 8192  # and one of `threshold` in one go
@@ -35,7 +34,7 @@ def sample(logits: torch.Tensor, batch) -> torch.Tensor:
     if batch.all_greedy:
         columns, u, limit, quota = best, best, best, best_at  # not read
     else:
-        columns, u = batch.columns(device), upload(batch.uniforms(), device)
+        columns, u = batch.columns(device), batch.uniforms(device)
         limit, quota = best, best_at
         if batch.truncated:
             limit = torch.empty(rows, dtype=torch.float32, device=device)
