@@ -27,7 +27,7 @@ from ch07_sglang_radix.memory_pool import ReqToTokenPool, TokenToKVPool
 from ch07_sglang_radix.radix_cache import MatchResult, RadixCache
 from ch07_sglang_radix.request import Req, RequestOutput
 from ch07_sglang_radix.request_memory import RequestMemory
-from ch07_sglang_radix.tasks import DecodeTask, PrefillSequence, PrefillTask, StopTask
+from ch07_sglang_radix.tasks import Alike, DecodeTask, PrefillSequence, PrefillTask, StopTask
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.sampler import SamplingBatch, SamplingParams, uniform
 
@@ -51,8 +51,10 @@ class _Queued:
 class _DecodeBatch:
     """The running requests as arrays, kept from one decode step to the next while they stay the same."""
 
-    def __init__(self, reqs: list[Req]):
-        self.reqs, self.rows = reqs, tuple(req.row for req in reqs)
+    def __init__(self, reqs: list[Req], alike: tuple[Alike, ...] = ()):
+        self.reqs, self.alike = reqs, alike
+        self.members = set(reqs)
+        self.rows = tuple(req.row for req in reqs)
         self.positions = np.array([req.kv_len for req in reqs])  # of the next step [B]
         self.sampling: SamplingBatch | None = None
 
@@ -268,13 +270,16 @@ class TPScheduler:
         reqs = [req for req in self.running if req.wanted]
         if not reqs:  # room was made by looking at the last step's tokens, and they were the last
             return _Queued([], None)
-        if reqs != self._decoding.reqs:
-            self._decoding = _DecodeBatch(reqs)
+        if len(reqs) != len(self._decoding.reqs) or not self._decoding.members.issuperset(reqs):
+            alike = self.memory.alike(reqs) if self.wrapper.table.tile_members else (reqs, ())
+            self._decoding = _DecodeBatch(*alike)
         batch = self._decoding
+        reqs = batch.reqs
         self.memory.grow_by_a_page([req for req in reqs if req.kv_len == req.allocated_len])
         updates = self.memory.page_updates(reqs)
-        task = DecodeTask(self.step_number, updates, batch.rows, tuple(batch.positions.tolist()), self._best(reqs))
-        queued = self._queue(task, reqs, self.wrapper.decode_rows(len(reqs)))
+        positions = tuple(batch.positions.tolist())
+        task = DecodeTask(self.step_number, updates, batch.rows, positions, self._best(reqs), batch.alike)
+        queued = self._queue(task, reqs, self.wrapper.decode_rows(len(reqs), bool(batch.alike)))
         self.steps["decode"] += 1
         decay = (INIT_NEW_TOKEN_RATIO - MIN_NEW_TOKEN_RATIO) / RATIO_DECAY_STEPS
         self.new_token_ratio = max(self.new_token_ratio - decay, MIN_NEW_TOKEN_RATIO)
@@ -355,6 +360,7 @@ class TPScheduler:
             self.memory.release(req)
             retracted.append(req)
         self.retractions += len(retracted)
+        self._decoding = _DecodeBatch([])
         self.waiting = sorted(retracted, key=lambda r: r.rid) + self.waiting  # they came first
         decoded = sum(len(r.output_ids) for r in self.running)
         total = sum(r.params.max_new_tokens for r in self.running)

@@ -14,10 +14,11 @@ On the wire a task is a flat int64 tensor:
          1   kind (1 stop, 2 prefill,    6   page updates
              3 decode)                   7   token ids
          2   step                        8   best: logits a rank gives (0: all)
-         3   length in words             then, in this order:
-         4   CRC-32 of all the others    per update:    row, first page index, n, n page ids
+         3   length in words             9   groups of sequences that begin alike
+         4   CRC-32 of all the others    then, in this order:
+                                         per update:    row, first page index, n, n page ids
                                          prefill: (row, cached, new, emits) per sequence, then token ids
-                                         decode:  the rows, then their positions
+                                         decode:  the rows, their positions, (first, count, pages) of those alike
 
 No pickle: a rank that reads a task can come to no other harm than ValueError.
 """
@@ -31,7 +32,7 @@ import numpy as np
 
 MAGIC = 0x5A11_0000
 VERSION = 1
-HEADER = 9
+HEADER = 10
 STOP, PREFILL, DECODE = 1, 2, 3
 
 
@@ -50,6 +51,14 @@ class PrefillSequence(NamedTuple):
     cached: int
     new: int
     emits: int
+
+
+class Alike(NamedTuple):
+    """Sequences first .. first+count-1 of a decode step begin with the same pages: attention may read them once."""
+
+    first: int
+    count: int
+    pages: int
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,7 @@ class DecodeTask:
     rows: tuple[int, ...]
     positions: tuple[int, ...]
     best: int = 0
+    alike: tuple[Alike, ...] = ()
 
     @property
     def num_emitting(self) -> int:
@@ -94,17 +104,18 @@ KINDS = {StopTask: STOP, PrefillTask: PREFILL, DecodeTask: DECODE}
 
 def encode(task: Task) -> np.ndarray:
     """Task -> int64 [length]."""
-    updates, num_sequences, best, tokens, sequences = (), 0, 0, (), ()
+    updates, num_sequences, num_alike, best, tokens, sequences = (), 0, 0, 0, (), ()
     if not isinstance(task, StopTask):
         updates, best = task.updates, task.best
     if isinstance(task, PrefillTask):
         num_sequences, sequences, tokens = len(task.sequences), chain(*task.sequences), task.token_ids
     elif isinstance(task, DecodeTask):
-        num_sequences, sequences = len(task.rows), chain(task.rows, task.positions)
+        num_sequences, num_alike = len(task.rows), len(task.alike)
+        sequences = chain(task.rows, task.positions, *task.alike)
     heads = ((u.row, u.first, len(u.pages), *u.pages) for u in updates)
     body = np.fromiter(chain(*heads, sequences, tokens), dtype=np.int64)
     counts = (num_sequences, len(updates), len(tokens))
-    header = (MAGIC | VERSION, KINDS[type(task)], task.step, HEADER + len(body), 0, *counts, best)
+    header = (MAGIC | VERSION, KINDS[type(task)], task.step, HEADER + len(body), 0, *counts, best, num_alike)
     words = np.concatenate((np.array(header, dtype=np.int64), body))
     words[4] = _checksum(words)
     return words
@@ -119,7 +130,7 @@ def decode(words: np.ndarray) -> Task:
     """int64 [length] -> Task. Raises ValueError for anything that `encode` did not write."""
     if len(words) < HEADER or int(words[0]) & ~0xFFFF != MAGIC:
         raise ValueError(f"not a task: {len(words)} words, the first {int(words[0]) if len(words) else None}")
-    magic, kind, step, length, check, num_sequences, num_updates, num_tokens, best = words[:HEADER].tolist()
+    magic, kind, step, length, check, num_sequences, num_updates, num_tokens, best, num_alike = words[:HEADER].tolist()
     if magic & 0xFFFF != VERSION:
         raise ValueError(
             f"task version {magic & 0xFFFF}, this rank speaks {VERSION}; start all ranks from one checkout"
@@ -135,12 +146,15 @@ def decode(words: np.ndarray) -> Task:
         raise ValueError(f"task of step {step} has the unknown kind {kind}")
     sequences = reader.take(width * num_sequences)
     tokens = tuple(reader.take(num_tokens))
+    alike = tuple(Alike(*reader.take(3)) for _ in range(num_alike))
     if reader.left:
         raise ValueError(f"task of step {step} has {reader.left} words too many")
     if kind == STOP:
         return StopTask(step)
     if kind == DECODE:
-        return DecodeTask(step, updates, tuple(sequences[:num_sequences]), tuple(sequences[num_sequences:]), best)
+        return DecodeTask(
+            step, updates, tuple(sequences[:num_sequences]), tuple(sequences[num_sequences:]), best, alike
+        )
     sequences = tuple(PrefillSequence(*sequences[i : i + width]) for i in range(0, len(sequences), width))
     task = PrefillTask(step, updates, sequences, tokens, best)
     if sum(s.new for s in task.sequences) != num_tokens:

@@ -70,9 +70,9 @@ class TPRadixAttentionModelWrapper:
             self.dtype, self.tp.device,
         )  # fmt: skip
         self.max_context = min(self.config.max_position_embeddings, num_pages * page_size)
-        self.table = SequenceTable(
-            max_running_requests, -(-self.max_context // page_size), page_size, self.tp.device
-        )  # fmt: skip
+        pages, heads = -(-self.max_context // page_size), self.model.heads
+        alike = 0 if self.attention is TorchNativeAttention else self.attention.tile_members(heads.num_q, heads.num_kv)
+        self.table = SequenceTable(max_running_requests, pages, page_size, self.tp.device, alike)
         self._emitting: torch.Tensor | None = None  # rows that wait for a token
         self.graphs = None
         if self.attention is not TorchNativeAttention and not disable_cuda_graph:
@@ -106,17 +106,17 @@ class TPRadixAttentionModelWrapper:
         self._update_pages(task.updates)
         rows, positions = np.array(task.rows, dtype=np.int64), np.array(task.positions, dtype=np.int64)
         if self.graphs:
-            logits, self._emitting = self.graphs.run(rows, positions), self.graphs.rows(len(rows))
+            logits, self._emitting = self.graphs.run(rows, positions, task.alike), self.graphs.rows(len(rows))
             return logits
-        step = self.table.decode(rows, positions)
+        step = self.table.decode(rows, positions, task.alike)
         self._emitting = step.rows
         return self.model.compute_logits(
             self.model(step.input_ids, step.positions, self.attention(self.kv_cache, step.meta))
         )
 
-    def decode_rows(self, batch: int) -> int:
+    def decode_rows(self, batch: int, alike: bool = False) -> int:
         """Rows that a decode step of `batch` sequences computes: CUDA graphs pad it to a captured size."""
-        return self.graphs.padded(batch) if self.graphs else batch
+        return self.graphs.padded(batch, alike) if self.graphs else batch
 
     @torch.inference_mode()
     def receive_tokens(self, tokens: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ A step is T new tokens of B sequences, laid end to end (ragged). Attention is to
     query_start   [B+1]           sequence b's new tokens are query_start[b] .. query_start[b+1]-1
     context_lens  [B]             tokens of each sequence once the new ones are in, cached ones included
     page_size     P, and max_query_len, so that nobody has to ask the GPU for it
+    prefixes      who begins alike, or None: a hint that saves reading the same pages twice, results are the same
 
 Prefill, prefill behind a cached prefix, decode and any mix of them differ in these numbers alone. New
 token i of sequence b stands at position context_lens[b] - query_len[b] + i and sees everything up to itself.
@@ -27,6 +28,18 @@ MIN_SHARED_TOKENS = 64  # a shared prefix shorter than this is not worth a secon
 
 
 @dataclass(frozen=True)
+class SharedPrefixes:
+    """Sequences of a decode step that begin with the same pages, a few neighbours at a time.
+
+    tiles [3, n]: sequences first .. first+count-1 have their first `tokens` tokens in common; count 0 is no tile.
+    tokens [B]: the same by sequence, 0 for those in no tile.
+    """
+
+    tiles: torch.Tensor
+    tokens: torch.Tensor
+
+
+@dataclass(frozen=True)
 class AttentionMetadata:
     """What a step tells attention; see the top of this file. int64 tensors on the cache's device."""
 
@@ -36,6 +49,7 @@ class AttentionMetadata:
     context_lens: torch.Tensor  # [B]
     page_size: int  # P
     max_query_len: int = 0  # longest of the step, known on the host: a GPU launch needs it; 0 is unknown
+    prefixes: SharedPrefixes | None = None  # decode only
 
 
 class TorchNativeAttention:

@@ -4,12 +4,13 @@ Each running sequence has a row. A step then needs few numbers from outside: whi
 stand. vLLM V1 (persistent batch, block table on the device) and SGLang (req_to_token on the device) do the same.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from common.paged_attention import AttentionMetadata
+from common.paged_attention import AttentionMetadata, SharedPrefixes
 from common.transfer import upload_all
 
 try:  # a CPU build of torch comes without Triton
@@ -28,11 +29,17 @@ class StepInputs:
     meta: AttentionMetadata
 
 
-class SequenceTable:
-    """page_table [rows, max_pages], last_token [rows]; int64 on the device. Nothing here waits for a GPU."""
+MIN_ALIKE = 4  # sequences that begin alike are worth a tile if they are as many
 
-    def __init__(self, num_rows: int, max_pages: int, page_size: int, device: torch.device):
-        self.page_size, self.device = page_size, device
+
+class SequenceTable:
+    """page_table [rows, max_pages], last_token [rows]; int64 on the device. Nothing here waits for a GPU.
+
+    tile_members: sequences that attention can serve at once where they begin alike; 0 if it cannot.
+    """
+
+    def __init__(self, num_rows: int, max_pages: int, page_size: int, device: torch.device, tile_members: int = 0):
+        self.page_size, self.device, self.tile_members = page_size, device, tile_members
         self.page_table = torch.zeros(num_rows, max_pages, dtype=torch.int64, device=device)
         self.last_token = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._counting = torch.arange(num_rows + 1, device=device)  # the query_start of any decode step
@@ -57,25 +64,47 @@ class SequenceTable:
         table = self.page_table[row, : self._pages(context.max())]
         return StepInputs(ids, at, row, self._meta(of, at, table, starts, context_lens, int(new.max())))
 
-    def decode(self, rows: np.ndarray, positions: np.ndarray) -> StepInputs:
-        """The last token of each sequence, to stand at positions [B]."""
-        row, at = upload_all(self.device, rows, positions)
-        return self.decode_on_device(row, at, self._pages(positions.max() + 1))
+    def decode(self, rows: np.ndarray, positions: np.ndarray, alike: Sequence[tuple[int, int, int]] = ()) -> StepInputs:
+        """The last token of each sequence, to stand at positions [B].
 
-    def decode_on_device(self, rows: torch.Tensor, positions: torch.Tensor, pages: int) -> StepInputs:
+        alike: (first, count, pages): sequences first .. first+count-1 begin with the same pages.
+        """
+        tiles, tokens = self.tiles(alike, len(rows))
+        row, at, tiles, tokens = upload_all(self.device, rows, positions, tiles, tokens)
+        prefixes = SharedPrefixes(tiles.view(3, -1), tokens) if alike else None
+        return self.decode_on_device(row, at, self._pages(positions.max() + 1), prefixes)
+
+    def decode_on_device(
+        self, rows: torch.Tensor, positions: torch.Tensor, pages: int, prefixes: SharedPrefixes | None = None
+    ) -> StepInputs:
         """The same from tensors, at most `pages` pages a sequence; a row -1 is padding: it leaves no trace."""
         starts = self._counting[: len(rows) + 1]
         if fused and rows.is_cuda:
             ids, slots, table, context = fused.plan_decode(
                 rows, positions, self.page_table, self.last_token, pages, self.page_size
             )
-            meta = AttentionMetadata(slots, table, starts, context, self.page_size, max_query_len=1)
+            meta = AttentionMetadata(slots, table, starts, context, self.page_size, 1, prefixes)
             return StepInputs(ids, positions, rows, meta)
         real = rows >= 0
         row, at = rows.clamp(min=0), positions * real
         meta = self._meta(row, at, self.page_table[row, :pages], starts, at + 1, 1)
-        meta = replace(meta, slot_mapping=meta.slot_mapping.where(real, -1))
+        meta = replace(meta, slot_mapping=meta.slot_mapping.where(real, -1), prefixes=prefixes)
         return StepInputs(self.last_token[row] * real, positions, rows, meta)
+
+    def max_tiles(self, batch: int) -> int:
+        """Room that any `alike` of so many sequences fits into."""
+        return batch // MIN_ALIKE if self.tile_members >= MIN_ALIKE else 0
+
+    def tiles(self, alike: Sequence[tuple[int, int, int]], batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """`alike` cut into tiles of at most tile_members: (tiles [3 * max_tiles], tokens [B]), see SharedPrefixes."""
+        tiles = np.zeros((3, self.max_tiles(batch)), dtype=np.int64)
+        tokens, n = np.zeros(batch, dtype=np.int64), 0
+        for first, count, pages in alike if tiles.size else ():
+            for start in range(first, first + count, self.tile_members):
+                tiles[:, n] = start, min(self.tile_members, first + count - start), pages * self.page_size
+                n += 1
+            tokens[first : first + count] = pages * self.page_size
+        return tiles.reshape(-1), tokens
 
     def _meta(self, rows, positions, table, starts, context_lens, longest: int) -> AttentionMetadata:
         pages = self.page_table[rows, positions // self.page_size]  # [T]

@@ -4,6 +4,8 @@
     extend     one program a (block of new tokens, query head): causal, behind any cached prefix
     decode     one program a (sequence, KV head, part of the context): stores the new token, attends with a
                partial softmax; the last of a sequence's programs to end merges the parts by log-sum-exp
+    prefix     before it, if sequences begin alike: their queries together over the pages that they share, one
+               program a (tile of sequences, KV head, part); decode merges what comes out as parts of its own
 
 No kernel waits for the CPU and no launch depends on a number that is only on the GPU. A decode step reads K
 and V of each context once, 2 S Hkv/R d numbers a sequence, whatever the number of query heads: the g heads of
@@ -20,7 +22,12 @@ from common.paged_attention import AttentionMetadata
 
 MAX_SPLITS = 32  # parts of one context at most
 PROGRAMS_PER_PROCESSOR = 8  # of a decode step: a part is short enough that the longest context does not lag behind
+PREFIX_SPLITS = 8  # parts of a shared prefix
+PREFIX_LEAST = tl.constexpr(256)  # tokens that are worth one
 LOG2_E = 1.4426950408889634
+
+
+TILE_ROWS = 64  # queries of a `prefix` program: g for each of its sequences
 
 
 class TritonAttention:
@@ -33,10 +40,15 @@ class TritonAttention:
         self.max_query_len = meta.max_query_len or int(meta.query_start.diff().max())
         self.workspace = None
 
+    @staticmethod
+    def tile_members(num_q: int, num_kv: int) -> int:
+        """Sequences that begin alike and can be served by one program."""
+        return TILE_ROWS // (num_q // num_kv)
+
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]  # [N, P, Hkv/R, d]
         if self.max_query_len == 1:
-            self.workspace = self.workspace or DecodeWorkspace(q, k_cache)
+            self.workspace = self.workspace or DecodeWorkspace(q, k_cache, self.meta.prefixes is not None)
             return decode(q, k, v, k_cache, v_cache, self.meta, self.workspace)
         store_kv(k, v, k_cache, v_cache, self.meta.slot_mapping)
         return extend(q, k_cache, v_cache, self.meta, self.max_query_len)
@@ -68,11 +80,11 @@ def _store_kv(
 class DecodeWorkspace:
     """Room for the parts of one decode step; all layers use it in turn.
 
-    part [B, Hkv/R, splits, g, d] and lse [B, Hkv/R, splits, g] float32, arrived [B, Hkv/R]: how many parts are
-    there, zero between two layers.
+    part [B, Hq/R, all, d] and lse [B, Hq/R, all] float32, all = prefix_splits + splits: those of a shared prefix, then
+    the sequence's own. arrived [B, Hkv/R]: how many of its own are there, zero between two layers.
     """
 
-    def __init__(self, q: torch.Tensor, k_cache: torch.Tensor):
+    def __init__(self, q: torch.Tensor, k_cache: torch.Tensor, shared: bool = False):
         (batch, heads, d), kv_heads = q.shape, k_cache.shape[2]
         programs, processors = batch * kv_heads, num_processors(q.device)
         wanted = max(1, min(MAX_SPLITS, PROGRAMS_PER_PROCESSOR * processors // programs))
@@ -82,8 +94,10 @@ class DecodeWorkspace:
         self.block, self.warps = (64, 4) if self.least == 64 else (128, 2 if d <= 64 else 4)
         if q.dtype == torch.float32:
             self.block, self.warps = 32, 4
-        self.part = torch.empty(batch, heads, self.splits, d, dtype=torch.float32, device=q.device)
-        self.lse = torch.empty(batch, heads, self.splits, dtype=torch.float32, device=q.device)
+        self.prefix_splits = PREFIX_SPLITS if shared else 0
+        everything = self.prefix_splits + self.splits
+        self.part = torch.empty(batch, heads, everything, d, dtype=torch.float32, device=q.device)
+        self.lse = torch.empty(batch, heads, everything, dtype=torch.float32, device=q.device)
         self.arrived = torch.zeros(batch, kv_heads, dtype=torch.int32, device=q.device)
 
 
@@ -92,15 +106,70 @@ def decode(q, k, v, k_cache, v_cache, meta: AttentionMetadata, space: DecodeWork
     (batch, heads, d), kv_heads = q.shape, k_cache.shape[2]
     group = heads // kv_heads
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    shape = dict(
+        P=meta.page_size,
+        HKV=kv_heads,
+        G=group,
+        D=d,
+        BD=max(16, triton.next_power_of_2(d)),
+        F32=q.dtype == torch.float32,
+    )
+    scale, stride = d**-0.5 * LOG2_E, space.prefix_splits + space.splits
+    tokens = meta.context_lens  # not read
+    if meta.prefixes:
+        tiles, tokens = meta.prefixes.tiles, meta.prefixes.tokens
+        launch(
+            _prefix, (space.prefix_splits, kv_heads, tiles.shape[1]), q, k_cache, v_cache, space.part, space.lse, tiles,
+            meta.page_table, tiles.stride(0), meta.page_table.stride(0), q.stride(0), scale, stride,
+            SPLITS=space.prefix_splits, BM=TILE_ROWS, BN=32 if shape["F32"] else 64, num_stages=2, **shape,
+        )  # fmt: skip
     launch(
         _decode, (space.splits, kv_heads, batch), q, k, v, k_cache, v_cache, o, space.part, space.lse, space.arrived,
-        meta.slot_mapping, meta.page_table, meta.context_lens, meta.page_table.stride(0), q.stride(0), k.stride(0),
-        v.stride(0), d**-0.5 * LOG2_E, space.splits, space.least, P=meta.page_size, HKV=kv_heads, G=group,
-        GP=max(16, triton.next_power_of_2(group)), PG=triton.next_power_of_2(group), D=d,
-        BD=max(16, triton.next_power_of_2(d)), TOGETHER=8, BN=space.block, F32=q.dtype == torch.float32,
-        num_warps=space.warps, num_stages=2,
+        meta.slot_mapping, meta.page_table, meta.context_lens, tokens, meta.page_table.stride(0), q.stride(0), k.stride(0),
+        v.stride(0), scale, space.splits, stride, space.least, GP=max(16, triton.next_power_of_2(group)),
+        PG=triton.next_power_of_2(group), TOGETHER=8, BN=space.block, PREFIX_SPLITS=space.prefix_splits,
+        num_warps=space.warps, num_stages=2, **shape,
     )  # fmt: skip
     return o
+
+
+@triton.jit
+def _prefix_share(tokens, SPLITS: tl.constexpr):
+    """Tokens a part of a shared prefix."""
+    return tl.maximum(tl.cdiv(tl.cdiv(tokens, SPLITS), 64) * 64, PREFIX_LEAST)
+
+
+@triton.jit
+def _prefix(
+    q, k_cache, v_cache, part, lse, tiles, page_table, tiles_stride, table_stride, q_stride, scale, stride,
+    SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, P: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, F32: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    s, h, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first, count = tl.load(tiles + tile), tl.load(tiles + tiles_stride + tile)
+    tokens = tl.load(tiles + 2 * tiles_stride + tile).to(tl.int32)
+    share = _prefix_share(tokens, SPLITS)
+    if (count > 0) & (s * share < tokens):
+        r, i = tl.arange(0, BM), tl.arange(0, BD)
+        b = first + r // G  # the sequence of a row, and its query head
+        head = h * G + r % G
+        live = (r // G < count)[:, None] & (i < D)[None, :]
+        qs = tl.load(q + b[:, None] * q_stride + head[:, None] * D + i[None, :], mask=live, other=0.0)  # [BM, BD]
+        m = tl.full([BM], -float("inf"), tl.float32)
+        total = tl.zeros([BM], tl.float32)
+        acc = tl.zeros([BM, BD], tl.float32)
+        stop = tl.minimum((s + 1) * share, tokens)
+        table = page_table + first * table_stride
+        for start in range(s * share, stop, BN):
+            m, total, acc = _attend(
+                qs, m, total, acc, k_cache, v_cache, table, start, stop, tl.full([BM], 0, tl.int32) + stop - 1, h, scale, i,
+                P, HKV, D, BN, F32, True,
+            )  # fmt: skip
+        at = (b * HKV * G + head) * stride + s
+        tl.store(part + at[:, None] * D + i[None, :], acc / total[:, None], mask=live)
+        tl.store(lse + at, m + tl.log2(total), mask=r // G < count)
 
 
 @triton.jit
@@ -112,19 +181,23 @@ def _slots(page_table_row, n, length, P: tl.constexpr):
 
 @triton.jit
 def _decode(
-    q, k, v, k_cache, v_cache, o, part, lse, arrived, slots, page_table, context_lens, table_stride, q_stride, k_stride,
-    v_stride, scale, splits, least, P: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, PG: tl.constexpr, TOGETHER: tl.constexpr, BN: tl.constexpr,
-    F32: tl.constexpr, PDL: tl.constexpr,
+    q, k, v, k_cache, v_cache, o, part, lse, arrived, slots, page_table, context_lens, prefix_tokens, table_stride,
+    q_stride, k_stride, v_stride, scale, splits, stride, least, PREFIX_SPLITS: tl.constexpr, P: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, PG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    TOGETHER: tl.constexpr, BN: tl.constexpr, F32: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
     wait_for_previous(PDL)
     s, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     cached = tl.load(context_lens + b).to(tl.int32) - 1
-    share = tl.maximum(tl.cdiv(tl.cdiv(cached, splits), BN) * BN, least)  # tokens a part, in whole blocks
-    parts = tl.maximum(tl.cdiv(cached, share), 1)
+    before, shared = 0, 0  # parts of a shared prefix, and its tokens
+    if PREFIX_SPLITS > 0:
+        shared = tl.load(prefix_tokens + b).to(tl.int32)
+        before = tl.cdiv(shared, _prefix_share(shared, PREFIX_SPLITS))
+    share = tl.maximum(tl.cdiv(tl.cdiv(cached - shared, splits), BN) * BN, least)  # tokens a part, in whole blocks
+    parts = tl.maximum(tl.cdiv(cached - shared, share), 1)
     if s < parts:
-        start, stop = s * share, tl.minimum((s + 1) * share, cached)
+        start, stop = shared + s * share, tl.minimum(shared + (s + 1) * share, cached)
         g, i = tl.arange(0, GP), tl.arange(0, BD)
         live = (g[:, None] < G) & (i[None, :] < D)
         row = h * G + g  # query heads of this group
@@ -160,22 +233,23 @@ def _decode(
                 tl.store(k_cache + (slot * HKV + h) * D + i, new_k, mask=i < D)
                 tl.store(v_cache + (slot * HKV + h) * D + i, new_v, mask=i < D)
         out = o + (b * HKV * G + row[:, None]) * D + i[None, :]
-        if parts == 1:
+        if before + parts == 1:
             tl.store(out, (acc / total[:, None]).to(o.dtype.element_ty), mask=live)
         else:
             heads = (b * HKV + h) * G
-            tl.store(part + ((heads + g[:, None]) * splits + s) * D + i[None, :], acc / total[:, None], mask=live)
-            tl.store(lse + (heads + g) * splits + s, m + tl.log2(total), mask=g < G)
+            at = (heads + g) * stride + before + s
+            tl.store(part + at[:, None] * D + i[None, :], acc / total[:, None], mask=live)
+            tl.store(lse + at, m + tl.log2(total), mask=g < G)
             tl.debug_barrier()  # all threads have stored before one says so
             count = tl.atomic_add(arrived + b * HKV + h, 1, sem="acq_rel")
             if count == parts - 1:  # all parts are there
                 tl.store(arrived + b * HKV + h, 0)
-                _merge(part, lse, o, heads, parts, splits, G, PG, D, BD, TOGETHER)
+                _merge(part, lse, o, heads, before + parts, stride, G, PG, D, BD, TOGETHER)
 
 
 @triton.jit
 def _merge(
-    part, lse, o, heads, parts, splits, G: tl.constexpr, PG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    part, lse, o, heads, parts, stride, G: tl.constexpr, PG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """The parts of the G query heads from `heads` on -> o; TOGETHER of them are loaded at once."""
@@ -185,7 +259,7 @@ def _merge(
     acc = tl.zeros([PG, BD], tl.float32)
     for first in range(0, parts, TOGETHER):
         c = first + tl.arange(0, TOGETHER)
-        at = (heads + j)[None, :] * splits + c[:, None]  # [TOGETHER, PG]
+        at = (heads + j)[None, :] * stride + c[:, None]  # [TOGETHER, PG]
         there = (c < parts)[:, None] & (j < G)[None, :]
         sums = tl.load(lse + at, mask=there, other=-1e30, cache_modifier=".cg")
         live = there[:, :, None] & (i < D)[None, None, :]

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from ch07_sglang_radix.tasks import (
     HEADER,
+    Alike,
     DecodeTask,
     PageUpdate,
     PrefillSequence,
@@ -21,7 +22,8 @@ updates = st.lists(st.builds(PageUpdate, small, small, st.lists(small, max_size=
 @st.composite
 def decodes(draw):
     rows = draw(st.lists(small, max_size=6).map(tuple))
-    return DecodeTask(draw(small), draw(updates), rows, tuple(draw(small) for _ in rows), draw(small))
+    alike = tuple(draw(st.lists(st.builds(Alike, small, small, small), max_size=3)))
+    return DecodeTask(draw(small), draw(updates), rows, tuple(draw(small) for _ in rows), draw(small), alike)
 
 
 @st.composite

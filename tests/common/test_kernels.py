@@ -8,7 +8,8 @@ import torch
 
 from common.attention_backends import pick_attention
 from common.kv_cache import PagedKVCache
-from common.paged_attention import AttentionMetadata, TorchNativeAttention
+from common.paged_attention import AttentionMetadata, SharedPrefixes, TorchNativeAttention
+from common.sequence_table import SequenceTable
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -68,6 +69,29 @@ def test_attention_is_the_plain_form_s(name, page_size, dtype, tolerance, heads,
     written = meta.slot_mapping
     assert torch.equal(cache.k[0].flatten(0, 1)[written], qkv[1])
     assert torch.equal(cache.v[0].flatten(0, 1)[written], qkv[2])
+
+
+@gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("heads", "d"), [((14, 2), 64), ((16, 8), 128), ((28, 4), 128)])
+def test_shared_prefixes_change_nothing(dtype, tolerance, heads, d):
+    """40 sequences, the first 25 with 1200 tokens in common, the next 4 with 16, against each on its own."""
+    lens = [1200 + 17 * i for i in range(25)] + [16 + i for i in range(4)] + [50 * i for i in range(11)]
+    cache, meta, qkv = step([1] * 40, lens, 16, heads, d, dtype)
+    meta.page_table[1:25, :75] = meta.page_table[0, :75]
+    meta.page_table[26:29, :1] = meta.page_table[25, :1]
+    cache.k.nan_to_num_(0.5)
+    cache.v.nan_to_num_(0.5)
+    members = pick_attention(torch.device("cuda"), "triton").tile_members(*heads)
+    table = SequenceTable(64, 200, 16, torch.device("cuda"), members)
+    tiles, tokens = (torch.from_numpy(x).cuda() for x in table.tiles([(0, 25, 75), (25, 4, 1)], 40))
+    assert tokens[24] == 1200
+    assert tokens[28] == 16
+    expected = TorchNativeAttention(cache, meta)(0, *qkv)
+    with_hint = replace(meta, prefixes=SharedPrefixes(tiles.view(3, -1), tokens))
+    attention = pick_attention(torch.device("cuda"), "triton")(cache, with_hint)
+    for _ in range(2):
+        assert relative_error(attention(0, *qkv), expected) < tolerance
 
 
 @gpu
