@@ -67,13 +67,11 @@ class Engine:
         given = input_ids if prompt is None else prompt
         single = isinstance(given, str) or (prompt is None and (len(given) == 0 or isinstance(given[0], int)))
         texts = [given] if single else list(given)
-        ids = [self.scheduler.encode(t) if isinstance(t, str) else list(t) for t in texts]
+        ids = [self.scheduler.encode(t) if isinstance(t, str) else list(map(int, t)) for t in texts]
         params = [_params(p, return_logprob) for p in _one_each(sampling_params, len(texts))]
         for one, p in zip(ids, params, strict=True):
             self.scheduler.check_request(one, p)
-        rids = [
-            self.scheduler.add_request(input_ids=one, sampling_params=p) for one, p in zip(ids, params, strict=True)
-        ]
+        rids = [self.scheduler.enqueue(None, one, p) for one, p in zip(ids, params, strict=True)]
         outputs = self.scheduler.process_requests()
         results = [_result(outputs[rid], return_logprob) for rid in rids]
         return results[0] if single else results

@@ -17,7 +17,8 @@ class ReqToTokenPool:
     """One row of slots for each running request: req_to_token [max_running_requests, max_context]."""
 
     def __init__(self, max_running_requests: int, max_context: int):
-        self.req_to_token = np.zeros((max_running_requests, max_context), dtype=np.int64)
+        # full, not zeros: the memory is touched now, and not page by page while requests wait
+        self.req_to_token = np.full((max_running_requests, max_context), 0, dtype=np.int64)
         self._free = list(range(max_running_requests))[::-1]
 
     @property
@@ -79,7 +80,7 @@ class TokenToKVPool:
         if len(pages) == 0:
             return
         twice = pages[self._is_free[pages]]
-        if len(twice) or len(np.unique(pages)) != len(pages):
+        if len(twice) or len(set(pages.tolist())) != len(pages):
             raise ValueError(f"pages {sorted(set((twice if len(twice) else pages).tolist()))[:8]} are freed twice")
         self._free[self._num_free : self._num_free + len(pages)] = pages
         self._num_free += len(pages)

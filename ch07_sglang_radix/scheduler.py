@@ -118,8 +118,12 @@ class TPScheduler:
         params = sampling_params or SamplingParams(max_new_tokens=max_new_tokens)
         if (text is None) == (input_ids is None):
             raise ValueError("give either text or input_ids")
-        ids = self.encode(text) if input_ids is None else [int(i) for i in input_ids]
+        ids = self.encode(text) if input_ids is None else list(map(int, input_ids))
         self.check_request(ids, params)
+        return self.enqueue(text, ids, params)
+
+    def enqueue(self, text: str | None, ids: list[int], params: SamplingParams) -> int:
+        """What add_request does once `check_request` has found nothing wrong; returns the id."""
         rid, self._num_requests = self._num_requests, self._num_requests + 1
         if self.tp.rank == 0:
             seed = params.seed if params.seed is not None else int(uniform(self.seed, rid) * (1 << 24))

@@ -61,11 +61,18 @@ def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def upload_all(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
-    """Several int64 vectors in one copy."""
+    """Several int64 vectors in one copy.
+
+    Each begins at a multiple of 16 bytes: Triton compiles a kernel anew for pointers that do not.
+    """
     if device.type == "cpu":
         return [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays]
-    packed = upload(np.concatenate(arrays), device)
-    return list(packed.split([len(a) for a in arrays]))
+    starts = np.cumsum([0] + [len(a) + len(a) % 2 for a in arrays])
+    packed = np.zeros(starts[-1], dtype=np.int64)
+    for start, a in zip(starts, arrays, strict=False):
+        packed[start : start + len(a)] = a
+    there = upload(packed, device)
+    return [there[start : start + len(a)] for start, a in zip(starts.tolist(), arrays, strict=False)]
 
 
 class Download:

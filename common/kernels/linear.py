@@ -39,7 +39,7 @@ def _blocks(out: int, width: int) -> tuple[int, int, int]:
     return (4, 512, 4) if out < 10_000 else (2, 512, 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def _linear(
     x, weight, bias, y, rows, out, x_stride, BM: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,

@@ -24,6 +24,7 @@ MAX_SPLITS = 32  # parts of one context at most
 PROGRAMS_PER_PROCESSOR = 8  # of a decode step: a part is short enough that the longest context does not lag behind
 PREFIX_SPLITS = 8  # parts of a shared prefix
 PREFIX_LEAST = tl.constexpr(256)  # tokens that are worth one
+VARYING = ("table_stride", "tiles_stride", "splits", "stride", "least")  # not worth a compiled variant each
 LOG2_E = 1.4426950408889634
 
 
@@ -139,7 +140,7 @@ def _prefix_share(tokens, SPLITS: tl.constexpr):
     return tl.maximum(tl.cdiv(tl.cdiv(tokens, SPLITS), 64) * 64, PREFIX_LEAST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _prefix(
     q, k_cache, v_cache, part, lse, tiles, page_table, tiles_stride, table_stride, q_stride, scale, stride,
     SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, P: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
@@ -179,7 +180,7 @@ def _slots(page_table_row, n, length, P: tl.constexpr):
     return page * P + n % P
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _decode(
     q, k, v, k_cache, v_cache, o, part, lse, arrived, slots, page_table, context_lens, prefix_tokens, table_stride,
     q_stride, k_stride, v_stride, scale, splits, stride, least, PREFIX_SPLITS: tl.constexpr, P: tl.constexpr,
@@ -292,7 +293,7 @@ def extend(
     return o
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _extend(
     q, k_cache, v_cache, o, page_table, query_start, context_lens, table_stride, q_stride, scale,
     P: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,

@@ -175,7 +175,7 @@ def _middle(low, high):
     return (low & high) + ((low ^ high) >> 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def _threshold(
     logits, columns, limit, quota, rows, vocab, stride, HALF: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip

@@ -18,9 +18,11 @@ NEW_TOKENS = 12
 SMALL_POOL = 96  # tokens; holds one request comfortably, all of them by no means
 CHUNK = {1: 7, 4: 8, 16: 16}  # by page size: 7 tokens, or the next whole pages
 VARIANTS = [
-    {"page_size": page, "chunk": chunk, "pool": pool, "cache": cache}
+    # overlap in one half of them and best-only logits in another, such that every pair of values occurs
+    {"page_size": page, "chunk": chunk, "pool": pool, "cache": cache,
+     "overlap": (page == 4) ^ chunk ^ bool(pool) ^ cache, "best": (page == 16) ^ chunk ^ cache}
     for page, chunk, pool, cache in itertools.product((1, 4, 16), (False, True), (None, SMALL_POOL), (True, False))
-]
+]  # fmt: skip
 # more ranks than this machine has cores: every value and most pairs, not the whole product
 FEWER = [VARIANTS[i] for i in (6, 9, 18, 23)]
 
@@ -36,7 +38,10 @@ def serve(folder, prompts, variants, new_tokens):
     for v in variants:
         wrapper = TPRadixAttentionModelWrapper(str(folder), "cpu", v["page_size"], max_total_tokens=v["pool"])
         chunk = CHUNK[v["page_size"]] if v["chunk"] else -1
-        scheduler = TPScheduler(wrapper, chunked_prefill_size=chunk, disable_radix_cache=not v["cache"], check=True)
+        scheduler = TPScheduler(
+            wrapper, chunked_prefill_size=chunk, disable_radix_cache=not v["cache"], overlap=v["overlap"],
+            gather_best=v["best"], check=True,
+        )  # fmt: skip
         params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
         out = []
         for _ in range(2):
@@ -80,7 +85,7 @@ def test_tokens_equal_transformers_on_the_real_config(checkpoint, ranks):
     folder = checkpoint("qwen2.5-0.5b")
     prompts = some_prompts(151_936, 4, shared=20, longest=6)
     expected = [greedy(folder, p, 5) for p in prompts]
-    variants = [{"page_size": 4, "chunk": True, "pool": 256, "cache": True}]
+    variants = [{"page_size": 4, "chunk": True, "pool": 256, "cache": True, "overlap": True, "best": False}]
     for size in (4, 3, 2, 1):
         for answers in ranks(size).run(serve, folder, prompts, variants, 5):
             assert answers[0][0] == [expected, expected], size

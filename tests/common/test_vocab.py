@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from common.parallel_state import TPGroup, get_tensor_parallel
-from common.vocab import ParallelLMHead, VocabParallelEmbedding, gather_logits
+from common.vocab import ParallelLMHead, VocabParallelEmbedding, first_best, gather_best_logits, gather_logits
 from tests.common.in_memory import InMemory
 
 V, D = 11, 6  # 11 rows: neither 2 nor 3 ranks divide it
@@ -72,6 +72,41 @@ def test_together_the_ranks_read_every_row_once(ranks):
     for rank in range(ranks):
         VocabParallelEmbedding(V, D, TPGroup(rank, ranks)).weight.weight_loader(source)
     assert source.times_read(0) == [1] * V
+
+
+def best_of(best, dtype):
+    """On a real rank: all logits, and the best ones only, as rank 0 gets them, and the bytes of both."""
+    tp = get_tensor_parallel()
+    local = -(-V // tp.size)
+    # few different values, so that there are ties within a rank and between ranks; the padding would win
+    full = torch.randint(0, 4, (50, V), generator=torch.Generator().manual_seed(1)).to(dtype)
+    mine = torch.full((50, local * tp.size), 9.0, dtype=dtype)
+    mine[:, :V] = full
+    mine = mine[:, tp.rank * local : (tp.rank + 1) * local].contiguous()
+    with tp.ledger.recording() as ledger:
+        everything, few = gather_logits(mine, V, tp), gather_best_logits(mine, best, V, tp)
+    sizes = [entry.bytes for entry in ledger.entries]
+    return None if few is None else (everything.float().numpy(), few.float().numpy()), sizes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("best", [1, 3, 11])
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_best_of_each_rank_hold_the_best_of_all(size, best, dtype, ranks):
+    answers = ranks(size).run(best_of, best, dtype)
+    everything, few = (torch.from_numpy(x) for x in answers[0][0])
+    assert torch.equal(everything.argmax(-1), few.argmax(-1)), "the first of equals, as without"
+    kept, at = first_best(everything, best)
+    assert torch.equal(few.gather(1, at), kept)
+    assert all(answer is None for answer, _ in answers[1:])
+    for _, (all_bytes, best_bytes) in answers:
+        assert best_bytes == 50 * min(best, -(-V // size)) * 8
+        assert all_bytes == 50 * -(-V // size) * dtype.itemsize
+
+
+def test_first_best_takes_the_first_of_equals():
+    x = torch.tensor([[1.0, -2.0, 3.0, 3.0, 0.0, -0.0, 3.0]])
+    assert first_best(x, 5)[1].tolist() == [[2, 3, 6, 0, 4]]
 
 
 def test_a_tied_head_is_the_embeddings_own_memory():
