@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint tiny-qwen bench-cpu clean
+.PHONY: setup demo test lint tiny-qwen bench-cpu bench-gpu clean
 
 setup: .venv/installed
 
@@ -26,6 +26,17 @@ tiny-qwen: setup
 
 bench-cpu: setup
 	$(BIN)/python ch07_sglang_radix/bench_cpu.py
+
+# PART: kernels, small (0.5B and 0.6B), large (7B), large-tp2 (7B on two GPUs)
+PART ?= kernels
+bench-gpu: setup
+ifeq ($(PART),kernels)
+	$(BIN)/python -m common.kernels.bench_kernels
+else ifeq ($(PART),large-tp2)
+	$(BIN)/torchrun --standalone --nproc_per_node=2 -m ch07_sglang_radix.bench_gpu --part large
+else
+	$(BIN)/python -m ch07_sglang_radix.bench_gpu --part $(PART)
+endif
 
 clean:
 	rm -rf .venv *.egg-info .pytest_cache .hypothesis .ruff_cache

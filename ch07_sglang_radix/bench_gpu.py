@@ -72,17 +72,18 @@ def measure_model(name: str, tp: TPGroup) -> list[dict]:
     count = 64 if "7B" in name else 256
     label = "A64" if "7B" in name else "A"
     for i in (1, 2):
-        note(label, f"tokens/s, run {i}", work.a(count))
+        note(label, f"tokens/s run {i}", work.a(count))
     if name == "Qwen2.5-0.5B":
         for label in ("cold", "warm"):
             speed, hit_rate = work.c(fresh=label == "cold")
             note(f"C {label}", "tokens/s", speed)
             note(f"C {label}", "hit rate", hit_rate)
+    work.gaps(True)  # the first profile of a process is slower
     for overlap in (True, False):
         step, idle = work.gaps(overlap)
         how = "overlap" if overlap else "no overlap"
-        note(f"64 running, {how}", "us per decode step", step)
-        note(f"64 running, {how}", "us idle per decode step", idle)
+        note(f"64 running {how}", "us per decode step", step)
+        note(f"64 running {how}", "us idle per decode step", idle)
     engine.scheduler = engine.wrapper = work.engine = None  # the next model needs the room
     gc.collect()
     torch.cuda.empty_cache()

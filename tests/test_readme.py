@@ -26,6 +26,26 @@ def test_the_benchmark_table_is_the_csv():
     assert all(row["date"] in README for row in rows)
 
 
+def test_the_gpu_table_is_the_csvs():
+    block = re.search(r"<!-- bench_gpu -->(.*?)<!-- /bench_gpu -->", README, re.DOTALL).group(1)
+    rows = []
+    for path in sorted((ROOT / "figures").glob("bench_gpu_*.csv")):
+        with path.open() as file:
+            rows += list(csv.DictReader(file))
+    shown = block.strip().splitlines()[2:]
+    assert len(shown) == 10
+    for line in shown:
+        workload, model, ranks, said = (cell.strip() for cell in line.strip("|").split("|"))
+        metrics = ("ms per token",) if "ms" in said else ("tokens/s", "tokens/s run 2")
+        (row,) = [
+            row for row in rows
+            if (row["workload"], row["model"], row["ranks"]) == (workload, model, ranks) and row["metric"] in metrics
+        ]  # fmt: skip
+        value = float(row["value"])
+        assert said == (f"{value:.3f} ms a token" if "ms" in said else f"{value:,.0f} tokens/s")
+        assert row["date"] in README
+
+
 def test_every_link_leads_somewhere():
     for path in [ROOT / "README.md", *ROOT.glob("c*/README.md"), ROOT / "common/tiny_qwen/README.md"]:
         for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
