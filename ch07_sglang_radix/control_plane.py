@@ -16,33 +16,14 @@ This is the book's design. SGLang itself runs the same scheduler on every rank, 
 wire but needs all of them to decide alike, always; here only one can be wrong.
 """
 
-import json
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 import torch
 
 from ch07_sglang_radix.tasks import DecodeTask, PrefillTask, StopTask, Task, decode, encode
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
+from common.messages import receive, send
 from common.parallel_state import broadcast
-from common.sampler import SamplingBatch, sample
-from common.transfer import Download
+from common.sampler import Drawn, SamplingBatch, sample
 from common.vocab import gather_best_logits, gather_logits
-
-FRAME = 256  # words of a task's first message; a decode step of 60 sequences and its page updates fit
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """The tokens of a step, on their way from the device."""
-
-    tokens: Download
-    logprobs: Download | None
-
-    def take(self) -> tuple[list[int], list[float] | None]:
-        """Waits until they are here."""
-        return self.tokens.numpy().tolist(), None if self.logprobs is None else self.logprobs.numpy().tolist()
 
 
 class ControlPlane:
@@ -58,23 +39,15 @@ class ControlPlane:
         self.send_task(task)
         return self._execute(task)
 
-    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> "Drawn":
+    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> Drawn:
         """Draw one token for each row of the last task's logits, and tell all ranks."""
         tokens, logprobs = sample(logits, batch)
         self._share_tokens(tokens)
-        return Drawn(Download(tokens), None if logprobs is None else Download(logprobs))
+        return Drawn(tokens, logprobs)
 
     def send_task(self, task: Task) -> None:
-        """One message of FRAME words; a longer task sends its rest in a second one."""
-        if self.tp.size == 1:
-            return
-        words = encode(task)
-        frame = np.zeros(FRAME, dtype=np.int64)
-        frame[: len(words)] = words[:FRAME]
-        broadcast(torch.from_numpy(frame), self.tp, "task")  # COMM broadcast [FRAME]: what to do in this step
-        if len(words) > FRAME:
-            rest = torch.from_numpy(words[FRAME:])
-            broadcast(rest, self.tp, "task")  # COMM broadcast [length - FRAME]: the rest of a long task
+        if self.tp.size > 1:
+            send(encode(task), self.tp, "task")
 
     # --- the other ranks
 
@@ -86,14 +59,7 @@ class ControlPlane:
                 self._share_tokens(torch.empty(emitting, dtype=torch.int64, device=self.tp.device))
 
     def receive_task(self) -> Task:
-        frame = torch.empty(FRAME, dtype=torch.int64)
-        broadcast(frame, self.tp, "task")  # COMM broadcast [FRAME]: what to do in this step
-        words, length = frame.numpy(), int(frame[3])
-        if length > FRAME:
-            rest = torch.empty(length - FRAME, dtype=torch.int64)
-            broadcast(rest, self.tp, "task")  # COMM broadcast [length - FRAME]: the rest of a long task
-            words = np.concatenate((words, rest.numpy()))
-        return decode(words[:length])
+        return decode(receive(self.tp, "task"))
 
     # --- both
 
@@ -113,14 +79,3 @@ class ControlPlane:
     def _share_tokens(self, tokens: torch.Tensor) -> None:
         broadcast(tokens, self.tp, "tokens")  # COMM broadcast [B]: the tokens rank 0 chose
         self.wrapper.receive_tokens(tokens)
-
-    def share_results(self, results: Any = None) -> Any:
-        """Rank 0's results, as JSON, to every rank: the script on each can go on with the same values."""
-        if self.tp.size == 1:
-            return results
-        data = np.frombuffer(json.dumps(results).encode(), dtype=np.uint8).copy() if self.tp.rank == 0 else None
-        size = torch.tensor([len(data) if data is not None else 0])
-        broadcast(size, self.tp, "results")  # COMM broadcast [1]: bytes to come
-        payload = torch.from_numpy(data) if data is not None else torch.empty(int(size), dtype=torch.uint8)
-        broadcast(payload, self.tp, "results")  # COMM broadcast [bytes]: the finished answers, once at the end
-        return json.loads(payload.numpy().tobytes())

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ch07_sglang_radix.control_plane import ControlPlane, Drawn
+from ch07_sglang_radix.control_plane import ControlPlane
 from ch07_sglang_radix.invariants import check_invariants
 from ch07_sglang_radix.memory_pool import ReqToTokenPool, TokenToKVPool
 from ch07_sglang_radix.radix_cache import MatchResult, RadixCache
@@ -29,7 +29,8 @@ from ch07_sglang_radix.request import Req, RequestOutput
 from ch07_sglang_radix.request_memory import RequestMemory
 from ch07_sglang_radix.tasks import Alike, DecodeTask, PrefillSequence, PrefillTask, StopTask
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
-from common.sampler import SamplingBatch, SamplingParams, uniform
+from common.messages import share
+from common.sampler import Drawn, SamplingBatch, SamplingParams, uniform
 
 CLIP_MAX_NEW_TOKENS = 4096  # admission does not reserve more than this for one request
 RETRACT_DECODE_STEPS = 20  # after a retraction this many steps fit for everyone left
@@ -145,7 +146,7 @@ class TPScheduler:
             self.control.send_task(StopTask(self.step_number))
         outputs = [vars(r) for r in self.results.values()]
         report = {"refused": refused, "next_id": self._num_requests, "steps": self.steps, "work": self.work}
-        report = self.control.share_results(report | {"outputs": outputs})
+        report = share(report | {"outputs": outputs}, self.tp)
         self._num_requests, self.steps, self.work = report["next_id"], report["steps"], report["work"]
         if report["refused"]:
             raise ValueError(report["refused"])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common.transfer import upload
+from common.transfer import Download, upload
 
 try:  # a CPU build of torch comes without Triton
     from common.kernels import sampling as fused
@@ -128,6 +128,17 @@ class SamplingBatch:
             ]  # fmt: skip
             self._columns = upload(np.array(table, dtype=np.float32).T, device)
         return self._columns
+
+
+class Drawn:
+    """The tokens of a step, on their way from the device."""
+
+    def __init__(self, tokens: torch.Tensor, logprobs: torch.Tensor | None):
+        self._tokens, self._logprobs = Download(tokens), None if logprobs is None else Download(logprobs)
+
+    def take(self) -> tuple[list[int], list[float] | None]:
+        """Waits until they are here."""
+        return self._tokens.numpy().tolist(), None if self._logprobs is None else self._logprobs.numpy().tolist()
 
 
 def sample(

@@ -54,13 +54,18 @@ class SequenceTable:
         self.last_token.index_copy_(0, rows, tokens)
 
     def prefill(self, tokens: np.ndarray, rows: np.ndarray, cached: np.ndarray, new: np.ndarray) -> StepInputs:
-        """tokens [T], end to end: new[b] tokens of the sequence in rows[b] behind cached[b] known ones."""
+        """tokens [T], end to end: new[b] tokens of the sequence in rows[b] behind cached[b] known ones.
+
+        A token -1 stands for the sequence's last one, which may be known to the device only.
+        """
         ends = np.cumsum(new)  # [B]
         positions = np.arange(ends[-1]) + np.repeat(cached - (ends - new), new)  # [T]
         context = cached + new
         ids, at, of, row, starts, context_lens = upload_all(
             self.device, tokens, positions, np.repeat(rows, new), rows, np.concatenate(([0], ends)), context
         )
+        if tokens.min() < 0:
+            ids = ids.where(ids >= 0, self.last_token[of])
         table = self.page_table[row, : self._pages(context.max())]
         return StepInputs(ids, at, row, self._meta(of, at, table, starts, context_lens, int(new.max())))
 

@@ -1,0 +1,8 @@
+"""Chapter 6: vLLM's brain on the tensor-parallel executor."""
+
+from ch06_tp_vllm.llm import LLM
+from ch06_tp_vllm.llm_engine import LLMEngine
+from ch06_tp_vllm.outputs import CompletionOutput, RequestOutput
+from ch06_tp_vllm.sampling_params import SamplingParams
+
+__all__ = ["LLM", "CompletionOutput", "LLMEngine", "RequestOutput", "SamplingParams"]

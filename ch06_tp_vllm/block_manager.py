@@ -1,0 +1,226 @@
+"""Which block holds which tokens: vLLM's KV cache manager.
+
+    sequence   [The cat sat on the mat and then it ...]          block_table   [7, 3, 12]
+                `--- block 7 ---' `--- block 3 ---' `- 12 ...     slot          block_table[i // P] * P + i % P
+
+A block is P slots. Sequences own blocks, not memory: a sequence that grows by a token needs a new block only every P
+tokens, and no slot is reserved that nobody writes to (at most P - 1 are wasted a sequence). PagedAttention, Kwon
+et al. 2023.
+
+Prefix caching (vLLM V1): a full block gets a hash of its tokens and of all that came before. A request whose tokens
+have the same hashes starts with those blocks. Two things make it work without copies:
+
+  - a block is never written again once it is full, so any number of sequences may hold it (ref_cnt);
+  - a freed block keeps its hash and its content until somebody else needs the memory; free blocks are taken least
+    recently used first, and the tail of a sequence is freed before its head.
+
+Blocks with equal content are not merged: block tables only grow, and what a rank was told stays true.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ch06_tp_vllm.request import Request
+from common.heads import HeadLayout
+
+NO_PARENT = b""
+
+
+def hash_block(parent: bytes, token_ids: Sequence[int], extra_key: str | None = None) -> bytes:
+    """The name of a full block: its tokens behind `parent`, the hash of the block before (vLLM: hash_block_tokens).
+
+    `extra_key` keeps apart what must not be shared (an adapter, a tenant). 128 bits: two contents never meet.
+    """
+    text = b"" if extra_key is None else extra_key.encode()
+    data = parent + len(text).to_bytes(4, "little") + text + np.asarray(token_ids, dtype=np.int64).tobytes()
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+@dataclass
+class KVCacheBlock:
+    """One block. `ref_cnt` sequences hold it; `block_hash` once it is full and its content is computed."""
+
+    block_id: int
+    ref_cnt: int = 0
+    block_hash: bytes | None = None
+
+
+@dataclass
+class PrefixCacheStats:
+    """Prompt tokens that were asked for, and those that were found."""
+
+    queries: int = 0
+    hits: int = field(default=0)
+
+
+class BlockManager:
+    """The blocks of one pool; rank 0 decides, so a block id means the same block on every rank.
+
+    num_kv_heads of the model are cut over tp_size ranks: this rank's blocks hold [P, Hkv/R, d] each. Nothing
+    else here depends on the rank, and that is the point: tables of all ranks are equal.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, *, num_heads: int = 1, num_kv_heads: int = 1, tp_rank: int = 0,
+        tp_size: int = 1, enable_prefix_caching: bool = True,
+    ):  # fmt: skip
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"num_blocks={num_blocks} and block_size={block_size} must be at least 1")
+        self.block_size, self.enable_prefix_caching = block_size, enable_prefix_caching
+        self.tp_rank, self.tp_size = tp_rank, tp_size
+        self.num_kv_heads_local = HeadLayout.of(num_heads, num_kv_heads, tp_rank, tp_size).num_kv
+        self.blocks = [KVCacheBlock(i) for i in range(num_blocks)]
+        self.free_blocks: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # first out: the oldest
+        # hash -> the blocks with that content; more than one if they were computed side by side
+        self.cached: dict[bytes, dict[int, None]] = {}
+        self.stats = PrefixCacheStats()
+
+    @property
+    def num_free_blocks(self) -> int:
+        return len(self.free_blocks)
+
+    @property
+    def usage(self) -> float:
+        """Share of the blocks that some sequence holds."""
+        return 1 - self.num_free_blocks / len(self.blocks)
+
+    # --- look up
+
+    def get_computed_blocks(self, request: Request) -> list[int]:
+        """The cached blocks that the request can start with; changes nothing.
+
+        At most (num_tokens - 1) // P: the last token must be computed in any case, to have logits from.
+        """
+        if not self.enable_prefix_caching:
+            return []
+        found = []
+        for block_hash in self._hashes(request, (request.num_tokens - 1) // self.block_size):
+            if block_hash not in self.cached:
+                break
+            found.append(next(iter(self.cached[block_hash])))
+        return found
+
+    def _hashes(self, request: Request, count: int) -> list[bytes]:
+        """Hashes of the request's first `count` full blocks; each is computed once in its life."""
+        hashes, tokens = request.block_hashes, request.all_token_ids
+        for i in range(len(hashes), count):
+            parent = hashes[-1] if hashes else NO_PARENT
+            hashes.append(
+                hash_block(parent, tokens[i * self.block_size : (i + 1) * self.block_size], request.extra_key)
+            )
+        return hashes[:count]
+
+    # --- take
+
+    def blocks_needed(self, request: Request, num_tokens: int, computed: Sequence[int] = ()) -> int:
+        """Free blocks it takes for the request to have slots for `num_tokens`, starting with `computed` ones."""
+        have = len(request.block_table) + len(computed)
+        revived = sum(self.blocks[block].ref_cnt == 0 for block in computed)  # found, but on the free list
+        return max(-(-num_tokens // self.block_size) - have, 0) + revived
+
+    def allocate_slots(self, request: Request, num_tokens: int, computed: Sequence[int] = ()) -> bool:
+        """Slots for the request's first `num_tokens`; `computed` blocks come first, for a request without any.
+
+        False, and nothing has changed, if the pool does not have them.
+        """
+        if self.blocks_needed(request, num_tokens, computed) > self.num_free_blocks:
+            return False
+        for block in computed:
+            self._hold(block)
+        request.block_table += computed
+        for _ in range(-(-num_tokens // self.block_size) - len(request.block_table)):
+            request.block_table.append(self._take())
+        return True
+
+    def fork(self, parent: Request, child: Request) -> int:
+        """Let `child` start with the full prompt blocks of `parent`, without copying one; returns their tokens.
+
+        For parallel sampling: the n answers of a prompt hold its blocks together. The block in which prompt
+        and answer meet is not full, so each child computes the few tokens in it again.
+        """
+        whole = min(parent.num_computed_tokens, len(child.prompt_token_ids) - 1) // self.block_size
+        for block in parent.block_table[:whole]:
+            self._hold(block)
+        child.block_table = parent.block_table[:whole]
+        return whole * self.block_size
+
+    def _hold(self, block: int) -> None:
+        self.blocks[block].ref_cnt += 1
+        self.free_blocks.pop(block, None)
+
+    def _take(self) -> int:
+        block, _ = self.free_blocks.popitem(last=False)
+        self._forget(self.blocks[block])
+        self.blocks[block].ref_cnt = 1
+        return block
+
+    def _forget(self, block: KVCacheBlock) -> None:
+        """Its memory is about to be written: nobody may find the old content."""
+        if block.block_hash is None:
+            return
+        same = self.cached[block.block_hash]
+        del same[block.block_id]
+        if not same:
+            del self.cached[block.block_hash]
+        block.block_hash = None
+
+    # --- after a step
+
+    def cache_full_blocks(self, request: Request, num_computed: int) -> None:
+        """Name the blocks that the first `num_computed` tokens fill: their content is there, others may find it."""
+        if not self.enable_prefix_caching:
+            return
+        for i, block_hash in enumerate(self._hashes(request, num_computed // self.block_size)):
+            block = self.blocks[request.block_table[i]]
+            if block.block_hash is None:
+                block.block_hash = block_hash
+                self.cached.setdefault(block_hash, {})[block.block_id] = None
+
+    def free(self, request: Request) -> None:
+        """Let go of all blocks, the tail first: it is the least likely to be of use to another request."""
+        for block_id in reversed(request.block_table):
+            block = self.blocks[block_id]
+            if block.ref_cnt == 0:
+                raise ValueError(f"block {block_id} of request {request.request_id} is freed twice")
+            block.ref_cnt -= 1
+            if block.ref_cnt == 0:
+                self.free_blocks[block_id] = None
+        request.block_table = []
+
+    def slot_mapping(self, request: Request, start: int, stop: int) -> list[int]:
+        """The slots of tokens start .. stop-1."""
+        table, size = request.block_table, self.block_size
+        return [table[i // size] * size + i % size for i in range(start, stop)]
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all content. Raises ValueError while a sequence holds blocks."""
+        if self.num_free_blocks < len(self.blocks):
+            raise ValueError(f"{len(self.blocks) - self.num_free_blocks} blocks are in use; finish or abort first")
+        for block in self.blocks:
+            self._forget(block)
+
+    # --- for tests and a debug flag
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Conservation: free + used = all, every reference accounted for, every hash findable. AssertionError if not."""
+        held: dict[int, int] = {}
+        for request in requests:
+            assert len(set(request.block_table)) == len(request.block_table), (
+                f"{request.request_id} holds a block twice"
+            )
+            for block in request.block_table:
+                held[block] = held.get(block, 0) + 1
+        for block in self.blocks:
+            count = held.get(block.block_id, 0)
+            assert block.ref_cnt == count, f"block {block.block_id}: ref_cnt {block.ref_cnt}, held by {count}"
+            assert (block.block_id in self.free_blocks) == (count == 0), (
+                f"block {block.block_id} free while held by {count}"
+            )
+            known = block.block_hash is not None and block.block_id in self.cached.get(block.block_hash, ())
+            assert known == (block.block_hash is not None), f"block {block.block_id} has a hash nobody can find"
+        total = sum(len(same) for same in self.cached.values())
+        assert total == sum(block.block_hash is not None for block in self.blocks), "a hash leads to a block without it"

@@ -1,0 +1,80 @@
+"""vLLM's offline interface.
+
+from ch06_tp_vllm import LLM, SamplingParams
+llm = LLM()
+for output in llm.generate(["What is a block table?"], SamplingParams(temperature=0, max_tokens=40)):
+    print(output.outputs[0].text)
+"""
+
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from ch06_tp_vllm.llm_engine import LLMEngine, Prompt
+from ch06_tp_vllm.outputs import RequestOutput
+from ch06_tp_vllm.sampling_params import SamplingParams
+from common.messages import share
+from common.parallel_state import shutdown_tensor_parallel
+
+
+class LLM:
+    """A model behind one call; the arguments are those of LLMEngine. Under torchrun every rank makes the same calls."""
+
+    def __init__(self, model: str | None = None, *, tensor_parallel_size: int | None = None, **engine_args):
+        self.llm_engine = LLMEngine(model, tensor_parallel_size=tensor_parallel_size, **engine_args)
+        self._next_id = 0
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *, use_tqdm: bool = True,
+    ) -> list[RequestOutput]:  # fmt: skip
+        """Answer all prompts; the outputs come in their order. Nothing runs if one of them is refused (ValueError)."""
+        engine, prompts = self.llm_engine, _as_list(prompts)
+        params = _one_each(sampling_params, len(prompts))
+        ids = [engine.tokenize(prompt) for prompt in prompts]
+        for one, p in zip(ids, params, strict=True):
+            engine.check_request(one, p)
+        names = [str(self._next_id + i) for i in range(len(prompts))]
+        self._next_id += len(prompts)
+        for name, prompt, p in zip(names, prompts, params, strict=True):
+            engine.add_request(name, prompt, p)
+        outputs: list[RequestOutput] = []
+        if engine.tp.rank > 0:
+            engine.runner.follow()
+        else:
+            with tqdm(total=len(prompts), desc="prompts", disable=None if use_tqdm else True, leave=False) as bar:
+                while engine.has_unfinished_requests():
+                    engine.run_step()
+                    done = [output for output in engine.take_outputs() if output.finished]
+                    outputs += done
+                    bar.update(len(done))
+            engine.runner.stop()
+        if engine.tp.size > 1:
+            outputs = [RequestOutput.from_json(value) for value in share([o.to_json() for o in outputs], engine.tp)]
+            engine.groups.clear()
+        return sorted(outputs, key=lambda output: int(output.request_id))
+
+    def shutdown(self) -> None:
+        """Let go of the model and leave the process group."""
+        self.llm_engine = None
+        shutdown_tensor_parallel()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.shutdown()
+
+
+def _as_list(prompts) -> list[Prompt]:
+    """One prompt (a text, ids, a dict) or several."""
+    single = isinstance(prompts, str | dict) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    return [prompts] if single else list(prompts)
+
+
+def _one_each(params, n: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * n
+    if len(params) != n:
+        raise ValueError(f"{len(params)} sampling_params for {n} prompts; give one for all or one for each")
+    return list(params)

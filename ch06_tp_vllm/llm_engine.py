@@ -1,0 +1,293 @@
+"""The loop: add requests at any time, `step`, look at what has grown.
+
+    engine = LLMEngine(model)
+    engine.add_request("a", "What is a block table?", SamplingParams(max_tokens=40))
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            ...
+
+Under torchrun every rank makes the same calls and gets the same outputs; rank 0 schedules and samples.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ch06_tp_vllm.block_manager import BlockManager
+from ch06_tp_vllm.model_runner import ModelRunner, StepMetadata
+from ch06_tp_vllm.outputs import CompletionOutput, RequestOutput
+from ch06_tp_vllm.request import Request, RequestStatus
+from ch06_tp_vllm.sampling_params import SamplingParams
+from ch06_tp_vllm.scheduler import Scheduler, SchedulerOutput
+from common.messages import share
+from common.parallel_state import initialize_tensor_parallel
+from common.sampler import Drawn, SamplingBatch, uniform
+
+DEFAULT_BUDGET = {"cpu": 1024, "cuda": 8192}  # tokens a step: on a CPU what its caches like, on a GPU vLLM's own
+
+Prompt = str | Sequence[int] | dict[str, list[int]]
+
+
+@dataclass
+class _Group:
+    """A prompt and the requests of its n answers."""
+
+    request_id: str
+    prompt: str | None
+    requests: list[Request]
+
+    @property
+    def finished(self) -> bool:
+        return all(request.status.finished for request in self.requests)
+
+
+@dataclass(frozen=True)
+class _Queued:
+    """A step that all ranks have been told to do: who gets a token out of it, and the tokens."""
+
+    requests: list[Request]
+    drawn: Drawn | None
+
+
+class LLMEngine:
+    """vLLM's LLMEngine, under its argument names.
+
+    model: a folder in Hugging Face layout, a Hub id, or None for the bundled tiny model. max_num_batched_tokens: the budget
+    of a step. num_gpu_blocks_override: blocks in the pool; by default what memory allows. enforce_eager: no CUDA
+    graphs. async_scheduling: queue a step before the last one's tokens are seen; None: on a GPU.
+    check: test the conservation of blocks after every step.
+    """
+
+    def __init__(
+        self, model: str | None = None, *, tensor_parallel_size: int | None = None, dtype: str = "auto",
+        device: str = "auto", block_size: int = 16, max_num_seqs: int = 256, max_num_batched_tokens: int | None = None,
+        num_gpu_blocks_override: int | None = None, enable_prefix_caching: bool = True,
+        enable_chunked_prefill: bool = True, scheduling_policy: str = "fcfs", seed: int = 0, enforce_eager: bool = False,
+        async_scheduling: bool | None = None, attention_backend: str = "auto", check: bool = False,
+    ):  # fmt: skip
+        self.tp = initialize_tensor_parallel(tensor_parallel_size, device)
+        blocks = num_gpu_blocks_override
+        self.runner = ModelRunner(
+            model, device, block_size, dtype=None if dtype == "auto" else dtype, max_running_requests=max_num_seqs,
+            max_total_tokens=None if blocks is None else blocks * block_size, attention_backend=attention_backend,
+            disable_cuda_graph=enforce_eager, tp=self.tp,
+        )  # fmt: skip
+        config = self.runner.config
+        self.blocks = BlockManager(
+            self.runner.kv_cache.num_pages, block_size, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
+            tp_rank=self.tp.rank, tp_size=self.tp.size, enable_prefix_caching=enable_prefix_caching,
+        )  # fmt: skip
+        self.scheduler = Scheduler(
+            self.blocks, max_num_batched_tokens=max_num_batched_tokens or DEFAULT_BUDGET[self.tp.device.type],
+            max_num_seqs=max_num_seqs, policy=scheduling_policy, enable_chunked_prefill=enable_chunked_prefill,
+            settle=self._settle,
+        )  # fmt: skip
+        self.async_scheduling = self.tp.device.type == "cuda" if async_scheduling is None else async_scheduling
+        self.seed, self.check = seed, check
+        self.groups: dict[str, _Group] = {}  # the unfinished ones
+        self.num_steps = 0
+        self._num_requests = 0
+        self._queued: _Queued | None = None  # the step whose tokens nobody has looked at
+        self._decoding: tuple[list[Request], SamplingBatch] | None = None
+        self._grown: dict[str, None] = {}  # groups that got a token since the last step() returned
+
+    # --- for the user
+
+    def add_request(
+        self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> None:  # fmt: skip
+        """Queue a prompt: a text, token ids or {"prompt_token_ids": ids}. `priority`: lower goes first.
+
+        cache_salt: its blocks are shared only with requests of the same salt. Raises ValueError for a request id in
+        use, an empty prompt, a token outside the vocabulary, and lengths that can never fit.
+        """
+        params = params or SamplingParams()
+        if request_id in self.groups:
+            raise ValueError(f"request id {request_id!r} is in use; finish or abort it first")
+        text = prompt if isinstance(prompt, str) else None
+        ids = self.tokenize(prompt)
+        self.check_request(ids, params)
+        stops = frozenset(params.stop_token_ids + (() if params.ignore_eos else self.runner.config.eos_token_ids))
+        group = _Group(request_id, text, [])
+        for i in range(params.n):
+            seed = int(uniform(self.seed, self._num_requests) * (1 << 24)) if params.seed is None else params.seed + i
+            request = Request(
+                request_id, i, ids, params.row(), seed, priority, self._num_requests, cache_salt, stops=stops,
+                parent=group.requests[0] if i else None,
+            )  # fmt: skip
+            group.requests.append(request)
+            self._num_requests += 1
+        self.groups[request_id] = group
+        for request in group.requests:
+            self.scheduler.add(request)
+
+    def abort_request(self, request_id: str) -> None:
+        """Drop a request, wherever it is; its blocks are free at once. Raises ValueError for one that is not there."""
+        if request_id not in self.groups:
+            raise ValueError(f"request id {request_id!r} is unknown or finished: there is nothing to abort")
+        for request in self.groups.pop(request_id).requests:
+            if not request.status.finished:
+                request.status = RequestStatus.FINISHED_ABORTED
+                self.scheduler.finish(request)
+        self._grown.pop(request_id, None)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.groups)
+
+    def step(self) -> list[RequestOutput]:
+        """One iteration; returns the requests that got a token, each with all it has so far.
+
+        On more than one rank all call it together, and rank 0's outputs come back on every rank.
+        """
+        outputs = []
+        if self.tp.rank == 0:
+            if self.groups:
+                self.run_step()
+            self.runner.stop()
+            outputs = self.take_outputs()
+        else:
+            self.runner.follow()
+        if self.tp.size > 1:
+            outputs = [RequestOutput.from_json(value) for value in share([o.to_json() for o in outputs], self.tp)]
+            if self.tp.rank > 0:
+                for output in outputs:
+                    if output.finished:
+                        del self.groups[output.request_id]
+        return outputs
+
+    def tokenize(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.runner.tokenizer is None:
+                raise ValueError("this checkpoint has no tokenizer; give prompt_token_ids instead of text")
+            return self.runner.tokenizer.encode(prompt)
+        return list(map(int, prompt["prompt_token_ids"] if isinstance(prompt, dict) else prompt))
+
+    def check_request(self, ids: Sequence[int], params: SamplingParams) -> None:
+        """Raises ValueError for what add_request would refuse."""
+        vocab, limit = self.runner.config.vocab_size, self.runner.config.max_position_embeddings
+        if not ids:
+            raise ValueError("the prompt is empty: there is no token to continue from")
+        if min(ids) < 0 or max(ids) >= vocab:
+            bad = next(i for i in ids if not 0 <= i < vocab)
+            raise ValueError(f"token id {bad} is outside the vocabulary 0..{vocab - 1}")
+        total = len(ids) + params.max_tokens
+        said = f"prompt {len(ids)} + max_tokens {params.max_tokens} = {total} tokens"
+        if total > limit:
+            most = max(limit - len(ids), 0)
+            raise ValueError(f"{said}, but the model ends at {limit}; shorten the prompt or ask for at most {most}")
+        pool = len(self.blocks.blocks) * self.blocks.block_size
+        if total > pool:
+            raise ValueError(f"{said}, but {len(self.blocks.blocks)} blocks hold {pool}; raise num_gpu_blocks_override")
+        budget = self.scheduler.max_num_batched_tokens
+        if not self.scheduler.enable_chunked_prefill and total > budget:
+            raise ValueError(f"{said}, but without chunked prefill a step holds max_num_batched_tokens={budget}")
+
+    # --- rank 0
+
+    def run_step(self) -> None:
+        """Schedule, execute, sample, account (rank 0, while there are unfinished requests)."""
+        output = self.scheduler.schedule()
+        if not output.scheduled and self._queued is None and not self._grown:
+            raise AssertionError(f"{len(self.scheduler.waiting)} requests wait and none can start: blocks were lost")
+        queued = self._queue(output) if output.scheduled else None
+        self._settle()
+        self._queued = queued
+        if not self.async_scheduling:
+            self._settle()
+        if self.check:
+            self.blocks.check(self.scheduler.running)
+
+    def take_outputs(self) -> list[RequestOutput]:
+        """The requests that got a token since the last call; the finished ones leave."""
+        grown, self._grown = self._grown, {}
+        outputs = [self._output(self.groups[request_id]) for request_id in grown]
+        for output in outputs:
+            if output.finished:
+                del self.groups[output.request_id]
+        return outputs
+
+    def _queue(self, output: SchedulerOutput) -> _Queued:
+        """Tell all ranks what to do; afterwards every number stands as if it were done."""
+        emitting = [s.request for s in output.scheduled if s.emits]
+        is_decode = output.is_decode
+        logits = self.runner.run(self._metadata(output))
+        self.num_steps += 1
+        for s in output.scheduled:
+            s.request.num_computed_tokens += s.num_new
+            self._cache(s.request)
+        for request in emitting:
+            request.pending += 1
+            request.drawn_here = True
+        if not emitting:
+            return _Queued([], None)
+        return _Queued(emitting, self.runner.sample(logits, self._sampling(emitting, is_decode)))
+
+    def _metadata(self, output: SchedulerOutput) -> StepMetadata:
+        updates, tokens = [], []
+        for s in output.scheduled:
+            request = s.request
+            if request.num_blocks_sent < len(request.block_table):
+                updates.append((request.row, request.num_blocks_sent, request.block_table[request.num_blocks_sent :]))
+                request.num_blocks_sent = len(request.block_table)
+        columns = [(s.request.row, s.num_computed, s.num_new, s.emits) for s in output.scheduled]
+        if not output.is_decode:
+            for s in output.scheduled:
+                if s.num_new == 1 and s.request.drawn_here:
+                    tokens.append(-1)
+                else:
+                    tokens += s.request.all_token_ids[s.num_computed : s.num_computed + s.num_new]
+        return StepMetadata(updates, *np.array(columns, dtype=np.int64).T, np.array(tokens, dtype=np.int64))
+
+    def _sampling(self, requests: list[Request], is_decode: bool) -> SamplingBatch:
+        """The parameters of the step's rows; those of a decode batch that has not changed are still there."""
+        if any(request.params.penalized for request in requests):
+            self._settle()  # a penalty must know every token before the one it is for
+        elif is_decode and self._decoding and self._decoding[0] == requests:
+            self._decoding[1].advance()
+            return self._decoding[1]
+        batch = SamplingBatch([request.sampling_row() for request in requests])
+        self._decoding = (requests, batch) if is_decode and not batch.penalized else None
+        return batch
+
+    def _settle(self) -> None:
+        """Look at the tokens of the step that was queued last: append them, and end who has come to an end."""
+        step, self._queued = self._queued, None
+        if step is None or step.drawn is None:
+            return
+        tokens, logprobs = step.drawn.take()
+        for i, request in enumerate(step.requests):
+            request.pending -= 1
+            if request.status.finished:  # it had ended, or was aborted, when this step was on its way already
+                continue
+            request.append(tokens[i], logprobs[i] if logprobs else None)
+            self._grown[request.group] = None
+            self._cache(request)
+            if request.status.finished:
+                self.scheduler.finish(request)
+
+    def _cache(self, request: Request) -> None:
+        """Name the full blocks whose tokens are computed, or queued to be, and known."""
+        # the last token of a finished request was never fed in, or in a step too many
+        known = len(request.prompt_token_ids) + len(request.output_token_ids) - request.status.finished
+        self.blocks.cache_full_blocks(request, min(request.num_computed_tokens, known))
+
+    def _output(self, group: _Group) -> RequestOutput:
+        decode = self.runner.tokenizer.decode if self.runner.tokenizer else lambda ids: ""
+        answers = [
+            CompletionOutput(
+                i, decode(r.output_token_ids), list(r.output_token_ids), sum(r.logprobs) if r.logprobs else None,
+                list(r.logprobs) or None, r.status.value if r.status.finished else None, r.stop_reason,
+            )
+            for i, r in enumerate(group.requests)
+        ]  # fmt: skip
+        first = group.requests[0]
+        return RequestOutput(
+            group.request_id,
+            group.prompt,
+            first.prompt_token_ids,
+            answers,
+            group.finished,
+            first.num_cached_tokens or 0,
+        )

@@ -1,0 +1,108 @@
+"""One step's metadata, and the rank that carries it out.
+
+Rank 0 schedules; all ranks get the same few integers and execute them, each on its own heads:
+
+    per new piece of a block table    row, first block, n, n block ids
+    per sequence                      row, tokens computed, tokens new, emits
+    token ids                         of all sequences, end to end; -1: the one drawn last, which every rank has
+
+What attention is told (slot_mapping, block tables, query_start, context_lens) follows from these on every rank by
+itself. In a pure decode step there are no token ids at all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+
+from common.executor import Executor
+from common.messages import receive, send
+from common.parallel_state import broadcast
+from common.sampler import Drawn, SamplingBatch, sample
+from common.vocab import gather_logits
+
+STOP, STEP = 0, 1
+STOP_MESSAGE = np.array([STOP], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class StepMetadata:
+    """See the top of this file. rows, computed, new, emits [B]; token_ids [T], or [0] in a decode step."""
+
+    updates: Sequence[tuple[int, int, Sequence[int]]]
+    rows: np.ndarray
+    computed: np.ndarray
+    new: np.ndarray
+    emits: np.ndarray
+    token_ids: np.ndarray
+
+    def encode(self) -> np.ndarray:
+        """-> int64 [n]"""
+        heads = chain.from_iterable((row, first, len(blocks), *blocks) for row, first, blocks in self.updates)
+        updates = np.fromiter(heads, dtype=np.int64)
+        counts = np.array([STEP, len(self.updates), len(self.rows), len(self.token_ids)], dtype=np.int64)
+        return np.concatenate((counts, updates, self.rows, self.computed, self.new, self.emits, self.token_ids))
+
+    @staticmethod
+    def decode(words: np.ndarray) -> "StepMetadata":
+        """Raises ValueError for anything that `encode` did not write."""
+        if len(words) < 4 or words[0] != STEP:
+            raise ValueError(f"not a step: {len(words)} words, kind {words[0] if len(words) else None}")
+        num_updates, batch, tokens = words[1:4].tolist()
+        at, updates = 4, []
+        for _ in range(num_updates):
+            row, first, n = words[at : at + 3].tolist()
+            updates.append((row, first, words[at + 3 : at + 3 + n].tolist()))
+            at += 3 + n
+        if at + 4 * batch + tokens != len(words):
+            raise ValueError(f"a step of {len(words)} words announces {at + 4 * batch + tokens}")
+        return StepMetadata(updates, *words[at : at + 4 * batch].reshape(4, batch), words[at + 4 * batch :])
+
+
+class ModelRunner(Executor):
+    """This rank's model, blocks and block tables (common/executor.py has the arguments)."""
+
+    # --- rank 0
+
+    def run(self, step: StepMetadata) -> torch.Tensor | None:
+        """Have all ranks execute the step; returns the logits [B, V] of the sequences that emit, None if none does."""
+        if self.tp.size > 1:
+            send(step.encode(), self.tp, "step")
+        return self._execute(step)
+
+    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> Drawn:
+        """Draw one token for each row of the last step's logits, and tell all ranks."""
+        tokens, logprobs = sample(logits, batch)
+        self._share_tokens(tokens)
+        return Drawn(tokens, logprobs)
+
+    def stop(self) -> None:
+        """Let the others out of `follow`."""
+        if self.tp.size > 1:
+            send(STOP_MESSAGE, self.tp, "step")
+
+    # --- the other ranks
+
+    def follow(self) -> None:
+        """Execute what rank 0 sends until it says stop."""
+        while (words := receive(self.tp, "step"))[0] != STOP:
+            step = StepMetadata.decode(words)
+            self._execute(step)
+            if emitting := int(step.emits.sum()):
+                self._share_tokens(torch.empty(emitting, dtype=torch.int64, device=self.tp.device))
+
+    # --- both
+
+    def _execute(self, step: StepMetadata) -> torch.Tensor | None:
+        self.set_pages(step.updates)
+        if len(step.token_ids) == 0:
+            logits = self.decode(step.rows, step.computed)
+        else:
+            logits = self.ragged(step.token_ids, step.rows, step.computed, step.new, step.emits)
+        return None if logits is None else gather_logits(logits, self.config.vocab_size, self.tp)
+
+    def _share_tokens(self, tokens: torch.Tensor) -> None:
+        broadcast(tokens, self.tp, "tokens")  # COMM broadcast [B]: the tokens rank 0 chose
+        self.receive_tokens(tokens)

@@ -1,0 +1,46 @@
+"""vLLM's SamplingParams, for the names; what they mean is in common/sampler.py."""
+
+from dataclasses import dataclass
+
+from common.sampler import SamplingParams as RowParams
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to answer one prompt: n answers of at most max_tokens each. As in vLLM the default draws (temperature 1).
+
+    top_k: 0 or -1 is no limit. logprobs: None, or 1 for the log-probability of each chosen token.
+    Raises ValueError for a value outside its range.
+    """
+
+    n: int = 1
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self):
+        if self.n < 1:
+            raise ValueError(f"n={self.n} must be at least 1")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
+        if self.logprobs not in (None, 0, 1):
+            raise ValueError(f"logprobs={self.logprobs}: only the chosen token's is kept; use 1 or None")
+        self.row()  # the other ranges
+
+    def row(self) -> RowParams:
+        """The same in the sampler's terms."""
+        return RowParams(
+            max_new_tokens=self.max_tokens, temperature=self.temperature, top_k=self.top_k or -1, top_p=self.top_p,
+            min_p=self.min_p, repetition_penalty=self.repetition_penalty, presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty, seed=self.seed, stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos, logprobs=self.logprobs is not None,
+        )  # fmt: skip

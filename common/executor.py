@@ -1,0 +1,180 @@
+"""The executor: what every rank holds, and how it carries out one step.
+
+A rank has its shard of the model, its heads' part of the pages, the pages and the last token of each running
+sequence. It has no queue, no cache of prefixes and no sampler: whoever schedules says which rows run,
+and gets this rank's logits. Both chapters put their brain on it.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+import torch
+
+from common.attention_backends import pick_attention
+from common.graph_runner import DecodeGraphs
+from common.hub import resolve_model
+from common.kv_cache import PagedKVCache
+from common.model_config import ModelConfig
+from common.paged_attention import TorchNativeAttention
+from common.parallel_state import TPGroup, all_gather, get_tensor_parallel, pick_device
+from common.sampler import SamplingParams, SamplingRow, sample
+from common.sequence_table import SequenceTable
+from common.tiny_qwen import TINY_QWEN_PATH
+from common.tokenizer import Tokenizer
+from common.transfer import upload_all
+from common.weights import load_model
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CPU_CACHE_BYTES = 1 << 30  # over all ranks: they share one machine's memory
+GPU_CACHE_SHARE = 0.85  # of the memory that is free once the weights are there
+MAX_POOL_TOKENS_ON_CPU = 65_536
+WARM_UP_TOKENS = 8192
+
+
+class Executor:
+    """This rank's model, pages and sequence table.
+
+    model_name: a folder in Hugging Face layout, a Hub id, or None for the bundled tiny model.
+    device: auto, cpu, cuda. dtype: float32, bfloat16, float16; default float32 on CPU and bfloat16 on GPU.
+    attention_backend: auto, torch_native, triton (common/attention_backends.py).
+    max_total_tokens: size of the pool in tokens; by default what memory allows, the same on every rank.
+    Raises ValueError or FileNotFoundError, on every rank alike, for what cannot be run.
+    """
+
+    def __init__(
+        self, model_name: str | None = None, device: str = "auto", page_size: int = 16, *,
+        dtype: str | None = None, max_total_tokens: int | None = None, max_running_requests: int = 256,
+        attention_backend: str = "auto", disable_cuda_graph: bool = False, tp: TPGroup | None = None,
+    ):  # fmt: skip
+        self.tp = tp or get_tensor_parallel(device)
+        if page_size < 1:
+            raise ValueError(f"page_size={page_size} must be at least 1")
+        if max_running_requests < 1:
+            raise ValueError(f"max_running_requests={max_running_requests} must be at least 1")
+        if device != "auto" and pick_device(device, self.tp.device.index or 0).type != self.tp.device.type:
+            raise ValueError(
+                f"device={device} but this group runs on {self.tp.device.type}; say so once, in initialize_tensor_parallel"
+            )
+        self.attention = pick_attention(self.tp.device, attention_backend)
+        folder = resolve_model(model_name or TINY_QWEN_PATH)
+        self.dtype = self._pick_dtype(dtype)
+        self.model, self.load_report = load_model(folder, self.tp, self.dtype)
+        self.config: ModelConfig = self.model.config
+        self.tokenizer = Tokenizer(folder) if Tokenizer.lies_in(folder) else None  # token ids work without one
+        self.page_size, self.max_running_requests = page_size, max_running_requests
+
+        num_pages = self._num_pages(max_total_tokens)
+        self.kv_cache = PagedKVCache(
+            self.config.num_layers, num_pages, page_size, self.model.heads.num_kv, self.config.head_dim,
+            self.dtype, self.tp.device,
+        )  # fmt: skip
+        self.max_context = min(self.config.max_position_embeddings, num_pages * page_size)
+        pages, heads = -(-self.max_context // page_size), self.model.heads
+        alike = 0 if self.attention is TorchNativeAttention else self.attention.tile_members(heads.num_q, heads.num_kv)
+        self.table = SequenceTable(max_running_requests, pages, page_size, self.tp.device, alike)
+        self._emitting: torch.Tensor | None = None  # rows that wait for a token
+        self.graphs = None
+        if self.attention is not TorchNativeAttention and not disable_cuda_graph:
+            batch = min(max_running_requests, num_pages)
+            self.graphs = DecodeGraphs(self.model, self.attention, self.kv_cache, self.table, batch)
+            self.graphs.capture()
+        if self.tp.device.type == "cuda":
+            self._warm_up()
+
+    # --- a step: new pages, forward, and what the tokens leave behind
+
+    def set_pages(self, updates: Sequence[tuple[int, int, Sequence[int]]]) -> None:
+        """(row, first, pages): pages first .. first+len(pages)-1 of a row are these from now on."""
+        if not updates:
+            return
+        n = [len(pages) for _, _, pages in updates]
+        rows = np.repeat([row for row, _, _ in updates], n)
+        first = np.repeat([first for _, first, _ in updates], n)
+        columns = first + np.arange(len(rows)) - np.repeat(np.cumsum(n) - n, n)
+        pages = np.fromiter(chain.from_iterable(pages for _, _, pages in updates), dtype=np.int64, count=len(rows))
+        self.table.set_pages(rows, columns, pages)
+
+    @torch.inference_mode()
+    def ragged(
+        self, token_ids: np.ndarray, rows: np.ndarray, cached: np.ndarray, new: np.ndarray, emits: np.ndarray
+    ) -> torch.Tensor | None:
+        """new[b] tokens of each sequence behind cached[b] known ones, end to end in token_ids [T]; any mix.
+
+        Returns this rank's logits [n, V/R] of the n sequences that emit a token, None if none does.
+        """
+        step = self.table.prefill(token_ids, rows, cached, new)
+        hidden = self.model(step.input_ids, step.positions, self.attention(self.kv_cache, step.meta))
+        emitting = np.flatnonzero(emits)
+        if len(emitting) == 0:
+            return None
+        last, self._emitting = upload_all(self.tp.device, np.cumsum(new)[emitting] - 1, rows[emitting])
+        return self.model.compute_logits(hidden[last])
+
+    @torch.inference_mode()
+    def decode(
+        self, rows: np.ndarray, positions: np.ndarray, alike: Sequence[tuple[int, int, int]] = ()
+    ) -> torch.Tensor:
+        """The last token of each sequence, at positions [B] -> this rank's logits [B, V/R]."""
+        if self.graphs:
+            logits, self._emitting = self.graphs.run(rows, positions, alike), self.graphs.rows(len(rows))
+            return logits
+        step = self.table.decode(rows, positions, alike)
+        self._emitting = step.rows
+        hidden = self.model(step.input_ids, step.positions, self.attention(self.kv_cache, step.meta))
+        return self.model.compute_logits(hidden)
+
+    def decode_rows(self, batch: int, alike: bool = False) -> int:
+        """Rows that a decode step of `batch` sequences computes: CUDA graphs pad it to a captured size."""
+        return self.graphs.padded(batch, alike) if self.graphs else batch
+
+    @torch.inference_mode()
+    def receive_tokens(self, tokens: torch.Tensor) -> None:
+        """Remember the tokens [B] that rank 0 chose in this step: the next decode step starts from them."""
+        self.table.set_tokens(self._emitting, tokens)
+
+    # --- inside
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        """One long prefill of nothing, and both kinds of sampling: what is compiled or loaded on first use, now."""
+        n, one = min(WARM_UP_TOKENS, self.max_context), np.ones(1, dtype=np.int64)
+        step = self.table.prefill(np.zeros(n, dtype=np.int64), 0 * one, 0 * one, n * one)
+        logits = self.model.compute_logits(
+            self.model(step.input_ids, step.positions, self.attention(self.kv_cache, step.meta))[-1:]
+        )
+        if self.tp.rank > 0:
+            return
+        for params in (SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_p=0.5)):
+            sample(logits, [SamplingRow(params, 0, [], [])])
+
+    def _pick_dtype(self, name: str | None) -> torch.dtype:
+        name = name or ("float32" if self.tp.device.type == "cpu" else "bfloat16")
+        if name not in DTYPES:
+            raise ValueError(f"dtype={name!r} is unknown; use {', '.join(DTYPES)}")
+        return DTYPES[name]
+
+    def _num_pages(self, max_total_tokens: int | None) -> int:
+        """Pages in the pool, the same number on every rank: the poorest decides."""
+        per_page = PagedKVCache.bytes_per_page(self.config, self.tp, self.page_size, self.dtype)
+        if max_total_tokens is not None:
+            pages = max_total_tokens // self.page_size
+            if pages < 1:
+                raise ValueError(
+                    f"max_total_tokens={max_total_tokens} holds no page of page_size={self.page_size} tokens"
+                )
+            return pages
+        if self.tp.device.type == "cpu":
+            pages = min(CPU_CACHE_BYTES // self.tp.size // per_page, MAX_POOL_TOKENS_ON_CPU // self.page_size)
+        else:
+            pages = int(torch.cuda.mem_get_info(self.tp.device)[0] * GPU_CACHE_SHARE) // per_page
+            # more than all requests at full length: only a tiny model gets there
+            pages = min(pages, self.max_running_requests * self.config.max_position_embeddings // self.page_size)
+        mine = torch.tensor([pages])
+        offers = all_gather(mine, self.tp, "pool size")  # COMM all-gather [1]: pages each rank has room for
+        pages = min(int(offer) for offer in offers)
+        if pages < 1:
+            raise ValueError(
+                f"no memory left for a single page of {per_page} bytes; use a smaller model, more ranks or bfloat16"
+            )
+        return pages
