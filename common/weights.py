@@ -63,6 +63,16 @@ class WholeTensor(CheckpointTensor):
         return self._whole.narrow(dim, start, stop - start)
 
 
+class TensorSource:
+    """A tensor in memory in place of one in a file, for demos and notebooks: what a weight loader asks for."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, self.shape = tensor, tuple(tensor.shape)
+
+    def read(self, dim: int, start: int, stop: int) -> torch.Tensor:
+        return self.tensor.narrow(dim, start, stop - start)
+
+
 def load_model(
     folder: str | Path, tp: TPGroup, dtype: torch.dtype = torch.float32, source: type = CheckpointTensor
 ) -> tuple[CausalLM, LoadReport]:

@@ -2,18 +2,18 @@
 
 import torch
 
+from common.weights import TensorSource
 
-class InMemory:
-    """What a weight loader asks of a checkpoint tensor: `shape` and `read(dim, start, stop)`."""
 
+class InMemory(TensorSource):
     def __init__(self, tensor: torch.Tensor):
-        self.tensor, self.shape = tensor, tuple(tensor.shape)
+        super().__init__(tensor)
         self.reads: list[tuple[int, int, int]] = []
 
     def read(self, dim: int, start: int, stop: int) -> torch.Tensor:
         assert 0 <= start < stop <= self.shape[dim], f"[{start}:{stop}] of {self.shape[dim]}"
         self.reads.append((dim, start, stop))
-        return self.tensor.narrow(dim, start, stop - start)
+        return super().read(dim, start, stop)
 
     def times_read(self, dim: int) -> list[int]:
         """How often each row (dim 0) or column (dim 1) has been read."""

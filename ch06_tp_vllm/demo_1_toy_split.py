@@ -1,0 +1,105 @@
+"""Two ways to cut a matrix product, on paper-sized numbers. NumPy only; "ranks" are variables.
+
+    python ch06_tp_vllm/demo_1_toy_split.py
+
+Column-parallel: each rank has some columns of W and gets those columns of the result; put them side by side.
+Row-parallel: each rank has some rows of W and the matching columns of X and gets a partial sum; add them up.
+Ends with the two classic mistakes; every step checks itself.
+"""
+
+import numpy as np
+
+from common.show import check, heading, matrix
+
+X = np.array([[1, 2, 3, 4], [5, 6, 7, 8]])  # [2, 4]: two tokens, four features
+W = np.array([[1, 0, 2, 1, 3, 0], [0, 1, 1, 2, 0, 1], [2, 1, 0, 1, 1, 2], [1, 2, 1, 0, 2, 1]])  # [4, 6]
+
+
+def main() -> None:
+    column_parallel()
+    row_parallel()
+    column_then_row()
+    merged_gate_and_up()
+    fused_qkv()
+    what_goes_wrong()
+
+
+def column_parallel() -> None:
+    heading("Column-parallel: cut the output. Y = concat")
+    matrix("X, on both ranks", X)
+    matrix("W: rank 0 | rank 1", W, cut=3)
+    y0, y1 = X @ W[:, :3], X @ W[:, 3:]
+    matrix("Y: rank 0 | rank 1", np.concatenate([y0, y1], axis=1), cut=3)
+    check(
+        "columns side by side are the product, and nobody had to talk",
+        np.allclose(np.concatenate([y0, y1], axis=1), X @ W),
+    )
+
+
+def row_parallel() -> None:
+    heading("Row-parallel: cut the input. Y = sum")
+    matrix("X: rank 0 | rank 1", X, cut=2)
+    matrix("W: rank 0 over rank 1", W, cut=2, axis=0)
+    y0, y1 = X[:, :2] @ W[:2], X[:, 2:] @ W[2:]
+    matrix("rank 0's partial sum", y0)
+    matrix("rank 1's partial sum", y1)
+    matrix("their sum: the all-reduce", y0 + y1)
+    check("the sum of the partial products is the product", np.allclose(y0 + y1, X @ W))
+    check("no single partial sum is", not np.allclose(y0, X @ W) and not np.allclose(y1, X @ W))
+
+
+def column_then_row() -> None:
+    heading("Column, then row: one all-reduce and nothing in between")
+    up, down = W, W.T[:, ::-1]  # [4, 6], [6, 4]
+
+    def relu(x):
+        return np.maximum(x - 20, 0)
+
+    partial = [relu(X @ up[:, cut]) @ down[cut] for cut in (slice(0, 3), slice(3, 6))]
+    print("  rank r: relu(X @ up[:, mine]) @ down[mine, :]    the columns it made are the ones it needs")
+    check("sum over ranks = relu(X up) down", np.allclose(sum(partial), relu(X @ up) @ down))
+    gathered = relu(X[:, :2] @ up[:2]) + relu(X[:, 2:] @ up[2:])
+    check("row first would not work: the activation of a partial sum is not a part of the activation",
+          not np.allclose(gathered, relu(X @ up)))  # fmt: skip
+
+
+def merged_gate_and_up() -> None:
+    heading("gate and up as one product: cut each, then stack")
+    gate, up = W, W[:, ::-1] + 1  # [4, 6] each
+    stacked = np.concatenate([gate, up], axis=1)  # [4, 12]
+    for rank, mine in enumerate((slice(0, 3), slice(3, 6))):
+        merged = X @ np.concatenate([gate[:, mine], up[:, mine]], axis=1)  # one GEMM instead of two
+        right = np.allclose(merged[:, :3] * merged[:, 3:], (X @ gate)[:, mine] * (X @ up)[:, mine])
+        check(f"rank {rank}: one product of [gate | up] gives both of its halves", right)
+    half = X @ stacked[:, :6]  # what rank 0 would get from cutting the stacked matrix
+    check("cutting the stacked matrix instead gives rank 0 all of gate and nothing of up", np.allclose(half, X @ gate))
+
+
+def fused_qkv() -> None:
+    heading("q, k and v as one product: the same, by heads")
+    wq, wk, wv = W[:, :4], W[:, 4:], W[:, 1:3]  # two query heads of two features, one KV head
+    fused = X @ np.concatenate([wq, wk, wv], axis=1)
+    q, k, v = np.split(fused, [4, 6], axis=1)
+    check("one product, split behind it, is three products",
+          np.allclose(q, X @ wq) and np.allclose(k, X @ wk) and np.allclose(v, X @ wv))  # fmt: skip
+
+
+def what_goes_wrong() -> None:
+    heading("Two mistakes that run without an error")
+    bias = np.array([10, 20, 30, 40, 50, 60])
+    each_adds = (X[:, :2] @ W[:2] + bias) + (X[:, 2:] @ W[2:] + bias)
+    check("a row-parallel bias added on every rank counts R times", np.allclose(each_adds, X @ W + 2 * bias))
+    q, k = X @ W[:, :4], X @ W[:, 2:]  # one head of four features
+
+    def weights(q, k):
+        scores = np.exp((q @ k.T - (q @ k.T).max(axis=1, keepdims=True)) / 100)
+        return scores / scores.sum(axis=1, keepdims=True)
+
+    halves = (weights(q[:, :2], k[:, :2]) + weights(q[:, 2:], k[:, 2:])) / 2
+    check(
+        "half a head has other attention weights: heads are never cut through", not np.allclose(halves, weights(q, k))
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The same cuts as layers, with real messages between real ranks.
+
+    torchrun --nproc_per_node=2 ch06_tp_vllm/demo_2_parallel_layers.py     # two processes
+    python ch06_tp_vllm/demo_2_parallel_layers.py                          # all ranks in one: rank is an argument
+
+Each layer is compared with the unsplit one. The table shows what was sent: under torchrun by the ledger, which
+records every collective. Played in one process the ranks are objects, and their sum is written out by hand.
+"""
+
+import torch
+
+from common.launch import run_main
+from common.linear import ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from common.parallel_state import TPGroup, all_gather, initialize_tensor_parallel
+from common.show import check, heading, table
+from common.weights import TensorSource
+
+IN, OUT, HEADS, KV_HEADS, D = 16, 24, 4, 2, 4
+TOKENS = 3
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    x, weights = torch.randn(TOKENS, IN), {name: torch.randn(*shape) for name, shape in SHAPES.items()}
+    tp = initialize_tensor_parallel(device="cpu")
+    if tp.size > 1:
+        with torch.inference_mode():
+            real_ranks(tp, x, weights)
+    else:
+        with torch.inference_mode():
+            played_ranks(2, x, weights)
+            played_ranks(3, x, weights)
+
+
+SHAPES = {
+    "column": (OUT, IN), "column bias": (OUT,), "row": (OUT, IN), "row bias": (OUT,), "gate": (OUT, IN), "up": (OUT, IN),
+    "q": (HEADS * D, IN), "k": (KV_HEADS * D, IN), "v": (KV_HEADS * D, IN),
+}  # fmt: skip
+
+
+def build(tp: TPGroup, weights: dict, reduce_results: bool = True) -> dict:
+    """This rank's part of four layers; each parameter takes its slice of the full tensors."""
+    layers = {
+        "column": ColumnParallelLinear(IN, OUT, tp, bias=True, name="column"),
+        "row": RowParallelLinear(IN, OUT, tp, bias=True, name="row", reduce_results=reduce_results),
+        "gate_up": MergedColumnParallelLinear(IN, [OUT, OUT], tp, name="gate_up"),
+        "qkv": QKVParallelLinear(IN, D, HEADS, KV_HEADS, tp, name="qkv"),
+    }
+    for name in ("column", "row"):
+        layers[name].weight.weight_loader(TensorSource(weights[name]))
+        layers[name].bias.weight_loader(TensorSource(weights[f"{name} bias"]))
+    for i, name in enumerate(("gate", "up")):
+        layers["gate_up"].weight.weight_loader(TensorSource(weights[name]), i)
+    for name in "qkv":
+        layers["qkv"].weight.weight_loader(TensorSource(weights[name]), name)
+    return layers
+
+
+def unsplit(x: torch.Tensor, weights: dict) -> dict:
+    return {
+        "column": x @ weights["column"].T + weights["column bias"],
+        "row": x @ weights["row"].T + weights["row bias"],
+        "gate_up": [x @ weights[name].T for name in ("gate", "up")],
+        "qkv": [x @ weights[name].T for name in "qkv"],
+    }
+
+
+def my_columns(x: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    """What a column-parallel layer before this one would have left here."""
+    share = -(-x.shape[1] // size)
+    mine = x[:, rank * share : (rank + 1) * share]
+    return torch.nn.functional.pad(mine, (0, share - mine.shape[1]))
+
+
+def real_ranks(tp: TPGroup, x: torch.Tensor, weights: dict) -> None:
+    layers, want = build(tp, weights), unsplit(x, weights)
+    with tp.ledger.recording() as ledger:
+        y = {name: layer(my_columns(x, tp.rank, tp.size) if name == "row" else x) for name, layer in layers.items()}
+        entries = list(ledger.entries)
+    columns = torch.cat(all_gather(y["column"], tp, "to compare"), dim=-1)  # COMM all-gather [T, out/R]: to compare
+    shapes = [(name, str(list(layer.weight.shape)), str(list(y[name].shape))) for name, layer in layers.items()]
+    if tp.rank > 0:
+        return
+    heading(f"{tp.size} processes, rank 0's part")
+    table(("layer", "weight here", "output here"), shapes)
+    heading("What was sent")
+    table(("op", "layer", "shape", "bytes", "why"),
+          [(e.op, e.label, str(list(e.shape)), e.bytes, "partial sums -> the sum") for e in entries])  # fmt: skip
+    check(
+        "column: the ranks' columns side by side are the unsplit output",
+        torch.allclose(columns[:, :OUT], want["column"], atol=1e-5),
+    )
+    check("row: every rank has the whole sum, bias counted once", torch.allclose(y["row"], want["row"], atol=1e-5))
+    check("only the row-parallel layer sent anything", [e.label for e in entries] == ["row"])
+
+
+def played_ranks(size: int, x: torch.Tensor, weights: dict) -> None:
+    want = unsplit(x, weights)
+    ranks = [TPGroup(rank, size) for rank in range(size)]
+    layers = [build(tp, weights, reduce_results=False) for tp in ranks]
+    heading(f"{size} ranks in one process")
+    table(
+        ("layer", *(f"weight of rank {rank}" for rank in range(size))),
+        [(name, *(str(list(layer[name].weight.shape)) for layer in layers)) for name in layers[0]],
+    )
+    columns = torch.cat([layer["column"](x) for layer in layers], dim=-1)
+    check("column: concat of the ranks = unsplit", torch.allclose(columns[:, :OUT], want["column"], atol=1e-5))
+    partial = [layer["row"](my_columns(x, rank, size)) for rank, layer in enumerate(layers)]
+    check(
+        "row: sum of the ranks = unsplit, and rank 0 alone added the bias",
+        torch.allclose(sum(partial), want["row"], atol=1e-5),
+    )
+    halves = [layer["gate_up"](x).chunk(2, dim=-1) for layer in layers]
+    for i, name in enumerate(("gate", "up")):
+        got = torch.cat([half[i] for half in halves], dim=-1)[:, :OUT]
+        check(f"gate_up: every rank holds its part of {name}", torch.allclose(got, want["gate_up"][i], atol=1e-5))
+    if HEADS % size == 0:  # otherwise heads are padded: demo_3
+        for i, name in enumerate("qkv"):
+            got = torch.cat([layer["qkv"].split(layer["qkv"](x))[i] for layer in layers], dim=-1)
+            check(f"qkv: every rank holds whole heads of {name}", torch.allclose(got, want["qkv"][i], atol=1e-5))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,127 @@
+"""Attention and the MLP, cut by heads: who holds what, and why one sum at the end is enough.
+
+    python ch06_tp_vllm/demo_3_heads.py
+
+Qwen2.5-0.5B has 14 query heads in 2 groups of 7, each with one KV head. A rank must hold whole groups, or copies of a KV
+head. One formula covers split, copy and padding (common/heads.py): vLLM and SGLang refuse 3, 4 and 8 ranks here. Then a
+whole attention block and a whole MLP run on R ranks played in one process, and their partial sums are added up by hand.
+"""
+
+import torch
+
+from common.decoder import MLP, SelfAttention
+from common.heads import HeadLayout
+from common.kv_cache import PagedKVCache
+from common.layers import RotaryEmbedding
+from common.model_config import ModelConfig
+from common.paged_attention import AttentionMetadata, TorchNativeAttention
+from common.parallel_state import TPGroup
+from common.show import check, heading, table
+from common.weights import TensorSource
+
+HQ, HKV, D, HIDDEN, MLP_WIDTH, TOKENS = 14, 2, 8, 112, 150, 5
+CONFIG = ModelConfig.from_dict({
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 100, "hidden_size": HIDDEN,
+    "intermediate_size": MLP_WIDTH, "num_hidden_layers": 1, "num_attention_heads": HQ, "num_key_value_heads": HKV,
+    "head_dim": D, "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "rope_theta": 10_000.0,
+})  # fmt: skip
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    who_holds_what()
+    x = torch.randn(TOKENS, HIDDEN)
+    weights = {
+        "q": torch.randn(HQ * D, HIDDEN), "k": torch.randn(HKV * D, HIDDEN), "v": torch.randn(HKV * D, HIDDEN),
+        "o": torch.randn(HIDDEN, HQ * D), "gate": torch.randn(MLP_WIDTH, HIDDEN), "up": torch.randn(MLP_WIDTH, HIDDEN),
+        "down": torch.randn(HIDDEN, MLP_WIDTH),
+    }  # fmt: skip
+    weights = {name: 0.1 * w for name, w in weights.items()}
+    heading("One attention block and one MLP on R ranks, the sum written by hand")
+    with torch.inference_mode():
+        whole_attention, whole_mlp = attention_on(TPGroup(), x, weights), mlp_on(TPGroup(), x, weights)
+        for size in (2, 3, 4, 8):
+            ranks = [TPGroup(rank, size) for rank in range(size)]
+            partial = [attention_on(tp, x, weights) for tp in ranks]
+            check(
+                f"R = {size}: the ranks' attention outputs add up to the whole",
+                torch.allclose(sum(partial), whole_attention, atol=1e-4),
+            )
+            partial = [mlp_on(tp, x, weights) for tp in ranks]
+            check(f"R = {size}: so do their MLP outputs", torch.allclose(sum(partial), whole_mlp, atol=1e-4))
+    why_norms_are_whole(x)
+
+
+def who_holds_what() -> None:
+    heading(f"{HQ} query heads, {HKV} KV heads")
+    rows = []
+    for size in (1, 2, 3, 4, 8):
+        layouts = [HeadLayout.of(HQ, HKV, rank, size) for rank in range(size)]
+        held = " | ".join(_held(layout) for layout in layouts)
+        waste = sum(layout.num_q for layout in layouts) - HQ
+        how = "split" if HKV % size == 0 else "copied" if size % HKV == 0 and not waste else "copied and padded"
+        rows.append((size, layouts[0].num_q, layouts[0].num_kv, how, waste, held))
+    table(("R", "q a rank", "kv a rank", "how", "padding", "query heads : KV heads, rank by rank (. is padding)"), rows)
+    total = [sum(HeadLayout.of(HQ, HKV, rank, size).num_q for rank in range(size)) for size in (1, 2)]
+    check("where KV heads split evenly, nothing is padded", total == [HQ, HQ])
+
+
+def _held(layout: HeadLayout) -> str:
+    q = ["."] * layout.num_q
+    for dst, src, n in layout.q_pieces(1):
+        q[dst : dst + n] = [str(h) for h in range(src, src + n)]
+    kv = ["."] * layout.num_kv
+    for dst, src, n in layout.kv_pieces(1):
+        kv[dst : dst + n] = [str(h) for h in range(src, src + n)]
+    return f"{_ranges(q)} : {','.join(kv)}"
+
+
+def _ranges(names: list[str]) -> str:
+    """0 1 2 . 7 8 -> 0-2 . 7-8"""
+    out: list[list[str]] = []
+    for name in names:
+        if out and name != "." and out[-1][-1] != "." and int(name) == int(out[-1][-1]) + 1:
+            out[-1].append(name)
+        else:
+            out.append([name])
+    return " ".join(run[0] if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in out)
+
+
+def attention_on(tp: TPGroup, x: torch.Tensor, weights: dict) -> torch.Tensor:
+    """x [T, D] -> this rank's partial sum [T, D] of a whole attention block over a prompt of T tokens."""
+    block = SelfAttention(CONFIG, tp, layer=0)
+    block.o_proj.reduce_results = False  # add up by hand
+    for name in "qkv":
+        block.qkv_proj.weight.weight_loader(TensorSource(weights[name]), name)
+    block.o_proj.weight.weight_loader(TensorSource(weights["o"]))
+    cache = PagedKVCache(1, 1, TOKENS, block.qkv_proj.heads.num_kv, D)
+    positions = torch.arange(TOKENS)
+    meta = AttentionMetadata(
+        positions, torch.zeros(1, 1, dtype=torch.int64), torch.tensor([0, TOKENS]), torch.tensor([TOKENS]), TOKENS
+    )
+    return block(x, RotaryEmbedding(CONFIG)(positions, x.dtype), TorchNativeAttention(cache, meta))
+
+
+def mlp_on(tp: TPGroup, x: torch.Tensor, weights: dict) -> torch.Tensor:
+    """x [T, D] -> this rank's partial sum [T, D]: down(silu(gate x) * up x) over its F/R columns."""
+    mlp = MLP(CONFIG, tp, layer=0)
+    mlp.down_proj.reduce_results = False
+    for i, name in enumerate(("gate", "up")):
+        mlp.gate_up_proj.weight.weight_loader(TensorSource(weights[name]), i)
+    mlp.down_proj.weight.weight_loader(TensorSource(weights["down"]))
+    return mlp(x)
+
+
+def why_norms_are_whole(x: torch.Tensor) -> None:
+    heading("Why RMSNorm is not cut")
+    norm = x / x.pow(2).mean(dim=-1, keepdim=True).sqrt()
+    halves = [h / h.pow(2).mean(dim=-1, keepdim=True).sqrt() for h in x.chunk(2, dim=-1)]
+    print("  It divides by the mean over all features, and behind an all-reduce every rank has all of them anyway.")
+    check(
+        "a norm over each rank's half of the features is another function",
+        not torch.allclose(torch.cat(halves, -1), norm),
+    )
+
+
+if __name__ == "__main__":
+    main()

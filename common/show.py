@@ -1,0 +1,47 @@
+"""What demos print: tables, matrices, and checks that can fail."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def heading(text: str) -> None:
+    print(f"\n{text}\n{'-' * len(text)}")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]], indent: str = "  ") -> None:
+    """Columns as wide as they must be: numbers to the right, words to the left."""
+    cells = [[_text(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
+    right = [all(isinstance(row[i], int | float | np.number) for row in rows) for i in range(len(header))]
+    for row in [list(header), *cells]:
+        line = "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
+        print((indent + line).rstrip())
+
+
+def _text(cell: Any) -> str:
+    if isinstance(cell, bool) or not isinstance(cell, int | float | np.number):
+        return str(cell)
+    return f"{cell:,}" if isinstance(cell, int | np.integer) else f"{cell:,.2f}"
+
+
+def matrix(name: str, values: np.ndarray, cut: int | None = None, axis: int = 1, indent: str = "  ") -> None:
+    """A small matrix; `cut` draws the line between two owners, along columns (axis 1) or rows (axis 0)."""
+    words = [[f"{x:g}" for x in row] for row in values]
+    width = max(len(word) for row in words for word in row)
+    print(f"{indent}{name} {list(values.shape)}")
+    for i, row in enumerate(words):
+        if axis == 0 and cut == i:
+            print(indent + "  " + "-" * ((width + 1) * len(row) - 1))
+        line = " ".join(word.rjust(width) for word in row)
+        if axis == 1 and cut:
+            line = " ".join(w.rjust(width) for w in row[:cut]) + " | " + " ".join(w.rjust(width) for w in row[cut:])
+        print(f"{indent}  {line}")
+
+
+def check(said: str, ok: bool) -> None:
+    """Print what was found; the script ends with this line and exit code 1 if it is not so."""
+    if not ok:
+        raise SystemExit(f"check failed: {said}")
+    print(f"  ok: {said}")

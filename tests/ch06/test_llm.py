@@ -1,0 +1,212 @@
+"""The interfaces: LLM.generate, LLMEngine's loop, and what they refuse."""
+
+import pytest
+
+from ch06_tp_vllm import LLM, LLMEngine, SamplingParams
+from common.parallel_state import get_tensor_parallel
+from common.tokenizer import IncrementalDetokenizer
+from tests.oracle import greedy, some_prompts
+
+
+def params(tokens=8, **more):
+    return SamplingParams(**{"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True} | more)
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return LLM(device="cpu", num_gpu_blocks_override=256, check=True)
+
+
+@pytest.fixture
+def engine(checkpoint):
+    return LLMEngine(str(checkpoint("qwen2")), device="cpu", num_gpu_blocks_override=64, block_size=4, check=True)
+
+
+def test_text_in_text_out(llm):
+    ids = llm.llm_engine.runner.tokenizer.encode_chat([{"role": "user", "content": "What is a block table?"}])
+    outputs = llm.generate([ids, "What is a page?"], SamplingParams(temperature=0.0, max_tokens=40))
+    assert [output.prompt for output in outputs] == [None, "What is a page?"]
+    assert "block" in outputs[0].outputs[0].text
+    assert all(output.finished for output in outputs)
+
+
+@pytest.mark.parametrize("prompt", ["a", [1, 2, 3], {"prompt_token_ids": [1, 2, 3]}])
+def test_one_prompt_may_stand_alone(llm, prompt):
+    (output,) = llm.generate(prompt, params(2))
+    assert len(output.outputs[0].token_ids) == 2
+
+
+def test_as_in_vllm_the_default_draws_sixteen_tokens(llm):
+    one, other = (
+        llm.generate([[5, 6, 7]], SamplingParams(seed=seed, ignore_eos=True))[0].outputs[0] for seed in (1, 2)
+    )
+    assert len(one.token_ids) == 16
+    assert one.token_ids != other.token_ids
+    again = llm.generate([[5, 6, 7]], SamplingParams(seed=1, ignore_eos=True))[0].outputs[0]
+    assert again.token_ids == one.token_ids
+
+
+def test_n_answers_differ_and_each_repeats(llm):
+    drawn = [llm.generate([[5, 6, 7]], params(temperature=1.0, n=4, seed=3))[0].outputs for _ in range(2)]
+    assert [answer.index for answer in drawn[0]] == [0, 1, 2, 3]
+    assert len({tuple(answer.token_ids) for answer in drawn[0]}) == 4
+    assert [a.token_ids for a in drawn[0]] == [a.token_ids for a in drawn[1]]
+    alone = llm.generate([[5, 6, 7]], params(temperature=1.0, seed=5))[0].outputs[0]
+    assert alone.token_ids == drawn[0][2].token_ids, "the third answer draws with seed + 2"
+
+
+def test_finish_reasons_and_logprobs(llm):
+    long = llm.generate([[5, 6, 7]], params(8, logprobs=1))[0].outputs[0]
+    assert (long.finish_reason, long.stop_reason, len(long.logprobs)) == ("length", None, 8)
+    assert long.cumulative_logprob == pytest.approx(sum(long.logprobs))
+    stop = long.token_ids[3]
+    short = llm.generate([[5, 6, 7]], params(8, stop_token_ids=(stop,)))[0].outputs[0]
+    assert short.token_ids == long.token_ids[: long.token_ids.index(stop) + 1]
+    assert (short.finish_reason, short.stop_reason, short.logprobs) == ("stop", stop, None)
+
+
+def test_prefix_hits_are_told(checkpoint):
+    llm = LLM(str(checkpoint("qwen2")), device="cpu", num_gpu_blocks_override=64, block_size=4, check=True)
+    first = llm.generate([list(range(20))], params(5))[0]
+    again = llm.generate([list(range(20)), first.prompt_token_ids + first.outputs[0].token_ids + [9]], params(1))
+    assert [output.num_cached_tokens for output in (first, *again)] == [0, 16, 24]
+
+
+def test_the_loop_streams_text_that_grows(llm):
+    engine = llm.llm_engine
+    engine.add_request("one", "What is a radix cache?", SamplingParams(temperature=0.0, max_tokens=12))
+    detokenizer, seen, text = IncrementalDetokenizer(engine.runner.tokenizer), 0, ""
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            answer = output.outputs[0]
+            text += detokenizer.add(*answer.token_ids[seen:])
+            seen = len(answer.token_ids)
+    assert text + detokenizer.finish() == answer.text
+    assert output.finished
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_requests_come_go_and_are_aborted_at_any_step(checkpoint, asynchronous):
+    folder, prompts = checkpoint("qwen2"), some_prompts(1009, 6, shared=16, longest=12)
+    engine = LLMEngine(
+        str(folder), device="cpu", num_gpu_blocks_override=64, block_size=4, async_scheduling=asynchronous, check=True
+    )
+    done, step = {}, 0
+    while step < 6 or engine.has_unfinished_requests():
+        if step < 6:
+            engine.add_request(f"r{step}", prompts[step], params(9))
+        if step in (3, 8):
+            engine.abort_request({3: "r1", 8: "r5"}[step])
+            engine.blocks.check(engine.scheduler.running)
+        done |= {output.request_id: output.outputs[0] for output in engine.step() if output.finished}
+        step += 1
+    assert sorted(done) == ["r0", "r2", "r3", "r4"]
+    for name, answer in done.items():
+        assert answer.token_ids == greedy(folder, prompts[int(name[1:])], 9)
+    assert engine.blocks.num_free_blocks == 64
+
+
+def test_an_aborted_group_takes_all_its_answers_along(engine):
+    engine.add_request("a", [1, 2, 3], params(30, n=3))
+    for _ in range(3):
+        engine.step()
+    engine.abort_request("a")
+    assert not engine.has_unfinished_requests()
+    assert engine.blocks.num_free_blocks == 64
+    engine.add_request("a", [1, 2, 3], params(2))  # the name is free again
+    while engine.has_unfinished_requests():
+        engine.step()
+
+
+@pytest.mark.parametrize("name", ["never", "finished"])
+def test_an_abort_of_what_is_not_there_is_an_error(engine, name):
+    engine.add_request("finished", [1, 2, 3], params(1))
+    while engine.has_unfinished_requests():
+        engine.step()
+    with pytest.raises(ValueError, match=f"'{name}' is unknown or finished"):
+        engine.abort_request(name)
+
+
+def test_a_request_id_in_use_is_refused(engine):
+    engine.add_request("a", [1], params(1))
+    with pytest.raises(ValueError, match="'a' is in use"):
+        engine.add_request("a", [2], params(1))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "n", "message"),
+    [
+        ([], 1, "the prompt is empty"),
+        ([1009], 1, "token id 1009 is outside the vocabulary 0..1008"),
+        ([-1], 1, "token id -1"),
+        ([1] * 500, 13, "prompt 500 . max_tokens 13 = 513 tokens, but the model ends at 512.*at most 12"),
+        ([1] * 200, 57, "= 257 tokens, but 64 blocks hold 256; raise num_gpu_blocks_override"),
+        ("words", 1, "no tokenizer; give prompt_token_ids"),
+    ],
+)
+def test_what_can_never_run_is_refused_at_once_and_the_others_go_on(engine, prompt, n, message):
+    engine.add_request("good", [1, 2, 3], params(2))
+    with pytest.raises(ValueError, match=message):
+        engine.add_request("bad", prompt, params(n))
+    outputs = []
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+    assert outputs[-1].request_id == "good"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"n": 0}, "n=0 must be at least 1"),
+        ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
+        ({"logprobs": 5}, "logprobs=5: only the chosen"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+    ],
+)
+def test_bad_sampling_params(given, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**given)
+
+
+def test_nothing_runs_if_one_prompt_is_refused(llm):
+    with pytest.raises(ValueError, match="empty"):
+        llm.generate([[1], []], params(1))
+    with pytest.raises(ValueError, match="1 sampling_params for 2 prompts"):
+        llm.generate([[1], [2]], [params(1)])
+    assert not llm.llm_engine.has_unfinished_requests()
+
+
+def both_interfaces(folder, prompts):
+    """On each rank: generate, then the loop with an abort; and the messages of a decode step."""
+    llm = LLM(str(folder), device="cpu", num_gpu_blocks_override=64, block_size=4, check=True)
+    generated = [output.outputs[0].token_ids for output in llm.generate(prompts, params(6), use_tqdm=False)]
+    engine, tp = llm.llm_engine, get_tensor_parallel()
+    for i, prompt in enumerate(prompts):
+        engine.add_request(str(i), prompt, params(6))
+    looped = {}
+    for step in range(100):
+        if not engine.has_unfinished_requests():
+            break
+        if step == 3:
+            engine.abort_request("1")
+            with tp.ledger.recording() as ledger:
+                outputs = engine.step()
+                messages = [(entry.op, entry.label) for entry in ledger.entries]
+        else:
+            outputs = engine.step()
+        looped |= {output.request_id: output.outputs[0].token_ids for output in outputs if output.finished}
+    return generated, looped, messages
+
+
+def test_all_ranks_get_the_same_outputs(checkpoint, ranks):
+    folder = checkpoint("qwen2")
+    prompts = some_prompts(1009, 4)
+    expected = [greedy(folder, p, 6) for p in prompts]
+    answers = ranks(2).run(both_interfaces, folder, prompts)
+    for generated, looped, messages in answers:
+        assert generated == expected
+        assert looped == {str(i): expected[i] for i in (0, 2, 3)}
+        layers = [("all_reduce", f"layers.{i}.{name}") for i in range(3) for name in ("o_proj", "down_proj")]
+        assert messages[:9] == [("broadcast", "step"), ("all_reduce", "embed_tokens"), *layers, ("gather", "logits")]
+        assert messages[9] == ("broadcast", "tokens")
