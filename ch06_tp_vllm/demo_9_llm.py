@@ -1,0 +1,82 @@
+"""The engine at the end of the chapter: vLLM's interface on R ranks.
+
+    torchrun --nproc_per_node=2 ch06_tp_vllm/demo_9_llm.py
+    python ch06_tp_vllm/demo_9_llm.py                          # one rank
+
+Six questions behind one system prompt, twice, then one with three answers, then one that is streamed. Every collective is
+counted and compared with the formula: 1 + 2L all-reduces a step and one gather of the logits.
+"""
+
+from ch06_tp_vllm import LLM, SamplingParams
+from common.launch import run_main
+from common.show import check, heading, table
+from common.tiny_qwen.phrasings import SYSTEM_PROMPT
+
+QUESTIONS = [
+    "What is a block table?", "What is tensor parallelism?", "Explain continuous batching.", "什么是全归约？",
+    "What does chunked prefill mean?", "What is the KV cache?",
+]  # fmt: skip
+
+
+def main() -> None:
+    llm = LLM()
+    engine, tp = llm.llm_engine, llm.llm_engine.tp
+    prompts = [chat(engine, question) for question in QUESTIONS]
+    greedy = SamplingParams(temperature=0, max_tokens=48)
+    with tp.ledger.recording() as ledger:
+        outputs = llm.generate(prompts, greedy)
+        sent, steps = ledger.summary(), engine.num_steps
+    again = llm.generate(prompts, greedy)
+    three = llm.generate(
+        chat(engine, "What is a page?"), SamplingParams(temperature=1.6, top_k=4, n=3, max_tokens=24, seed=1)
+    )[0]
+    streamed = list(stream(engine, chat(engine, "Define preemption.")))
+    if tp.rank > 0:
+        return
+    heading(f"{len(QUESTIONS)} questions on {tp.size} rank(s)")
+    for question, output in zip(QUESTIONS, outputs, strict=True):
+        print(f"  {question}\n     {output.outputs[0].text.strip()}")
+    rows = [("first", *hits(outputs)), ("again", *hits(again))]
+    table(("round", "prompt tokens", "from the prefix cache"), rows)
+    heading("One prompt, three answers (temperature 1.6, top-k 4)")
+    for answer in three.outputs:
+        print(f"  {answer.index}: {answer.text.strip()}")
+    heading("Streamed: a piece a step")
+    print("  " + "|".join(streamed))
+    heading(f"What {steps} steps sent")
+    layers = engine.runner.config.num_layers
+    if tp.size == 1:
+        print("  nothing: one rank has nobody to talk to")
+    else:
+        table(("op", "calls", "bytes"), [(op, row["calls"], row["bytes"]) for op, row in sorted(sent.items())])
+    expected = {} if tp.size == 1 else {"all_reduce": steps * (1 + 2 * layers), "gather": steps}
+    check("as many all-reduces and gathers as the formula says", {op: sent[op]["calls"] for op in expected} == expected)
+    same = [o.outputs[0].token_ids for o in again] == [o.outputs[0].token_ids for o in outputs]
+    check("the same answers from the cache", same)
+    found = all(o.num_cached_tokens > len(o.prompt_token_ids) / 2 for o in again)
+    check("the second time at least half of every prompt was there", found)
+    check("three answers differ", len({tuple(answer.token_ids) for answer in three.outputs}) == 3)
+
+
+def chat(engine, question: str) -> list[int]:
+    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
+    return engine.runner.tokenizer.encode_chat(messages)
+
+
+def stream(engine, prompt: list[int]):
+    """The text of one answer, piece by piece."""
+    engine.add_request("streamed", prompt, SamplingParams(temperature=0, max_tokens=24))
+    shown = ""
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            text = output.outputs[0].text
+            yield text[len(shown) :]
+            shown = text
+
+
+def hits(outputs) -> tuple[int, int]:
+    return sum(len(o.prompt_token_ids) for o in outputs), sum(o.num_cached_tokens for o in outputs)
+
+
+if __name__ == "__main__":
+    run_main(main)
