@@ -1,0 +1,80 @@
+"""Two ways to the same logits: patch a Hugging Face model, or build only what a rank holds.
+
+    torchrun --nproc_per_node=2 ch06_tp_vllm/demo_4_two_ways.py
+    python ch06_tp_vllm/demo_4_two_ways.py                         # one rank: everything is "whole" anyway
+
+Shows, for the bundled model, how many numbers each rank keeps and multiplies with for one token in either way.
+"""
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from ch06_tp_vllm.model_runner import ModelRunner
+from ch06_tp_vllm.patch_hf_attention import patch_attention
+from common.launch import run_main
+from common.parallel_state import initialize_tensor_parallel
+from common.show import check, heading, table
+from common.tiny_qwen import TINY_QWEN_PATH
+from common.vocab import gather_logits
+
+PROMPT = [11, 42, 7, 300, 5, 5, 901]
+PARTS = ("embed_tokens", "self_attn", "mlp", "lm_head")
+
+
+def main() -> None:
+    tp = initialize_tensor_parallel(device="cpu")
+    with torch.inference_mode():
+        whole = AutoModelForCausalLM.from_pretrained(TINY_QWEN_PATH, dtype=torch.float32).eval()
+        want = whole(torch.tensor([PROMPT])).logits[0, -1]
+        size_whole = sizes(whole)
+        patched = patch_attention(whole, tp)
+        with tp.ledger.recording() as ledger:
+            by_patch = patched(torch.tensor([PROMPT])).logits[0, -1]
+            sent_by_patch = len(ledger.entries)
+        size_patched = sizes(patched)
+        executor = ModelRunner(device="cpu", page_size=16, max_total_tokens=64, tp=tp)
+        with tp.ledger.recording() as ledger:
+            by_executor = last_logits(executor)
+            sent_by_executor = len(ledger.entries)
+        size_executor = sizes(executor.model)
+    if tp.rank > 0:
+        return
+    heading(f"Numbers that rank 0 of {tp.size} multiplies with for one token")
+    table(
+        ("part", "one whole model", "patched attention", "executor"),
+        [(part, size_whole[part], size_patched[part], size_executor[part]) for part in PARTS],
+    )
+    print(
+        "  (embedding and LM head are one matrix here; the embedding looks a row up, the LM head multiplies with all)"
+    )
+    print(f"  messages for this prompt: {sent_by_patch} patched, {sent_by_executor} executor")
+    check("the patched model's logits are the whole model's", torch.allclose(by_patch, want, atol=1e-3))
+    check("so are the executor's", torch.allclose(by_executor, want, atol=1e-3))
+    share = max(size_executor[part] * tp.size / size_whole[part] for part in ("embed_tokens", "mlp", "lm_head"))
+    check("the executor cuts MLP, embedding and LM head into R parts (up to padding)", share < 1.05)
+    check("the patched model still computes MLP and LM head in full", size_patched["mlp"] == size_whole["mlp"])
+
+
+def sizes(model: torch.nn.Module) -> dict[str, int]:
+    """Parameters by part; a tied LM head counts as the matrix that it multiplies with."""
+    count = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        for part in PARTS:
+            if part in name:
+                count[part] += parameter.numel()
+    count["lm_head"] = count["lm_head"] or count["embed_tokens"]
+    return count
+
+
+def last_logits(executor: ModelRunner) -> torch.Tensor | None:
+    """One prompt through the executor: its pages, one ragged step, the logits on rank 0."""
+    one = np.ones(1, dtype=np.int64)
+    executor.set_pages([(0, 0, [3])])
+    logits = executor.ragged(np.array(PROMPT), 0 * one, 0 * one, len(PROMPT) * one, one)
+    full = gather_logits(logits, executor.config.vocab_size, executor.tp)
+    return None if full is None else full[0]
+
+
+if __name__ == "__main__":
+    run_main(main)
