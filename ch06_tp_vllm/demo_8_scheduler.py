@@ -38,10 +38,8 @@ def main() -> None:
     useful = sum(out for _, _, out in REQUESTS)
     rows = [("static", static, useful, ROWS * static), ("continuous", len(steps), useful, sum(len(s) for s in steps))]
     table(("", "steps", "tokens asked for", "rows computed"), rows)
-    check(
-        "all requests got all of their tokens",
-        all(g for g in (engine.done, tight_engine.done)) and engine.done == tight_engine.done,
-    )
+    check("all requests ended", len(engine.done) == len(REQUESTS))
+    check("with the same tokens in both pools", engine.done == tight_engine.done)
     check("continuous batching needs fewer steps", len(steps) < static)
     check("the small pool did preempt", tight_engine.scheduler.num_preemptions > 0)
 
