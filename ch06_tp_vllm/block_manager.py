@@ -172,13 +172,16 @@ class BlockManager:
 
     def cache_full_blocks(self, request: Request, num_computed: int) -> None:
         """Name the blocks that the first `num_computed` tokens fill: their content is there, others may find it."""
-        if not self.enable_prefix_caching:
+        full = num_computed // self.block_size
+        if not self.enable_prefix_caching or full <= request.num_blocks_named:
             return
-        for i, block_hash in enumerate(self._hashes(request, num_computed // self.block_size)):
+        hashes = self._hashes(request, full)
+        for i in range(request.num_blocks_named, full):
             block = self.blocks[request.block_table[i]]
             if block.block_hash is None:
-                block.block_hash = block_hash
-                self.cached.setdefault(block_hash, {})[block.block_id] = None
+                block.block_hash = hashes[i]
+                self.cached.setdefault(hashes[i], {})[block.block_id] = None
+        request.num_blocks_named = full
 
     def free(self, request: Request) -> None:
         """Let go of all blocks, the tail first: it is the least likely to be of use to another request."""
@@ -189,7 +192,7 @@ class BlockManager:
             block.ref_cnt -= 1
             if block.ref_cnt == 0:
                 self.free_blocks[block_id] = None
-        request.block_table = []
+        request.block_table, request.num_blocks_named = [], 0
 
     def slot_mapping(self, request: Request, start: int, stop: int) -> list[int]:
         """The slots of tokens start .. stop-1."""

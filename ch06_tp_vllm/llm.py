@@ -45,7 +45,7 @@ class LLM:
             with tqdm(total=len(prompts), desc="prompts", disable=None if use_tqdm else True, leave=False) as bar:
                 while engine.has_unfinished_requests():
                     engine.run_step()
-                    done = [output for output in engine.take_outputs() if output.finished]
+                    done = engine.take_outputs(only_finished=True)
                     outputs += done
                     bar.update(len(done))
             engine.runner.stop()

@@ -199,10 +199,10 @@ class LLMEngine:
         if self.check:
             self.blocks.check(self.scheduler.running)
 
-    def take_outputs(self) -> list[RequestOutput]:
+    def take_outputs(self, only_finished: bool = False) -> list[RequestOutput]:
         """The requests that got a token since the last call; the finished ones leave."""
-        grown, self._grown = self._grown, {}
-        outputs = [self._output(self.groups[request_id]) for request_id in grown]
+        grown, self._grown = [self.groups[request_id] for request_id in self._grown], {}
+        outputs = [self._output(group) for group in grown if group.finished or not only_finished]
         for output in outputs:
             if output.finished:
                 del self.groups[output.request_id]

@@ -58,6 +58,7 @@ class Request:
     # the block manager
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as anyone asked
+    num_blocks_named: int = 0  # of its table, that others may find by their hash
     num_blocks_sent: int = 0  # that every rank's table knows
 
     @property

@@ -24,7 +24,6 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -39,15 +38,9 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from ch07_sglang_radix import Engine
 from common.launch import run_main
 from common.tiny_qwen import TINY_QWEN_PATH
+from common.transformers_peer import NEVER, Request, generate_runner
 
 OUT = Path(__file__).parents[1] / "figures" / "bench_cpu.csv"
-NEVER = 0  # padding; no end-of-text id is set, so answers run to their length
-
-
-@dataclass(frozen=True)
-class Request:
-    ids: list[int]
-    new_tokens: int
 
 
 def workloads(vocab_size: int) -> dict[str, list[Request]]:
@@ -76,23 +69,6 @@ def engine_runner() -> Callable[[list[Request]], float]:
         seconds = time.perf_counter() - start
         assert [len(r["output_ids"]) for r in results] == [r.new_tokens for r in requests]
         return seconds
-
-    return run
-
-
-def generate_runner(model, batch_size: int = 8) -> Callable[[list[Request]], float]:
-    def run(requests: list[Request]) -> float:
-        start = time.perf_counter()
-        for i in range(0, len(requests), batch_size):
-            batch = requests[i : i + batch_size]
-            longest = max(len(r.ids) for r in batch)
-            padded = torch.tensor([[NEVER] * (longest - len(r.ids)) + r.ids for r in batch])
-            mask = torch.tensor([[0] * (longest - len(r.ids)) + [1] * len(r.ids) for r in batch])
-            model.generate(
-                padded, attention_mask=mask, do_sample=False, max_new_tokens=max(r.new_tokens for r in batch),
-                pad_token_id=NEVER,
-            )  # fmt: skip
-        return time.perf_counter() - start
 
     return run
 

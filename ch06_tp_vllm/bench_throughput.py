@@ -1,0 +1,153 @@
+"""nano-vllm's workload on any model, any number of ranks, CPU or GPU.
+
+    python ch06_tp_vllm/bench_throughput.py --scale 0.25 --compare     # a laptop: 64 requests of 25..256 tokens, a minute
+    python ch06_tp_vllm/bench_throughput.py --published Qwen2.5-0.5B   # a GPU: all of it, random weights of that shape
+    torchrun --nproc_per_node=2 ch06_tp_vllm/bench_throughput.py --scale 0.25
+
+256 requests, random.seed(0), prompt and answer lengths uniform in 100..1024, temperature 0.6, end of text ignored. --scale
+shrinks the number of requests and their lengths alike. --compare: the same requests, greedy, by transformers'
+`generate` in batches of 8 (one thread, float32), in the same run. Writes figures/bench_throughput.csv:
+
+    tokens/s          answers' tokens over the whole time
+    first token s     from the start to a request's first token: median and 99th percentile
+    ms per token      of a request, from its first to its last token, median
+    KV waste %        slots in held blocks that hold nothing, averaged over the steps
+"""
+
+import argparse
+import random
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from ch06_tp_vllm.llm_engine import LLMEngine
+from ch06_tp_vllm.sampling_params import SamplingParams
+from common.launch import run_main
+from common.parallel_state import broadcast, initialize_tensor_parallel
+from common.published_configs import CONFIGS, save_random_weights
+from common.report import FIGURES, write_csv
+from common.tiny_qwen import TINY_QWEN_PATH
+from common.transformers_peer import Request, generate_runner
+
+
+def main() -> None:
+    args = parse_args()
+    tp = initialize_tensor_parallel(device=args.device)
+    folder = args.model or TINY_QWEN_PATH
+    if args.published:
+        folder = Path(tempfile.gettempdir()) / "bench_checkpoints" / args.published
+        if tp.rank == 0:
+            save_random_weights(args.published, folder, tp.device.type)
+        broadcast(torch.zeros(1), tp, "checkpoint")  # COMM broadcast [1]: it is there
+    engine = LLMEngine(str(folder), device=args.device, max_num_batched_tokens=args.max_num_batched_tokens)
+    requests = workload(args.scale, engine.runner.config.vocab_size)
+    serve(engine, requests[:4], 0.6, quiet=True)  # warm up
+    rows = [{"contender": "this engine"} | serve(engine, requests, 0.6)]
+    if args.compare:
+        rows.append({"contender": "this engine, greedy"} | serve(engine, requests, 0.0))
+        rows.append(compare(folder, requests, rows[1]) | {"contender": "transformers generate, greedy"})
+    if tp.rank > 0:
+        return
+    facts = {
+        "model": args.published or Path(folder).name,
+        "ranks": tp.size,
+        "requests": len(requests),
+        "scale": args.scale,
+    }
+    for row in rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    write_csv([facts | row for row in rows], args.out)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a local folder or a Hub id; default: the bundled model")
+    parser.add_argument("--published", choices=CONFIGS, help="a published shape with random weights")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--max-num-batched-tokens", type=int)
+    parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--out", type=Path, default=FIGURES / "bench_throughput.csv")
+    args = parser.parse_args()
+    if not 0 < args.scale <= 1:
+        raise ValueError(f"scale={args.scale} must be in (0, 1]")
+    return args
+
+
+def workload(scale: float, vocab_size: int) -> list[Request]:
+    random.seed(0)
+    low, high, count = max(1, round(100 * scale)), max(2, round(1024 * scale)), max(4, round(256 * scale))
+    prompts = [
+        [random.randint(0, min(10_000, vocab_size - 1)) for _ in range(random.randint(low, high))] for _ in range(count)
+    ]
+    return [Request(prompt, random.randint(low, high)) for prompt in prompts]
+
+
+def serve(engine: LLMEngine, requests: list[Request], temperature: float, quiet: bool = False) -> dict:
+    """All requests at once; what the columns say (rank 0), or nothing."""
+    if engine.tp.rank == 0:
+        engine.blocks.reset_prefix_cache()
+    for i, request in enumerate(requests):
+        params = SamplingParams(temperature=temperature, max_tokens=request.new_tokens, ignore_eos=True)
+        engine.add_request(str(i), request.ids, params)
+    if engine.tp.rank > 0:
+        engine.runner.follow()
+        engine.groups.clear()
+        return {}
+    silent = {name: group.requests[0] for name, group in engine.groups.items()}  # no token yet
+    first, last, waste = {}, {}, []
+    began = time.perf_counter()
+    with tqdm(total=len(requests), desc="requests", disable=True if quiet else None, leave=False) as bar:
+        while engine.has_unfinished_requests():
+            engine.run_step()
+            now = time.perf_counter() - began
+            for name in [name for name, request in silent.items() if request.output_token_ids]:
+                first[name] = now
+                del silent[name]
+            for output in engine.take_outputs(only_finished=True):
+                last[output.request_id] = now
+                bar.update()
+            if engine.num_steps % 8 == 0 and engine.scheduler.running:
+                waste.append(kv_waste(engine))
+    engine.runner.stop()
+    seconds = time.perf_counter() - began
+    tokens = sum(request.new_tokens for request in requests)
+    between = [(last[str(i)] - first[str(i)]) / (r.new_tokens - 1) for i, r in enumerate(requests) if r.new_tokens > 1]
+    return {
+        "tokens/s": round(tokens / seconds, 1), "seconds": round(seconds, 2),
+        "first token s, median": round(float(np.median(list(first.values()))), 3),
+        "first token s, p99": round(float(np.percentile(list(first.values()), 99)), 3),
+        "ms per token": round(1e3 * float(np.median(between)), 2), "KV waste %": round(100 * float(np.mean(waste)), 3),
+    }  # fmt: skip
+
+
+def kv_waste(engine: LLMEngine) -> float:
+    """Share of the slots in held blocks that hold no token; a block held by several counts once."""
+    held = {block for request in engine.scheduler.running for block in request.block_table}
+    size = engine.blocks.block_size
+    empty = sum(len(r.block_table) * size - r.num_computed_tokens for r in engine.scheduler.running)
+    return empty / (len(held) * size) if held else 0.0
+
+
+def compare(folder, requests: list[Request], ours: dict) -> dict:
+    """transformers' generate on the same requests; the columns that it has."""
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config = GenerationConfig(do_sample=False)
+    run = generate_runner(model)
+    run(requests[:1])
+    seconds = run(requests)
+    speed = sum(request.new_tokens for request in requests) / seconds
+    print(f"this engine is {ours['tokens/s'] / speed:.1f}x as fast as generate in batches of 8")
+    return dict.fromkeys(ours, "") | {"tokens/s": round(speed, 1), "seconds": round(seconds, 2)}
+
+
+if __name__ == "__main__":
+    run_main(main)
