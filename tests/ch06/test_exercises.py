@@ -1,0 +1,191 @@
+"""The checks of the exercises: they pass the solutions, catch wrong answers, and leave a fresh clone green."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from ch06_tp_vllm.exercises.check import module_of, outcome
+from ch06_tp_vllm.exercises.checks import CHECKS
+
+FOLDER = Path(__file__).parents[2] / "ch06_tp_vllm" / "exercises"
+
+
+@pytest.mark.parametrize("number", CHECKS)
+def test_my_answer(number):
+    """The reader's own: skipped until it is started."""
+    said = outcome(number, module_of(number))
+    if said == "not started":
+        pytest.skip(said)
+    assert said == "passed"
+
+
+@pytest.mark.parametrize("number", CHECKS)
+def test_the_solution_passes(number):
+    assert outcome(number, module_of(number, solutions=True)) == "passed"
+
+
+@pytest.mark.parametrize("number", CHECKS)
+def test_the_anatomy_is_the_same_everywhere(number):
+    text = Path(module_of(number).__file__).read_text(encoding="utf-8")
+    assert re.match(rf'"""Exercise {number}: .+ \(\d\d minutes\)\.\n\nRead  .+\nEdit  this file\nTest  python -m '
+                    rf"ch06_tp_vllm.exercises.check {number}\n", text)  # fmt: skip
+    assert "raise NotImplementedError  # your turn" in text
+    for file in re.search(r"Read  (.+)\n", text).group(1).replace(";", ",").split(","):
+        name = file.strip().split(" ")[0]
+        if name.endswith(".py"):
+            assert (FOLDER.parents[1] / name).exists() or (FOLDER.parent / name).exists(), name
+
+
+def right(number):
+    return module_of(number, solutions=True)
+
+
+def bias_everywhere(x, weight, bias, ranks):
+    share = x.shape[1] // ranks
+    return [x[:, r * share : (r + 1) * share] @ weight[:, r * share : (r + 1) * share].T + bias for r in range(ranks)]
+
+
+def bias_divided(x, weight, bias, ranks):
+    return [
+        part - (bias if r == 0 else 0) + bias / ranks
+        for r, part in enumerate(right(1).partial_sums(x, weight, bias, ranks))
+    ]
+
+
+def cut_the_stack(gate, up, rank, ranks):
+    return np.split(np.concatenate([gate, up]), ranks)[rank]
+
+
+def interleaved(gate, up, rank, ranks):
+    return np.stack([gate, up], axis=1).reshape(-1, gate.shape[1])[
+        rank * 2 * len(gate) // ranks : (rank + 1) * 2 * len(gate) // ranks
+    ]
+
+
+def no_parent(tokens, size):
+    return [tuple(tokens[i * size : (i + 1) * size]) for i in range(len(tokens) // size)]
+
+
+def no_cap(tokens, cached, size):
+    hits = 0
+    for name in right(5).block_hashes(tokens, size):
+        if name not in cached:
+            break
+        hits += 1
+    return hits * size
+
+
+def any_hit(tokens, cached, size):
+    names = right(5).block_hashes(tokens, size)[: (len(tokens) - 1) // size]
+    return sum(name in cached for name in names) * size
+
+
+def head_first(table, ref_cnt, free):
+    for block in table:
+        ref_cnt[block] -= 1
+        if ref_cnt[block] == 0:
+            free.append(block)
+
+
+def free_all(table, ref_cnt, free):
+    for block in reversed(table):
+        ref_cnt[block] -= 1
+        free.append(block)
+
+
+def whole_prompts_only(running, waiting, budget):
+    step = []
+    for name, lacking in running + waiting:
+        if lacking <= budget:
+            step.append((name, lacking))
+            budget -= lacking
+    return step
+
+
+def to_the_tail(running, waiting, free):
+    right(8).preempt(running, waiting, free)
+    waiting.append(waiting.pop(0))
+
+
+def forget_output(running, waiting, free):
+    right(8).preempt(running, waiting, free)
+    waiting[0]["output"] = []
+
+
+def decodes_if_it_has_output(request):
+    return request["output"][-1:] or request["prompt"]
+
+
+def prompt_only(request):
+    return request["prompt"][request["num_computed"] :] or request["output"][-1:]
+
+
+def mass_up_to_p(probs, p):
+    order = np.argsort(-probs, kind="stable")
+    keep = np.zeros(len(probs), dtype=bool)
+    keep[order[np.cumsum(probs[order]) <= p]] = True
+    return keep
+
+
+def one_too_many(probs, p):
+    order = np.argsort(-probs, kind="stable")
+    keep = np.zeros(len(probs), dtype=bool)
+    keep[order[np.cumsum(probs[order]) - probs[order] <= p]] = True
+    return keep
+
+
+def missing_only(needed, found):
+    if missing := [name for name in needed if name not in found]:
+        raise ValueError(f"missing {missing}")
+
+
+def first_only(needed, found):
+    for name in needed:
+        if name not in found:
+            raise ValueError(name)
+    right(10).check_names(needed, found)
+
+
+WRONG = [
+    (1, {"partial_sums": bias_everywhere}),
+    (1, {"partial_sums": bias_divided}),
+    (2, {"merged_shard": cut_the_stack}),
+    (2, {"merged_shard": interleaved}),
+    (3, {"kv_heads_of": lambda rank, ranks, q, kv: [rank % kv]}),
+    (3, {"kv_heads_of": lambda rank, ranks, q, kv: list(range(kv))}),
+    (4, {"slot_mapping": lambda table, start, stop, size: [table[i // size] * size + i - start for i in range(start, stop)]}),
+    (4, {"slot_mapping": lambda table, start, stop, size: list(range(table[start // size] * size + start % size,
+                                                                     table[start // size] * size + start % size + stop - start))}),
+    (5, {"block_hashes": no_parent}),
+    (5, {"computed_tokens": no_cap}),
+    (5, {"computed_tokens": any_hit}),
+    (6, {"free_request": head_first}),
+    (6, {"free_request": free_all}),
+    (7, {"give_out": lambda running, waiting, budget: right(7).give_out(waiting, running, budget)}),
+    (7, {"give_out": whole_prompts_only}),
+    (7, {"give_out": lambda running, waiting, budget: running + waiting}),
+    (8, {"preempt": to_the_tail}),
+    (8, {"preempt": forget_output}),
+    (8, {"tokens_of_next_step": decodes_if_it_has_output}),
+    (8, {"tokens_of_next_step": prompt_only}),
+    (9, {"top_p_keep": mass_up_to_p}),
+    (9, {"top_p_keep": one_too_many}),
+    (10, {"check_names": lambda needed, found: None}),
+    (10, {"check_names": missing_only}),
+    (10, {"check_names": first_only}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "instead"), WRONG)
+def test_a_plausible_wrong_answer_is_caught(number, instead):
+    answer = SimpleNamespace(
+        **{name: value for name, value in vars(right(number)).items() if callable(value)} | instead
+    )
+    assert outcome(number, answer).startswith("not yet: ")
+
+
+def test_every_exercise_has_a_wrong_answer_that_is_caught():
+    assert {number for number, _ in WRONG} == set(CHECKS)
