@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint tiny-qwen bench-cpu bench-gpu clean
+.PHONY: setup demo test lint tiny-qwen bench-cpu bench-gpu notebooks clean
 
 setup: .venv/installed
 
@@ -16,6 +16,7 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --nbmake notebooks
 
 lint: setup
 	$(BIN)/ruff check .
@@ -37,6 +38,10 @@ else ifeq ($(PART),large-tp2)
 else
 	$(BIN)/python -m ch07_sglang_radix.bench_gpu --part $(PART)
 endif
+
+# runs the .py files and stores what they show in the .ipynb beside them
+notebooks: setup
+	for source in notebooks/*.py; do $(BIN)/jupytext --quiet --to ipynb --execute $$source; done
 
 clean:
 	rm -rf .venv *.egg-info .pytest_cache .hypothesis .ruff_cache

@@ -1,0 +1,109 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Chapter 6, notebook 1: which rank holds what
+#
+# Everything here is asked of the project's own classes. Rank is an argument of every layer, so all ranks of a model fit into one
+# process: no `torchrun`, no messages, only shapes.
+#
+# **Predict first.** Qwen2.5-0.5B has hidden size 896, 14 query heads and 2 KV heads of 64, an MLP of 4864, a vocabulary of 151,936. On two
+# ranks, what is the shape of `qkv_proj.weight` on each? Of `o_proj.weight`? Of `down_proj.weight`?
+
+# %%
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from common.decoder import CausalLM
+from common.heads import HeadLayout
+from common.model_config import ModelConfig
+from common.parallel_state import TPGroup
+from common.published_configs import published_config
+
+config = ModelConfig.from_dict(published_config("Qwen2.5-0.5B", architectures=["Qwen2ForCausalLM"]).to_dict())
+
+
+def rank_of(size: int, rank: int = 0) -> CausalLM:
+    """This rank's part of the model, without memory behind it."""
+    with torch.device("meta"):
+        return CausalLM(config, TPGroup(rank, size))
+
+
+SIZES = (1, 2, 4)
+names = [name for name, _ in rank_of(1).model.layers[0].named_parameters() if name.endswith("weight")]
+print(f"{'layer 0':38s}" + "".join(f"R = {size}".ljust(16) for size in SIZES))
+for name in names:
+    shapes = [list(dict(rank_of(size).model.layers[0].named_parameters())[name].shape) for size in SIZES]
+    print(f"{name:38s}" + "".join(str(shape).ljust(16) for shape in shapes))
+
+# %% [markdown]
+# Column-parallel weights (`qkv_proj`, `gate_up_proj`) lose rows: torch stores `[out, in]`, and their outputs are cut. Row-parallel ones
+# (`o_proj`, `down_proj`) lose columns: their inputs are cut. Norms stay whole.
+#
+# On four ranks `qkv_proj` has not half of two ranks' rows. **Why?**
+
+# %%
+heads = ["#4c72b0", "#dd8452"]  # a colour a KV head
+figure, axes = plt.subplots(5, 1, figsize=(9, 5.2), sharex=True)
+for axis, size in zip(axes, (1, 2, 3, 4, 8), strict=True):
+    x = 0
+    for rank in range(size):
+        layout = HeadLayout.of(14, 2, rank, size)
+        held = [None] * layout.num_q
+        for dst, src, n in layout.q_pieces(1):
+            held[dst : dst + n] = range(src, src + n)
+        for head in held:
+            colour = "white" if head is None else heads[head // 7]
+            axis.barh(0, 0.92, left=x, color=colour, edgecolor="grey", linewidth=0.6)
+            axis.text(
+                x + 0.46,
+                0,
+                "0" if head is None else head,
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="grey" if head is None else "white",
+            )
+            x += 1
+        if rank + 1 < size:
+            axis.axvline(x - 0.04, color="black", linewidth=1.5)
+    axis.set_yticks([0], [f"R = {size}"])
+    axis.set_ylim(-0.6, 0.6)
+    axis.set_xticks([])
+    axis.spines[["top", "right", "bottom", "left"]].set_visible(False)
+figure.suptitle("14 query heads, by rank; colour: the KV head they share; white: a head of zeros")
+plt.show()
+
+# %% [markdown]
+# A head is never cut, and a query head stays with its KV head. With more ranks than KV heads each KV head is held several times, and where
+# seven query heads do not divide, zeros fill up. **Check it:** a padded head adds nothing, because its rows of `q_proj` and its columns
+# of `o_proj` are zero.
+
+# %%
+kept = {size: sum(p.numel() for p in rank_of(size).parameters()) for size in range(1, 9)}
+tied = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
+ideal = [kept[1] / size for size in kept]
+plt.figure(figsize=(6, 3.2))
+plt.plot(list(kept), [n / 1e6 for n in kept.values()], "o-", label="a rank holds")
+plt.plot(list(kept), np.array(ideal) / 1e6, "--", color="grey", label="1/R")
+plt.xlabel("R")
+plt.ylabel("million parameters")
+plt.legend()
+plt.show()
+for size, count in kept.items():
+    print(
+        f"R = {size}: {count / 1e6:7.1f} million a rank, {size * count / kept[1] - 1:6.1%} more than one copy together"
+    )
+assert kept[2] < 0.51 * kept[1]
+
+# %% [markdown]
+# **Conclude.** What a rank holds is one R-th of every matrix, plus padding, plus the norms. Where does the overhead of R = 3, 5 and 7 come
+# from? (Look at the picture of the heads: odd R with two KV heads.)

@@ -1,0 +1,82 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Chapter 6, notebook 2: who talks, and how much
+#
+# Two real ranks run one prefill step (three prompts, 48 tokens) and one decode step (three tokens) of the bundled model; the ledger writes
+# down every collective. **Predict first:** the model has 4 layers. How many messages does a step take? Which of them grow with the
+# length of the context?
+
+# %%
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+out = Path(tempfile.mkdtemp()) / "messages.json"
+command = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc_per_node=2",
+    "-m",
+    "ch06_tp_vllm.record_messages",
+]
+subprocess.run([*command, str(out)], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+steps = json.loads(out.read_text())
+for name, entries in steps.items():
+    print(f"\n{name}: {len(entries)} messages, {sum(entry['bytes'] for entry in entries):,} bytes")
+    for entry in entries:
+        print(f"  {entry['op']:11s} {entry['label']:20s} {entry['shape']!s:14s} {entry['bytes']:7,d} bytes")
+
+# %% [markdown]
+# One all-reduce for the embedding, two a layer, one gather of the logits: that is the whole of tensor parallelism. The other two are the
+# control plane: what to do, and which tokens came out.
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+colours = {"all_reduce": "#4c72b0", "gather": "#dd8452", "broadcast": "#55a868"}
+for axis, (name, entries) in zip(axes, steps.items(), strict=True):
+    labels = [f"{entry['label']}" for entry in entries]
+    axis.barh(
+        range(len(entries)), [entry["bytes"] for entry in entries], color=[colours[entry["op"]] for entry in entries]
+    )
+    axis.set_yticks(range(len(entries)), labels)
+    axis.set_xscale("log")
+    axis.set_xlabel("bytes")
+    axis.set_title(name)
+axes[0].invert_yaxis()
+figure.legend([plt.Rectangle((0, 0), 1, 1, color=c) for c in colours.values()], colours, loc="lower center", ncol=3)
+figure.tight_layout(rect=(0, 0.07, 1, 1))
+plt.show()
+
+# %%
+layers = 4
+for name, entries in steps.items():
+    reduces = [entry for entry in entries if entry["op"] == "all_reduce"]
+    assert len(reduces) == 1 + 2 * layers
+    print(f"{name:8s} {len(reduces)} all-reduces of {reduces[0]['shape']}: 1 + 2 L")
+tokens = [steps[name][1]["shape"][0] for name in ("prefill", "decode")]
+ratio = steps["prefill"][1]["bytes"] / steps["decode"][1]["bytes"]
+print(f"{tokens[0]} tokens against {tokens[1]}: the all-reduces are {ratio:.0f} times as large")
+assert ratio == tokens[0] / tokens[1]
+
+# %% [markdown]
+# **Conclude.** A message has `T` rows, one a token of the step, and `D` columns. It does not know how long the context is, nor how many ranks
+# there are. In a decode step of a few sequences each message is a few kilobytes: its cost is latency, 2L + 1 times a step. That is why
+# engines write their own all-reduce for small messages ([common/symmetric_memory.py](../common/symmetric_memory.py)).
+#
+# **Try it:** change `PROMPTS` in `ch06_tp_vllm/record_messages.py` to thirty prompts. Which bars move?
