@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint tiny-qwen bench-cpu bench-gpu notebooks clean
+.PHONY: setup demo test lint tiny-qwen bench-cpu bench-gpu notebooks figures clean
 
 setup: .venv/installed
 
@@ -42,6 +42,9 @@ endif
 # runs the .py files and stores what they show in the .ipynb beside them
 notebooks: setup
 	for source in notebooks/*.py; do $(BIN)/jupytext --quiet --to ipynb --execute $$source; done
+
+figures: setup
+	$(BIN)/python figures/draw.py
 
 clean:
 	rm -rf .venv *.egg-info .pytest_cache .hypothesis .ruff_cache

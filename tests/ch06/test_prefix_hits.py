@@ -1,0 +1,84 @@
+"""Prefix hits, to the token, against a simulation that knows only the rules: full blocks, capped at n - 1."""
+
+import random
+
+import pytest
+
+from ch06_tp_vllm import LLM, SamplingParams
+from tests.oracle import greedy
+
+
+class Simulation:
+    """What a cache of unlimited size holds: every beginning, in whole blocks, of what was computed."""
+
+    def __init__(self, block_size):
+        self.size, self.known = block_size, set()
+
+    def hits(self, prompt):
+        n = 0
+        while (n + 1) * self.size < len(prompt) and tuple(prompt[: (n + 1) * self.size]) in self.known:
+            n += 1
+        return n * self.size
+
+    def learn(self, computed):
+        for end in range(self.size, len(computed) + 1, self.size):
+            self.known.add(tuple(computed[:end]))
+
+
+def play(folder, waves, block_size, new_tokens):
+    """Each wave starts in one step. Returns (hits of the engine, hits of the simulation), a list of lists each."""
+    llm = LLM(str(folder), device="cpu", block_size=block_size, num_gpu_blocks_override=4096 // block_size, check=True)
+    params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+    simulation, got, expected = Simulation(block_size), [], []
+    history: dict[int, list[int]] = {}  # conversation -> everything said so far
+    for wave in waves:
+        prompts = [history.get(conversation, []) + tokens for conversation, tokens in wave]
+        expected.append([simulation.hits(prompt) for prompt in prompts])
+        outputs = llm.generate(prompts, params)
+        got.append([output.num_cached_tokens for output in outputs])
+        for (conversation, _), prompt, output in zip(wave, prompts, outputs, strict=True):
+            answer = output.outputs[0].token_ids
+            simulation.learn(prompt + answer[:-1])  # the last token was never fed in
+            history[conversation] = prompt + answer
+    return got, expected
+
+
+def ids(rng, n):
+    return [rng.randrange(1009) for _ in range(n)]
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_multi_turn(block_size, checkpoint):
+    """Four conversations with one system prompt, five turns each; every turn finds all that was said."""
+    rng = random.Random(0)
+    system = ids(rng, 37)
+    waves = [[(0, [*system, 5])]]  # somebody was there before
+    waves += [
+        [(c, (system if turn == 0 else []) + ids(rng, rng.randint(3, 20))) for c in range(1, 5)] for turn in range(5)
+    ]
+    got, expected = play(checkpoint("qwen2"), waves, block_size, 6)
+    assert got == expected
+    asked = sum(hits > 0 for wave in got[1:] for hits in wave)
+    assert asked == 20, "every turn hits, the first ones the system prompt"
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_few_shot(block_size, checkpoint):
+    """The same examples before every question; the first wave computes them side by side, and nobody hits."""
+    rng = random.Random(1)
+    examples = ids(rng, 90)
+    waves = [[(10 * wave + i, examples + ids(rng, rng.randint(1, 12))) for i in range(4)] for wave in range(4)]
+    got, expected = play(checkpoint("qwen2"), waves, block_size, 3)
+    assert got == expected
+    assert got[0] == [0, 0, 0, 0]
+    assert all(hits >= 90 // block_size * block_size for wave in got[1:] for hits in wave)
+
+
+def test_answers_are_not_changed_by_what_they_find(checkpoint):
+    folder, rng = checkpoint("qwen2"), random.Random(2)
+    start = ids(rng, 24)
+    llm = LLM(str(folder), device="cpu", block_size=4, num_gpu_blocks_override=256)
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    for tail in (1, 5, 9):
+        prompt = start + ids(rng, tail)
+        assert llm.generate([prompt], params)[0].outputs[0].token_ids == greedy(folder, prompt, 8)
