@@ -5,13 +5,15 @@
                                                                           # of disk; writes figures/loading.csv
 
 Each rank is a process of its own that loads its part of R, first in the old way, then in the new, and reports what it read
-and how much memory it took at most beyond what it had before. The old way holds one whole tensor at a time (a simpler one
-would hold the whole model).
+and how much memory it took at most beyond what it had before ("MB peak": pages of the file that the system has mapped count
+too, and they are most of the difference to "MB kept"). The old way holds one whole tensor at a time; a simpler one would
+hold the whole model.
 """
 
 import argparse
 import multiprocessing
 import resource
+import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -61,14 +63,24 @@ def _load(folder: str, size: int, way: str) -> dict:
     """In a fresh process: load rank 0 of `size`, and say what it took."""
     torch.set_num_threads(1)
     dtype = torch.float32 if Path(folder) == TINY_QWEN_PATH else torch.bfloat16
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+    before = _peak_bytes()
     model, report = WAYS[way](folder, TPGroup(0, size), dtype)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    peak = _peak_bytes() - before
     kept = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
     return {
         "MB read": round(report.bytes_read / MB, 3), "MB kept": round(kept / MB, 3),
-        "MB largest piece": round(report.peak_tensor_bytes / MB, 3), "MB peak": round(peak * 1024 / MB, 1),
+        "MB largest piece": round(report.peak_tensor_bytes / MB, 3), "MB peak": round(peak / MB, 1),
     }  # fmt: skip
+
+
+def _peak_bytes() -> int:
+    """The most memory this process ever had. (getrusage would count that of the process it was started from.)"""
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def show(rows: list[dict]) -> None:

@@ -34,10 +34,12 @@ def read(name: str) -> list[dict[str, str]]:
 
 
 def loading():
-    """Bytes read and memory at the peak, one rank of R, in both ways."""
+    """Bytes read, and the largest piece held beside the parameters, one rank of R, in both ways."""
     rows = read("loading.csv")
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
-    for axis, column, title in zip(axes, ("MB read", "MB peak"), ("read from disk", "memory at the peak"), strict=True):
+    for axis, column, title in zip(
+        axes, ("MB read", "MB largest piece"), ("read from disk", "held beside the weights"), strict=True
+    ):
         for i, (way, colour) in enumerate((("load, then shard", ORANGE), ("read the shard", BLUE))):
             mine = [row for row in rows if row["way"] == way]
             x = [at + 0.4 * i - 0.2 for at in range(len(mine))]
