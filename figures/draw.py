@@ -48,7 +48,7 @@ def loading():
         axis.set_xticks(range(len(mine)), [f"R = {row['R']}" for row in mine])
         axis.set_title(f"MB {title}, one rank", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="upper center", bbox_to_anchor=(1.1, -0.1), ncol=2)
     figure.suptitle(f"{rows[0]['model']}, bfloat16, {rows[0]['date']}", fontsize=10, y=1.02)
     return figure
 
