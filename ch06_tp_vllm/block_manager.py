@@ -20,7 +20,7 @@ Blocks with equal content are not merged: block tables only grow, and what a ran
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -54,7 +54,7 @@ class PrefixCacheStats:
     """Prompt tokens that were asked for, and those that were found."""
 
     queries: int = 0
-    hits: int = field(default=0)
+    hits: int = 0
 
 
 class BlockManager:

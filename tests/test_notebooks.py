@@ -23,6 +23,4 @@ def test_cells_are_those_of_the_source_and_outputs_are_stored(source):
     outputs = [output for cell in stored for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
     assert any("image/png" in output.get("data", {}) for output in outputs)
-    text = json.dumps(stored)
-    assert "/home/" not in text
-    assert "/work/" not in text
+    assert str(NOTEBOOKS.parent) not in json.dumps(stored), "a path of the machine that ran it"

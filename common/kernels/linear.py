@@ -29,7 +29,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def _blocks(out: int, width: int) -> tuple[int, int, int]:
-    """Rows of W a program, columns a turn, warps; measured for one row of x on an H200, see bench_gpu.py."""
+    """Rows of W a program, columns a turn, warps; measured for one row of x on an H200, see bench_kernels.py."""
     if width <= 1024:
         return (4, 1024, 2) if out < 8000 else (4, 1024, 4) if out < 100_000 else (8, 1024, 4)
     if out <= 1024:

@@ -318,48 +318,14 @@ def _extend(
         stop = tl.minimum(length - new + (block + 1) * BM, length)  # nobody in this block sees further
         for first in range(0, seen_by_all, BN):
             m, total, acc = _attend(
-                qs,
-                m,
-                total,
-                acc,
-                k_cache,
-                v_cache,
-                table,
-                first,
-                stop,
-                position,
-                kv,
-                scale,
-                i,
-                P,
-                HKV,
-                D,
-                BN,
-                F32,
-                False,
-            )
+                qs, m, total, acc, k_cache, v_cache, table, first, stop, position, kv,
+                scale, i, P, HKV, D, BN, F32, False,
+            )  # fmt: skip
         for first in range(seen_by_all, stop, BN):
             m, total, acc = _attend(
-                qs,
-                m,
-                total,
-                acc,
-                k_cache,
-                v_cache,
-                table,
-                first,
-                stop,
-                position,
-                kv,
-                scale,
-                i,
-                P,
-                HKV,
-                D,
-                BN,
-                F32,
-                True,
-            )
+                qs, m, total, acc, k_cache, v_cache, table, first, stop, position, kv,
+                scale, i, P, HKV, D, BN, F32, True,
+            )  # fmt: skip
         rows = (q_first + m_i) * H + h
         tl.store(o + rows[:, None] * D + i[None, :], (acc / total[:, None]).to(o.dtype.element_ty), mask=live)
 
