@@ -16,7 +16,6 @@ from common.graph_runner import DecodeGraphs
 from common.hub import resolve_model
 from common.kv_cache import PagedKVCache
 from common.model_config import ModelConfig
-from common.paged_attention import TorchNativeAttention
 from common.parallel_state import TPGroup, all_gather, get_tensor_parallel, pick_device
 from common.sampler import SamplingParams, SamplingRow, sample
 from common.sequence_table import SequenceTable
@@ -37,7 +36,7 @@ class Executor:
 
     model_name: a folder in Hugging Face layout, a Hub id, or None for the bundled tiny model.
     device: auto, cpu, cuda. dtype: float32, bfloat16, float16; default float32 on CPU and bfloat16 on GPU.
-    attention_backend: auto, torch_native, triton (common/attention_backends.py).
+    attention_backend: auto, torch_native, triton, flashinfer (common/attention_backends.py).
     max_total_tokens: size of the pool in tokens; by default what memory allows, the same on every rank.
     Raises ValueError or FileNotFoundError, on every rank alike, for what cannot be run.
     """
@@ -71,16 +70,15 @@ class Executor:
         )  # fmt: skip
         self.max_context = min(self.config.max_position_embeddings, num_pages * page_size)
         pages, heads = -(-self.max_context // page_size), self.model.heads
-        alike = 0 if self.attention is TorchNativeAttention else self.attention.tile_members(heads.num_q, heads.num_kv)
+        alike = self.attention.tile_members(heads.num_q, heads.num_kv)
         self.table = SequenceTable(max_running_requests, pages, page_size, self.tp.device, alike)
         self._emitting: torch.Tensor | None = None  # rows that wait for a token
         self.graphs = None
-        if self.attention is not TorchNativeAttention and not disable_cuda_graph:
+        if self.attention.capturable and not disable_cuda_graph:
             batch = min(max_running_requests, num_pages)
             self.graphs = DecodeGraphs(self.model, self.attention, self.kv_cache, self.table, batch)
-            self.graphs.capture()
         if self.tp.device.type == "cuda":
-            self._warm_up()
+            self._get_ready()
 
     # --- a step: new pages, forward, and what the tokens leave behind
 
@@ -135,6 +133,19 @@ class Executor:
 
     # --- inside
 
+    def _get_ready(self) -> None:
+        """Compile all kernels, first of all and side by side; then capture, and run what is not captured once."""
+        if self.attention.capturable:  # it is Triton's
+            from common.kernels.launch import compile_ahead  # noqa: PLC0415, a CPU build of torch comes without Triton
+
+            with compile_ahead():
+                self._warm_up()
+                if self.graphs:
+                    self.graphs.rehearse()
+        if self.graphs:
+            self.graphs.capture()
+        self._warm_up()
+
     @torch.inference_mode()
     def _warm_up(self) -> None:
         """One long prefill of nothing, and both kinds of sampling: what is compiled or loaded on first use, now."""
@@ -152,6 +163,9 @@ class Executor:
         name = name or ("float32" if self.tp.device.type == "cpu" else "bfloat16")
         if name not in DTYPES:
             raise ValueError(f"dtype={name!r} is unknown; use {', '.join(DTYPES)}")
+        if DTYPES[name] not in self.attention.dtypes:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.attention.dtypes)
+            raise ValueError(f"dtype={name} is not for this attention_backend; use {known}, or another backend")
         return DTYPES[name]
 
     def _num_pages(self, max_total_tokens: int | None) -> int:

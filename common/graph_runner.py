@@ -47,16 +47,24 @@ class DecodeGraphs:
         sizes = [n for n in (*SMALL_SIZES, *range(SIZE_STEP, max_batch + SIZE_STEP, SIZE_STEP)) if n <= max_batch]
         self.sizes = sorted({*sizes, max_batch})
         self.alike_sizes = sorted({n for n in self.sizes if n % ALIKE_STEP == 0 and table.max_tiles(n)})
+        shapes = [(n, False) for n in self.sizes] + [(n, True) for n in self.alike_sizes]
+        self._shapes = sorted(shapes, reverse=True)
         self.inputs = torch.zeros(6 * max_batch, dtype=torch.int64, device=cache.k.device)
         self._captured: dict[tuple[int, bool], _Captured] = {}
         self._pool = None
 
     @torch.inference_mode()
+    def rehearse(self) -> None:
+        """Run the steps of all sizes once, of padding only; under `compile_ahead` that finds all their kernels."""
+        self.inputs.fill_(-1)
+        for size, alike in self._shapes:
+            self._step(size, alike)
+
+    @torch.inference_mode()
     def capture(self) -> None:
         """Record all sizes, the largest first: the smaller ones then fit into its memory."""
-        shapes = sorted([(n, False) for n in self.sizes] + [(n, True) for n in self.alike_sizes], reverse=True)
         quiet = None if self.tp.rank == 0 else True
-        for size, alike in tqdm(shapes, desc="capturing decode graphs", disable=quiet, leave=False):
+        for size, alike in tqdm(self._shapes, desc="capturing decode graphs", disable=quiet, leave=False):
             self.inputs.zero_()
             self.inputs[:size] = -1  # padding only
             side = torch.cuda.Stream()

@@ -63,7 +63,7 @@ def zero_matrix(rows: int, columns: int) -> torch.Tensor:
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, in], weight [out, in] -> x W^T (+ bias) [T, out]; a few rows on a GPU have their own kernel."""
-    if fused and x.is_cuda and len(x) <= fused.MAX_ROWS:
+    if fused and x.is_cuda and fused.wanted(x, weight):
         return fused.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 

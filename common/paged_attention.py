@@ -60,6 +60,9 @@ class TorchNativeAttention:
     that padding stays small; sequences with several run one by one.
     """
 
+    capturable = False
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
     def __init__(self, cache: PagedKVCache, meta: AttentionMetadata):
         if meta.page_size != cache.page_size:
             raise ValueError(f"page_size={meta.page_size} of the step is not the cache's page_size={cache.page_size}")
@@ -75,6 +78,11 @@ class TorchNativeAttention:
             for b in range(len(lens))
             if starts[b + 1] - starts[b] > 1
         ]
+
+    @staticmethod
+    def tile_members(num_q: int, num_kv: int) -> int:
+        """Sequences that begin alike and need a hint to be served together: none, this form looks for itself."""
+        return 0
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Store this step's k, v, then attend. q [T, Hq/R, d] -> o [T, Hq/R, d]."""

@@ -105,18 +105,26 @@ class SamplingBatch:
         self.logprobs = any(p.logprobs for p in params)
         self.seeds = np.array([row.seed & _MASK64 for row in rows], dtype=np.uint64)
         self.counts = np.array([row.drawn for row in rows], dtype=np.uint64)
+        self.advanced = 0  # tokens that each row has drawn since
         self._params = params
         self._columns: torch.Tensor | None = None
+        self._numbers: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def advance(self) -> None:
-        self.counts += np.uint64(1)
+        self.advanced += 1
 
     def uniforms(self, device: torch.device) -> torch.Tensor:
         """Each row's next random number in [0, 1): [B] float32."""
-        return upload(uniform(self.seeds, self.counts).astype(np.float32), device)
+        return upload(uniform(self.seeds, self.counts + np.uint64(self.advanced)).astype(np.float32), device)
+
+    def numbers(self, device: torch.device) -> torch.Tensor:
+        """What a kernel makes them of, [2, B] int64: each row's seed, and its tokens when the batch was made."""
+        if self._numbers is None:
+            self._numbers = upload(np.stack((self.seeds, self.counts)).view(np.int64), device)
+        return self._numbers
 
     def columns(self, device: torch.device) -> torch.Tensor:
         """[4, B] float32: temperature (0: greedy), top_k (0: no limit), top_p, log(min_p)."""

@@ -1,12 +1,12 @@
 """All-reduce of small messages over NVLink without a library call in between: PyTorch's symmetric memory.
 
 A decode step sends 2L + 1 messages of B * D numbers, a few kilobytes each, and for those NCCL's latency is all the
-cost. In symmetric memory every rank can read every other rank's buffer:
+cost. In symmetric memory a kernel can write to every other rank's buffer:
 
-    one-shot   copy mine into my buffer, wait for the others, read all R buffers and add      R - 1 messages read
-    two-shot   add up my R-th of all buffers, then fetch the other sums                       2 (R - 1) / R
+    one-shot   every rank gets all R messages and adds them up (kernels/all_reduce.py)     R - 1 messages out
+    two-shot   add up my R-th of all buffers, then fetch the other sums (PyTorch's)        2 (R - 1) / R
 
-The first has one meeting of the ranks less, the second moves less. Multicast and multimem stay off.
+The first is one trip, the second moves less. Multicast and multimem stay off.
 """
 
 import os
@@ -14,28 +14,43 @@ import os
 import torch
 import torch.distributed as dist
 
-ONE_SHOT_BYTES = 256 << 10
-MAX_BYTES = 1 << 20  # beyond that NCCL's pipelines win
+try:  # a CPU build of torch comes without Triton
+    from common.kernels.all_reduce import push
+except ImportError:
+    push = None
+
+ONE_SHOT_BYTES = 1 << 20  # out of a rank, for all others together
+MAX_BYTES = 4 << 20  # beyond that NCCL's pipelines win
 
 
 class SymmetricAllReduce:
     """x [...] on each rank -> the sum, as a new tensor; `fits(x)` says for which x. Made by `connect`."""
 
-    def __init__(self, buffer: torch.Tensor, group_name: str):
-        self._buffer, self._group = buffer, group_name
+    def __init__(self, group: dist.ProcessGroup, device: torch.device):
+        import torch.distributed._symmetric_memory as symm_mem  # noqa: PLC0415, not in every build of torch
+
+        self._group, self._rank, self._size = group.group_name, group.rank(), group.size()
+        self._one_shot = ONE_SHOT_BYTES // (self._size - 1)
+        self._room = self._one_shot // 4  # words of one message
+        self._buffer = symm_mem.empty(MAX_BYTES // 4, dtype=torch.float32, device=device)
+        symm_mem.rendezvous(self._buffer, group)
+        inbox = symm_mem.empty(2 * self._size * self._room, dtype=torch.int64, device=device)
+        shared = symm_mem.rendezvous(inbox, group)
+        inbox.zero_()  # rounds count from 1
+        torch.cuda.synchronize(device)
+        shared.barrier()
+        self._inbox = inbox  # kept alive
+        self._inboxes = torch.tensor(shared.buffer_ptrs, dtype=torch.int64, device=device)
+        self._rounds = torch.zeros(self._room, dtype=torch.int32, device=device)
 
     @staticmethod
     def connect(group: dist.ProcessGroup, device: torch.device) -> "SymmetricAllReduce | None":
         """Collective over `group`; None if a GPU cannot reach another one's memory, on every rank alike."""
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         try:
-            import torch.distributed._symmetric_memory as symm_mem  # noqa: PLC0415, not in every build of torch
-
-            buffer = symm_mem.empty(MAX_BYTES // 4, dtype=torch.float32, device=device)
-            symm_mem.rendezvous(buffer, group)
+            return SymmetricAllReduce(group, device) if push else None
         except (ImportError, RuntimeError):
             return None
-        return SymmetricAllReduce(buffer, group.group_name)
 
     @staticmethod
     def reachable(device: torch.device, size: int) -> bool:
@@ -51,10 +66,10 @@ class SymmetricAllReduce:
         return x.is_cuda and x.dtype in (torch.bfloat16, torch.float32) and size <= MAX_BYTES and size % 16 == 0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.numel() * x.element_size() <= self._one_shot:
+            return push(x.contiguous(), self._inboxes, self._rounds, self._rank, self._size, self._room)
         flat = x.reshape(-1)
         mine = self._buffer.view(x.dtype)[: len(flat)]
-        if x.numel() * x.element_size() <= ONE_SHOT_BYTES:
-            return torch.ops.symm_mem.one_shot_all_reduce_copy(mine, flat, "sum", self._group).view(x.shape)
         mine.copy_(flat)
         torch.ops.symm_mem.two_shot_all_reduce_(mine, "sum", self._group)
         return mine.clone().view(x.shape)

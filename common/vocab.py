@@ -32,10 +32,10 @@ class VocabParallelEmbedding(nn.Module):
         load_pieces(self.weight, source, 0, self.pieces)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        if self.tp.size == 1:
-            return F.embedding(input_ids, self.weight)
         if fused and input_ids.is_cuda:
             x = fused.embed(input_ids, self.weight, self.first)
+        elif self.tp.size == 1:
+            x = F.embedding(input_ids, self.weight)
         else:
             mine = (input_ids >= self.first) & (input_ids <= self.last)  # [T]
             x = F.embedding((input_ids - self.first) * mine, self.weight) * mine.unsqueeze(-1)  # [T, D]

@@ -7,6 +7,10 @@ all that came before is written. Each kernel here says `let_next_start` first an
 anything a kernel could have written, so the order of reads and writes is that of plain launches.
 """
 
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -25,10 +29,41 @@ def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+_to_compile: set | None = None  # of the variants seen so far, inside `compile_ahead`
+
+
 def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages: int = 3, **constants) -> None:
     """Queue `kernel`, which takes PDL as its last constant."""
     early = {"launch_pdl": True} if pdl() else {}
-    kernel[grid](*args, **constants, PDL=pdl(), num_warps=num_warps, num_stages=num_stages, **early)
+    how = dict(**constants, PDL=pdl(), num_warps=num_warps, num_stages=num_stages, **early)
+    if _to_compile is None:
+        kernel[grid](*args, **how)
+    elif (variant := (kernel, *map(_what_triton_asks, args), *how.values())) not in _to_compile:
+        _to_compile.add(variant)
+        kernel.warmup(*args, grid=grid, **how)
+
+
+def _what_triton_asks(arg):
+    """What of an argument makes Triton compile a kernel anew."""
+    if isinstance(arg, torch.Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
+    return (arg == 1, arg % 16 == 0, arg >= 1 << 31) if isinstance(arg, int) else None
+
+
+@contextmanager
+def compile_ahead() -> Iterator[None]:
+    """Inside, `launch` runs nothing. What it would have to compile is compiled on all CPU cores at once."""
+    global _to_compile
+    device = torch.cuda.current_device()
+    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(device,)) as cores:
+        _to_compile = set()
+        try:
+            with triton.AsyncCompileMode(cores) as compiling:
+                yield
+        finally:
+            _to_compile = None
+        # `run` compiles the function that launches a kernel, and loads it; else its first launch would
+        list(cores.map(lambda future: future.result().run, compiling.future_kernels.values()))
 
 
 @triton.jit

@@ -34,6 +34,9 @@ TILE_ROWS = 64  # queries of a `prefix` program: g for each of its sequences
 class TritonAttention:
     """attention(layer, q [T, Hq/R, d], k, v [T, Hkv/R, d]) -> o [T, Hq/R, d]; same answers as TorchNativeAttention."""
 
+    capturable = True  # into CUDA graphs
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
     def __init__(self, cache: PagedKVCache, meta: AttentionMetadata):
         if meta.page_size != cache.page_size:
             raise ValueError(f"page_size={meta.page_size} of the step is not the cache's page_size={cache.page_size}")
@@ -90,9 +93,10 @@ class DecodeWorkspace:
         programs, processors = batch * kv_heads, num_processors(q.device)
         wanted = max(1, min(MAX_SPLITS, PROGRAMS_PER_PROCESSOR * processors // programs))
         self.splits = 1 << (wanted.bit_length() - 1)
-        # tokens that are worth a part: few where the chip is empty, many where it is full
-        self.least = 64 if programs * 16 <= processors else 128 if programs < processors else 512
-        self.block, self.warps = (64, 4) if self.least == 64 else (128, 2 if d <= 64 else 4)
+        # tokens that are worth a part: few where the chip is empty, many where it is full; measured on an H200
+        steps = ((processors // 16, 64), (processors // 2, 128), (2 * processors, 256))
+        self.least = next((tokens for most, tokens in steps if programs <= most), 512)
+        self.block, self.warps = min(self.least, 128), 4 if d > 64 and programs > 6 * processors else 2
         if q.dtype == torch.float32:
             self.block, self.warps = 32, 4
         self.prefix_splits = PREFIX_SPLITS if shared else 0

@@ -32,9 +32,9 @@ def sample(logits: torch.Tensor, batch) -> torch.Tensor:
     best_at = torch.empty(rows, chunks, dtype=torch.int32, device=device)
     mass, ties = torch.empty_like(best), torch.empty_like(best_at)
     if batch.all_greedy:
-        columns, u, limit, quota = best, best, best, best_at  # not read
+        columns, numbers, limit, quota = best, tokens, best, best_at  # not read
     else:
-        columns, u = batch.columns(device), batch.uniforms(device)
+        columns, numbers = batch.columns(device), batch.numbers(device)
         limit, quota = best, best_at
         if batch.truncated:
             limit = torch.empty(rows, dtype=torch.float32, device=device)
@@ -48,8 +48,8 @@ def sample(logits: torch.Tensor, batch) -> torch.Tensor:
         _scan, (chunks, rows), logits, columns, limit, best, best_at, mass, ties, vocab, chunks, logits.stride(0), **how
     )
     launch(
-        _pick, (rows,), logits, columns, u, limit, quota, best, best_at, mass, ties, tokens, vocab, chunks,
-        logits.stride(0), CHUNKS=triton.next_power_of_2(chunks), **how,
+        _pick, (rows,), logits, columns, numbers, limit, quota, best, best_at, mass, ties, tokens, rows, batch.advanced,
+        vocab, chunks, logits.stride(0), CHUNKS=triton.next_power_of_2(chunks), **how,
     )  # fmt: skip
     return tokens
 
@@ -86,8 +86,17 @@ def _scan(
 
 
 @triton.jit
+def _uniform(seed, n):
+    """The n-th number in [0, 1) of a seed: `uniform` of common/sampler.py."""
+    x = seed.to(tl.uint64, bitcast=True) * 0x9E3779B97F4A7C15 + (n + 1).to(tl.uint64, bitcast=True) * 0xD1342543DE82EF95
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return ((x ^ (x >> 31)) >> 40).to(tl.int32).to(tl.float32) / (1 << 24)
+
+
+@triton.jit(do_not_specialize=("rows", "advanced"))
 def _pick(
-    logits, columns, u, limit, quota, best, best_at, mass, ties, tokens, vocab, chunks, stride,
+    logits, columns, numbers, limit, quota, best, best_at, mass, ties, tokens, rows, advanced, vocab, chunks, stride,
     CHUNKS: tl.constexpr, CHUNK: tl.constexpr, GREEDY: tl.constexpr, TRUNCATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
@@ -110,7 +119,7 @@ def _pick(
                 masses += kept.to(tl.float32) * tie_weight
             running = tl.cumsum(masses, 0)
             total = tl.max(running, 0)
-            target = tl.load(u + row) * total
+            target = _uniform(tl.load(numbers + row), tl.load(numbers + rows + row) + advanced) * total
             # the first chunk whose running mass exceeds the target, and what lies before it
             chunk = tl.min(tl.where((running > target) & (masses > 0), c, CHUNKS), 0)
             chunk = tl.where(chunk < CHUNKS, chunk, tl.max(tl.where(masses > 0, c, 0), 0))

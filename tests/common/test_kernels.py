@@ -72,6 +72,20 @@ def test_attention_is_the_plain_form_s(name, page_size, dtype, tolerance, heads,
 
 
 @gpu
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize(("heads", "d"), [((14, 2), 64), ((16, 8), 128)])
+def test_flashinfer_is_the_plain_form_too(name, page_size, heads, d):
+    pytest.importorskip("flashinfer")
+    cache, meta, qkv = step(*STEPS[name], page_size, heads, d, torch.bfloat16)
+    meta.page_table.clamp_(min=0)
+    cache.k.nan_to_num_(0.0)
+    cache.v.nan_to_num_(0.0)
+    expected = TorchNativeAttention(cache, meta)(0, *qkv)
+    assert relative_error(pick_attention(torch.device("cuda"), "flashinfer")(cache, meta)(0, *qkv), expected) < 1e-2
+
+
+@gpu
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize(("heads", "d"), [((14, 2), 64), ((16, 8), 128), ((28, 4), 128)])
 def test_shared_prefixes_change_nothing(dtype, tolerance, heads, d):
@@ -104,7 +118,7 @@ def test_padding_tokens_are_stored_nowhere():
 
 
 def test_unknown_backends_are_refused():
-    with pytest.raises(ValueError, match="attention_backend='flash' is unknown; use auto, torch_native, triton"):
+    with pytest.raises(ValueError, match="attention_backend='flash' is unknown; use auto, torch_native, triton, flashinfer"):
         pick_attention(torch.device("cpu"), "flash")
     with pytest.raises(ValueError, match="triton"):
         pick_attention(torch.device("cpu"), "triton")
@@ -193,6 +207,23 @@ def test_linear(dtype, rows, out, width):
     want = x.double() @ weight.double().t()
     assert relative_error(linear.linear(x, weight), want) < TOLERANCE[dtype]
     assert relative_error(linear.linear(x, weight, bias), want + bias) < TOLERANCE[dtype]
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [5, 16, 17, 32])
+@pytest.mark.parametrize(("out", "width"), [(896, 4864), (19_000, 896), (37, 3100), (3584, 18_944)])
+def test_linear_of_more_rows(dtype, rows, out, width):
+    from common.kernels import linear  # noqa: PLC0415
+
+    x, weight = (torch.randn(n, width, device="cuda", dtype=dtype) for n in (rows, out))
+    bias = torch.randn(out, device="cuda", dtype=dtype)
+    assert linear.wanted(x, weight)
+    want = x.double() @ weight.double().t()
+    for _ in range(2):  # the counters are as they were before
+        assert relative_error(linear.linear(x, weight), want) < TOLERANCE[torch.bfloat16]
+    assert relative_error(linear.linear(x, weight, bias), want + bias) < TOLERANCE[torch.bfloat16]
+    assert not linear.wanted(x.float(), weight.float())
 
 
 @gpu
