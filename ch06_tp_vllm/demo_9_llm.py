@@ -4,12 +4,14 @@
     python ch06_tp_vllm/demo_9_llm.py                          # one rank
 
 Six questions behind one system prompt, twice, then one with three answers, then one that is streamed. Every collective is
-counted and compared with the formula: 1 + 2L all-reduces a step and one gather of the logits.
+counted and compared with the formula: 1 + 2L all-reduces a step and one gather of the logits. What a prefill step and
+a decode step send is listed message by message.
 """
 
 from ch06_tp_vllm import LLM, SamplingParams
 from common.launch import run_main
-from common.show import check, heading, table
+from common.ledger import LedgerEntry
+from common.show import check, heading, messages, table
 from common.tiny_qwen.phrasings import SYSTEM_PROMPT
 
 QUESTIONS = [
@@ -31,6 +33,7 @@ def main() -> None:
         chat(engine, "What is a page?"), SamplingParams(temperature=1.6, top_k=4, n=3, max_tokens=24, seed=1)
     )[0]
     streamed = list(stream(engine, chat(engine, "Define preemption.")))
+    prefill, decode = watch(engine, prompts[0])
     if tp.rank > 0:
         return
     heading(f"{len(QUESTIONS)} questions on {tp.size} rank(s)")
@@ -49,6 +52,10 @@ def main() -> None:
         print("  nothing: one rank has nobody to talk to")
     else:
         table(("op", "calls", "bytes"), [(op, row["calls"], row["bytes"]) for op, row in sorted(sent.items())])
+        heading("A prefill step, message by message")
+        messages(prefill)
+        heading("A decode step")
+        messages(decode)
     expected = {} if tp.size == 1 else {"all_reduce": steps * (1 + 2 * layers), "gather": steps}
     check("as many all-reduces and gathers as the formula says", {op: sent[op]["calls"] for op in expected} == expected)
     same = [o.outputs[0].token_ids for o in again] == [o.outputs[0].token_ids for o in outputs]
@@ -72,6 +79,18 @@ def stream(engine, prompt: list[int]):
             text = output.outputs[0].text
             yield text[len(shown) :]
             shown = text
+
+
+def watch(engine, prompt: list[int]) -> list[list[LedgerEntry]]:
+    """What each of the two steps sends that a request of two tokens takes."""
+    engine.add_request("watched", prompt, SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+    steps = []
+    with engine.tp.ledger.recording() as ledger:
+        while engine.has_unfinished_requests():
+            before = len(ledger.entries)
+            engine.step()
+            steps.append(ledger.entries[before:])
+    return steps
 
 
 def hits(outputs) -> tuple[int, int]:

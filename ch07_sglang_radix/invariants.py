@@ -33,15 +33,15 @@ def check_invariants(scheduler: "TPScheduler") -> None:
     for req in active:
         claim(rows[req.row, req.prefix_len : req.allocated_len : page_size] // page_size, f"request {req.rid}")
         node = req.last_node
-        while node is not tree.root:
+        while node.parent is not None:
             locks[id(node)] = locks.get(id(node), 0) + 1
             node = node.parent
     evictable = protected = 0
     for node in tree.nodes():
-        name = f"node {node.key[:4]}..."
+        name = f"node {node.key[:4].tolist()}..."
         if len(node.key) != len(node.value) or len(node.key) % page_size or not len(node.key):
             raise InvariantError(f"{name}: {len(node.key)} tokens, {len(node.value)} slots, page size {page_size}")
-        if node.parent.children.get(tree._child_key(node.key)) is not node:
+        if node.parent.children.get(tree.child_key(node.key)) is not node:
             raise InvariantError(f"{name} is not where its first page says")
         if node.lock_ref != locks.get(id(node), 0):
             raise InvariantError(
@@ -73,12 +73,13 @@ def check_invariants(scheduler: "TPScheduler") -> None:
 def _check_prefix(req, tree, rows) -> None:
     """The row's first prefix_len slots are the tree's, on the path that the request has locked."""
     path, node = [], req.last_node
-    while node is not tree.root:
+    while node.parent is not None:
         path.append(node)
         node = node.parent
-    key = [t for n in reversed(path) for t in n.key]
-    slots = np.concatenate([n.value for n in reversed(path)]) if path else np.zeros(0, dtype=np.int64)
-    if len(key) != req.prefix_len or key != req.all_ids[: len(key)]:
+    none = np.zeros(0, dtype=np.int64)
+    key = np.concatenate([none, *(n.key for n in reversed(path))])
+    slots = np.concatenate([none, *(n.value for n in reversed(path))])
+    if len(key) != req.prefix_len or not np.array_equal(key, tree.key(req.all_ids)[: len(key)]):
         raise InvariantError(f"request {req.rid} has locked {len(key)} tokens that are not its first {req.prefix_len}")
     wrong = np.nonzero(rows[req.row, : len(slots)] != slots)[0]
     if len(wrong):

@@ -47,6 +47,7 @@ class TokenToKVPool:
         self._free = np.arange(self.num_pages - 1, -1, -1, dtype=np.int64)  # a stack, page 0 on top
         self._num_free = self.num_pages
         self._is_free = np.ones(self.num_pages, dtype=bool)
+        self.taken = self.given = 0  # pages since the beginning, for traces
 
     @property
     def num_free_pages(self) -> int:
@@ -69,6 +70,7 @@ class TokenToKVPool:
         pages = self._free[self._num_free - num_pages : self._num_free][::-1]
         self._num_free -= num_pages
         self._is_free[pages] = False
+        self.taken += num_pages
         return (pages[:, None] * self.page_size + np.arange(self.page_size)).reshape(-1)
 
     def free(self, slots: np.ndarray) -> None:
@@ -85,6 +87,7 @@ class TokenToKVPool:
         self._free[self._num_free : self._num_free + len(pages)] = pages
         self._num_free += len(pages)
         self._is_free[pages] = True
+        self.given += len(pages)
 
     def free_pages(self) -> np.ndarray:
         """The ids of the free pages, for the invariant check."""

@@ -1,7 +1,9 @@
 """Continuous batching over a radix cache: rank 0's side of every decision.
 
 A step is either a prefill or a decode. Prefill goes first: it turns waiting requests into running ones, and
-the larger the running batch, the more a decode step is worth. Requests join and leave at any step.
+the larger the running batch, the more a decode step is worth. But those that run wait for one prefill step (one chunk)
+at most: then a decode step is due. With `enable_mixed_chunk` they need not wait, they take part in the prefill
+step with a token each. Requests join and leave at any step.
 
 With overlap, step N+1 is prepared and queued while a GPU still computes step N, and only then are N's tokens
 looked at:
@@ -13,31 +15,35 @@ The tokens themselves never leave the device in between: N+1 reads them where N 
 length tells is known ahead; a stop token is seen one step late, and that step's token is thrown away.
 
 What rank 0 decides here is written into a task and executed by all ranks (control_plane.py). On the other
-ranks a TPScheduler only follows.
+ranks a TPScheduler only follows. Who goes first is schedule_policy.py's business, who gets in prefill_adder.py's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from ch07_sglang_radix.control_plane import ControlPlane
 from ch07_sglang_radix.invariants import check_invariants
 from ch07_sglang_radix.memory_pool import ReqToTokenPool, TokenToKVPool
-from ch07_sglang_radix.radix_cache import MatchResult, RadixCache
-from ch07_sglang_radix.request import Req, RequestOutput
+from ch07_sglang_radix.prefill_adder import Answer, PrefillAdder
+from ch07_sglang_radix.radix_cache import RadixCache
+from ch07_sglang_radix.request import Req, RequestOutput, StopText
 from ch07_sglang_radix.request_memory import RequestMemory
-from ch07_sglang_radix.tasks import Alike, DecodeTask, PrefillSequence, PrefillTask, StopTask
+from ch07_sglang_radix.schedule_batch import ScheduleBatch
+from ch07_sglang_radix.schedule_policy import SchedulePolicy
+from ch07_sglang_radix.tasks import DecodeTask, PrefillSequence, PrefillTask, StopTask
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
+from ch07_sglang_radix.trace import Trace
 from common.messages import share
 from common.sampler import Drawn, SamplingBatch, SamplingParams, uniform
 
-CLIP_MAX_NEW_TOKENS = 4096  # admission does not reserve more than this for one request
 RETRACT_DECODE_STEPS = 20  # after a retraction this many steps fit for everyone left
 NO_CHUNKS = -1
 DEFAULT_CHUNK = {"cpu": 1024, "cuda": 8192}  # tokens a step: on a CPU what its caches like, on a GPU SGLang's default
 MAX_BEST = 1024  # with a larger top_k every rank sends all its logits
-IN_BATCH_PREFIX = 32  # tokens shared with a prompt of this very step that are worth a step's wait
+LAST_TOKEN = -1  # in a prefill task: the last token of the row, which may be known to the device only
 INIT_NEW_TOKEN_RATIO, MIN_NEW_TOKEN_RATIO, RATIO_DECAY_STEPS = 0.7, 0.1, 600
 
 
@@ -49,17 +55,6 @@ class _Queued:
     drawn: Drawn | None
 
 
-class _DecodeBatch:
-    """The running requests as arrays, kept from one decode step to the next while they stay the same."""
-
-    def __init__(self, reqs: list[Req], alike: tuple[Alike, ...] = ()):
-        self.reqs, self.alike = reqs, alike
-        self.members = set(reqs)
-        self.rows = tuple(req.row for req in reqs)
-        self.positions = np.array([req.kv_len for req in reqs])  # of the next step [B]
-        self.sampling: SamplingBatch | None = None
-
-
 class TPScheduler:
     """Requests in, tokens out, on as many ranks as the wrapper has.
 
@@ -67,43 +62,61 @@ class TPScheduler:
     execute its tasks, and all get the same results.
 
     chunked_prefill_size: prompt tokens a step computes at most; a longer prompt is computed in chunks of
-    whole pages. None takes the device's default, -1 is no limit. disable_radix_cache: no prefix is shared.
+    whole pages. None takes the device's default, -1 is no limit. enable_mixed_chunk: running requests take part in
+    prefill steps. small_request_share: so much of a step a long prompt's chunk leaves to prompts that fit into it.
+    schedule_policy: see schedule_policy.py. disable_radix_cache: no prefix is shared. radix_eviction_policy: see
+    eviction.py. radix_bigram: see RadixCache.
     overlap: queue a step before the last one's tokens are seen; None: on a GPU, where queueing is not doing.
     gather_best: where all requests of a step are greedy or have a small top_k, every rank sends its best logits
     instead of all. seed: for requests that bring none. check: test the conservation of pages after every step.
+    trace: a file to which every step writes a line (trace.py).
     """
 
     def __init__(
         self, wrapper: TPRadixAttentionModelWrapper, *, chunked_prefill_size: int | None = None,
-        disable_radix_cache: bool = False, overlap: bool | None = None, gather_best: bool = False, seed: int = 0,
-        check: bool = False,
+        enable_mixed_chunk: bool = False, small_request_share: float = 0.0, schedule_policy: str = "fcfs",
+        disable_radix_cache: bool = False, radix_eviction_policy: str = "lru", radix_bigram: bool = False,
+        overlap: bool | None = None, gather_best: bool = False, seed: int = 0, check: bool = False,
+        trace: str | Path | None = None,
     ):  # fmt: skip
         if chunked_prefill_size is None:
             default = DEFAULT_CHUNK[wrapper.tp.device.type]
             chunked_prefill_size = max(default // wrapper.page_size, 1) * wrapper.page_size
         _check_chunk(chunked_prefill_size, wrapper.page_size)
+        if not 0 <= small_request_share < 1:
+            raise ValueError(f"small_request_share={small_request_share} must be in [0, 1); 0 reserves nothing")
         self.wrapper, self.tp, self.page_size = wrapper, wrapper.tp, wrapper.page_size
         self.control = ControlPlane(wrapper)
-        self.chunked_prefill_size, self.seed, self.check = chunked_prefill_size, seed, check
+        self.chunked_prefill_size, self.enable_mixed_chunk = chunked_prefill_size, enable_mixed_chunk
+        self.small_request_share, self.seed, self.check = small_request_share, seed, check
         self.overlap = wrapper.tp.device.type == "cuda" if overlap is None else overlap
         self.gather_best = gather_best
         self.steps = {"prefill": 0, "decode": 0}
         self.work = {"tokens": 0, "samplings": 0, "sampled": 0}  # rows fed in; steps that sampled; tokens they gave
-        self.retractions = 0
+        self.retractions = self.num_finished = 0
+        self.served = {"prompt": 0, "cached": 0}  # tokens of the prompts admitted so far, and how many were in the tree
         self.last_prefill: list[tuple[Req, int]] = []  # the newest prefill: who, and how many tokens computed
         self.results: dict[int, RequestOutput] = {}
         self._num_requests = 0
-        if self.tp.rank == 0:
-            self.pool = TokenToKVPool(wrapper.kv_cache)
-            self.req_to_token = ReqToTokenPool(wrapper.max_running_requests, wrapper.max_context + self.page_size)
-            self.tree = RadixCache(self.pool, self.req_to_token, disable=disable_radix_cache)
-            self.waiting: list[Req] = []
-            self.running: list[Req] = []
-            self.memory = RequestMemory(self.pool, self.req_to_token, self.tree)
-            self.chunked: Req | None = None  # the one request whose prompt is computed in part
-            self.new_token_ratio = INIT_NEW_TOKEN_RATIO
-            self._queued: _Queued | None = None  # the step whose tokens nobody has looked at
-            self._decoding = _DecodeBatch([])
+        if self.tp.rank > 0:
+            return  # rank 0 alone has a queue, a tree and pools
+        self.pool = TokenToKVPool(wrapper.kv_cache)
+        self.req_to_token = ReqToTokenPool(wrapper.max_running_requests, wrapper.max_context + self.page_size)
+        self.tree = RadixCache(
+            self.pool, self.req_to_token, disable_radix_cache, radix_eviction_policy, radix_bigram
+        )
+        self.policy = SchedulePolicy(schedule_policy, self.tree, seed)
+        self.waiting: list[Req] = []
+        self.running: list[Req] = []
+        self.grown: dict[int, Req] = {}  # who got a token since somebody has emptied this
+        self.memory = RequestMemory(self.pool, self.req_to_token, self.tree)
+        self.chunked: Req | None = None  # the one request whose prompt is computed in part
+        self.new_token_ratio = INIT_NEW_TOKEN_RATIO
+        self._queued: _Queued | None = None  # the step whose tokens nobody has looked at
+        self._decoding = self._empty_batch()
+        self._mixed: list[Req] = []  # running requests that take part in the prefill step
+        self._owes_decode = False  # those that run have waited for a prefill step
+        self.trace = Trace(trace, self) if trace else None
 
     # --- for the user
 
@@ -123,14 +136,30 @@ class TPScheduler:
         self.check_request(ids, params)
         return self.enqueue(text, ids, params)
 
-    def enqueue(self, text: str | None, ids: list[int], params: SamplingParams) -> int:
-        """What add_request does once `check_request` has found nothing wrong; returns the id."""
+    def enqueue(
+        self, text: str | None, ids: list[int], params: SamplingParams, *, stop: Sequence[str] = (),
+        extra_key: Hashable = None, priority: int = 0,
+    ) -> int:  # fmt: skip
+        """What add_request does once `check_request` has found nothing wrong; returns the id.
+
+        stop: strings that end the answer. extra_key: namespace of the radix tree. priority: for the schedule and the
+        eviction policy of that name.
+        """
         rid, self._num_requests = self._num_requests, self._num_requests + 1
         if self.tp.rank == 0:
             seed = params.seed if params.seed is not None else int(uniform(self.seed, rid) * (1 << 24))
             stops = frozenset(params.stop_token_ids + (() if params.ignore_eos else self.wrapper.config.eos_token_ids))
-            self.waiting.append(Req(rid, text, ids, params, seed, stops=stops, wanted=params.max_new_tokens))
+            stop_text = StopText(tuple(stop), self.wrapper.tokenizer.decode) if stop else None
+            self.waiting.append(
+                Req(
+                    rid, text, ids, params, seed, extra_key, priority, stops=stops, stop_text=stop_text,
+                    wanted=params.max_new_tokens,
+                )
+            )  # fmt: skip
         return rid
+
+    def _empty_batch(self) -> ScheduleBatch:
+        return ScheduleBatch(self.memory, bool(self.wrapper.table.tile_members))
 
     def process_requests(self, arrivals: Callable[[int], bool] | None = None) -> dict[int, RequestOutput]:
         """Run until every request is done; returns {request id: output}, equal on all ranks.
@@ -165,6 +194,11 @@ class TPScheduler:
         return None
 
     @property
+    def decoding(self) -> list[Req]:
+        """The requests of the newest decode step."""
+        return self._decoding.reqs
+
+    @property
     def step_number(self) -> int:
         return self.steps["prefill"] + self.steps["decode"]
 
@@ -172,10 +206,15 @@ class TPScheduler:
 
     def step(self) -> bool:
         """Schedule, execute, sample, account. False if there was nothing to do."""
-        if batch := self._next_prefill():
+        began = self.trace.begin() if self.trace else None
+        decoding = any(req.wanted for req in self.running)
+        batch = None if decoding and self._owes_decode else self._next_prefill()
+        if batch:
             self.last_prefill = batch
+            self._owes_decode = not self.enable_mixed_chunk
             queued = self._queue_prefill(batch)
-        elif any(req.wanted for req in self.running):
+        elif decoding and any(req.wanted for req in self.running):
+            self._owes_decode = False
             queued = self._queue_decode()
         elif self._queued is None:
             if self.waiting:
@@ -185,89 +224,72 @@ class TPScheduler:
             return False
         else:
             queued = None
+        if self.trace:
+            self.trace.queued()
         self._settle()
         self._queued = queued
         if not self.overlap:
             self._settle()
         if self.check:
             check_invariants(self)
+        if self.trace:
+            self.trace.end(began)
         return True
 
     def _next_prefill(self) -> list[tuple[Req, int]]:
-        """[(request, tokens to compute)]: the chunked request first, then the queue in order of arrival."""
-        budget = self.chunked_prefill_size if self.chunked_prefill_size > 0 else 1 << 62
-        batch: list[tuple[Req, int]] = []
-        reserved = 0
-        if req := self.chunked:
-            n = self._extend(req, budget)
-            batch.append((req, n))
-            budget -= n
-            reserved += req.max_len - req.seq_len
-        # a tree of what this very step computes, without pages behind it
-        computing = RadixCache(TokenToKVPool(page_size=self.page_size), disable=self.tree.disable)
-        running = sum(r.max_len - r.seq_len for r in self.running) * self.new_token_ratio if self.waiting else 0
-        for req in list(self.waiting):
-            if budget <= 0 or self.chunked or self.req_to_token.num_free == 0:
+        """[(request, tokens to compute)]: the chunked request first, then the queue in the policy's order."""
+        if not self.waiting and not self.chunked:
+            return []
+        budget, self._mixed = self.chunked_prefill_size if self.chunked_prefill_size > 0 else 1 << 62, []
+        if self.enable_mixed_chunk and any(req.wanted for req in self.running):
+            self._make_room()  # decodes of the step come first
+            self._mixed = [req for req in self.running if req.wanted]
+            self.memory.grow_by_a_page([req for req in self._mixed if req.kv_len == req.allocated_len])
+            budget = max(budget - len(self._mixed), self.page_size)
+        promised = sum(req.max_len - req.seq_len for req in self.running) * self.new_token_ratio
+        adder = PrefillAdder(self.memory, budget, promised, self.waiting, self.small_request_share)
+        if self.chunked:
+            adder.add_chunk(self.chunked)
+        for req in self.policy.order(self.waiting):
+            answer = adder.add(req)
+            if answer is Answer.FULL:
                 break
-            match = self.tree.match_prefix(req.all_ids[:-1])
-            ahead = computing.match_prefix(req.all_ids[:-1])
-            if len(ahead.slots) - len(match.slots) >= IN_BATCH_PREFIX:
-                continue  # another prompt of this step computes what it could share: let it hit in the next
-            if not self._admit(req, match, reserved + running):
-                break
-            n = self._extend(req, budget)
-            if n == 0:  # less than a page of budget left
-                self.memory.release(req)
-                break
-            self.waiting.remove(req)
-            batch.append((req, n))
-            if req.cached_tokens is None:  # not again after a retraction: it would find its own tokens
-                req.cached_tokens = req.kv_len
-            budget -= n
-            reserved += req.max_len - req.seq_len
-            computing.insert(req.all_ids[: req.kv_len + n], np.zeros(req.kv_len + n, dtype=np.int64))
-        return batch
-
-    def _admit(self, req: Req, match: MatchResult, promised: float) -> bool:
-        """Give the request its place, if the pool will probably hold its whole answer.
-
-        SGLang's rule: what it needs against what is free or evictable, less what the running requests will
-        still need, a share new_token_ratio of their worst case, and what this step has promised already.
-        """
-        self.tree.inc_lock_ref(match.last_node)  # first: locking may shrink what is evictable
-        worst = req.seq_len + min(req.max_len - req.seq_len, CLIP_MAX_NEW_TOKENS)
-        if self.memory.whole_pages(worst) - len(match.slots) > self.memory.obtainable_slots() - promised:
-            self.tree.dec_lock_ref(match.last_node)
-            return False
-        self.memory.admit(req, match)
-        return True
-
-    def _extend(self, req: Req, budget: int) -> int:
-        """Get slots for the next part of the prompt; returns its length. A chunk ends at a page's end."""
-        n = req.seq_len - req.kv_len
-        if n > budget:
-            n = budget // self.page_size * self.page_size
-        if n:
-            self.memory.grow(req, req.kv_len + n)
-        self.chunked = req if 0 < n < req.seq_len - req.kv_len else None
-        return n
+            if answer is Answer.ADDED and not req.output_ids:  # not those that come back after a retraction
+                self.policy.admitted(req.kv_len, len(req.prompt_ids))
+                self.served["prompt"] += len(req.prompt_ids)
+                self.served["cached"] += req.kv_len
+        self.chunked = adder.chunked
+        if adder.batch:
+            added = {req for req, _ in adder.batch}
+            last = max((i for i, req in enumerate(self.waiting) if req in added), default=-1)
+            for req in self.waiting[: last + 1]:
+                req.passed_over += req not in added
+            self.waiting = [req for req in self.waiting if req not in added]
+        return adder.batch
 
     def _queue_prefill(self, batch: list[tuple[Req, int]]) -> _Queued:
-        sequences, tokens, emitting = [], [], []
-        for req, n in batch:
-            done = req.kv_len + n == req.seq_len
-            sequences.append(PrefillSequence(req.row, req.kv_len, n, int(done)))
-            tokens += req.all_ids[req.kv_len : req.kv_len + n]
-            if done:
-                emitting.append(req)
-        updates = self.memory.page_updates([req for req, _ in batch])
-        task = PrefillTask(self.step_number, updates, tuple(sequences), tuple(tokens), self._best(emitting))
-        queued = self._queue(task, emitting, len(tokens))
+        """A prefill step; with `enable_mixed_chunk` the running requests take part with a token each."""
+        decodes = self._mixed
+        sequences = [PrefillSequence(req.row, req.kv_len, n, int(req.kv_len + n == req.seq_len)) for req, n in batch]
+        sequences += [PrefillSequence(req.row, req.kv_len, 1, 1) for req in decodes]
+        tokens = [req.all_ids[req.kv_len : req.kv_len + n] for req, n in batch]
+        tokens += [np.full(len(decodes), LAST_TOKEN)]  # which may be known to the device only
+        done = [req for req, n in batch if req.kv_len + n == req.seq_len]
+        emitting = done + decodes
+        updates = self.memory.page_updates([*(req for req, _ in batch), *decodes])
+        token_ids = tuple(np.concatenate(tokens).tolist())
+        task = PrefillTask(self.step_number, updates, tuple(sequences), token_ids, self._best(emitting))
+        queued = self._queue(task, emitting)
+        self.work["tokens"] += len(token_ids)
         self.steps["prefill"] += 1
         for req, n in batch:
             req.kv_len += n
             self.tree.cache_unfinished_req(req)
-        self.running += emitting
+        for req in decodes:
+            req.kv_len += 1
+        self.running += done
+        if decodes:
+            self._decoding = self._empty_batch()  # its positions have moved on without it
         return queued
 
     def _queue_decode(self) -> _Queued:
@@ -275,48 +297,38 @@ class TPScheduler:
         reqs = [req for req in self.running if req.wanted]
         if not reqs:  # room was made by looking at the last step's tokens, and they were the last
             return _Queued([], None)
-        if len(reqs) != len(self._decoding.reqs) or not self._decoding.members.issuperset(reqs):
-            alike = self.memory.alike(reqs) if self.wrapper.table.tile_members else (reqs, ())
-            self._decoding = _DecodeBatch(*alike)
         batch = self._decoding
-        reqs = batch.reqs
-        self.memory.grow_by_a_page([req for req in reqs if req.kv_len == req.allocated_len])
-        updates = self.memory.page_updates(reqs)
-        positions = tuple(batch.positions.tolist())
-        task = DecodeTask(self.step_number, updates, batch.rows, positions, self._best(reqs), batch.alike)
-        queued = self._queue(task, reqs, self.wrapper.decode_rows(len(reqs), bool(batch.alike)))
+        batch.become(reqs)
+        self.memory.grow_by_a_page([req for req in batch.reqs if req.kv_len == req.allocated_len])
+        updates = self.memory.page_updates(batch.reqs)
+        rows, positions = tuple(batch.rows.tolist()), tuple(batch.positions.tolist())
+        task = DecodeTask(self.step_number, updates, rows, positions, self._best(batch.reqs), batch.alike)
+        queued = self._queue(task, batch.reqs)
+        self.work["tokens"] += self.wrapper.decode_rows(len(rows), bool(batch.alike))
         self.steps["decode"] += 1
         decay = (INIT_NEW_TOKEN_RATIO - MIN_NEW_TOKEN_RATIO) / RATIO_DECAY_STEPS
         self.new_token_ratio = max(self.new_token_ratio - decay, MIN_NEW_TOKEN_RATIO)
-        batch.positions += 1
-        for req in reqs:
-            req.kv_len += 1
+        batch.advance()
         return queued
 
-    def _queue(self, task: PrefillTask | DecodeTask, emitting: list[Req], tokens: int) -> _Queued:
-        self.work["tokens"] += tokens
+    def _queue(self, task: PrefillTask | DecodeTask, emitting: list[Req]) -> _Queued:
         self.work["samplings"] += bool(emitting)
         self.work["sampled"] += len(emitting)
+        if self.trace:
+            self.trace.task(task)
         logits = self.control.execute(task)
         if not emitting:
             return _Queued([], None)
         for req in emitting:
             req.pending += 1
             req.wanted -= 1
-        return _Queued(emitting, self.control.sample(logits, self._sampling(task, emitting)))
-
-    def _sampling(self, task: PrefillTask | DecodeTask, reqs: list[Req]) -> SamplingBatch:
-        """The parameters of the step's rows; those of a decode batch that has not changed are still there."""
-        batch = self._decoding.sampling if isinstance(task, DecodeTask) else None
-        if batch and not batch.penalized:
-            batch.advance()
-            return batch
-        if any(req.params.penalized for req in reqs):
+        if any(req.params.penalized for req in emitting):
             self._settle()  # a penalty must know every token before the one it is for
-        batch = SamplingBatch([req.sampling_row() for req in reqs])
         if isinstance(task, DecodeTask):
-            self._decoding.sampling = batch
-        return batch
+            sampling = self._decoding.next_sampling()
+        else:
+            sampling = SamplingBatch([req.sampling_row() for req in emitting])
+        return _Queued(list(emitting), self.control.sample(logits, sampling))
 
     def _best(self, reqs: list[Req]) -> int:
         """How many of its best logits each rank gives in this step; 0: all."""
@@ -338,13 +350,46 @@ class TPScheduler:
             if req.finish_reason:  # it had ended when this step was on its way already
                 continue
             req.take_token(tokens[i], logprobs[i] if logprobs else None)
+            self.grown[req.rid] = req
             if req.finish_reason:
                 ended = True
-                req.kv_len = len(req.prompt_ids) + len(req.output_ids) - 1  # without what a later step computes for it
-                self.memory.finish(req)
-                self.results[req.rid] = self._output(req)
+                self._end(req)
         if ended:
             self.running = [req for req in self.running if req.finish_reason is None]
+
+    def _end(self, req: Req) -> None:
+        """A running request has come to its end: leave to the tree what is known, take the rest back."""
+        # without what a step that is on its way still computes for it
+        req.kv_len = len(req.prompt_ids) + max(len(req.output_ids) - 1, 0)
+        self.memory.finish(req)
+        self._report(req)
+
+    def _report(self, req: Req) -> None:
+        self.num_finished += 1
+        self.results[req.rid] = self._output(req)
+
+    def abort(self, rid: int) -> bool:
+        """End a request wherever it is (rank 0, between two steps); its pages are free or in the tree at once.
+
+        False if it is unknown or has ended.
+        """
+        for req in [*self.waiting, *([self.chunked] if self.chunked else []), *self.running]:
+            if req.rid == rid:
+                break
+        else:
+            return False
+        req.finish_reason = {"type": "abort"}
+        if req in self.running:
+            self.running.remove(req)
+            self._end(req)
+            return True
+        if req is self.chunked:
+            self.chunked = None
+            self.memory.release(req)
+        else:
+            self.waiting.remove(req)
+        self._report(req)
+        return True
 
     def _make_room(self) -> None:
         """Before a decode step: if not every request can have its next slot, retract until they can.
@@ -365,7 +410,6 @@ class TPScheduler:
             self.memory.release(req)
             retracted.append(req)
         self.retractions += len(retracted)
-        self._decoding = _DecodeBatch([])
         self.waiting = sorted(retracted, key=lambda r: r.rid) + self.waiting  # they came first
         decoded = sum(len(r.output_ids) for r in self.running)
         total = sum(r.params.max_new_tokens for r in self.running)
@@ -400,10 +444,10 @@ class TPScheduler:
             raise ValueError(f"{said}, but the pool holds {pool}; shorten the request or raise max_total_tokens")
 
     def _output(self, req: Req) -> RequestOutput:
-        text = self.wrapper.tokenizer.decode if self.wrapper.tokenizer else lambda ids: ""
+        text = self.wrapper.tokenizer.decode(req.output_ids) if self.wrapper.tokenizer else ""
         return RequestOutput(
-            request_id=req.rid, prompt=req.prompt,
-            prompt_ids=req.prompt_ids, text=text(req.output_ids), output_ids=req.output_ids,
+            request_id=req.rid, prompt=req.prompt, prompt_ids=req.prompt_ids,
+            text=req.stop_text.cut(text) if req.stop_text else text, output_ids=req.output_ids,
             cached_tokens=req.cached_tokens or 0, finish_reason=req.finish_reason, logprobs=req.logprobs,
         )  # fmt: skip
 

@@ -13,6 +13,7 @@ from common.kv_cache import PagedKVCache
 from common.paged_attention import AttentionMetadata
 
 WORKSPACE_BYTES = 128 << 20
+HEAD_DIMS = (64, 128, 256)
 
 
 @once
@@ -49,6 +50,8 @@ class FlashInferAttention:
         pages = (lens + size - 1) // size  # [B]
         used = torch.arange(self.meta.page_table.shape[1], device=lens.device) < pages[:, None]
         (_, heads, d), (_, _, kv_heads, _) = q.shape, self.cache.k[0].shape
+        if d not in HEAD_DIMS:
+            raise ValueError(f"attention_backend=flashinfer knows head_dim {HEAD_DIMS}, this model has {d}; use triton")
         wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace(q.device), "NHD")
         wrapper.plan(
             self.meta.query_start.int(), torch.cat((pages.new_zeros(1), pages.cumsum(0))).int(),

@@ -1,9 +1,24 @@
 """What demos print: tables, matrices, and checks that can fail."""
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from common.ledger import LedgerEntry
+
+WHY = {
+    "embed_tokens": "one rank's row + zeros -> the row",
+    "o_proj": "the heads' partial sums -> the full sum",
+    "down_proj": "the MLP's partial sums -> the full sum",
+    "logits": "rank 0 alone samples",
+    "tokens": "the tokens rank 0 chose",
+    "step": "what to do in this step",
+    "task": "what to do in this step",
+    "results": "the answers so far, for the script on each rank",
+}
 
 
 def heading(text: str) -> None:
@@ -38,6 +53,15 @@ def matrix(name: str, values: np.ndarray, cut: int | None = None, axis: int = 1,
         if axis == 1 and cut:
             line = " ".join(w.rjust(width) for w in row[:cut]) + " | " + " ".join(w.rjust(width) for w in row[cut:])
         print(f"{indent}  {line}")
+
+
+def messages(entries: Sequence[LedgerEntry]) -> None:
+    """What a step sent: one row for all layers that send the same."""
+    rows = Counter((e.op, re.sub(r"\.\d+\.", ".*.", e.label), e.shape, e.bytes) for e in entries)
+    table(
+        ("op", "layer", "shape", "times", "bytes each", "why"),
+        [(op, label, list(shape), n, size, WHY[label.split(".")[-1]]) for (op, label, shape, size), n in rows.items()],
+    )
 
 
 def check(said: str, ok: bool) -> None:

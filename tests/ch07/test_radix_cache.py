@@ -35,8 +35,8 @@ def test_match_splits_a_node_in_the_middle():
     whole = tree.match_prefix([1, 2, 3, 4]).slots
     match = tree.match_prefix([1, 2, 9])
     assert match.slots.tolist() == whole[:2].tolist()
-    assert match.last_node.key == [1, 2]
-    assert [child.key for child in match.last_node.children.values()] == [[3, 4]]
+    assert match.last_node.key.tolist() == [1, 2]
+    assert [child.key.tolist() for child in match.last_node.children.values()] == [[3, 4]]
     assert tree.match_prefix([1, 2, 3, 4]).slots.tolist() == whole.tolist()
 
 
@@ -204,7 +204,7 @@ class RadixAgainstDictionary(RuleBasedStateMachine):
     def prefixes_in_tree(self):
         def walk(node, path):
             for child in node.children.values():
-                whole = path + child.key
+                whole = path + child.key.tolist()
                 yield from self.pages(whole)[len(path) // self.PAGE_SIZE :]
                 yield from walk(child, whole)
 

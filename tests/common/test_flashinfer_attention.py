@@ -12,7 +12,7 @@ import torch
 from common.attention_backends import pick_attention
 from common.flashinfer_attention import FlashInferAttention
 from common.paged_attention import TorchNativeAttention
-from tests.common.test_paged_attention import LAYER, Step
+from tests.common.test_paged_attention import LAYER, D, Step
 
 
 class Wrapper:
@@ -52,6 +52,7 @@ class Wrapper:
 
 @pytest.fixture
 def stand_in(monkeypatch):
+    monkeypatch.setattr("common.flashinfer_attention.HEAD_DIMS", (D,))
     monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(BatchPrefillWithPagedKVCacheWrapper=Wrapper))
 
 
@@ -72,3 +73,10 @@ def test_it_is_refused_where_it_cannot_run(stand_in, monkeypatch):
     monkeypatch.setitem(sys.modules, "flashinfer", None)
     with pytest.raises(ValueError, match="attention_backend=flashinfer, but it is not installed"):
         pick_attention(torch.device("cpu"), "flashinfer")
+
+
+def test_a_head_it_has_no_kernel_for_is_refused(stand_in, monkeypatch):
+    monkeypatch.setattr("common.flashinfer_attention.HEAD_DIMS", (64, 128))
+    step = Step([(0, 2)])
+    with pytest.raises(ValueError, match=r"knows head_dim \(64, 128\), this model has 4; use triton"):
+        FlashInferAttention(step.cache, step.meta())(LAYER, step.q, step.k[0], step.v[0])

@@ -1,0 +1,94 @@
+"""Who gets into the next prefill step, and with how many tokens of its prompt.
+
+SGLang's PrefillAdder: one is made for each step and asked request by request, in the order of the schedule policy.
+"""
+
+from enum import Enum
+
+import numpy as np
+
+from ch07_sglang_radix.memory_pool import TokenToKVPool
+from ch07_sglang_radix.radix_cache import MatchResult, RadixCache
+from ch07_sglang_radix.request import Req
+from ch07_sglang_radix.request_memory import RequestMemory
+
+CLIP_MAX_NEW_TOKENS = 4096  # admission does not reserve more than this for one request
+IN_BATCH_PREFIX = 32  # tokens shared with a prompt of this very step that are worth a step's wait
+
+
+class Answer(Enum):
+    ADDED = "added"
+    LATER = "later"  # not in this step, but the next request may be
+    FULL = "full"  # nobody else either
+
+
+class PrefillAdder:
+    """batch: [(request, tokens to compute)] so far; chunked: the one whose prompt is computed in part, if any.
+
+    budget: tokens of the step. promised: slots that running requests will probably still need. small_share: so much of
+    the budget a long prompt's chunk leaves to waiting requests that fit into it as a whole.
+    """
+
+    def __init__(
+        self, memory: RequestMemory, budget: int, promised: float, waiting: list[Req], small_share: float = 0.0
+    ):
+        self.memory, self.tree, self.page_size = memory, memory.tree, memory.page_size
+        self.budget, self.promised = budget, promised
+        self.batch: list[tuple[Req, int]] = []
+        self.chunked: Req | None = None
+        share = int(budget * small_share)
+        self._for_small = min(share, sum(req.seq_len for req in waiting if req.seq_len <= share)) if share else 0
+        # a tree of what this very step computes, without pages behind it
+        self._computing = RadixCache(TokenToKVPool(page_size=self.page_size), disable=self.tree.disable)
+
+    def add_chunk(self, req: Req) -> None:
+        """The next part of a prompt that was begun before: it goes first, and its place was reserved then."""
+        self._take(req)
+
+    def add(self, req: Req) -> Answer:
+        """Admit `req` if a place, tokens of the budget and, probably, the pages for its whole answer are there."""
+        if self.budget <= 0 or self.memory.rows.num_free == 0:
+            return Answer.FULL
+        ids = req.all_ids[:-1]
+        match = self.tree.match_prefix(ids, req.extra_key)
+        new = req.seq_len - len(match.slots)
+        if self.chunked and new > self.budget:
+            return Answer.LATER  # one prompt in parts is enough
+        if len(self._computing.match_prefix(ids, req.extra_key).slots) - len(match.slots) >= IN_BATCH_PREFIX:
+            return Answer.LATER  # another prompt of this step computes what it could share: let it hit in the next
+        if new > self.budget and self.budget < self.page_size:
+            return Answer.FULL  # not even a chunk of one page
+        if not self._reserve(req, match):
+            return Answer.FULL
+        if req.cached_tokens is None:  # not again after a retraction: it would find its own tokens
+            req.cached_tokens = len(match.slots)
+            self.tree.count_hit(match.last_node, req.priority)
+        self._take(req)
+        known = req.all_ids[: req.kv_len + self.batch[-1][1]]
+        self._computing.insert(known, np.zeros(len(known), dtype=np.int64), req.extra_key)
+        return Answer.ADDED
+
+    def _reserve(self, req: Req, match: MatchResult) -> bool:
+        """Give the request its row, if the pool will probably hold its whole answer.
+
+        SGLang's rule: what it needs against what is free or evictable, less what the running requests will
+        still need, a share new_token_ratio of their worst case, and what this step has promised already.
+        """
+        self.tree.inc_lock_ref(match.last_node)  # first: locking may shrink what is evictable
+        worst = req.seq_len + min(req.max_len - req.seq_len, CLIP_MAX_NEW_TOKENS)
+        if self.memory.whole_pages(worst) - len(match.slots) > self.memory.obtainable_slots() - self.promised:
+            self.tree.dec_lock_ref(match.last_node)
+            return False
+        self.memory.admit(req, match)
+        return True
+
+    def _take(self, req: Req) -> None:
+        """Slots for the next part of its prompt. A chunk ends at a page's end and leaves room for small requests."""
+        n = req.seq_len - req.kv_len
+        if n > self.budget:
+            n = max(self.budget - self._for_small, self.page_size) // self.page_size * self.page_size
+            self.chunked = req
+        self.memory.grow(req, req.kv_len + n)
+        self.batch.append((req, n))
+        self.budget -= n
+        self.promised += req.max_len - req.seq_len

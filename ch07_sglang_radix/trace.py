@@ -1,0 +1,109 @@
+"""What every step did, as JSON lines: `Engine(trace="steps.jsonl")`. Notebooks and figures are drawn from such files.
+
+    step       number of the step; kind: prefill, decode, or settle (nothing queued, tokens of the last one taken)
+    words      int64 words of the task on the wire
+    scheduled  prefill: [[request, cached, computed now, prompt], ...] in order; decode: [request, ...]
+    decodes    running requests that took part in a prefill step (mixed chunk)
+    policy     the schedule policy that ordered the queue
+    waiting    requests left in the queue; running; chunked: the request whose prompt is computed in part, or null
+    finished   requests whose results appeared in this step; retracted: how many went back to the queue
+    pages      taken, given back; free afterwards
+    tree       slots inserted and evicted, nodes split; evictable and protected afterwards
+    ledger     {op: [messages, bytes]} of this step on rank 0
+    ms         schedule (decide and queue), settle (take tokens, account), total
+
+Everything that counts up is counted anyway; a step's line is the difference. Costs nothing when off.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ch07_sglang_radix.tasks import DecodeTask, PrefillTask, encode
+
+if TYPE_CHECKING:
+    from ch07_sglang_radix.scheduler import TPScheduler
+
+
+class Trace:
+    """One line a step, written by rank 0 as the steps go."""
+
+    def __init__(self, path: str | Path, scheduler: "TPScheduler"):
+        self._file = open(path, "w", encoding="utf-8", buffering=1 << 16)
+        self._scheduler = scheduler
+        self._task: PrefillTask | DecodeTask | None = None
+        scheduler.tp.ledger.entries.clear()
+        scheduler.tp.ledger.enabled = True
+
+    def begin(self) -> tuple:
+        """Before a step: the time, and what is counted."""
+        self._task = None
+        self._scheduler.tp.ledger.entries.clear()
+        return time.perf_counter(), self._counters()
+
+    def task(self, task: PrefillTask | DecodeTask) -> None:
+        """What the step tells the ranks to do."""
+        self._task = task
+
+    def queued(self) -> None:
+        self._queued_at = time.perf_counter()
+
+    def end(self, began: tuple) -> None:
+        """After the step: write its line."""
+        start, before = began
+        now, s = time.perf_counter(), self._scheduler
+        counters = self._counters()
+        change = {key: counters[key] - before[key] for key in counters}
+        ledger: dict[str, list[int]] = {}
+        for entry in s.tp.ledger.entries:
+            row = ledger.setdefault(entry.op, [0, 0])
+            row[0] += 1
+            row[1] += entry.bytes
+        line = {
+            **self._scheduled(), "policy": s.policy.active, "waiting": len(s.waiting), "running": len(s.running),
+            "chunked": s.chunked.rid if s.chunked else None, "finished": change["finished"],
+            "retracted": change["retracted"],
+            "pages": {"taken": change["taken"], "given": change["given"], "free": s.pool.num_free_pages},
+            "tree": {
+                "inserted": change["inserted"], "evicted": change["evicted"], "splits": change["splits"],
+                "evictable": s.tree.evictable_size, "protected": s.tree.protected_size,
+            },
+            "ledger": ledger,
+            "ms": {
+                "schedule": _ms(self._queued_at - start), "settle": _ms(now - self._queued_at), "total": _ms(now - start),
+            },
+        }  # fmt: skip
+        self._file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        self._scheduler.tp.ledger.enabled = False
+        self._file.close()
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def _scheduled(self) -> dict[str, Any]:
+        task, s = self._task, self._scheduler
+        if task is None:
+            return {"step": s.step_number, "kind": "settle", "words": 0, "scheduled": []}
+        facts = {"step": task.step, "words": len(encode(task))}
+        if isinstance(task, DecodeTask):
+            return facts | {"kind": "decode", "scheduled": [req.rid for req in s.decoding]}
+        prefills = task.sequences[: len(s.last_prefill)]
+        rows = [
+            [req.rid, sequence.cached, sequence.new, len(req.prompt_ids)]
+            for (req, _), sequence in zip(s.last_prefill, prefills, strict=True)
+        ]
+        return facts | {"kind": "prefill", "scheduled": rows, "decodes": len(task.sequences) - len(rows)}
+
+    def _counters(self) -> dict[str, int]:
+        s = self._scheduler
+        return {
+            "taken": s.pool.taken, "given": s.pool.given, "inserted": s.tree.inserted, "evicted": s.tree.evicted,
+            "splits": s.tree.splits, "finished": s.num_finished, "retracted": s.retractions,
+        }  # fmt: skip
+
+
+def _ms(seconds: float) -> float:
+    return round(1e3 * seconds, 3)
