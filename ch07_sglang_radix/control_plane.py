@@ -51,12 +51,13 @@ class ControlPlane:
 
     # --- the other ranks
 
-    def follow(self) -> None:
-        """Execute what rank 0 sends until it says stop."""
+    def follow(self) -> StopTask:
+        """Execute what rank 0 sends until it says stop; returns how it said so."""
         while not isinstance(task := self.receive_task(), StopTask):
             self._execute(task)
             if emitting := task.num_emitting:
                 self._share_tokens(torch.empty(emitting, dtype=torch.int64, device=self.tp.device))
+        return task
 
     def receive_task(self) -> Task:
         return decode(receive(self.tp, "task"))

@@ -117,7 +117,7 @@ class RequestOutput:
     text: str
     output_ids: list[int]
     cached_tokens: int
-    finish_reason: dict[str, Any]
+    finish_reason: dict[str, Any] | None  # None while it runs
     logprobs: list[float]
 
     @property

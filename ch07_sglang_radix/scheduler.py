@@ -102,9 +102,7 @@ class TPScheduler:
             return  # rank 0 alone has a queue, a tree and pools
         self.pool = TokenToKVPool(wrapper.kv_cache)
         self.req_to_token = ReqToTokenPool(wrapper.max_running_requests, wrapper.max_context + self.page_size)
-        self.tree = RadixCache(
-            self.pool, self.req_to_token, disable_radix_cache, radix_eviction_policy, radix_bigram
-        )
+        self.tree = RadixCache(self.pool, self.req_to_token, disable_radix_cache, radix_eviction_policy, radix_bigram)
         self.policy = SchedulePolicy(schedule_policy, self.tree, seed)
         self.waiting: list[Req] = []
         self.running: list[Req] = []
@@ -173,10 +171,17 @@ class TPScheduler:
         else:
             refused = self._run_to_the_end(arrivals)
             self.control.send_task(StopTask(self.step_number))
+        return self.share_results(refused)
+
+    def share_results(self, refused: str | None = None) -> dict[int, RequestOutput]:
+        """After rank 0 has sent a StopTask: what has finished, the same on all ranks."""
         outputs = [vars(r) for r in self.results.values()]
         report = {"refused": refused, "next_id": self._num_requests, "steps": self.steps, "work": self.work}
         report = share(report | {"outputs": outputs}, self.tp)
         self._num_requests, self.steps, self.work = report["next_id"], report["steps"], report["work"]
+        self.grown = {}
+        if self.trace:
+            self.trace.flush()
         if report["refused"]:
             raise ValueError(report["refused"])
         self.results = {}
@@ -192,6 +197,11 @@ class TPScheduler:
                 return str(error)
             more = self.step() or coming
         return None
+
+    @property
+    def busy(self) -> bool:
+        """Is anything waiting, running or on its way?"""
+        return bool(self.waiting or self.running or self.chunked or self._queued)
 
     @property
     def decoding(self) -> list[Req]:
@@ -366,7 +376,7 @@ class TPScheduler:
 
     def _report(self, req: Req) -> None:
         self.num_finished += 1
-        self.results[req.rid] = self._output(req)
+        self.results[req.rid] = self.output_of(req)
 
     def abort(self, rid: int) -> bool:
         """End a request wherever it is (rank 0, between two steps); its pages are free or in the tree at once.
@@ -443,12 +453,13 @@ class TPScheduler:
         if -(-total // self.page_size) * self.page_size > pool:
             raise ValueError(f"{said}, but the pool holds {pool}; shorten the request or raise max_total_tokens")
 
-    def _output(self, req: Req) -> RequestOutput:
+    def output_of(self, req: Req) -> RequestOutput:
+        """What a request has so far; finish_reason is None while it runs."""
         text = self.wrapper.tokenizer.decode(req.output_ids) if self.wrapper.tokenizer else ""
         return RequestOutput(
             request_id=req.rid, prompt=req.prompt, prompt_ids=req.prompt_ids,
-            text=req.stop_text.cut(text) if req.stop_text else text, output_ids=req.output_ids,
-            cached_tokens=req.cached_tokens or 0, finish_reason=req.finish_reason, logprobs=req.logprobs,
+            text=req.stop_text.cut(text) if req.stop_text else text, output_ids=list(req.output_ids),
+            cached_tokens=req.cached_tokens or 0, finish_reason=req.finish_reason, logprobs=list(req.logprobs),
         )  # fmt: skip
 
 

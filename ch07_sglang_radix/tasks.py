@@ -34,6 +34,7 @@ MAGIC = 0x5A11_0000
 VERSION = 1
 HEADER = 10
 STOP, PREFILL, DECODE = 1, 2, 3
+LEAVE = -1
 
 
 class PageUpdate(NamedTuple):
@@ -93,9 +94,13 @@ class DecodeTask:
 
 @dataclass(frozen=True)
 class StopTask:
-    """No more work: leave the loop."""
+    """No more work for now: back to whoever called `follow`. With step LEAVE: for good."""
 
     step: int
+
+    @classmethod
+    def leave(cls) -> "StopTask":
+        return cls(LEAVE)
 
 
 Task = PrefillTask | DecodeTask | StopTask

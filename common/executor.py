@@ -5,6 +5,7 @@ sequence. It has no queue, no cache of prefixes and no sampler: whoever schedule
 and gets this rank's logits. Both chapters put their brain on it.
 """
 
+import os
 from collections.abc import Sequence
 from itertools import chain
 
@@ -38,13 +39,16 @@ class Executor:
     device: auto, cpu, cuda. dtype: float32, bfloat16, float16; default float32 on CPU and bfloat16 on GPU.
     attention_backend: auto, torch_native, triton, flashinfer (common/attention_backends.py).
     max_total_tokens: size of the pool in tokens; by default what memory allows, the same on every rank.
+    mem_fraction_static: share of the device's memory for weights and pool together, as in SGLang; by default 0.85 of what
+    the weights leave free on a GPU, and 1 GiB on a CPU. kv_cache_dtype: auto is the model's; a smaller one holds more.
     Raises ValueError or FileNotFoundError, on every rank alike, for what cannot be run.
     """
 
     def __init__(
         self, model_name: str | None = None, device: str = "auto", page_size: int = 16, *,
         dtype: str | None = None, max_total_tokens: int | None = None, max_running_requests: int = 256,
-        attention_backend: str = "auto", disable_cuda_graph: bool = False, tp: TPGroup | None = None,
+        attention_backend: str = "auto", disable_cuda_graph: bool = False, mem_fraction_static: float | None = None,
+        kv_cache_dtype: str = "auto", tp: TPGroup | None = None,
     ):  # fmt: skip
         self.tp = tp or get_tensor_parallel(device)
         if page_size < 1:
@@ -55,6 +59,10 @@ class Executor:
             raise ValueError(
                 f"device={device} but this group runs on {self.tp.device.type}; say so once, in initialize_tensor_parallel"
             )
+        if mem_fraction_static is not None and not 0 < mem_fraction_static < 1:
+            raise ValueError(f"mem_fraction_static={mem_fraction_static} must be between 0 and 1")
+        if kv_cache_dtype != "auto" and kv_cache_dtype not in DTYPES:
+            raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
         self.attention = pick_attention(self.tp.device, attention_backend)
         folder = resolve_model(model_name or TINY_QWEN_PATH)
         self.dtype = self._pick_dtype(dtype)
@@ -63,10 +71,11 @@ class Executor:
         self.tokenizer = Tokenizer(folder) if Tokenizer.lies_in(folder) else None  # token ids work without one
         self.page_size, self.max_running_requests = page_size, max_running_requests
 
-        num_pages = self._num_pages(max_total_tokens)
+        self.kv_dtype = self.dtype if kv_cache_dtype == "auto" else DTYPES[kv_cache_dtype]
+        num_pages = self._num_pages(max_total_tokens, mem_fraction_static)
         self.kv_cache = PagedKVCache(
             self.config.num_layers, num_pages, page_size, self.model.heads.num_kv, self.config.head_dim,
-            self.dtype, self.tp.device,
+            self.kv_dtype, self.tp.device,
         )  # fmt: skip
         self.max_context = min(self.config.max_position_embeddings, num_pages * page_size)
         pages, heads = -(-self.max_context // page_size), self.model.heads
@@ -168,9 +177,9 @@ class Executor:
             raise ValueError(f"dtype={name} is not for this attention_backend; use {known}, or another backend")
         return DTYPES[name]
 
-    def _num_pages(self, max_total_tokens: int | None) -> int:
+    def _num_pages(self, max_total_tokens: int | None, fraction: float | None) -> int:
         """Pages in the pool, the same number on every rank: the poorest decides."""
-        per_page = PagedKVCache.bytes_per_page(self.config, self.tp, self.page_size, self.dtype)
+        per_page = PagedKVCache.bytes_per_page(self.config, self.tp, self.page_size, self.kv_dtype)
         if max_total_tokens is not None:
             pages = max_total_tokens // self.page_size
             if pages < 1:
@@ -179,9 +188,18 @@ class Executor:
                 )
             return pages
         if self.tp.device.type == "cpu":
-            pages = min(CPU_CACHE_BYTES // self.tp.size // per_page, MAX_POOL_TOKENS_ON_CPU // self.page_size)
+            room = CPU_CACHE_BYTES // self.tp.size
+            if fraction is not None:  # of the machine's memory, which all ranks share
+                weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+                room = int(fraction * _memory_of_the_machine() / self.tp.size) - weights
+            most = MAX_POOL_TOKENS_ON_CPU
+            if fraction is not None:
+                most = self.max_running_requests * self.config.max_position_embeddings
+            pages = min(room // per_page, most // self.page_size)
         else:
-            pages = int(torch.cuda.mem_get_info(self.tp.device)[0] * GPU_CACHE_SHARE) // per_page
+            free, total = torch.cuda.mem_get_info(self.tp.device)
+            room = int(free * GPU_CACHE_SHARE) if fraction is None else free - int((1 - fraction) * total)
+            pages = room // per_page
             # more than all requests at full length: only a tiny model gets there
             pages = min(pages, self.max_running_requests * self.config.max_position_embeddings // self.page_size)
         mine = torch.tensor([pages])
@@ -189,6 +207,12 @@ class Executor:
         pages = min(int(offer) for offer in offers)
         if pages < 1:
             raise ValueError(
-                f"no memory left for a single page of {per_page} bytes; use a smaller model, more ranks or bfloat16"
+                f"no memory left for a single page of {per_page} bytes; use a smaller model, more ranks, bfloat16 or a "
+                f"larger mem_fraction_static"
             )
         return pages
+
+
+def _memory_of_the_machine() -> int:
+    """Bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

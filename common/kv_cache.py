@@ -12,6 +12,7 @@ class PagedKVCache:
 
     k, v [L, N, P, Hkv/R, d]. A page id means the same page on every rank; each rank's page holds that
     rank's heads. One id serves all layers too, since every layer has its own plane with the same numbering.
+    The dtype may be a smaller one than the model's: values are rounded when they are written.
     """
 
     def __init__(self, num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int,
@@ -29,8 +30,8 @@ class PagedKVCache:
 
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Put k, v [T, Hkv/R, d] at `slots` [T]."""
-        self.k[layer].flatten(0, 1).index_copy_(0, slots, k)
-        self.v[layer].flatten(0, 1).index_copy_(0, slots, v)
+        self.k[layer].flatten(0, 1).index_copy_(0, slots, k.to(self.k.dtype))
+        self.v[layer].flatten(0, 1).index_copy_(0, slots, v.to(self.v.dtype))
 
     def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """k, v [T, Hkv/R, d] at `slots` [T]."""

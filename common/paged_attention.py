@@ -125,14 +125,16 @@ class _DecodeGroup:
     def attend(self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor) -> torch.Tensor:
         """q [B, Hq/R, d] -> o [B, Hq/R, d]."""
         b, (_, _, hkv, d) = len(q), k_pages.shape
-        k, v = (self._gather(pages).view(b, -1, hkv, d).transpose(1, 2) for pages in (k_pages, v_pages))
+        k, v = (self._gather(pages).view(b, -1, hkv, d).transpose(1, 2).to(q.dtype) for pages in (k_pages, v_pages))
         # the query heads of a group become rows of one query: K and V are read once for all of them
         q = q.view(b, hkv, -1, d)  # [B, Hkv/R, g, d]
         mask = self.mask.to(q.dtype)
         if self.shared is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(b, -1, d)
         own, own_lse = _attention_with_lse(q, k, v, mask)  # [B, Hkv/R, g, d], [B, Hkv/R, g]
-        k, v = (x.index_select(0, self.shared).flatten(0, 1).transpose(0, 1)[None] for x in (k_pages, v_pages))
+        k, v = (
+            x.index_select(0, self.shared).flatten(0, 1).transpose(0, 1)[None].to(q.dtype) for x in (k_pages, v_pages)
+        )
         together = q.transpose(0, 1).reshape(1, hkv, -1, d)  # [1, Hkv/R, B * g, d]
         o, lse = _attention_with_lse(together, k, v)
         o, lse = o.view(hkv, b, -1, d).transpose(0, 1), lse.view(hkv, b, -1).transpose(0, 1)
@@ -164,7 +166,7 @@ class _Extend:
         """q [n, Hq/R, d] -> o [n, Hq/R, d]."""
         k = k_pages.index_select(0, self.pages).flatten(0, 1)[: self.length]  # [S, Hkv/R, d]
         v = v_pages.index_select(0, self.pages).flatten(0, 1)[: self.length]
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, Hq/R, n, d], [1, Hkv/R, S, d]
+        q, k, v = (x.transpose(0, 1)[None].to(q.dtype) for x in (q, k, v))  # [1, Hq/R, n, d], [1, Hkv/R, S, d]
         mask = None if self.mask is None else self.mask.to(q.dtype)
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return o[0].transpose(0, 1)

@@ -214,8 +214,8 @@ def _decode(
             n = first + tl.arange(0, BN)
             at = (_slots(page_table + b * table_stride, n, stop, P) * HKV + h) * D  # [BN]
             seen = (n < stop)[:, None] & (i[None, :] < D)
-            ks = tl.load(k_cache + at[:, None] + i[None, :], mask=seen, other=0.0)  # [BN, BD]
-            vs = tl.load(v_cache + at[:, None] + i[None, :], mask=seen, other=0.0)
+            ks = tl.load(k_cache + at[:, None] + i[None, :], mask=seen, other=0.0).to(qs.dtype)  # [BN, BD]
+            vs = tl.load(v_cache + at[:, None] + i[None, :], mask=seen, other=0.0).to(qs.dtype)
             scores = tl.dot(qs, tl.trans(ks), input_precision="ieee" if F32 else "tf32") * scale  # [GP, BN]
             scores = tl.where((n < stop)[None, :], scores, -float("inf"))
             m_new = tl.maximum(m, tl.max(scores, 1))
@@ -343,8 +343,8 @@ def _attend(
     n = first + tl.arange(0, BN)
     at = (_slots(table, n, stop, P) * HKV + kv) * D
     seen = (n < stop)[:, None] & (i[None, :] < D)
-    ks = tl.load(k_cache + at[:, None] + i[None, :], mask=seen, other=0.0)  # [BN, BD]
-    vs = tl.load(v_cache + at[:, None] + i[None, :], mask=seen, other=0.0)
+    ks = tl.load(k_cache + at[:, None] + i[None, :], mask=seen, other=0.0).to(qs.dtype)  # [BN, BD]
+    vs = tl.load(v_cache + at[:, None] + i[None, :], mask=seen, other=0.0).to(qs.dtype)
     scores = tl.dot(qs, tl.trans(ks), input_precision="ieee" if F32 else "tf32") * scale  # [BM, BN]
     if MASKED:
         scores = tl.where(n[None, :] <= position[:, None], scores, -float("inf"))
