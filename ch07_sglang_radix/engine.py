@@ -12,7 +12,9 @@ others call `engine.follow()`, which returns when rank 0 shuts down.
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -228,10 +230,14 @@ class Engine:
     async def _listen(self, asked, logprobs, extra_key, priority) -> AsyncIterator[dict[str, Any]]:
         here, news = asyncio.get_running_loop(), asyncio.Queue()
 
+        def deliver(i: int, output: RequestOutput | BaseException) -> None:
+            with suppress(RuntimeError):  # the caller's event loop is closed: nobody listens any more
+                here.call_soon_threadsafe(news.put_nowait, (i, output))
+
         def enqueue() -> list[int]:
             rids = [self._enqueue(one, extra_key, priority) for one in asked]
             for i, rid in enumerate(rids):
-                self._loop.listen(rid, lambda out, i=i: here.call_soon_threadsafe(news.put_nowait, (i, out)))
+                self._loop.listen(rid, partial(deliver, i))
             return rids
 
         rids = await asyncio.wrap_future(self._loop.submit(enqueue))
@@ -281,12 +287,12 @@ def _params(given: Mapping[str, Any], logprobs: bool) -> tuple[SamplingParams, i
     n, stop = known.pop("n", 1), known.pop("stop", None) or ()
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"n={n} must be a whole number, at least 1")
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(string, str) and string for string in stop):
-        raise ValueError(f"stop={list(stop)} must be strings that are not empty")
+    stop = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stop, list | tuple) or not all(isinstance(string, str) and string for string in stop):
+        raise ValueError(f"stop={stop!r} must be one string or several, and none of them empty")
     if "stop_token_ids" in known:
         known["stop_token_ids"] = tuple(known["stop_token_ids"] or ())
-    return SamplingParams(**known, logprobs=logprobs), n, stop
+    return SamplingParams(**known, logprobs=logprobs), n, tuple(stop)
 
 
 def _sibling(params: SamplingParams, i: int) -> SamplingParams:

@@ -101,3 +101,11 @@ def _check_rows(scheduler: "TPScheduler", active: list) -> None:
             raise InvariantError(
                 f"request {req.rid}: prefix {req.prefix_len}, computed {req.kv_len}, allocated {req.allocated_len}"
             )
+        row = scheduler.req_to_token.req_to_token[req.row]
+        pages = row[: req.sent_len : scheduler.page_size] // scheduler.page_size
+        known = scheduler.wrapper.table.page_table[req.row, : len(pages)].cpu().numpy()
+        wrong = np.nonzero(known != pages)[0]
+        if len(wrong):
+            raise InvariantError(
+                f"request {req.rid}: the ranks' page table says page {known[wrong[0]]} at {wrong[0]}, it is {pages[wrong[0]]}"
+            )

@@ -42,7 +42,11 @@ class PrefillAdder:
         self._computing = RadixCache(TokenToKVPool(page_size=self.page_size), disable=self.tree.disable)
 
     def add_chunk(self, req: Req) -> None:
-        """The next part of a prompt that was begun before: it goes first, and its place was reserved then."""
+        """The next part of a prompt that was begun before: it goes first.
+
+        Its place was reserved then, but against a share of what others might need only. Where they took more, the part is
+        as long as there are pages, perhaps nothing: the others go on, and leave.
+        """
         self._take(req)
 
     def add(self, req: Req) -> Answer:
@@ -84,10 +88,13 @@ class PrefillAdder:
 
     def _take(self, req: Req) -> None:
         """Slots for the next part of its prompt. A chunk ends at a page's end and leaves room for small requests."""
-        n = req.seq_len - req.kv_len
-        if n > self.budget:
-            n = max(self.budget - self._for_small, self.page_size) // self.page_size * self.page_size
+        n, room = req.seq_len - req.kv_len, self.memory.obtainable_slots() + req.allocated_len - req.kv_len
+        if n > min(self.budget, room):
+            n = min(max(self.budget - self._for_small, self.page_size), room) // self.page_size * self.page_size
             self.chunked = req
+        if n == 0:
+            self.budget = 0
+            return
         self.memory.grow(req, req.kv_len + n)
         self.batch.append((req, n))
         self.budget -= n

@@ -31,6 +31,7 @@ IN_BATCH_MATCH = 32  # with more than this in the tree, a request need not wait 
 IN_BATCH_PREFIX = 32  # tokens shared with another waiting request that are worth waiting for
 STARVING = 16  # prefill steps
 DYNAMIC_HIT_RATE, DYNAMIC_WINDOW = 0.1, 64  # least hit rate of so many last admissions that lpm is worth
+DYNAMIC_LEAST = 16  # admissions before it judges: the first ones find an empty tree
 DYNAMIC_RETRY = 16  # steps of fcfs after which lpm gets another chance
 
 
@@ -59,9 +60,10 @@ class SchedulePolicy:
 
     @property
     def hit_rate(self) -> float:
-        """Of the last admissions; 1 before the first."""
-        total = sum(prompt for _, prompt in self._admitted)
-        return sum(cached for cached, _ in self._admitted) / total if total else 1.0
+        """Of the last admissions; 1 while they are too few to judge."""
+        if len(self._admitted) < DYNAMIC_LEAST:
+            return 1.0
+        return sum(cached for cached, _ in self._admitted) / sum(prompt for _, prompt in self._admitted)
 
     def _match(self, req: Req) -> MatchResult:
         return self.tree.match_prefix(req.all_ids[:-1], req.extra_key)

@@ -98,6 +98,7 @@ class TPScheduler:
         self.last_prefill: list[tuple[Req, int]] = []  # the newest prefill: who, and how many tokens computed
         self.results: dict[int, RequestOutput] = {}
         self._num_requests = 0
+        self.trace: Trace | None = None
         if self.tp.rank > 0:
             return  # rank 0 alone has a queue, a tree and pools
         self.pool = TokenToKVPool(wrapper.kv_cache)
@@ -114,7 +115,8 @@ class TPScheduler:
         self._decoding = self._empty_batch()
         self._mixed: list[Req] = []  # running requests that take part in the prefill step
         self._owes_decode = False  # those that run have waited for a prefill step
-        self.trace = Trace(trace, self) if trace else None
+        if trace:
+            self.trace = Trace(trace, self)
 
     # --- for the user
 
@@ -410,20 +412,29 @@ class TPScheduler:
         if self.memory.obtainable_slots() >= len(self.running) * self.page_size or not self._lacks_room(1):
             return
         self._settle()  # requests may have ended, and those that go back to the queue need all their tokens
+        retracted = []
+        if self._lacks_room(1) and self.chunked:  # it has no outputs yet, and what it computed stays in the tree
+            self.memory.release(self.chunked)
+            retracted.append(self.chunked)
+            self.chunked = None
         if not self._lacks_room(1):
+            self._retracted(retracted)
             return
         by_loss = sorted(self.running, key=lambda r: (len(r.output_ids), -len(r.prompt_ids)))
-        retracted = []
         while len(self.running) > 1 and self._lacks_room(RETRACT_DECODE_STEPS):
             req = by_loss.pop(0)
             self.running.remove(req)
             self.memory.release(req)
             retracted.append(req)
-        self.retractions += len(retracted)
-        self.waiting = sorted(retracted, key=lambda r: r.rid) + self.waiting  # they came first
+        self._retracted(retracted)
         decoded = sum(len(r.output_ids) for r in self.running)
         total = sum(r.params.max_new_tokens for r in self.running)
         self.new_token_ratio = min(1.0, (decoded + RETRACT_DECODE_STEPS * len(self.running)) / total)
+
+    def _retracted(self, reqs: list[Req]) -> None:
+        """Back into the queue, in front: they came first."""
+        self.retractions += len(reqs)
+        self.waiting = sorted(reqs, key=lambda req: req.rid) + self.waiting
 
     def _lacks_room(self, steps: int) -> bool:
         return self.memory.slots_needed(self.running, steps) > self.memory.obtainable_slots()

@@ -6,11 +6,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 
 from common.parallel_state import shutdown_tensor_parallel
 from tests.oracle import SMALL, save_random
 from tests.ranks import RankPool
 
+settings.register_profile("long", max_examples=3000)  # pytest --hypothesis-profile=long
 torch.set_num_threads(1)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

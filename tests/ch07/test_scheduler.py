@@ -320,3 +320,22 @@ def test_the_ledger_of_a_step_is_the_formula(size, checkpoint, ranks):
         assert work == expected
         control = [e[:2] for e in entries if e[1] in ("task", "tokens")]
         assert control == [("broadcast", "task"), ("broadcast", "tokens")] * 2 + [("broadcast", "task")]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("pool", [172, 150, 140])
+def test_a_prompt_in_chunks_among_requests_that_take_more_than_was_reckoned(checkpoint, pool, overlap, mixed):
+    """Admission reserves a share of what the running ones may need; between two chunks they can take all of it."""
+    scheduler = make(
+        checkpoint("qwen2"), page_size=1, pool=pool, chunked_prefill_size=16, overlap=overlap, enable_mixed_chunk=mixed
+    )
+    scheduler.new_token_ratio = 0.2
+    prompts, new = [[10 + i] * 4 for i in range(4)], 20
+    ids = [scheduler.add_request(input_ids=p, sampling_params=params(new)) for p in prompts]
+    scheduler.step()
+    long = list(range(100, 228))
+    last = scheduler.add_request(input_ids=long, sampling_params=params(1))
+    results = scheduler.process_requests()
+    assert [results[i].output_ids for i in ids] == [greedy(checkpoint("qwen2"), p, new) for p in prompts]
+    assert results[last].output_ids == greedy(checkpoint("qwen2"), long, 1)

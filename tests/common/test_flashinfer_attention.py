@@ -43,7 +43,9 @@ class Wrapper:
         for b, length in enumerate(last):
             pages = indices[indptr[b] : indptr[b + 1]]
             n, total = starts[b + 1] - starts[b], (len(pages) - 1) * size + length
-            k, v = (x[pages].flatten(0, 1)[:total].repeat_interleave(q.shape[1] // x.shape[2], 1) for x in paged_kv_cache)
+            k, v = (
+                x[pages].flatten(0, 1)[:total].repeat_interleave(q.shape[1] // x.shape[2], 1) for x in paged_kv_cache
+            )
             scores = torch.einsum("qhd,khd->hqk", q[starts[b] : starts[b + 1]], k) * q.shape[2] ** -0.5
             scores.masked_fill_(torch.ones(n, total).triu(total - n + 1).bool(), -torch.inf)
             o[starts[b] : starts[b + 1]] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)

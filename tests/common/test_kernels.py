@@ -118,7 +118,9 @@ def test_padding_tokens_are_stored_nowhere():
 
 
 def test_unknown_backends_are_refused():
-    with pytest.raises(ValueError, match="attention_backend='flash' is unknown; use auto, torch_native, triton, flashinfer"):
+    with pytest.raises(
+        ValueError, match="attention_backend='flash' is unknown; use auto, torch_native, triton, flashinfer"
+    ):
         pick_attention(torch.device("cpu"), "flash")
     with pytest.raises(ValueError, match="triton"):
         pick_attention(torch.device("cpu"), "triton")

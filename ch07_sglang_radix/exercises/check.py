@@ -1,0 +1,15 @@
+"""Which exercises of chapter 7 are started, and which are right?
+
+    python -m ch07_sglang_radix.exercises.check [NUMBER] [--solutions]
+
+Exit code 1 if one that was started is wrong.
+"""
+
+from ch07_sglang_radix.exercises.checks import CHECKS
+from common.exercises import Exercises
+
+EXERCISES = Exercises("ch07_sglang_radix.exercises", CHECKS)
+module_of, outcome = EXERCISES.module_of, EXERCISES.outcome
+
+if __name__ == "__main__":
+    EXERCISES.main(__doc__)

@@ -1,0 +1,28 @@
+"""Exercise 1: Match a prefix (30 minutes).
+
+Read  ch07_sglang_radix/radix_cache.py, match_prefix and _split
+Edit  this file
+Test  python -m ch07_sglang_radix.exercises.check 1
+
+The radix tree in plain dicts, pages of one token. A node is a dict:
+
+    "key", "slots"    token ids on the edge that leads to it, and as many KV slots; both empty at the root
+    "children"        {first token of a child's key: the child}
+    "parent"          a node; None at the root
+    "lock_ref"        how many running requests have locked the path from here to the root
+
+Two functions. `split` cuts an edge in two, n tokens and the rest, and returns the new node in the middle. Requests
+keep a reference to `node` itself as the end of their locked path: which half must it be, and what is the lock of
+the other? `match_prefix` finds the longest cached prefix of `tokens`; an edge that matches in part is split.
+
+    n          0 < n < len(node["key"])
+    returns    split: the upper half; match_prefix: the slots of the prefix, and the node at which it ends
+"""
+
+
+def split(node: dict, n: int) -> dict:
+    raise NotImplementedError  # your turn
+
+
+def match_prefix(root: dict, tokens: list[int]) -> tuple[list[int], dict]:
+    raise NotImplementedError  # your turn

@@ -1,0 +1,1 @@
+"""One solution to each exercise of chapter 7."""

@@ -1,0 +1,320 @@
+"""The rest of the Engine's calls: streams, many callers, n, stop strings, control, traces."""
+
+import asyncio
+import itertools
+import json
+
+import pytest
+import torch
+
+from ch07_sglang_radix import Engine
+from common.tiny_qwen import TINY_QWEN_PATH
+from tests.oracle import greedy
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine(device="cpu", check=True, page_size=4)
+
+
+@pytest.fixture(scope="module")
+def question(engine):
+    return engine.wrapper.tokenizer.encode_chat([{"role": "user", "content": "What is a radix cache?"}])
+
+
+def at_rest(engine):
+    info = engine.get_server_info()
+    assert (info["running"], info["waiting"], info["protected_tokens"]) == (0, 0, 0)
+    assert info["free_tokens"] + info["evictable_tokens"] == info["max_total_num_tokens"]
+    return info
+
+
+def test_a_stream_grows_to_the_whole_answer(engine, question):
+    whole = engine.generate(input_ids=question, sampling_params={"max_new_tokens": 9})
+    chunks = list(engine.generate(input_ids=question, sampling_params={"max_new_tokens": 9}, stream=True))
+    assert [len(chunk["output_ids"]) for chunk in chunks] == list(range(1, 10))
+    assert all(later["text"].startswith(chunk["text"]) for chunk, later in itertools.pairwise(chunks))
+    assert chunks[-1]["text"] == whole["text"]
+    assert chunks[-1]["meta_info"]["finish_reason"] == {"type": "length", "length": 9}
+    assert chunks[0]["meta_info"]["finish_reason"] is None
+
+
+def test_streams_of_a_list_say_whose_they_are(engine, question):
+    last = {}
+    for chunk in engine.generate(input_ids=[question, [5, 6]], sampling_params={"max_new_tokens": 4}, stream=True):
+        last[chunk["index"]] = chunk["output_ids"]
+    assert last == {0: greedy(TINY_QWEN_PATH, question, 4), 1: greedy(TINY_QWEN_PATH, [5, 6], 4)}
+
+
+def test_who_leaves_a_stream_early_gives_everything_back(engine, question):
+    for i, _ in enumerate(
+        engine.generate(input_ids=[question, [5, 6]], sampling_params={"max_new_tokens": 99}, stream=True)
+    ):
+        if i == 5:
+            break
+    at_rest(engine)
+    assert engine.generate(input_ids=[7, 8], sampling_params={"max_new_tokens": 3})["output_ids"] == greedy(
+        TINY_QWEN_PATH, [7, 8], 3
+    )
+
+
+def test_n_answers_share_one_prompt(engine):
+    ids = [11] * 33
+    params = {"n": 4, "temperature": 1.5, "max_new_tokens": 8, "sampling_seed": 1}
+    answers = engine.generate(input_ids=ids, sampling_params=params)
+    assert len({tuple(answer["output_ids"]) for answer in answers}) > 1
+    assert [answer["meta_info"]["cached_tokens"] for answer in answers] == [0, 32, 32, 32]
+    assert [a["output_ids"] for a in engine.generate(input_ids=ids, sampling_params=params)] == [
+        a["output_ids"] for a in answers
+    ]
+    assert len(engine.generate(input_ids=[ids, [1, 2]], sampling_params={"n": 2, "max_new_tokens": 1})) == 4
+
+
+def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(engine, question):
+    whole = engine.generate(input_ids=question, sampling_params={"max_new_tokens": 30})["text"]
+    word = whole.split()[3]
+    result = engine.generate(input_ids=question, sampling_params={"max_new_tokens": 30, "stop": ["@@", " " + word]})
+    assert result["text"] == whole[: whole.index(" " + word)]
+    assert result["meta_info"]["finish_reason"] == {"type": "stop", "matched": " " + word}
+    assert result["meta_info"]["completion_tokens"] < 30
+    one = engine.generate(input_ids=question, sampling_params={"max_new_tokens": 30, "stop": whole[5:9]})
+    assert one["text"] == whole[:5], "across tokens"
+
+
+def test_stop_strings_that_end_inside_a_character(engine):
+    """A Chinese character is several tokens of this vocabulary."""
+    ids = engine.wrapper.tokenizer.encode_chat([{"role": "user", "content": "什么是全归约？"}])
+    whole = engine.generate(input_ids=ids, sampling_params={"max_new_tokens": 40})["text"]
+    assert engine.generate(input_ids=ids, sampling_params={"max_new_tokens": 40, "stop": whole[6]})["text"] == whole[:6]
+
+
+def test_many_callers_at_once_run_together(question):
+    engine = Engine(device="cpu", check=True, page_size=4)
+
+    async def callers():
+        tasks = [engine.async_generate(input_ids=[i, i + 1], sampling_params={"max_new_tokens": 6}) for i in range(5)]
+        return await asyncio.gather(*tasks)
+
+    async def streamed():
+        stream = await engine.async_generate(input_ids=question, sampling_params={"max_new_tokens": 5}, stream=True)
+        return [chunk["output_ids"] async for chunk in stream]
+
+    async def cancelled():
+        task = asyncio.create_task(
+            engine.async_generate(input_ids=question, sampling_params={"max_new_tokens": 400, "ignore_eos": True})
+        )
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    results = asyncio.run(callers())
+    assert [r["output_ids"] for r in results] == [greedy(TINY_QWEN_PATH, [i, i + 1], 6) for i in range(5)]
+    assert engine.get_server_info()["steps"]["decode"] < 5 * 5, "they did not run one by one"
+    chunks = asyncio.run(streamed())
+    assert chunks[-1] == greedy(TINY_QWEN_PATH, question, 5)
+    assert len(chunks) == 5
+    asyncio.run(cancelled())
+    at_rest(engine)
+    with pytest.raises(ValueError, match="async_generate has been called"):
+        engine.generate("What?")
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        asyncio.run(engine.async_generate(input_ids=[]))
+    assert engine.flush_cache()
+    engine.shutdown()
+
+
+def test_a_step_that_fails_reaches_whoever_waits():
+    engine = Engine(device="cpu")
+
+    def broken(task):
+        raise RuntimeError("the GPU is on fire")
+
+    engine.scheduler.control.execute = broken
+    with pytest.raises(RuntimeError, match="on fire"):
+        asyncio.run(engine.async_generate(input_ids=[1, 2]))
+    with pytest.raises(RuntimeError, match="on fire"):
+        asyncio.run(engine.async_generate(input_ids=[1, 2]))
+    engine._loop = None
+
+
+def test_flush_cache_forgets_and_refuses_while_something_runs(engine, question):
+    engine.generate(input_ids=question, sampling_params={"max_new_tokens": 2})
+    assert at_rest(engine)["evictable_tokens"] > 0
+    stream = engine.generate(input_ids=question, sampling_params={"max_new_tokens": 5}, stream=True)
+    next(stream)
+    assert not engine.flush_cache()
+    stream.close()
+    assert engine.flush_cache()
+    info = at_rest(engine)
+    assert info["free_tokens"] == info["max_total_num_tokens"]
+    again = engine.generate(input_ids=question, sampling_params={"max_new_tokens": 2})
+    assert again["meta_info"]["cached_tokens"] == 0
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("steps", range(7))
+def test_abort_at_any_moment_gives_every_page_back(steps, overlap):
+    """Waiting, in the middle of its chunks, running, finished: five requests, one aborted after so many steps."""
+    engine = Engine(
+        device="cpu", check=True, page_size=4, max_running_requests=3, chunked_prefill_size=8,
+        disable_overlap_schedule=not overlap,
+    )  # fmt: skip
+    scheduler, prompts = engine.scheduler, [[i] * (5 + 7 * i) for i in range(1, 6)]
+    for victim in range(5):
+        engine.flush_cache()
+        rids = [scheduler.add_request(input_ids=p, max_new_tokens=4) for p in prompts]
+        for _ in range(steps):
+            scheduler.step()
+        ended = engine.abort_request(rids[victim])
+        results = scheduler.process_requests()
+        for i, rid in enumerate(rids):
+            expected = greedy(TINY_QWEN_PATH, prompts[i], 4)
+            if i == victim and ended:
+                assert results[rid].finish_reason == {"type": "abort"}
+                assert results[rid].output_ids == expected[: len(results[rid].output_ids)]
+            else:
+                assert results[rid].output_ids == expected
+        at_rest(engine)
+    assert engine.abort_request(10_000) == 0
+    rids = [scheduler.add_request(input_ids=p, max_new_tokens=4) for p in prompts]
+    scheduler.step()
+    assert engine.abort_request(abort_all=True) == 5
+    assert len(scheduler.process_requests()) == 5
+    at_rest(engine)
+
+
+def test_info_counts_what_was_served():
+    engine = Engine(device="cpu", page_size=4, max_total_tokens=400, schedule_policy="lpm", radix_eviction_policy="lfu")
+    for _ in range(2):
+        engine.generate(input_ids=list(range(21)), sampling_params={"max_new_tokens": 2})
+    info = at_rest(engine)
+    assert (info["prompt_tokens"], info["cached_tokens"], info["hit_rate"]) == (42, 20, 20 / 42)
+    assert (info["schedule_policy"], info["radix_eviction_policy"]) == ("lpm", "lfu")
+    assert info["max_total_num_tokens"] == 400
+
+
+def test_cached_tokens_are_what_a_plain_simulation_says():
+    """A random conversation, request by request: the longest prefix that any earlier one has left, in whole pages."""
+    rng = torch.Generator().manual_seed(3)
+    for page_size in (1, 4, 16):
+        engine, left, served = Engine(device="cpu", check=True, page_size=page_size), [], []
+        for _ in range(25):
+            base = left[int(torch.randint(len(left), (), generator=rng))] if left else []
+            n = int(torch.randint(len(base) + 1, (), generator=rng))
+            ids = (
+                base[:n]
+                + torch.randint(0, 900, (int(torch.randint(1, 20, (), generator=rng)),), generator=rng).tolist()
+            )
+            out = engine.generate(input_ids=ids, sampling_params={"max_new_tokens": 3, "ignore_eos": True})
+            common = max((_common(ids[:-1], other) for other in left), default=0)
+            assert out["meta_info"]["cached_tokens"] == common // page_size * page_size
+            left.append(ids + out["output_ids"][:-1])  # the last token was never fed in
+            left[-1] = left[-1][: len(left[-1]) // page_size * page_size]
+            served.append(common)
+        assert sum(served) > 0
+
+
+def _common(a, b):
+    n = 0
+    while n < min(len(a), len(b)) and a[n] == b[n]:
+        n += 1
+    return n
+
+
+def test_the_trace_tells_every_step(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    with Engine(device="cpu", page_size=4, chunked_prefill_size=16, max_total_tokens=80, trace=path) as engine:
+        prompts = [list(range(40)), list(range(20)), [7] * 5]
+        outputs = engine.generate(input_ids=prompts, sampling_params={"max_new_tokens": 3, "ignore_eos": True})
+        engine.generate(input_ids=[300 + i for i in range(60)], sampling_params={"max_new_tokens": 2})
+        evicted, inserted = engine.scheduler.tree.evicted, engine.scheduler.tree.inserted
+        free, steps = engine.scheduler.pool.num_free_pages, engine.scheduler.steps
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    kinds = [line["kind"] for line in lines]
+    assert {kind: kinds.count(kind) for kind in ("prefill", "decode")} == steps
+    computed = sum(new for line in lines if line["kind"] == "prefill" for _, _, new, _ in line["scheduled"])
+    cached = sum(output["meta_info"]["cached_tokens"] for output in outputs)
+    assert computed == sum(map(len, prompts)) + 60 - cached
+    assert any(line["chunked"] == 0 for line in lines)
+    assert sum(line["finished"] for line in lines) == 4
+    assert sum(line["tree"]["evicted"] for line in lines) == evicted > 0
+    assert sum(line["tree"]["inserted"] for line in lines) == inserted
+    taken, given = (sum(line["pages"][key] for line in lines) for key in ("taken", "given"))
+    assert 20 - taken + given == free == lines[-1]["pages"]["free"]
+    assert all(line["ms"]["total"] >= line["ms"]["settle"] for line in lines)
+
+
+def test_kv_in_a_smaller_dtype_holds_more_and_says_nearly_the_same(question):
+    full, half = (Engine(device="cpu", kv_cache_dtype=dtype) for dtype in ("auto", "bfloat16"))
+    assert half.wrapper.kv_cache.k.dtype == torch.bfloat16
+    assert half.get_server_info()["kv_cache_dtype"] == "bfloat16"
+    answers = [
+        e.generate(input_ids=question, sampling_params={"max_new_tokens": 20}, return_logprob=True)
+        for e in (full, half)
+    ]
+    a, b = ([logprob for logprob, _ in answer["meta_info"]["output_token_logprobs"]] for answer in answers)
+    assert answers[0]["output_ids"] == answers[1]["output_ids"]
+    assert a != b
+    assert a == pytest.approx(b, abs=0.05)
+
+
+def test_the_pool_can_be_a_share_of_the_memory():
+    sizes = [
+        Engine(device="cpu", mem_fraction_static=f, max_running_requests=4000).get_server_info()["max_total_num_tokens"]
+        for f in (0.01, 0.02)
+    ]
+    assert 1.8 < sizes[1] / sizes[0] < 2.3
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"schedule_policy": "lru"}, "schedule_policy='lru' is unknown; use fcfs"),
+        ({"radix_eviction_policy": "lpm"}, "radix_eviction_policy='lpm' is unknown; use lru"),
+        ({"mem_fraction_static": 1.5}, "mem_fraction_static=1.5 must be between 0 and 1"),
+        ({"kv_cache_dtype": "int3"}, "kv_cache_dtype='int3' is unknown; use auto"),
+        ({"small_request_share": 1.0}, "small_request_share=1.0 must be in"),
+    ],
+)
+def test_bad_options_are_refused(options, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        Engine(device="cpu", **options)
+
+
+@pytest.mark.parametrize(
+    ("params", "complaint"),
+    [({"n": 0}, "n=0 must be a whole number"), ({"stop": [""]}, "none of them empty"), ({"stop": 3}, "stop")],
+)
+def test_bad_parameters_are_refused_before_anything_runs(engine, params, complaint):
+    steps = dict(engine.scheduler.steps)
+    with pytest.raises(ValueError, match=complaint):
+        engine.generate(["What?", "Why?"], [{}, params])
+    assert engine.scheduler.steps == steps
+    at_rest(engine)
+
+
+def stream_and_follow(prompt):
+    engine = Engine(device="cpu")
+    chunks = [
+        c["output_ids"] for c in engine.generate(input_ids=prompt, sampling_params={"max_new_tokens": 4}, stream=True)
+    ]
+    after = engine.generate(input_ids=[1, 2, 3], sampling_params={"max_new_tokens": 3})["output_ids"]
+    answer = None
+    if engine.scheduler.tp.rank == 0:
+        answer = asyncio.run(engine.async_generate(input_ids=prompt, sampling_params={"max_new_tokens": 4}))[
+            "output_ids"
+        ]
+        engine._loop.stop()
+    else:
+        engine.follow()
+    return chunks, after, answer
+
+
+def test_two_ranks_stream_and_follow(ranks, question):
+    (chunks, after, answer), (others, other_after, nothing) = ranks(2).run(stream_and_follow, question)
+    expected = greedy(TINY_QWEN_PATH, question, 4)
+    assert chunks == [expected[: n + 1] for n in range(4)]
+    assert others == [expected]
+    assert after == other_after == greedy(TINY_QWEN_PATH, [1, 2, 3], 3)
+    assert (answer, nothing) == (expected, None)

@@ -1,0 +1,174 @@
+"""In which order waiting requests try to get in."""
+
+import numpy as np
+import pytest
+
+from ch07_sglang_radix.memory_pool import TokenToKVPool
+from ch07_sglang_radix.radix_cache import RadixCache
+from ch07_sglang_radix.request import Req
+from ch07_sglang_radix.schedule_policy import LPM_QUEUE_LIMIT, STARVING, SchedulePolicy
+from common.sampler import SamplingParams
+from common.tiny_qwen import TINY_QWEN_PATH
+from tests.ch07.test_scheduler import make, params
+from tests.oracle import greedy
+
+A, B, C = list(range(100)), list(range(200, 300)), list(range(400, 500))
+
+
+def tree_with(*keys):
+    tree = RadixCache(TokenToKVPool(num_pages=1000, page_size=1))
+    for key in keys:
+        tree.insert(key, tree.pool.alloc(len(key)))
+    return tree
+
+
+def reqs(*prompts, priorities=()):
+    priorities = [*priorities, *[0] * len(prompts)]
+    return [Req(i, None, list(p), SamplingParams(), 0, priority=priorities[i]) for i, p in enumerate(prompts)]
+
+
+def order(name, tree, waiting, **options):
+    return [req.rid for req in SchedulePolicy(name, tree, **options).order(waiting)]
+
+
+def test_fcfs_leaves_the_order_alone():
+    assert order("fcfs", tree_with(B), reqs(A, [*B, 1], C)) == [0, 1, 2]
+
+
+def test_lpm_puts_the_longest_match_first():
+    waiting = reqs([7, 8], [*A[:50], 1], [*B[:90], 1], [*A[:50], 2])
+    assert order("lpm", tree_with(A, B), waiting) == [2, 1, 3, 0]
+
+
+def test_lpm_sends_one_ahead_of_those_that_share_what_nobody_has_computed():
+    new = [900 + i for i in range(40)]
+    waiting = reqs([*new, 1], [*new, 2], [5] * 3, [*new[:20], 3])
+    assert order("lpm", tree_with(A), waiting) == [0, 2, 3, 1], "20 shared tokens are not worth waiting for, 40 are"
+
+
+def test_what_is_in_the_tree_already_need_not_wait_for_anybody():
+    waiting = reqs([*A[:60], 1], [*A[:60], 2])
+    assert order("lpm", tree_with(A), waiting) == [0, 1]
+
+
+def test_lpm_falls_back_to_fcfs_when_the_queue_is_long():
+    waiting = reqs(*([i] for i in range(LPM_QUEUE_LIMIT)), [*A[:50], 1])
+    assert order("lpm", tree_with(A), waiting) == list(range(LPM_QUEUE_LIMIT + 1))
+    assert order("lpm", tree_with(A), waiting[1:])[0] == LPM_QUEUE_LIMIT
+
+
+def test_dfs_weight_goes_into_the_heaviest_subtree_first():
+    tree = tree_with(A + B, A + C, B)
+    waiting = reqs([*B[:50], 1], A + C[:10] + [1], A + B[:10] + [1], A + B[:10] + [2], [*A[:5], 9])
+    got = order("dfs-weight", tree, waiting)
+    assert got[:2] == [2, 3], "the subtree with most requests, depth first"
+    assert got.index(1) < got.index(4), "children before the node itself"
+    assert got[-1] == 0
+
+
+def test_random_is_a_permutation_and_repeats_with_its_seed():
+    waiting = reqs(*([i] for i in range(20)))
+    first = order("random", tree_with(), waiting, seed=3)
+    assert sorted(first) == list(range(20))
+    assert first != list(range(20))
+    assert first == order("random", tree_with(), waiting, seed=3) != order("random", tree_with(), waiting, seed=4)
+
+
+def test_priority_then_arrival():
+    assert order("priority", tree_with(), reqs([1], [2], [3], [4], priorities=(0, 2, 1, 2))) == [1, 3, 2, 0]
+
+
+def test_dynamic_leaves_lpm_when_there_is_nothing_to_hit_and_tries_again_later():
+    policy = SchedulePolicy("dynamic", tree_with(A))
+    waiting = reqs([7, 8], [*A[:50], 1])
+    assert [r.rid for r in policy.order(waiting)] == [1, 0]
+    for _ in range(16):
+        policy.admitted(0, 100)
+    chosen = []
+    for _ in range(20):
+        policy.order(waiting)
+        chosen.append(policy.active)
+    assert chosen.count("fcfs") > 10
+    assert "lpm" in chosen
+    for _ in range(64):
+        policy.admitted(90, 100)
+    assert [r.rid for r in policy.order(waiting)] == [1, 0]
+
+
+@pytest.mark.parametrize("name", ["lpm", "dfs-weight", "random", "priority", "dynamic"])
+def test_who_has_been_passed_over_too_often_goes_first(name):
+    waiting = reqs([*A[:50], 1], [5] * 9, [*A[:50], 2], priorities=(1, 0, 1))
+    waiting[1].passed_over = STARVING
+    assert order(name, tree_with(A), waiting)[0] == 1
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(ValueError, match="schedule_policy='lru' is unknown; use fcfs, lpm"):
+        SchedulePolicy("lru", tree_with())
+
+
+def test_nobody_starves_behind_a_stream_of_better_matches():
+    """Under lpm each step brings two requests that match; the one that matches nothing still gets its turn."""
+    scheduler = make(TINY_QWEN_PATH, page_size=4, pool=400, rows=2, schedule_policy="lpm")
+    hot = list(range(48))
+    scheduler.add_request(input_ids=hot, sampling_params=params(1))
+    scheduler.process_requests()
+    cold, done_at = scheduler.add_request(input_ids=[9] * 40, sampling_params=params(2)), []
+
+    def arrivals(step):
+        if cold in scheduler.results:
+            done_at.append(step)
+        if done_at or step > 100:
+            return False
+        for i in range(2):
+            scheduler.add_request(input_ids=[*hot, step % 90, i], sampling_params=params(2))
+        return True
+
+    scheduler.process_requests(arrivals)
+    assert done_at, "never served"
+
+
+def test_a_long_prompt_leaves_room_for_short_ones():
+    """With small_request_share a short prompt does not wait until the long one is through; the answers are the same."""
+    long, short = [i % 700 for i in range(300)], [[i] * 8 for i in range(1, 4)]
+    steps = {}
+    for share in (0.0, 0.25):
+        scheduler = make(TINY_QWEN_PATH, page_size=4, chunked_prefill_size=64, small_request_share=share)
+        rids = [scheduler.add_request(input_ids=p, sampling_params=params(3)) for p in (long, *short)]
+        first = {}
+
+        def arrivals(step, scheduler=scheduler, first=first):
+            for req in scheduler.running:
+                first.setdefault(req.rid, step)
+            return False
+
+        results = scheduler.process_requests(arrivals)
+        assert [results[rid].output_ids for rid in rids] == [greedy(TINY_QWEN_PATH, p, 3) for p in (long, *short)]
+        steps[share] = max(first[rid] for rid in rids[1:])
+    assert steps[0.25] < steps[0.0]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_decode_waits_for_one_chunk_at_most(mixed):
+    """While a long prompt is computed, a running request gets a token at least every second step; mixed, in every step."""
+    scheduler = make(TINY_QWEN_PATH, page_size=4, chunked_prefill_size=16, enable_mixed_chunk=mixed)
+    runner = scheduler.add_request(input_ids=[1, 2, 3], sampling_params=params(60))
+    grown = []
+
+    def arrivals(step):
+        if step == 4:
+            for i in range(3):
+                scheduler.add_request(input_ids=[i + 5] + [3] * 120, sampling_params=params(2))
+        req = next((r for r in scheduler.running if r.rid == runner), None)
+        grown.append(len(req.output_ids) if req else None)
+        return step < 4
+
+    results = scheduler.process_requests(arrivals)
+    assert results[runner].output_ids == greedy(TINY_QWEN_PATH, [1, 2, 3], 60)
+    during = np.diff([n for n in grown[4:40] if n is not None])
+    assert scheduler.steps["prefill"] > 20
+    if mixed:
+        assert during.min() == 1
+    else:
+        assert (during[:-1] + during[1:]).min() >= 1
+        assert during.min() == 0
