@@ -44,6 +44,7 @@ from common.tiny_qwen import TINY_QWEN_PATH
 
 LIMITED = 0.4  # of the pages that all distinct tokens need
 SMALL_BATCH = 4
+FEWER = 0.4  # of the unrelated prompts in the step-by-step comparison: more rounds tell more than longer ones
 Outputs = list[RequestOutput]
 OFF, FCFS, LPM = ("off", "fcfs"), ("on", "fcfs"), ("on", "lpm")  # cache, schedule policy
 
@@ -63,7 +64,7 @@ def main() -> None:
     if tp.device.type == "cpu":
         torch.set_num_threads(1)
     wrapper = TPRadixAttentionModelWrapper(str(folder), args.device, tp=tp)
-    with tqdm(total=len(args.workloads) * 9 + args.rounds * 3 + 2, unit="run", disable=None) as bar:
+    with tqdm(total=len(args.workloads) * 8 + args.rounds * 3 + 2, unit="run", disable=None) as bar:
         bench = Bench(wrapper, args.scale, bar)
         rows = [row for name in args.workloads for row in bench.measure(name)]
         rows += bench.overhead(args.rounds)
@@ -80,7 +81,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--scale", type=float, default=1.0, help="so many times the programs of each workload")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--rounds", type=int, default=5, help="of the step-by-step comparison")
+    parser.add_argument("--rounds", type=int, default=16, help="of the step-by-step comparison")
     parser.add_argument("--out", type=Path, default=FIGURES / "bench_prefix.csv")
     parser.add_argument("--simulate", action="store_true", help="serve a trace without a model")
     parser.add_argument("--trace", type=Path, help="JSON lines with timestamp, input_length, output_length, hash_ids")
@@ -127,14 +128,17 @@ class Bench:
         self.large = Setting("large", wrapper.kv_cache.num_pages, wrapper.max_running_requests)
         self.run("few-shot", self.large, *OFF)  # warm up
 
-    def run(self, workload: str, setting: "Setting", cache: str, policy: str) -> tuple[Clients, Outputs]:
+    def run(
+        self, workload: str, setting: "Setting", cache: str, policy: str, share: float = 1.0
+    ) -> tuple[Clients, Outputs]:
+        """share: of the workload's programs."""
         self.bar.set_description(f"{workload}, {setting.name}, cache {cache}, {policy}")
         scheduler = TPScheduler(self.wrapper, schedule_policy=policy, disable_radix_cache=cache == "off")
         if scheduler.tp.rank == 0:  # what is more than the setting's is taken by nobody
             scheduler.pool.alloc(self.large.pages - setting.pages)
             for _ in range(self.large.batch - setting.batch):
                 scheduler.req_to_token.alloc()
-        programs = WORKLOADS[workload](Source(self.wrapper.config.vocab_size), self.scale)
+        programs = WORKLOADS[workload](Source(self.wrapper.config.vocab_size), self.scale * share)
         clock = time.process_time if self.wrapper.tp.device.type == "cpu" else time.perf_counter
         clients = Clients(scheduler, programs, clock)
         outputs = list(clients.run().values())
@@ -149,7 +153,7 @@ class Bench:
             if name == "limited":
                 setting = Setting(name, self.limited(outputs), batch)
             mine = []
-            for cache, policy in (OFF, FCFS, LPM):
+            for cache, policy in (OFF, FCFS, LPM) if batch > SMALL_BATCH else (OFF, LPM):
                 clients, outputs = self.run(workload, setting, cache, policy)
                 if self.wrapper.tp.rank == 0:
                     mine.append(self.row(workload, setting, cache, policy, clients, outputs))
@@ -183,13 +187,13 @@ class Bench:
 
     def overhead(self, rounds: int) -> list[dict]:
         """Unrelated prompts in a limited pool, so that the tree has to evict: the same steps with the cache and without."""
-        _, outputs = self.run("unrelated", self.large, *OFF)
+        _, outputs = self.run("unrelated", self.large, *OFF, FEWER)
         setting = Setting("limited", self.limited(outputs), self.large.batch)
         hows = [OFF, FCFS, LPM]
         rows, steps = {}, {how: [] for how in hows}
         for i in range(rounds):
             for how in hows[i % 3 :] + hows[: i % 3]:
-                clients, outputs = self.run("unrelated", setting, *how)
+                clients, outputs = self.run("unrelated", setting, *how, FEWER)
                 steps[how].append(clients.step_s)
                 if self.wrapper.tp.rank == 0:
                     rows[how] = self.row("unrelated, step by step", setting, *how, clients, outputs)

@@ -31,7 +31,7 @@ IN_BATCH_MATCH = 32  # with more than this in the tree, a request need not wait 
 IN_BATCH_PREFIX = 32  # tokens shared with another waiting request that are worth waiting for
 STARVING = 16  # prefill steps
 DYNAMIC_HIT_RATE, DYNAMIC_WINDOW = 0.1, 64  # least hit rate of so many last admissions that lpm is worth
-DYNAMIC_LEAST = 16  # admissions before it judges: the first ones find an empty tree
+DYNAMIC_LEAST = 8  # admissions before it judges: the first ones find an empty tree
 DYNAMIC_RETRY = 16  # steps of fcfs after which lpm gets another chance
 
 

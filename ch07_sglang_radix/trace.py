@@ -30,7 +30,7 @@ class Trace:
     """One line a step, written by rank 0 as the steps go."""
 
     def __init__(self, path: str | Path, scheduler: "TPScheduler"):
-        self._file = open(path, "w", encoding="utf-8", buffering=1 << 16)
+        self._file = open(path, "w", encoding="utf-8", buffering=1 << 16)  # noqa: SIM115, open until `close`
         self._scheduler = scheduler
         self._task: PrefillTask | DecodeTask | None = None
         scheduler.tp.ledger.entries.clear()

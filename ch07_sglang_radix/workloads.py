@@ -1,7 +1,7 @@
 """Workloads in which requests share prefixes, each in its own way, and how much sharing the best cache could use.
 
-The shapes are those on which RadixAttention was measured (Zheng et al. 2024, section 6). Token ids are random: what is
-shared is shared because a program repeats it, and never by chance.
+The shapes are those on which RadixAttention was measured (Zheng et al. 2024, section 6). Token ids are random: a
+page is shared because a program repeats it, and never by chance.
 
 A program is a generator. It yields the calls that it wants answered, all of which may run at the same time, and
 is sent their answers:
@@ -57,7 +57,7 @@ def chat(source: Source, scale: float) -> list[Program]:
 def few_shot(source: Source, scale: float) -> list[Program]:
     """Questions of four tasks, mixed; each behind the worked examples of its task."""
     examples = [source.text(350, 450) for _ in range(4)]
-    prompts = [examples[i % 4] + source.text(24, 48) for i in range(_count(48, scale))]
+    prompts = [examples[i % 4] + source.text(24, 48) for i in range(_count(40, scale))]
     return _one_call_each(source, prompts, 16)
 
 
@@ -100,7 +100,7 @@ def self_consistency(source: Source, scale: float) -> list[Program]:
 def document_qa(source: Source, scale: float) -> list[Program]:
     """Questions on four documents, mixed. A document is longer than a prefill step on a CPU."""
     documents = [source.text(1050, 1300) for _ in range(4)]
-    prompts = [documents[i % 4] + source.text(16, 40) for i in range(_count(24, scale))]
+    prompts = [documents[i % 4] + source.text(16, 40) for i in range(_count(20, scale))]
     return _one_call_each(source, prompts, 16)
 
 
