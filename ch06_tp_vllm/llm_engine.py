@@ -269,6 +269,8 @@ class LLMEngine:
 
     def _cache(self, request: Request) -> None:
         """Name the full blocks whose tokens are computed, or queued to be, and known."""
+        if request.num_computed_tokens < (request.num_blocks_named + 1) * self.blocks.block_size:
+            return  # no new full block, as in most steps
         # the last token of a finished request was never fed in, or in a step too many
         known = len(request.prompt_token_ids) + len(request.output_token_ids) - request.status.finished
         self.blocks.cache_full_blocks(request, min(request.num_computed_tokens, known))

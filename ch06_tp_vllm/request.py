@@ -20,9 +20,8 @@ class RequestStatus(Enum):
     FINISHED_LENGTH_CAPPED = "length"
     FINISHED_ABORTED = "abort"
 
-    @property
-    def finished(self) -> bool:
-        return self.name.startswith("FINISHED")
+    def __init__(self, reason: str):
+        self.finished = reason in ("stop", "length", "abort")  # asked of every request in every step
 
 
 @dataclass(eq=False)

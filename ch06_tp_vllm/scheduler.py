@@ -16,6 +16,7 @@ Sarathi-Serve (Agrawal et al. 2024) for the mixed step; Orca (Yu et al. 2022) fo
 import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ch06_tp_vllm.block_manager import BlockManager
 from ch06_tp_vllm.request import Request, RequestStatus
@@ -23,8 +24,7 @@ from ch06_tp_vllm.request import Request, RequestStatus
 POLICIES = ("fcfs", "priority")
 
 
-@dataclass(frozen=True)
-class ScheduledRequest:
+class ScheduledRequest(NamedTuple):
     """num_new tokens behind num_computed ones; `emits` if a token is drawn after the last of them."""
 
     request: Request
@@ -86,13 +86,15 @@ class Scheduler:
         for request in list(self.running):
             if budget == 0:
                 break
-            lacking = request.num_tokens - request.num_computed_tokens
-            if request.status is not RequestStatus.RUNNING or request.num_tokens >= request.max_tokens:
+            tokens, computed = request.num_tokens, request.num_computed_tokens
+            if request.status is not RequestStatus.RUNNING or tokens >= request.max_tokens:
                 continue  # preempted a moment ago, or its last token is being drawn
-            num_new = min(lacking, budget)
-            if not self._make_room(request, request.num_computed_tokens + num_new, scheduled, preempted):
+            num_new = min(tokens - computed, budget)
+            # as in most steps of most requests: the last block has room for one more
+            fits = computed + num_new <= len(request.block_table) * self.blocks.block_size
+            if not fits and not self._make_room(request, computed + num_new, scheduled, preempted):
                 continue
-            scheduled.append(self._entry(request, num_new))
+            scheduled.append(ScheduledRequest(request, computed, num_new, computed + num_new == tokens))
             budget -= num_new
         budget = self.max_num_batched_tokens - sum(s.num_new for s in scheduled)
         for request in list(self.waiting) if not preempted else ():
@@ -103,13 +105,10 @@ class Scheduler:
             num_new = self._start(request, budget)
             if num_new == 0:
                 break
-            scheduled.append(self._entry(request, num_new))
+            computed = request.num_computed_tokens
+            scheduled.append(ScheduledRequest(request, computed, num_new, computed + num_new == request.num_tokens))
             budget -= num_new
         return SchedulerOutput(scheduled, len(preempted))
-
-    def _entry(self, request: Request, num_new: int) -> ScheduledRequest:
-        computed = request.num_computed_tokens
-        return ScheduledRequest(request, computed, num_new, computed + num_new == request.num_tokens)
 
     def _parent_is_ready(self, parent: Request) -> bool:
         """The prompt that the n answers share is computed, or gone: then nothing is to be waited for."""

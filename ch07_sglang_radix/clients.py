@@ -27,7 +27,8 @@ class _Client:
 class Clients:
     """Sends the calls of all programs at once, and a program's next ones when its last ones are answered.
 
-    first_token_s: {request id: seconds from sending to its first token}; step_s: of each step, by `step_clock`; seconds: of all.
+    first_token_s: {request id: seconds from sending to its first token}; seconds: of the whole run; by `step_clock`:
+    step_s: seconds of each step; host_s: those outside the model, in which rank 0 decides and accounts.
     """
 
     def __init__(
@@ -37,9 +38,12 @@ class Clients:
         self._clients = [_Client(i, program) for i, program in enumerate(programs)]
         self._whose: dict[int, _Client] = {}
         self._sent: dict[int, float] = {}
-        self._seen: list[float] = []  # step_clock before each step
+        self._seen: list[tuple[float, float]] = []  # before each step: time, and how much of it was the model's
+        self._in_model = 0.0
         self.first_token_s: dict[int, float] = {}
         self.seconds = 0.0
+        scheduler.control.execute = self._time_model(scheduler.control.execute)
+        scheduler.control.sample = self._time_model(scheduler.control.sample)
 
     def run(self) -> dict[int, RequestOutput]:
         """Every rank calls it; the times are rank 0's."""
@@ -50,14 +54,28 @@ class Clients:
 
     @property
     def step_s(self) -> list[float]:
-        return [after - before for before, after in zip(self._seen, self._seen[1:], strict=False)]
+        return [after - before for (before, _), (after, _) in zip(self._seen, self._seen[1:], strict=False)]
+
+    @property
+    def host_s(self) -> list[float]:
+        in_model = [after - before for (_, before), (_, after) in zip(self._seen, self._seen[1:], strict=False)]
+        return [step - model for step, model in zip(self.step_s, in_model, strict=True)]
+
+    def _time_model(self, call: Callable) -> Callable:
+        def timed(*args):
+            began = self.step_clock()
+            result = call(*args)
+            self._in_model += self.step_clock() - began
+            return result
+
+        return timed
 
     def _before_step(self, step: int) -> bool:
         now = time.perf_counter()
         if not self._seen:
             for client in self._clients:
                 self._send(client, None)
-        self._seen.append(self.step_clock())
+        self._seen.append((self.step_clock(), self._in_model))
         for req in self.scheduler.grown.values():
             self.first_token_s.setdefault(req.rid, now - self._sent[req.rid])
             if req.finish_reason:

@@ -34,7 +34,8 @@ ROUNDS = 6  # of the same scene; the first ones warm up
 PROMPTS, SHARED, LATE, LATE_AT = (96, 40, 20), 64, 24, 3  # tokens; a prompt that comes later begins like the first one
 CONTEXTS = (16, 128, 1000)  # tokens of a prompt that runs alone
 NEW_TOKENS = 6
-ALIGN = time.time() - time.perf_counter()  # fine steps within a rank, one zero for all of them
+# one zero for all ranks; the largest difference is the one with the least time between the two looks
+ALIGN = max(time.time() - time.perf_counter() for _ in range(100))
 
 
 def main() -> None:
@@ -76,7 +77,7 @@ def ask(scheduler: TPScheduler, ids: list[int]) -> None:
 
 
 class Recorder:
-    """Watches the calls of one rank's control plane; they do what they did before."""
+    """Watches the calls of one rank; they do what they did before. A step begins with a call, and ends when the next begins."""
 
     def __init__(self, scheduler: TPScheduler):
         control, wrapper, self._ledger = scheduler.control, scheduler.wrapper, scheduler.tp.ledger
@@ -85,15 +86,15 @@ class Recorder:
         self._begin()
         first = scheduler.tp.rank == 0
         if first:
-            self._watch(scheduler, "step", "schedule", None, around=True)
-            self._watch(control, "send_task", "task", None)
-            self._watch(control, "sample", "sample", None)
+            self._watch(scheduler, "step", "schedule", begins=True)
+            self._watch(control, "send_task", "task")
+            self._watch(control, "sample", "sample")
         else:
-            self._watch(control, "receive_task", "task", None)
-        self._watch(control, "_execute", "execute", "sample" if first else "tokens")
-        self._watch(wrapper, "execute_prefill_task", "execute", "gather")
-        self._watch(wrapper, "execute_decode_task", "execute", "gather")
-        self._watch(control, "_share_tokens", "tokens", "account" if first else None, around=not first)
+            self._watch(control, "receive_task", "task", begins=True)
+        self._watch(control, "_execute", "execute", then="sample" if first else None)
+        self._watch(wrapper, "execute_prefill_task", "execute", then="gather")
+        self._watch(wrapper, "execute_decode_task", "execute", then="gather")
+        self._watch(control, "_share_tokens", "tokens", then="account" if first else None)
         record, self._ledger.enabled = self._ledger.record, True
 
         def timed(op: str, label: str, x) -> None:
@@ -104,24 +105,21 @@ class Recorder:
 
     def take(self) -> list[dict[str, Any]]:
         """The steps since the last call."""
+        self._begin()
         steps, self._steps = self._steps, []
         return steps
 
-    def _watch(self, owner: Any, name: str, phase: str, then: str | None, around: bool = False) -> None:
-        """While owner.name runs the rank is in `phase`, afterwards in `then`. around: with its end the step ends."""
+    def _watch(self, owner: Any, name: str, phase: str, then: str | None = None, begins: bool = False) -> None:
+        """While owner.name runs the rank is in `phase`, or in one that a call inside names; afterwards in `then`."""
         call: Callable = getattr(owner, name)
 
         def watched(*args):
+            if begins:
+                self._begin()
             self._enter(phase)
             result = call(*args)
-            for value in (*args, result):
-                if isinstance(value, Task):
-                    self._task = value
-            if then:
-                self._enter(then)
-            if around:
-                self._enter(None)
-                self._end()
+            self._enter(then)
+            self._task = next((value for value in (*args, result) if isinstance(value, Task)), self._task)
             return result
 
         setattr(owner, name, watched)
@@ -136,20 +134,13 @@ class Recorder:
             self._spans.append([phase, now, None])
 
     def _begin(self) -> None:
-        self._spans: list[list] = []
-        self._at: list[float] = []
+        """Write down the step that has ended, if it was one: the word to stop is none."""
+        if self._task is not None and not isinstance(self._task, StopTask):
+            self._enter(None)
+            messages = [asdict(entry) | {"at": at} for entry, at in zip(self._ledger.entries, self._at, strict=True)]
+            self._steps.append(facts(self._task) | {"spans": self._spans, "messages": messages})
+        self._task, self._spans, self._at = None, [], []
         self._ledger.entries.clear()
-
-    def _end(self) -> None:
-        """Write the step down; what followed the last one (the results, the word to stop) is none."""
-        task = self._task
-        if task is not None and not isinstance(task, StopTask):
-            entries = zip(self._ledger.entries, self._at, strict=True)
-            begin = max(i for i, entry in enumerate(self._ledger.entries) if entry.label == "task")
-            messages = [asdict(entry) | {"at": at} for entry, at in list(entries)[begin:]]
-            self._steps.append(facts(task) | {"spans": self._spans, "messages": messages})
-        self._task = None
-        self._begin()
 
 
 def facts(task: Task) -> dict[str, Any]:

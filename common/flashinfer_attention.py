@@ -52,7 +52,7 @@ class FlashInferAttention:
         (_, heads, d), (_, _, kv_heads, _) = q.shape, self.cache.k[0].shape
         if d not in HEAD_DIMS:
             raise ValueError(f"attention_backend=flashinfer knows head_dim {HEAD_DIMS}, this model has {d}; use triton")
-        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace(q.device), "NHD")
+        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace(q.device), "NHD", backend="fa2")
         wrapper.plan(
             self.meta.query_start.int(), torch.cat((pages.new_zeros(1), pages.cumsum(0))).int(),
             self.meta.page_table[used].int(), ((lens - 1) % size + 1).int(), heads, kv_heads, d, size, causal=True,

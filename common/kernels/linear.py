@@ -6,7 +6,8 @@
 
 The rows of x are read from cache, W [out/R, in/R] once from memory: out * in numbers, and two operations a row for
 each. Memory bandwidth is the whole cost, and a GEMM library tuned for tiles of 64 rows and more leaves
-some of it unused. Weights are never written, so the first tile is on its way before the previous kernel ends.
+some of it unused. Weights are never written, so `linear` has its first tile on the way before the previous kernel ends;
+in `skinny` that broke the pipeline of its loop and cost more than it brought.
 """
 
 from functools import cache
@@ -28,7 +29,7 @@ def wanted(x: torch.Tensor, weight: torch.Tensor) -> bool:
     out, width = weight.shape
     if len(x) <= MAX_ROWS:
         return True
-    return len(x) <= MAX_SKINNY_ROWS and x.dtype != torch.float32 and (width >= 3072 or out >= 8000)
+    return len(x) <= MAX_SKINNY_ROWS and x.dtype != torch.float32 and (out >= 8000 or (width >= 3072 and out < 4096))
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -116,11 +117,9 @@ def _skinny(
     start, stop = p * share * BK, tl.minimum((p + 1) * share * BK, width)
     w_at = weight + n.to(tl.int64)[:, None] * width + k[None, :]
     x_at = x + m[None, :] * x_stride + k[:, None]
-    w = tl.load(w_at + start, mask=(n < out)[:, None] & (start + k < stop)[None, :], other=0.0)
     wait_for_previous(PDL)
-    xs = tl.load(x_at + start, mask=(m < rows)[None, :] & (start + k < stop)[:, None], other=0.0)
-    acc = tl.dot(w, xs)
-    for first in range(start + BK, stop, BK):
+    acc = tl.zeros([BN, BM], tl.float32)
+    for first in range(start, stop, BK):
         w = tl.load(w_at + first, mask=(n < out)[:, None] & (first + k < stop)[None, :], other=0.0)  # [BN, BK]
         xs = tl.load(x_at + first, mask=(m < rows)[None, :] & (first + k < stop)[:, None], other=0.0)  # [BK, BM]
         acc += tl.dot(w, xs)

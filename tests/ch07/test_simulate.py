@@ -39,8 +39,8 @@ class PlainLru:
     def serve(self, ids):
         self.now += 1
         hits, matched = 0, []
-        for node in sorted(self.nodes, key=lambda node: node[0]):  # parents before their children
-            start, key, used = node
+        for found in sorted(self.nodes, key=lambda node: node[0]):  # parents before their children
+            node, (start, key, used) = found, found
             if start != hits or key[:start] != ids[:start]:
                 continue
             n = start

