@@ -5,13 +5,13 @@
     python -m ch07_sglang_radix.bench_prefix --simulate --trace FILE --capacity-blocks 20000 --eviction lru --json OUT
 
 All programs of a workload (workloads.py) begin at once; a program's next calls come when its last ones are answered.
-Each workload runs in a large pool and in one of 40% of the pages that its distinct tokens need, without the cache and
-with it under fcfs and lpm. Writes figures/bench_prefix.csv:
+Each workload runs in a large pool and in one of 40% of the pages that its distinct tokens need, there also with no more
+than 4 requests running at once; without the cache, and with it under fcfs and lpm. Writes figures/bench_prefix.csv:
 
     hit %                  prompt tokens found in the cache
-    best %, of best %      what a plain trie of all tokens would find, and the share of it that was found
-    reachable %, of it %   the same in whole pages, with the last token of each prompt computed
-    tokens/s, times off    answers' tokens over the whole time, and against the same pool without the cache
+    (of) best %            what a plain trie of all tokens would find, and the share of it that was found
+    (of) reachable %       the same in whole pages, with the last token of each prompt computed
+    tokens/s, times off    answers' tokens over the whole time, and against the same pool and batch without the cache
     first token s          from the moment a request is sent to its first token, median
     ms outside the model   of a step: rank 0 decides and accounts; on a CPU in processor time
     overhead %             unrelated prompts: what the cache adds to that, as a share of the whole step without it

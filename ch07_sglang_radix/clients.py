@@ -1,7 +1,9 @@
 """Those who send requests: one client for each program of a workload, all on rank 0.
 
-clients = Clients(scheduler, chat(source, scale=1))
-outputs = clients.run()       # every program to its end; afterwards the times are there
+    clients = Clients(scheduler, chat(source, scale=1))
+    outputs = clients.run()       # every program to its end; afterwards the times are there
+
+The other ranks make the same two calls and follow.
 """
 
 import time

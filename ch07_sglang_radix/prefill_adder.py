@@ -68,8 +68,6 @@ class PrefillAdder:
             req.cached_tokens = len(match.slots)
             self.tree.count_hit(match.last_node, req.priority)
         self._take(req)
-        known = req.all_ids[: req.kv_len + self.batch[-1][1]]
-        self._computing.insert(known, np.zeros(len(known), dtype=np.int64), req.extra_key)
         return Answer.ADDED
 
     def _reserve(self, req: Req, match: MatchResult) -> bool:
@@ -99,3 +97,5 @@ class PrefillAdder:
         self.batch.append((req, n))
         self.budget -= n
         self.promised += req.max_len - req.seq_len
+        known = req.all_ids[: req.kv_len + n]
+        self._computing.insert(known, np.zeros(len(known), dtype=np.int64), req.extra_key)

@@ -47,6 +47,7 @@ class SchedulePolicy:
         self._admitted: list[tuple[int, int]] = []  # (cached, prompt) tokens of the last admissions
         self._steps_of_fcfs = 0
         self.active = name  # what `dynamic` has chosen last
+        self._last: tuple[tuple, list[Req]] = ((), [])  # what the last order was made from, and that order
 
     def order(self, waiting: list[Req]) -> list[Req]:
         if len(waiting) < 2 or self.name == "fcfs":
@@ -72,8 +73,11 @@ class SchedulePolicy:
         return waiting
 
     def _lpm(self, waiting: list[Req]) -> list[Req]:
-        if len(waiting) > LPM_QUEUE_LIMIT:
+        if len(waiting) > LPM_QUEUE_LIMIT or self.tree.disable:
             return waiting
+        state = (*(req.rid for req in waiting), self.tree.inserted, self.tree.evicted)
+        if state == self._last[0]:  # steps go by in which nobody gets in
+            return self._last[1]
         ahead = RadixCache(TokenToKVPool(page_size=self.tree.page_size))  # of requests that go before
         keys = []
         for req in waiting:
@@ -84,7 +88,12 @@ class SchedulePolicy:
                 if not follows:
                     ahead.insert(ids, np.zeros(len(ids), dtype=np.int64), req.extra_key)
             keys.append((follows, -matched))
-        return [waiting[i] for i in sorted(range(len(waiting)), key=keys.__getitem__)]
+        ordered = [waiting[i] for i in sorted(range(len(waiting)), key=keys.__getitem__)]
+        # what is needed first was used last: else looking at the queue would make LRU evict just that
+        for req in reversed(ordered):
+            self._match(req)
+        self._last = state, ordered
+        return ordered
 
     def _dfs_weight(self, waiting: list[Req]) -> list[Req]:
         """weight(node) = waiting requests that end there + those below; children by falling weight, then the node's own."""

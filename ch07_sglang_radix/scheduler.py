@@ -250,7 +250,7 @@ class TPScheduler:
 
     def _next_prefill(self) -> list[tuple[Req, int]]:
         """[(request, tokens to compute)]: the chunked request first, then the queue in the policy's order."""
-        if not self.waiting and not self.chunked:
+        if not self.chunked and not (self.waiting and self.req_to_token.num_free):
             return []
         budget, self._mixed = self.chunked_prefill_size if self.chunked_prefill_size > 0 else 1 << 62, []
         if self.enable_mixed_chunk and any(req.wanted for req in self.running):

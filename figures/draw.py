@@ -4,6 +4,9 @@ make figures        # or: python figures/draw.py
 
 loading.svg           <- loading.csv           python ch06_tp_vllm/demo_5_loading.py --published Qwen2.5-0.5B
 overlap_gaps.svg      <- bench_gpu_*.csv       make bench-gpu PART=small | large | large-tp2
+prefix.svg            <- bench_prefix.csv      python -m ch07_sglang_radix.bench_prefix
+control_plane.svg     <- control_plane.csv     torchrun --nproc_per_node=2 ch07_sglang_radix/bench_control_plane.py
+                                                   --published Qwen2.5-0.5B
 """
 
 import csv
@@ -20,7 +23,7 @@ BLUE, ORANGE, GREY = "#4c72b0", "#dd8452", "#999999"
 
 def main() -> None:
     plt.rcParams["svg.hashsalt"] = "figures"  # the same drawing, the same bytes
-    for draw in (loading, overlap_gaps):
+    for draw in (loading, overlap_gaps, prefix, control_plane):
         figure = draw()
         path = HERE / f"{draw.__name__}.svg"
         figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
@@ -79,6 +82,60 @@ def overlap_gaps():
     axis.invert_yaxis()
     axis.set_xlabel("us a decode step: a kernel runs (blue), none does (orange)")
     axis.set_title(f"{rows[0]['device']}, {rows[0]['date']}", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def prefix():
+    """Of what could be found in the cache, how much was; and the speed against no cache."""
+    rows = [row for row in read("bench_prefix.csv") if row["workload"] != "unrelated" and row["cache"] == "on"]
+    workloads = list(dict.fromkeys(row["workload"] for row in rows))
+    kinds = list(dict.fromkeys((row["pool"], row["running at most"], row["policy"]) for row in rows))
+    colours = [BLUE, "#8aa6d6", ORANGE, "#f0b992", "#55a868", "#c44e52"]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4.2), sharey=True)
+    for i, (pool, most, policy) in enumerate(kinds):
+        mine = {
+            r["workload"]: r for r in rows if (r["pool"], r["running at most"], r["policy"]) == (pool, most, policy)
+        }
+        at = [n + 0.8 * i / len(kinds) for n, w in enumerate(workloads) if w in mine]
+        label = f"{pool} pool, {policy}" + (f", {most} at once" if int(most) < 64 else "")
+        for axis, column in zip(axes, ("of reachable %", "times off"), strict=True):
+            values = [float(mine[w][column] or 0) for w in workloads if w in mine]
+            axis.barh(at, values, 0.75 / len(kinds), color=colours[i], label=label)
+    axes[0].set_yticks([n + 0.35 for n in range(len(workloads))], workloads, fontsize=8)
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel("hits, % of what could be found")
+    axes[1].set_xlabel("tokens/s, times those without a cache")
+    axes[1].axvline(1, color=GREY, linewidth=0.8)
+    axes[0].legend(fontsize=7, loc="upper center", bbox_to_anchor=(1.0, -0.13), ncol=3)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{rows[0]['model']}, {rows[0]['device']}, {rows[0]['date']}", fontsize=10)
+    return figure
+
+
+def control_plane():
+    """Microseconds of a decode step that go into deciding and telling, by phase."""
+    rows = read("control_plane.csv")
+    figure, axis = plt.subplots(figsize=(7, 3))
+    phases = [("build", BLUE), ("encode", "#8aa6d6"), ("broadcast", ORANGE), ("decode", "#f0b992")]
+    left = [0.0] * len(rows)
+    for phase, colour in phases:
+        values = [float(row[phase]) for row in rows]
+        axis.barh(range(len(rows)), values, left=left, color=colour, label=phase)
+        left = [a + b for a, b in zip(left, values, strict=True)]
+    for y, (row, end) in enumerate(zip(rows, left, strict=True)):
+        axis.text(end, y, f" {row['control %']} % of a step", va="center", fontsize=8)
+    axis.set_yticks(
+        range(len(rows)), [f"{row['running']} running, context {row['context']}" for row in rows], fontsize=8
+    )
+    axis.invert_yaxis()
+    axis.set_xlabel(
+        f"us a decode step ({rows[0]['model']}, {rows[0]['ranks']} ranks, {rows[0]['device']}, {rows[0]['date']})",
+        fontsize=8,
+    )
+    axis.set_xlim(0, 1.25 * max(left))
+    axis.legend(fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 

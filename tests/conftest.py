@@ -18,6 +18,16 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
+SEVERAL_RANKS = ("test_readme.py", "test_demo.py", "test_parallel_state.py")  # files that start them by themselves
+
+
+def pytest_collection_modifyitems(items):
+    """What starts several ranks runs in one worker, one after the other: ranks beside ranks only wait for each other."""
+    for item in items:
+        if "ranks" in item.fixturenames or item.path.name in SEVERAL_RANKS:
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
 @pytest.fixture(autouse=True)
 def no_group_left_over():
     """A test that picked a device for the process must not pick it for the next one."""

@@ -51,6 +51,18 @@ def test_what_is_in_the_tree_already_need_not_wait_for_anybody():
     assert order("lpm", tree_with(A), waiting) == [0, 1]
 
 
+def test_lpm_leaves_the_order_alone_when_nothing_is_cached_at_all():
+    tree = RadixCache(TokenToKVPool(num_pages=10), disable=True)
+    assert order("lpm", tree, reqs([*A[:64], 1], [*A[:64], 2], [7] * 64)) == [0, 1, 2]
+
+
+def test_looking_at_the_queue_does_not_make_the_first_in_it_the_next_to_be_evicted():
+    tree = tree_with(A[:50], B[:60])
+    SchedulePolicy("lpm", tree).order(reqs([*A[:50], 1], [*B[:60], 1]))
+    tree.evict(1)
+    assert len(tree.match_prefix(B[:60]).slots) == 60, "B is longer, goes first, and must stay"
+
+
 def test_lpm_falls_back_to_fcfs_when_the_queue_is_long():
     waiting = reqs(*([i] for i in range(LPM_QUEUE_LIMIT)), [*A[:50], 1])
     assert order("lpm", tree_with(A), waiting) == list(range(LPM_QUEUE_LIMIT + 1))

@@ -339,3 +339,12 @@ def test_a_prompt_in_chunks_among_requests_that_take_more_than_was_reckoned(chec
     results = scheduler.process_requests()
     assert [results[i].output_ids for i in ids] == [greedy(checkpoint("qwen2"), p, new) for p in prompts]
     assert results[last].output_ids == greedy(checkpoint("qwen2"), long, 1)
+
+
+@pytest.mark.parametrize("chunk", [-1, 128, 64])
+def test_who_shares_a_prompt_in_chunks_waits_for_its_last_chunk_too(chunk, checkpoint):
+    scheduler = make(checkpoint("qwen2"), page_size=16, chunked_prefill_size=chunk)
+    document = list(range(100, 292))
+    for tail in ([1], [2], [3]):
+        scheduler.add_request(input_ids=document + tail, max_new_tokens=1)
+    assert [out.cached_tokens for out in scheduler.process_requests().values()] == [0, 192, 192]
