@@ -72,7 +72,9 @@ class TorchNativeAttention:
         self.slots = meta.slot_mapping if self.real is None else meta.slot_mapping[self.real]
         starts, lens = meta.query_start.tolist(), meta.context_lens.tolist()
         singles = [b for b in range(len(lens)) if starts[b + 1] - starts[b] == 1]
-        self.decodes = [_DecodeGroup(meta, rows, starts, lens) for rows in _similar_lengths(singles, lens)]
+        self.decodes = [
+            _DecodeGroup(meta, cache.num_pages, rows, starts, lens) for rows in _similar_lengths(singles, lens)
+        ]
         self.extends = [
             _Extend(meta, b, starts[b], starts[b + 1], lens[b])
             for b in range(len(lens))
@@ -105,7 +107,7 @@ class _DecodeGroup:
     it cascade attention; the arithmetic is Hydragen's (Juravsky et al. 2024).
     """
 
-    def __init__(self, meta: AttentionMetadata, members: list[int], starts: list[int], lens: list[int]):
+    def __init__(self, meta: AttentionMetadata, num_pages: int, members: list[int], starts: list[int], lens: list[int]):
         device, page_size = meta.page_table.device, meta.page_size
         pages = -(-max(lens[b] for b in members) // page_size)
         self.all_rows = len(members) == len(meta.slot_mapping)
@@ -113,7 +115,7 @@ class _DecodeGroup:
         if not self.all_rows:
             table, context = table[members], context[members]
             self.rows = torch.tensor([starts[b] for b in members], device=device)
-        table = table.clamp(min=0)  # [B, pages]
+        table = table.clamp(0, num_pages - 1)  # [B, pages]: behind a sequence's end stands anything
         shared = _shared_pages(table, (min(lens[b] for b in members) - 1) // page_size, page_size)
         self.shared = table[0, :shared] if shared else None
         self.pages = table[:, shared:].reshape(-1)  # [B * (pages - shared)]

@@ -88,7 +88,9 @@ def overlap_gaps():
 
 def prefix():
     """Of what could be found in the cache, how much was; and the speed against no cache."""
-    rows = [row for row in read("bench_prefix.csv") if row["workload"] != "unrelated" and row["cache"] == "on"]
+    rows = [
+        row for row in read("bench_prefix.csv") if row["cache"] == "on" and not row["workload"].startswith("unrelated")
+    ]
     workloads = list(dict.fromkeys(row["workload"] for row in rows))
     kinds = list(dict.fromkeys((row["pool"], row["running at most"], row["policy"]) for row in rows))
     colours = [BLUE, "#8aa6d6", ORANGE, "#f0b992", "#55a868", "#c44e52"]

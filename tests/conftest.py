@@ -21,6 +21,7 @@ transformers.utils.logging.disable_progress_bar()
 SEVERAL_RANKS = ("test_readme.py", "test_demo.py", "test_parallel_state.py")  # files that start them by themselves
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
     """What starts several ranks runs in one worker, one after the other: ranks beside ranks only wait for each other."""
     for item in items:

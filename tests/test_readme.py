@@ -56,3 +56,37 @@ def test_every_link_leads_somewhere():
 def test_every_make_target_named_exists():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"make ([a-z-]+)", README)) <= targets | {"it"}
+
+
+CHAPTER_7 = (ROOT / "ch07_sglang_radix" / "README.md").read_text(encoding="utf-8")
+
+
+def rows_of(name):
+    with (ROOT / "figures" / name).open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_table_of_claims_is_the_csv():
+    rows = rows_of("claims.csv")
+    for row in rows:
+        line = f"| {row['claim']} | {row['experiment']} | {row['measured']} | {row['true here']} |"
+        assert line in CHAPTER_7
+        assert row["date"] in CHAPTER_7
+    assert len(rows) == 7
+
+
+def test_the_table_of_prefixes_is_the_csv():
+    rows = [row for row in rows_of("bench_prefix.csv") if row["cache"] == "on" and row["running at most"] == "256"]
+    workloads = list(dict.fromkeys(r["workload"] for r in rows if not r["workload"].startswith("unrelated")))
+    assert len(workloads) == 6
+    for workload in workloads:
+        of = {(r["pool"], r["policy"]): r for r in rows if r["workload"] == workload}
+        large, fcfs, lpm = of["large", "lpm"], of["limited", "fcfs"], of["limited", "lpm"]
+        found = " | ".join(f"{float(row['of reachable %']):.1f}" for row in (large, fcfs, lpm))
+        line = f"| {workload} | {float(large['reachable %']):.1f} | {found} | {float(large['times off']):.1f}x |"
+        assert line in CHAPTER_7, line
+
+
+def test_the_control_plane_s_share_is_the_csv_s():
+    worst = max(float(row["control %"]) for row in rows_of("control_plane.csv"))
+    assert f"at most {worst:.2f} % of a step" in CHAPTER_7

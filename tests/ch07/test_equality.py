@@ -56,7 +56,10 @@ def serve(folder, prompts, variants, new_tokens):
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama"])
 def test_tokens_equal_transformers(name, size, checkpoint, ranks):
     # the whole product on one model and one rank; three and four ranks on two cores are slow, and get two variants each
-    folder, variants = checkpoint(name), VARIANTS if (size, name) == (1, "qwen2") else FEWER if size <= 2 else FEWER[1:3]
+    folder, variants = (
+        checkpoint(name),
+        VARIANTS if (size, name) == (1, "qwen2") else FEWER if size <= 2 else FEWER[1:3],
+    )
     prompts, expected = prompts_and_answers(folder)
     assert len({tuple(e) for e in expected}) == len(prompts) - 1, "the model must not say the same to everything"
     by_rank = ranks(size).run(serve, folder, prompts, variants, NEW_TOKENS)

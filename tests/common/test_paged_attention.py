@@ -258,7 +258,7 @@ def test_padding_tokens_behind_the_last_sequence_change_nothing(lengths):
     torch.testing.assert_close(o[:-2], want)
 
 
-@pytest.mark.parametrize("page_padding", [0, -1])
+@pytest.mark.parametrize("page_padding", [0, -1, 1 << 40])
 @pytest.mark.parametrize("lengths", [[(3, 1), (30, 1)], [(0, 3), (0, 30)]], ids=["decode", "prefill"])
 def test_what_stands_in_the_page_table_behind_a_sequences_pages_does_not_matter(lengths, page_padding):
     Step(lengths, page_padding=page_padding).check()
