@@ -15,7 +15,8 @@ demo: setup
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 ch07_sglang_radix/demo_tp_radix.py
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -m "not ranks" -n 2
+	$(BIN)/python -m pytest -m ranks
 	$(BIN)/python -m pytest --nbmake notebooks
 
 lint: setup

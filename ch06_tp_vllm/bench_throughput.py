@@ -1,6 +1,6 @@
 """nano-vllm's workload on any model, any number of ranks, CPU or GPU.
 
-    python ch06_tp_vllm/bench_throughput.py --scale 0.25 --compare     # a laptop: 64 requests of 25..256 tokens, a minute
+    python ch06_tp_vllm/bench_throughput.py --scale 0.5 --compare      # a laptop: 128 requests of 50..512 tokens, two minutes
     python ch06_tp_vllm/bench_throughput.py --published Qwen2.5-0.5B   # a GPU: all of it, random weights of that shape
     torchrun --nproc_per_node=2 ch06_tp_vllm/bench_throughput.py --scale 0.25
 

@@ -99,7 +99,7 @@ def conversation(wrapper):
             cached, prompts = cached + output.cached_tokens, prompts + output.prompt_tokens
         said = said + output.output_ids + words(20, 30 + turn)
     rate = 100 * cached / prompts
-    return "conversations hit >90%", "12 turns, 20 tokens in, 24 out, from the second on", f"{rate:.0f}%", rate > 90
+    return "conversations hit >90%", "12 turns, 20 tokens in, 24 out, from the second on", f"{rate:.1f}%", rate > 90
 
 
 def overhead_of_a_miss(wrapper):

@@ -113,6 +113,8 @@ class TPScheduler:
         self.new_token_ratio = INIT_NEW_TOKEN_RATIO
         self._queued: _Queued | None = None  # the step whose tokens nobody has looked at
         self._decoding = self._empty_batch()
+        self.resumed: Req | None = None  # whose prompt the newest prefill step goes on with
+        self.held: dict[int, str] = {}  # who was asked for the newest prefill step and did not get in: later, full
         self._mixed: list[Req] = []  # running requests that take part in the prefill step
         self._owes_decode = False  # those that run have waited for a prefill step
         if trace:
@@ -262,8 +264,11 @@ class TPScheduler:
         adder = PrefillAdder(self.memory, budget, promised, self.waiting, self.small_request_share)
         if self.chunked:
             adder.add_chunk(self.chunked)
+        self.held, self.resumed = {}, self.chunked
         for req in self.policy.order(self.waiting):
             answer = adder.add(req)
+            if answer is not Answer.ADDED:
+                self.held[req.rid] = answer.value
             if answer is Answer.FULL:
                 break
             if answer is Answer.ADDED and not req.output_ids:  # not those that come back after a retraction

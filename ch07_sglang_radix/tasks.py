@@ -126,6 +126,16 @@ def encode(task: Task) -> np.ndarray:
     return words
 
 
+def num_words(task: Task) -> int:
+    """len(encode(task)), without the work."""
+    if isinstance(task, StopTask):
+        return HEADER
+    updates = sum(3 + len(update.pages) for update in task.updates)
+    if isinstance(task, PrefillTask):
+        return HEADER + updates + 4 * len(task.sequences) + len(task.token_ids)
+    return HEADER + updates + 2 * len(task.rows) + 3 * len(task.alike)
+
+
 def _checksum(words: np.ndarray) -> int:
     """CRC-32 over everything but word 4, where it stands."""
     return crc32(words[5:].tobytes(), crc32(words[:4].tobytes()))

@@ -2,7 +2,10 @@
 
     step       number of the step; kind: prefill, decode, or settle (nothing queued, tokens of the last one taken)
     words      int64 words of the task on the wire
-    scheduled  prefill: [[request, cached, computed now, prompt], ...] in order; decode: [request, ...]
+    scheduled  prefill: [[request, cached, computed now, prompt, why], ...] in order, why: "chunk" (the next part of a prompt
+               that was begun) or the policy that put it there; decode: [request, ...]
+    held       prefill: {request: why not}, "later" (it shares what another computes in this step, or would be a second
+               prompt in parts) or "full" (no budget, row or pages; nobody behind it was asked)
     decodes    running requests that took part in a prefill step (mixed chunk)
     policy     the schedule policy that ordered the queue
     waiting    requests left in the queue; running; chunked: the request whose prompt is computed in part, or null
@@ -20,7 +23,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ch07_sglang_radix.tasks import DecodeTask, PrefillTask, encode
+from ch07_sglang_radix.request import Req
+from ch07_sglang_radix.tasks import DecodeTask, PrefillTask, num_words
 
 if TYPE_CHECKING:
     from ch07_sglang_radix.scheduler import TPScheduler
@@ -87,15 +91,19 @@ class Trace:
         task, s = self._task, self._scheduler
         if task is None:
             return {"step": s.step_number, "kind": "settle", "words": 0, "scheduled": []}
-        facts = {"step": task.step, "words": len(encode(task))}
+        facts = {"step": task.step, "words": num_words(task)}
         if isinstance(task, DecodeTask):
             return facts | {"kind": "decode", "scheduled": [req.rid for req in s.decoding]}
         prefills = task.sequences[: len(s.last_prefill)]
         rows = [
-            [req.rid, sequence.cached, sequence.new, len(req.prompt_ids)]
+            [req.rid, sequence.cached, sequence.new, len(req.prompt_ids), self._why(req)]
             for (req, _), sequence in zip(s.last_prefill, prefills, strict=True)
         ]
-        return facts | {"kind": "prefill", "scheduled": rows, "decodes": len(task.sequences) - len(rows)}
+        decodes = len(task.sequences) - len(rows)
+        return facts | {"kind": "prefill", "scheduled": rows, "held": s.held, "decodes": decodes}
+
+    def _why(self, req: Req) -> str:
+        return "chunk" if req is self._scheduler.resumed else self._scheduler.policy.active
 
     def _counters(self) -> dict[str, int]:
         s = self._scheduler

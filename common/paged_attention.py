@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 from common.kv_cache import PagedKVCache
 
+MAX_PADDING = 1024  # tokens of a group of decode rows
 MIN_SHARED_TOKENS = 64  # a shared prefix shorter than this is not worth a second pass and a merge
 
 
@@ -192,18 +193,17 @@ def _shared_pages(table: torch.Tensor, limit: int, page_size: int) -> int:
 
 
 def _similar_lengths(rows: list[int], lens: list[int]) -> list[list[int]]:
-    """Split decode rows where padding to the longest would more than double the work of the shortest.
+    """Split decode rows so that little is padded: a group ends where it would pad more than MAX_PADDING tokens.
 
-    One group while all lengths are within a factor of two, which is the usual case and the fast one.
+    Padding is copied and attended to like any token, a group costs a handful of calls; about so many tokens are worth them.
     """
-    if not rows:
-        return []
-    if max(lens[b] for b in rows) <= max(2 * min(lens[b] for b in rows), 128):
-        return [rows]
     groups: list[list[int]] = []
-    for b in sorted(rows, key=lambda b: lens[b]):
-        if groups and lens[b] <= max(2 * lens[groups[-1][0]], 128):
+    padding = 0
+    for b in sorted(rows, key=lambda b: -lens[b]):
+        if groups and padding + lens[groups[-1][0]] - lens[b] <= MAX_PADDING:
+            padding += lens[groups[-1][0]] - lens[b]
             groups[-1].append(b)
         else:
             groups.append([b])
-    return groups
+            padding = 0
+    return [list(rows)] if len(groups) == 1 else groups  # in order: then nothing need be picked out

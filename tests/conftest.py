@@ -18,15 +18,11 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
-SEVERAL_RANKS = ("test_readme.py", "test_demo.py", "test_parallel_state.py")  # files that start them by themselves
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items):
-    """What starts several ranks runs in one worker, one after the other: ranks beside ranks only wait for each other."""
-    for item in items:
-        if "ranks" in item.fixturenames or item.path.name in SEVERAL_RANKS:
-            item.add_marker(pytest.mark.xdist_group("ranks"))
+def pytest_itemcollected(item):
+    """Mark what starts several ranks: `make test` runs that by itself, and the rest two at a time."""
+    starts = "ranks" in getattr(item, "fixturenames", ()) or "torchrun" in item.name
+    if starts or item.path.name in ("test_demo.py", "test_parallel_state.py"):
+        item.add_marker(pytest.mark.ranks)
 
 
 @pytest.fixture(autouse=True)

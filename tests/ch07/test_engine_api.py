@@ -233,10 +233,14 @@ def test_the_trace_tells_every_step(tmp_path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     kinds = [line["kind"] for line in lines]
     assert {kind: kinds.count(kind) for kind in ("prefill", "decode")} == steps
-    computed = sum(new for line in lines if line["kind"] == "prefill" for _, _, new, _ in line["scheduled"])
+    computed = sum(new for line in lines if line["kind"] == "prefill" for _, _, new, _, _ in line["scheduled"])
     cached = sum(output["meta_info"]["cached_tokens"] for output in outputs)
     assert computed == sum(map(len, prompts)) + 60 - cached
     assert any(line["chunked"] == 0 for line in lines)
+    whys = [(rid, why) for line in lines if line["kind"] == "prefill" for rid, *_, why in line["scheduled"]]
+    assert whys[:3] == [(0, "fcfs"), (0, "chunk"), (0, "chunk")]
+    assert {"0": "full"} not in [line.get("held") for line in lines]
+    assert any(line.get("held", {}).get("1") for line in lines), "it shares what 0 computes, or finds no budget"
     assert sum(line["finished"] for line in lines) == 4
     assert sum(line["tree"]["evicted"] for line in lines) == evicted > 0
     assert sum(line["tree"]["inserted"] for line in lines) == inserted

@@ -13,6 +13,7 @@ from ch07_sglang_radix.tasks import (
     StopTask,
     decode,
     encode,
+    num_words,
 )
 
 small = st.integers(0, 1 << 40)
@@ -39,6 +40,7 @@ tasks = st.one_of(decodes(), prefills(), st.builds(StopTask, small))
 @given(tasks)
 def test_a_task_survives_the_wire(task):
     assert decode(encode(task)) == task
+    assert num_words(task) == len(encode(task))
 
 
 @given(tasks, st.data())
