@@ -36,10 +36,9 @@ class SchedulerLoop:
     def submit(self, call: Callable[[], Any]) -> Future:
         """Have `call` done between two steps; the future brings its result, or its error."""
         done: Future = Future()
+        self._inbox.put((call, done))
         if self._failure:
-            done.set_exception(self._failure)
-        else:
-            self._inbox.put((call, done))
+            self._refuse()
         return done
 
     def listen(self, rid: int, on_output: Callable[[RequestOutput], None]) -> None:
@@ -58,13 +57,22 @@ class SchedulerLoop:
                 busy = self._scheduler.step()
                 self._give_out()
             self._scheduler.control.send_task(StopTask.leave())
-        except BaseException as error:  # whoever waits must hear of it: this thread has nobody to raise to
+            self._failure = RuntimeError("the engine has been shut down")
+        except BaseException as error:  # this thread has nobody to raise to
             self._failure = error
-            while not self._inbox.empty():
-                if item := self._inbox.get():
-                    item[1].set_exception(error)
-            for on_output in self._listeners.values():
-                on_output(error)
+        self._refuse()
+        for on_output in self._listeners.values():
+            on_output(self._failure)
+
+    def _refuse(self) -> None:
+        """Whoever waits hears why nothing is done any more."""
+        while True:
+            try:
+                item = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            if item and item[1].set_running_or_notify_cancel():
+                item[1].set_exception(self._failure)
 
     def _take_in(self, wait: bool) -> bool:
         """Do what has come in; False if the loop shall end."""
@@ -79,6 +87,8 @@ class SchedulerLoop:
             if item is None:
                 return False
             call, done = item
+            if not done.set_running_or_notify_cancel():
+                continue  # the caller has left before it was its turn
             try:
                 done.set_result(call())
             except Exception as error:

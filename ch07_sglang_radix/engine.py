@@ -73,6 +73,7 @@ class Engine:
             seed=random_seed, check=check, trace=trace,
         )  # fmt: skip
         self._loop: SchedulerLoop | None = None
+        self._streaming = False
 
     # --- answers
 
@@ -94,9 +95,11 @@ class Engine:
         asked, single = self._asked(prompt, sampling_params, input_ids, return_logprob)
         if self._loop:
             raise ValueError("async_generate has been called on this engine: its requests go through that now")
-        rids = [self._enqueue(one, extra_key, priority) for one in asked]
+        if self._streaming:
+            raise ValueError("a stream of this engine is still open; read it to its end, or close it")
         if stream:
-            return self._stream(rids, return_logprob)
+            return self._stream(asked, return_logprob, extra_key, priority)
+        rids = [self._enqueue(one, extra_key, priority) for one in asked]
         outputs = self.scheduler.process_requests()
         results = [_result(outputs[rid], return_logprob) for rid in rids]
         return results[0] if single else results
@@ -205,21 +208,25 @@ class Engine:
     def _enqueue(self, one: _Asked, extra_key: Hashable, priority: int) -> int:
         return self.scheduler.enqueue(None, one.ids, one.params, stop=one.stop, extra_key=extra_key, priority=priority)
 
-    def _stream(self, rids: list[int], logprobs: bool) -> Iterator[dict[str, Any]]:
-        scheduler, index = self.scheduler, {rid: i for i, rid in enumerate(rids)}
+    def _stream(self, asked: list[_Asked], logprobs: bool, extra_key, priority) -> Iterator[dict[str, Any]]:
+        scheduler = self.scheduler
+        rids = [self._enqueue(one, extra_key, priority) for one in asked]
+        index = {rid: i for i, rid in enumerate(rids)}
         if scheduler.tp.rank > 0:
             scheduler.control.follow()
             for rid, output in scheduler.share_results().items():
                 yield _result(output, logprobs) | {"index": index[rid]}
             return
+        self._streaming, more = True, True
         try:
-            while scheduler.step():
+            while more:
+                more = scheduler.step()
                 grown, scheduler.grown = scheduler.grown, {}
                 for rid, req in grown.items():
-                    yield _result(scheduler.results.get(rid) or scheduler.output_of(req), logprobs) | {
-                        "index": index[rid]
-                    }
+                    output = scheduler.results.get(rid) or scheduler.output_of(req)
+                    yield _result(output, logprobs) | {"index": index[rid]}
         finally:  # also if the caller has left
+            self._streaming = False
             for rid in rids:
                 scheduler.abort(rid)
             while scheduler.step():  # tokens that were on their way
@@ -228,21 +235,21 @@ class Engine:
             scheduler.share_results()
 
     async def _listen(self, asked, logprobs, extra_key, priority) -> AsyncIterator[dict[str, Any]]:
-        here, news = asyncio.get_running_loop(), asyncio.Queue()
+        here, news, loop = asyncio.get_running_loop(), asyncio.Queue(), self._loop
+        rids: list[int] = []
 
         def deliver(i: int, output: RequestOutput | BaseException) -> None:
             with suppress(RuntimeError):  # the caller's event loop is closed: nobody listens any more
                 here.call_soon_threadsafe(news.put_nowait, (i, output))
 
-        def enqueue() -> list[int]:
-            rids = [self._enqueue(one, extra_key, priority) for one in asked]
-            for i, rid in enumerate(rids):
-                self._loop.listen(rid, partial(deliver, i))
-            return rids
+        def enqueue() -> None:
+            for i, one in enumerate(asked):
+                rids.append(self._enqueue(one, extra_key, priority))
+                loop.listen(rids[-1], partial(deliver, i))
 
-        rids = await asyncio.wrap_future(self._loop.submit(enqueue))
-        missing = len(rids)
+        missing = len(asked)
         try:
+            await asyncio.wrap_future(loop.submit(enqueue))
             while missing:
                 i, output = await news.get()
                 if isinstance(output, BaseException):
@@ -251,7 +258,7 @@ class Engine:
                 yield _result(output, logprobs) | {"index": i}
         finally:
             if missing:
-                self._loop.submit(lambda: [self.scheduler.abort(rid) for rid in rids])
+                loop.submit(lambda: [self.scheduler.abort(rid) for rid in rids])  # it comes after `enqueue`
 
     def shutdown(self) -> None:
         """Let go of the model and leave the process group."""

@@ -266,12 +266,13 @@ class TPScheduler:
             adder.add_chunk(self.chunked)
         self.held, self.resumed = {}, self.chunked
         for req in self.policy.order(self.waiting):
+            first = req.cached_tokens is None  # it has not been in before, and gone back
             answer = adder.add(req)
             if answer is not Answer.ADDED:
                 self.held[req.rid] = answer.value
             if answer is Answer.FULL:
                 break
-            if answer is Answer.ADDED and not req.output_ids:  # not those that come back after a retraction
+            if answer is Answer.ADDED and first:
                 self.policy.admitted(req.kv_len, len(req.prompt_ids))
                 self.served["prompt"] += len(req.prompt_ids)
                 self.served["cached"] += req.kv_len
@@ -383,6 +384,7 @@ class TPScheduler:
 
     def _report(self, req: Req) -> None:
         self.num_finished += 1
+        self.grown[req.rid] = req
         self.results[req.rid] = self.output_of(req)
 
     def abort(self, rid: int) -> bool:

@@ -58,6 +58,21 @@ def test_who_leaves_a_stream_early_gives_everything_back(engine, question):
     )
 
 
+def test_one_stream_at_a_time(engine):
+    never_read = engine.generate(input_ids=[7, 8], sampling_params={"max_new_tokens": 3}, stream=True)
+    del never_read
+    at_rest(engine)
+    stream = engine.generate(input_ids=[[5, 6], [7, 8]], sampling_params={"max_new_tokens": 9}, stream=True)
+    first = next(stream)
+    with pytest.raises(ValueError, match="a stream of this engine is still open"):
+        engine.generate(input_ids=[1, 2])
+    assert engine.abort_request(first["meta_info"]["id"]) == 1
+    last = {chunk["index"]: chunk for chunk in stream}
+    assert last[0]["meta_info"]["finish_reason"] == {"type": "abort"}
+    assert last[1]["output_ids"] == greedy(TINY_QWEN_PATH, [7, 8], 9)
+    at_rest(engine)
+
+
 def test_n_answers_share_one_prompt(engine):
     ids = [11] * 33
     params = {"n": 4, "temperature": 1.5, "max_new_tokens": 8, "sampling_seed": 1}
@@ -114,7 +129,16 @@ def test_many_callers_at_once_run_together(question):
     chunks = asyncio.run(streamed())
     assert chunks[-1] == greedy(TINY_QWEN_PATH, question, 5)
     assert len(chunks) == 5
+
+    async def cancelled_at_once():
+        tasks = [asyncio.create_task(engine.async_generate(input_ids=[9, i])) for i in range(4)]
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
     asyncio.run(cancelled())
+    asyncio.run(cancelled_at_once())
     at_rest(engine)
     with pytest.raises(ValueError, match="async_generate has been called"):
         engine.generate("What?")
