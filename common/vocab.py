@@ -62,7 +62,9 @@ def gather_logits(logits_local: torch.Tensor, vocab_size: int, tp: TPGroup) -> t
     Only rank 0 samples, so only rank 0 gets them: an all-gather would send R times as much.
     """
     parts = gather(logits_local, tp, "logits")  # COMM gather [B, V/R]: rank 0 alone samples
-    return None if parts is None else torch.cat(parts, dim=-1)[:, :vocab_size]
+    if parts is None:
+        return None
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))[:, :vocab_size]
 
 
 def gather_best_logits(logits_local: torch.Tensor, best: int, vocab_size: int, tp: TPGroup) -> torch.Tensor | None:

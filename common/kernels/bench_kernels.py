@@ -72,7 +72,7 @@ def measure(case: Case, bandwidth: float) -> dict:
 
 
 def model_cases(name: str) -> list[Case]:
-    """The kernels of a decode step of one and of 128 sequences, and of a prefill."""
+    """The kernels of decode steps (of one sequence, of a few, of many), and of a prefill."""
     config = published_config(name)
     d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     hq, hkv, width, mlp = (
@@ -86,8 +86,16 @@ def model_cases(name: str) -> list[Case]:
         "lm_head": (config.vocab_size, width),
     }  # fmt: skip
     cases = [
-        Case("linear", name, f"{label} 1x{k} -> {n}", 2 * n * k, lambda n=n, k=k: linear_inputs(n, k))
+        Case(
+            "linear",
+            name,
+            f"{label} {rows}x{k} -> {n}",
+            2 * n * k,
+            lambda n=n, k=k, rows=rows: linear_inputs(n, k, rows),
+        )
+        for rows in (1, 8, 64)
         for label, (n, k) in shapes.items()
+        if linear.wanted(torch.empty(rows, k, dtype=BF16, device="meta"), torch.empty(n, k, device="meta"))
     ]
     for batch in (1, 128):
         cases += [
@@ -135,8 +143,8 @@ def randn(*shape: int) -> torch.Tensor:
     return torch.randn(shape, device="cuda", dtype=BF16)
 
 
-def linear_inputs(n: int, k: int):
-    x, weight = randn(1, k), randn(n, k)
+def linear_inputs(n: int, k: int, rows: int):
+    x, weight = randn(rows, k), randn(n, k)
     return lambda: linear.linear(x, weight), lambda: F.linear(x, weight)
 
 

@@ -29,6 +29,12 @@ def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of it that a program can have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 _to_compile: set | None = None  # of the variants seen so far, inside `compile_ahead`
 
 

@@ -94,7 +94,7 @@ class DecodeWorkspace:
         wanted = max(1, min(MAX_SPLITS, PROGRAMS_PER_PROCESSOR * processors // programs))
         self.splits = 1 << (wanted.bit_length() - 1)
         # tokens that are worth a part: few where the chip is empty, many where it is full; measured on an H200
-        steps = ((processors // 16, 64), (processors // 2, 128), (2 * processors, 256))
+        steps = ((processors // 16, 64), (processors // 2, 256), (3 * processors // 2, 384))
         self.least = next((tokens for most, tokens in steps if programs <= most), 512)
         self.block, self.warps = min(self.least, 128), 4 if d > 64 and programs > 6 * processors else 2
         if q.dtype == torch.float32:
