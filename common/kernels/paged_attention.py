@@ -93,12 +93,20 @@ class DecodeWorkspace:
         programs, processors = batch * kv_heads, num_processors(q.device)
         wanted = max(1, min(MAX_SPLITS, PROGRAMS_PER_PROCESSOR * processors // programs))
         self.splits = 1 << (wanted.bit_length() - 1)
-        # tokens that are worth a part: few where the chip is empty, many where it is full; measured on an H200
-        steps = ((processors // 16, 64), (processors // 2, 256), (3 * processors // 2, 384))
-        self.least = next((tokens for most, tokens in steps if programs <= most), 512)
-        self.block, self.warps = min(self.least, 128), 4 if d > 64 and programs > 6 * processors else 2
+        # how a program works, and the tokens that are worth a part: measured on an H200, see bench_kernels.py
+        self.warps, self.stages, self.together = 2, 2, 8
+        if programs <= processors // 16:  # an empty chip: many parts
+            self.block, self.least = 64, 64
+        elif programs <= processors // 2:
+            self.block, self.least = 128, 256
+        elif programs <= 3 * processors // 4:
+            self.block, self.least = 128, 384
+        elif programs <= 6 * processors or d <= 64:  # a full one: fewer registers, more programs at a time
+            self.block, self.least, self.stages, self.together = 64, 384, 3, 4
+        else:
+            self.block, self.least, self.warps = 128, 512, 4
         if q.dtype == torch.float32:
-            self.block, self.warps = 32, 4
+            self.block, self.warps, self.stages = 32, 4, 2
         self.prefix_splits = PREFIX_SPLITS if shared else 0
         everything = self.prefix_splits + self.splits
         self.part = torch.empty(batch, heads, everything, d, dtype=torch.float32, device=q.device)
@@ -132,8 +140,8 @@ def decode(q, k, v, k_cache, v_cache, meta: AttentionMetadata, space: DecodeWork
         _decode, (space.splits, kv_heads, batch), q, k, v, k_cache, v_cache, o, space.part, space.lse, space.arrived,
         meta.slot_mapping, meta.page_table, meta.context_lens, tokens, meta.page_table.stride(0), q.stride(0), k.stride(0),
         v.stride(0), scale, space.splits, stride, space.least, GP=max(16, triton.next_power_of_2(group)),
-        PG=triton.next_power_of_2(group), TOGETHER=8, BN=space.block, PREFIX_SPLITS=space.prefix_splits,
-        num_warps=space.warps, num_stages=2, **shape,
+        PG=triton.next_power_of_2(group), TOGETHER=space.together, BN=space.block, PREFIX_SPLITS=space.prefix_splits,
+        AHEAD=space.stages > 2, num_warps=space.warps, num_stages=space.stages, **shape,
     )  # fmt: skip
     return o
 
@@ -189,7 +197,7 @@ def _decode(
     q, k, v, k_cache, v_cache, o, part, lse, arrived, slots, page_table, context_lens, prefix_tokens, table_stride,
     q_stride, k_stride, v_stride, scale, splits, stride, least, PREFIX_SPLITS: tl.constexpr, P: tl.constexpr,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, PG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    TOGETHER: tl.constexpr, BN: tl.constexpr, F32: tl.constexpr, PDL: tl.constexpr,
+    TOGETHER: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr, F32: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
     wait_for_previous(PDL)
@@ -210,9 +218,15 @@ def _decode(
         m = tl.full([GP], -float("inf"), tl.float32)
         total = tl.zeros([GP], tl.float32)
         acc = tl.zeros([GP, BD], tl.float32)
+        table = page_table + b * table_stride
+        coming = _slots(table, start + tl.arange(0, BN), stop, P)
         for first in range(start, stop, BN):
             n = first + tl.arange(0, BN)
-            at = (_slots(page_table + b * table_stride, n, stop, P) * HKV + h) * D  # [BN]
+            if AHEAD:  # page ids a block ahead: only then are K and V of the next block on their way early
+                at = (coming * HKV + h) * D  # [BN]
+                coming = _slots(table, n + BN, stop, P)
+            else:
+                at = (_slots(table, n, stop, P) * HKV + h) * D
             seen = (n < stop)[:, None] & (i[None, :] < D)
             ks = tl.load(k_cache + at[:, None] + i[None, :], mask=seen, other=0.0).to(qs.dtype)  # [BN, BD]
             vs = tl.load(v_cache + at[:, None] + i[None, :], mask=seen, other=0.0).to(qs.dtype)
