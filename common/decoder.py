@@ -13,7 +13,7 @@ Module names are Hugging Face's, with q/k/v and gate/up merged (weights.py maps 
 import torch
 from torch import nn
 
-from common.layers import RMSNorm, RotaryEmbedding, SiluAndMul, turn
+from common.layers import RMSNorm, RotaryEmbedding, SiluAndMul, Turning
 from common.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from common.model_config import ModelConfig
 from common.parallel_state import TPGroup
@@ -44,8 +44,11 @@ class SelfAttention(nn.Module):
         q = q.view(len(x), -1, self.head_dim)  # [T, Hq/R, d]
         k = k.view(len(x), -1, self.head_dim)  # [T, Hkv/R, d]
         v = v.view(len(x), -1, self.head_dim)  # [T, Hkv/R, d]
-        q, k = turn(q, k, rotary, self.q_norm, self.k_norm)
-        o = attention(self.layer, q, k, v)  # [T, Hq/R, d]
+        turning = Turning(rotary, self.q_norm, self.k_norm)
+        if getattr(attention, "turns", False):  # it does so while it reads q and k
+            o = attention(self.layer, q, k, v, turning)  # [T, Hq/R, d]
+        else:
+            o = attention(self.layer, *turning(q, k), v)  # [T, Hq/R, d]
         return self.o_proj(o.reshape(len(x), -1))  # all-reduce inside
 
 

@@ -117,6 +117,6 @@ class DecodeGraphs:
             tiles = rest[size : size + 3 * self.table.max_tiles(size)]
             prefixes = SharedPrefixes(tiles.view(3, -1), rest[:size])
         pages = self.table.page_table.shape[1]
-        step = self.table.decode_on_device(rows, positions.clamp(min=0), pages, prefixes)
+        step = self.table.decode_on_device(rows, positions, pages, prefixes)
         hidden = self.model(step.input_ids, step.positions, self.attention(self.cache, step.meta))
         return self.model.compute_logits(hidden)

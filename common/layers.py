@@ -1,6 +1,7 @@
 """The layers that every rank holds whole: norms, rotary embedding, activation."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -78,14 +79,25 @@ def apply_rotary(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> 
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
-def turn(q, k, rotary, q_norm: RMSNorm | None = None, k_norm: RMSNorm | None = None):
-    """q [T, Hq/R, d], k [T, Hkv/R, d] -> both with their positions in them; Qwen3 norms each head first."""
-    if fused and q.is_cuda:
-        norms = (q_norm.weight, k_norm.weight, q_norm.eps) if q_norm else ()
-        return fused.turn(q, k, *rotary, *norms)
-    if q_norm:
-        q, k = q_norm(q), k_norm(k)
-    return apply_rotary(q, rotary), apply_rotary(k, rotary)
+class Turning(NamedTuple):
+    """What a layer does to q and k before it attends: Qwen3 norms each head, then their positions turn them."""
+
+    rotary: tuple[torch.Tensor, torch.Tensor]  # RotaryEmbedding's
+    q_norm: RMSNorm | None = None
+    k_norm: RMSNorm | None = None
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [T, Hq/R, d], k [T, Hkv/R, d] -> both with their positions in them."""
+        if fused and q.is_cuda:
+            return fused.turn(q, k, *self.rotary, *self.norms)
+        if self.q_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return apply_rotary(q, self.rotary), apply_rotary(k, self.rotary)
+
+    @property
+    def norms(self) -> tuple:
+        """(weight of q's norm [d], weight of k's, epsilon), or nothing."""
+        return (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.q_norm else ()
 
 
 def inverse_frequencies(config: ModelConfig) -> torch.Tensor:

@@ -85,16 +85,16 @@ class SequenceTable:
         """The same from tensors, at most `pages` pages a sequence; a row -1 is padding: it leaves no trace."""
         starts = self._counting[: len(rows) + 1]
         if fused and rows.is_cuda:
-            ids, slots, table, context = fused.plan_decode(
+            ids, at, slots, table, context = fused.plan_decode(
                 rows, positions, self.page_table, self.last_token, pages, self.page_size
             )
             meta = AttentionMetadata(slots, table, starts, context, self.page_size, 1, prefixes)
-            return StepInputs(ids, positions, rows, meta)
+            return StepInputs(ids, at, rows, meta)
         real = rows >= 0
         row, at = rows.clamp(min=0), positions * real
         meta = self._meta(row, at, self.page_table[row, :pages], starts, at + 1, 1)
         meta = replace(meta, slot_mapping=meta.slot_mapping.where(real, -1), prefixes=prefixes)
-        return StepInputs(self.last_token[row] * real, positions, rows, meta)
+        return StepInputs(self.last_token[row] * real, at, rows, meta)
 
     def max_tiles(self, batch: int) -> int:
         """Room that any `alike` of so many sequences fits into."""

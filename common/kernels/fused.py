@@ -130,26 +130,27 @@ def _turn(
     let_next_start(PDL)
     wait_for_previous(PDL)
     t = tl.program_id(0).to(tl.int64)
-    h, i = (tl.program_id(1) * BH + tl.arange(0, BH))[:, None], tl.arange(0, BD)[None, :]
+    h, i = (tl.program_id(1) * BH + tl.arange(0, BH))[:, None], tl.arange(0, BD)
+    is_q, live = h < HQ, (h < HQ + HKV) & (i < D)[None, :]
+    heads = tl.where(is_q, q + t * q_stride + h * D, k + t * k_stride + (h - HQ) * D)  # where each begins
+    out = turned(heads, tl.where(is_q, q_weight, k_weight), cos + t * D, sin + t * D, i, live, eps, D, NORM)
+    to = tl.where(is_q, q_out + (t * HQ + h) * D, k_out + (t * HKV + h - HQ) * D)
+    tl.store(to + i[None, :], out.to(q_out.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def turned(heads, weights, cos, sin, i, live, eps, D: tl.constexpr, NORM: tl.constexpr):
+    """Pointers to heads [H, 1] and to their norms' weights, to cos and sin [d] -> the heads turned [H, BD], float32."""
     j = (i + D // 2) % D  # the feature that i is turned with
-    is_q = h < HQ
-    q_at, k_at = q + t * q_stride + h * D, k + t * k_stride + (h - HQ) * D
-    q_live, k_live = is_q & (i < D), (h >= HQ) & (h < HQ + HKV) & (i < D)
-    here = tl.load(q_at + i, mask=q_live, other=0.0) + tl.load(k_at + i, mask=k_live, other=0.0)
-    other = tl.load(q_at + j, mask=q_live, other=0.0) + tl.load(k_at + j, mask=k_live, other=0.0)
-    here, other = here.to(tl.float32), other.to(tl.float32)
+    here = tl.load(heads + i[None, :], mask=live, other=0.0).to(tl.float32)
+    other = tl.load(heads + j[None, :], mask=live, other=0.0).to(tl.float32)
     if NORM:
         scale = tl.rsqrt(tl.sum(here * here, 1) / D + eps)[:, None]
-        live = i < D
-        wq, wk = tl.load(q_weight + i, mask=live, other=0.0), tl.load(k_weight + i, mask=live, other=0.0)
-        here *= scale * tl.where(is_q, wq, wk).to(tl.float32)
-        wq, wk = tl.load(q_weight + j, mask=live, other=0.0), tl.load(k_weight + j, mask=live, other=0.0)
-        other *= scale * tl.where(is_q, wq, wk).to(tl.float32)
-    c = tl.load(cos + t * D + i, mask=i < D, other=0.0).to(tl.float32)
-    s = tl.load(sin + t * D + i, mask=i < D, other=0.0).to(tl.float32)
-    out = (here * c + other * s).to(q_out.dtype.element_ty)
-    tl.store(q_out + (t * HQ + h) * D + i, out, mask=q_live)
-    tl.store(k_out + (t * HKV + h - HQ) * D + i, out, mask=k_live)
+        here *= scale * tl.load(weights + i[None, :], mask=live, other=0.0).to(tl.float32)
+        other *= scale * tl.load(weights + j[None, :], mask=live, other=0.0).to(tl.float32)
+    c = tl.load(cos + i, mask=i < D, other=0.0).to(tl.float32)
+    s = tl.load(sin + i, mask=i < D, other=0.0).to(tl.float32)
+    return here * c[None, :] + other * s[None, :]
 
 
 def embed(ids: torch.Tensor, weight: torch.Tensor, first: int) -> torch.Tensor:

@@ -35,6 +35,13 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
+@cache
+def counters(device: torch.device) -> torch.Tensor:
+    """How many programs of each tile have ended [65536] int32: zero between two kernels, which use it in turn."""
+    with torch.inference_mode(False):
+        return torch.zeros(1 << 16, dtype=torch.int32, device=device)
+
+
 _to_compile: set | None = None  # of the variants seen so far, inside `compile_ahead`
 
 

@@ -11,13 +11,11 @@ Weights are never written, so `one_row` has its first tile on the way by then. I
 pipeline of its loop and cost more than it brought, and so did asking the L2 cache for the first tiles.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 
-from common.kernels.launch import launch, let_next_start, num_processors, shared_memory, wait_for_previous
+from common.kernels.launch import counters, launch, let_next_start, num_processors, shared_memory, wait_for_previous
 
 ROWS = 64  # of x a program at most, and of W where W is small
 WIDE = 8000  # rows of a W that keeps the whole chip busy without being cut along `in`
@@ -83,13 +81,6 @@ def _one_row(
     tl.store(y + n, (tl.sum(acc, 1) + b).to(y.dtype.element_ty), mask=n < out)
 
 
-@cache
-def _arrived(device: torch.device) -> torch.Tensor:
-    """How many parts of each tile are there; zero between two launches."""
-    with torch.inference_mode(False):
-        return torch.zeros(1 << 16, dtype=torch.int32, device=device)
-
-
 def few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, in/R], 16-bit floats -> [T, out/R]."""
     (rows, width), out = x.shape, len(weight)
@@ -106,7 +97,7 @@ def few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
     parts = triton.cdiv(turns, share)
     part = torch.empty(parts, rows, out, dtype=torch.float32, device=x.device) if parts > 1 else y
     launch(
-        _few_rows, (*grid, parts), x, weight, weight if bias is None else bias, y, part, _arrived(x.device), rows, out, width,
+        _few_rows, (*grid, parts), x, weight, weight if bias is None else bias, y, part, counters(x.device), rows, out, width,
         x.stride(0), share, BM=block_m, BN=block_n, BK=block_k, CUT=parts > 1, BIAS=bias is not None, num_warps=warps,
         num_stages=stages,
     )  # fmt: skip

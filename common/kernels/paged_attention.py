@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from common.kernels.launch import launch, let_next_start, num_processors, wait_for_previous
+from common.kernels.fused import turned
+from common.kernels.launch import counters, launch, let_next_start, num_processors, wait_for_previous
 from common.kv_cache import PagedKVCache
 from common.paged_attention import AttentionMetadata
 
@@ -42,6 +43,7 @@ class TritonAttention:
             raise ValueError(f"page_size={meta.page_size} of the step is not the cache's page_size={cache.page_size}")
         self.cache, self.meta = cache, meta
         self.max_query_len = meta.max_query_len or int(meta.query_start.diff().max())
+        self.turns = self.max_query_len == 1 and not meta.prefixes  # q and k, if asked to
         self.workspace = None
 
     @staticmethod
@@ -49,11 +51,11 @@ class TritonAttention:
         """Sequences that begin alike and can be served by one program."""
         return TILE_ROWS // (num_q // num_kv)
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turning=None) -> torch.Tensor:
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]  # [N, P, Hkv/R, d]
         if self.max_query_len == 1:
             self.workspace = self.workspace or DecodeWorkspace(q, k_cache, self.meta.prefixes is not None)
-            return decode(q, k, v, k_cache, v_cache, self.meta, self.workspace)
+            return decode(q, k, v, k_cache, v_cache, self.meta, self.workspace, turning)
         store_kv(k, v, k_cache, v_cache, self.meta.slot_mapping)
         return extend(q, k_cache, v_cache, self.meta, self.max_query_len)
 
@@ -85,7 +87,7 @@ class DecodeWorkspace:
     """Room for the parts of one decode step; all layers use it in turn.
 
     part [B, Hq/R, all, d] and lse [B, Hq/R, all] float32, all = prefix_splits + splits: those of a shared prefix, then
-    the sequence's own. arrived [B, Hkv/R]: how many of its own are there, zero between two layers.
+    the sequence's own.
     """
 
     def __init__(self, q: torch.Tensor, k_cache: torch.Tensor, shared: bool = False):
@@ -111,11 +113,13 @@ class DecodeWorkspace:
         everything = self.prefix_splits + self.splits
         self.part = torch.empty(batch, heads, everything, d, dtype=torch.float32, device=q.device)
         self.lse = torch.empty(batch, heads, everything, dtype=torch.float32, device=q.device)
-        self.arrived = torch.zeros(batch, kv_heads, dtype=torch.int32, device=q.device)
 
 
-def decode(q, k, v, k_cache, v_cache, meta: AttentionMetadata, space: DecodeWorkspace) -> torch.Tensor:
-    """q [B, Hq/R, d], k, v [B, Hkv/R, d] of one new token a sequence -> o [B, Hq/R, d]; stores k and v."""
+def decode(q, k, v, k_cache, v_cache, meta: AttentionMetadata, space: DecodeWorkspace, turning=None) -> torch.Tensor:
+    """q [B, Hq/R, d], k, v [B, Hkv/R, d] of one new token a sequence -> o [B, Hq/R, d]; stores k and v.
+
+    turning (a Turning of common/layers.py): q and k have no position in them yet.
+    """
     (batch, heads, d), kv_heads = q.shape, k_cache.shape[2]
     group = heads // kv_heads
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -129,6 +133,8 @@ def decode(q, k, v, k_cache, v_cache, meta: AttentionMetadata, space: DecodeWork
     )
     scale, stride = d**-0.5 * LOG2_E, space.prefix_splits + space.splits
     tokens = meta.context_lens  # not read
+    cos, sin = turning.rotary if turning else (q, q)  # nor these
+    q_weight, k_weight, eps = (turning and turning.norms) or (q, q, 0.0)
     if meta.prefixes:
         tiles, tokens = meta.prefixes.tiles, meta.prefixes.tokens
         launch(
@@ -137,11 +143,12 @@ def decode(q, k, v, k_cache, v_cache, meta: AttentionMetadata, space: DecodeWork
             SPLITS=space.prefix_splits, BM=TILE_ROWS, BN=32 if shape["F32"] else 64, num_stages=2, **shape,
         )  # fmt: skip
     launch(
-        _decode, (space.splits, kv_heads, batch), q, k, v, k_cache, v_cache, o, space.part, space.lse, space.arrived,
-        meta.slot_mapping, meta.page_table, meta.context_lens, tokens, meta.page_table.stride(0), q.stride(0), k.stride(0),
-        v.stride(0), scale, space.splits, stride, space.least, GP=max(16, triton.next_power_of_2(group)),
-        PG=triton.next_power_of_2(group), TOGETHER=space.together, BN=space.block, PREFIX_SPLITS=space.prefix_splits,
-        AHEAD=space.stages > 2, num_warps=space.warps, num_stages=space.stages, **shape,
+        _decode, (space.splits, kv_heads, batch), q, k, v, k_cache, v_cache, o, space.part, space.lse, counters(q.device),
+        meta.slot_mapping, meta.page_table, meta.context_lens, tokens, cos, sin, q_weight, k_weight, eps,
+        meta.page_table.stride(0), q.stride(0), k.stride(0), v.stride(0), scale, space.splits, stride, space.least,
+        GP=max(16, triton.next_power_of_2(group)), PG=triton.next_power_of_2(group), TOGETHER=space.together,
+        BN=space.block, PREFIX_SPLITS=space.prefix_splits, AHEAD=space.stages > 2, TURN=bool(turning),
+        NORM=bool(turning and turning.norms), num_warps=space.warps, num_stages=space.stages, **shape,
     )  # fmt: skip
     return o
 
@@ -194,10 +201,11 @@ def _slots(page_table_row, n, length, P: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def _decode(
-    q, k, v, k_cache, v_cache, o, part, lse, arrived, slots, page_table, context_lens, prefix_tokens, table_stride,
-    q_stride, k_stride, v_stride, scale, splits, stride, least, PREFIX_SPLITS: tl.constexpr, P: tl.constexpr,
-    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, PG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    TOGETHER: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr, F32: tl.constexpr, PDL: tl.constexpr,
+    q, k, v, k_cache, v_cache, o, part, lse, arrived, slots, page_table, context_lens, prefix_tokens, cos, sin, q_weight,
+    k_weight, eps, table_stride, q_stride, k_stride, v_stride, scale, splits, stride, least, PREFIX_SPLITS: tl.constexpr,
+    P: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, PG: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr, TOGETHER: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr, TURN: tl.constexpr,
+    NORM: tl.constexpr, F32: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
     wait_for_previous(PDL)
@@ -214,7 +222,11 @@ def _decode(
         g, i = tl.arange(0, GP), tl.arange(0, BD)
         live = (g[:, None] < G) & (i[None, :] < D)
         row = h * G + g  # query heads of this group
-        qs = tl.load(q + b * q_stride + row[:, None] * D + i[None, :], mask=live, other=0.0)  # [GP, BD]
+        heads_at = q + b * q_stride + row[:, None] * D
+        if TURN:
+            qs = turned(heads_at, q_weight, cos + b * D, sin + b * D, i, live, eps, D, NORM).to(q.dtype.element_ty)
+        else:
+            qs = tl.load(heads_at + i[None, :], mask=live, other=0.0)  # [GP, BD]
         m = tl.full([GP], -float("inf"), tl.float32)
         total = tl.zeros([GP], tl.float32)
         acc = tl.zeros([GP, BD], tl.float32)
@@ -239,7 +251,13 @@ def _decode(
             total = total * old + tl.sum(p, 1)
             m = m_new
         if s == parts - 1:  # the new token is in no page yet: attend to it here, and store it
-            new_k = tl.load(k + b * k_stride + h * D + i, mask=i < D, other=0.0)
+            head_at = k + b * k_stride + h * D
+            if TURN:
+                one = tl.zeros([1, 1], tl.int32)
+                new_k = turned(head_at + one, k_weight, cos + b * D, sin + b * D, i, (i < D)[None, :], eps, D, NORM)
+                new_k = tl.reshape(new_k, [BD]).to(k.dtype.element_ty)
+            else:
+                new_k = tl.load(head_at + i, mask=i < D, other=0.0)
             new_v = tl.load(v + b * v_stride + h * D + i, mask=i < D, other=0.0)
             score = tl.sum(qs.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale  # [GP]
             m_new = tl.maximum(m, score)

@@ -1,6 +1,6 @@
 """The plan of a decode step from two numbers a sequence, in one kernel and so inside a captured graph.
 
-    rows, positions [B] -> input_ids, slot_mapping, context_lens [B], page_table [B, pages]
+    rows, positions [B] -> input_ids, positions, slot_mapping, context_lens [B], page_table [B, pages]
 
 Copies the page ids of each context, S/P of them a sequence, and nothing behind.
 """
@@ -15,23 +15,23 @@ BLOCK = 128  # page ids in one go
 
 
 def plan_decode(rows, positions, page_table, last_token, pages: int, page_size: int):
-    """All int64 on the device -> (input_ids [B], slot_mapping [B], page_table [B, pages], context_lens [B]).
+    """All int64 on the device -> (input_ids, positions, slot_mapping [B], page_table [B, pages], context_lens [B]).
 
-    A row -1 is padding: token 0, slot -1, a context of one.
+    A row -1 is padding: token 0, position 0, slot -1, a context of one.
     """
     batch = len(rows)
-    ids, slots, context = torch.empty(3, batch, dtype=torch.int64, device=rows.device)
+    ids, places, slots, context = torch.empty(4, batch, dtype=torch.int64, device=rows.device)
     table = torch.empty(batch, pages, dtype=torch.int64, device=rows.device)
     launch(
-        _plan_decode, (batch,), rows, positions, page_table, last_token, ids, slots, table, context,
+        _plan_decode, (batch,), rows, positions, page_table, last_token, ids, places, slots, table, context,
         page_table.stride(0), pages, P=page_size, BLOCK=BLOCK,
     )  # fmt: skip
-    return ids, slots, table, context
+    return ids, places, slots, table, context
 
 
 @triton.jit
 def _plan_decode(
-    rows, positions, page_table, last_token, ids, slots, table, context, table_stride, pages,
+    rows, positions, page_table, last_token, ids, places, slots, table, context, table_stride, pages,
     P: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
@@ -40,11 +40,13 @@ def _plan_decode(
     row, position = tl.load(rows + b), tl.load(positions + b)
     if row < 0:
         tl.store(ids + b, tl.zeros([], tl.int64))
+        tl.store(places + b, tl.zeros([], tl.int64))
         tl.store(slots + b, tl.full([], -1, tl.int64))
         tl.store(context + b, tl.full([], 1, tl.int64))
     else:
         source = page_table + row * table_stride
         tl.store(ids + b, tl.load(last_token + row))
+        tl.store(places + b, position)
         tl.store(slots + b, tl.load(source + position // P) * P + position % P)
         tl.store(context + b, position + 1)
         used = position // P + 1

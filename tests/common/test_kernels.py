@@ -8,6 +8,7 @@ import torch
 
 from common.attention_backends import pick_attention
 from common.kv_cache import PagedKVCache
+from common.layers import RMSNorm, Turning
 from common.paged_attention import AttentionMetadata, SharedPrefixes, TorchNativeAttention
 from common.sequence_table import SequenceTable
 
@@ -44,6 +45,7 @@ def step(queries, cached, page_size, heads=(14, 2), d=64, dtype=torch.float32, s
 STEPS = {
     "decode": ([1] * 5, [0, 3, 17, 200, 1500]),
     "one long decode": ([1], [5000]),
+    "many decodes": ([1] * 60, [37 * i for i in range(60)]),
     "prefill": ([70, 1, 33, 130], [0, 0, 0, 0]),
     "cached prefix": ([5, 64, 1, 200], [100, 16, 31, 777]),
 }
@@ -184,6 +186,30 @@ def test_turn(dtype, normed, heads, d):
         other = torch.cat((-here[..., d // 2 :], here[..., : d // 2]), -1)
         bare = torch.cat((angles.sin(), angles.sin()), -1)[positions].unsqueeze(1)
         assert relative_error(got, here * want + other * bare) < TOLERANCE[dtype]
+
+
+@gpu
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("name", ["decode", "many decodes"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("heads", "d"), [((14, 2), 64), ((28, 4), 128)])
+def test_decode_turns_what_it_reads(heads, d, dtype, tolerance, name, normed):
+    cache, meta, (q, k, v) = step(*STEPS[name], 16, heads, d, dtype)
+    angles = torch.outer(meta.context_lens - 1.0, torch.rand(d // 2, device="cuda"))
+    cos, sin = (
+        torch.cat(halves, -1).to(dtype).unsqueeze(1) for halves in ([angles.cos()] * 2, [-angles.sin(), angles.sin()])
+    )
+    norms = [RMSNorm(d, 1e-6).to("cuda", dtype) for _ in range(2)] if normed else []
+    for norm in norms:
+        norm.weight.normal_()
+    turning = Turning((cos, sin), *norms)
+    want = pick_attention(torch.device("cuda"), "triton")(cache, meta)(0, *turning(q, k), v)
+    stored = cache.k.clone()
+    cache.k[0].flatten(0, 1)[meta.slot_mapping] = 0.0
+    attention = pick_attention(torch.device("cuda"), "triton")(cache, meta)
+    assert attention.turns
+    assert relative_error(attention(0, q, k, v, turning), want) < tolerance
+    assert relative_error(cache.k.nan_to_num(), stored.nan_to_num()) < tolerance
 
 
 @gpu
