@@ -87,13 +87,11 @@ def few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
     y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
     block_m = min(max(triton.next_power_of_2(rows), 16), ROWS)
     block_n, block_k, warps = (128, 64, 8) if out >= WIDE and block_m == ROWS else (ROWS, 128, 4)
-    room = shared_memory(x.device) // ((block_m + block_n) * block_k * x.element_size())
-    stages = min(6 if out < WIDE else 3, room)
     grid = triton.cdiv(out, block_n), triton.cdiv(rows, block_m)
-    turns = triton.cdiv(width, block_k)
-    share = triton.cdiv(
-        turns, max(min(num_processors(x.device) // (grid[0] * grid[1]), turns // 4, 8), 1)
-    )  # of a program
+    tiles, turns, processors = grid[0] * grid[1], triton.cdiv(width, block_k), num_processors(x.device)
+    share = triton.cdiv(turns, max(min(processors // tiles, turns // 4, 8), 1))  # turns of a program
+    room = shared_memory(x.device) // ((block_m + block_n) * block_k * x.element_size())
+    stages = min(6 if tiles <= processors else 3, room)  # a processor runs one program, or several
     parts = triton.cdiv(turns, share)
     part = torch.empty(parts, rows, out, dtype=torch.float32, device=x.device) if parts > 1 else y
     launch(
