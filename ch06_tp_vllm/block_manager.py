@@ -205,6 +205,7 @@ class BlockManager:
             raise ValueError(f"{len(self.blocks) - self.num_free_blocks} blocks are in use; finish or abort first")
         for block in self.blocks:
             self._forget(block)
+        self.free_blocks = OrderedDict.fromkeys(range(len(self.blocks)))  # in order again: neighbours lie side by side
 
     # --- for tests and a debug flag
 

@@ -21,6 +21,7 @@ class PagedKVCache:
         self.num_pages, self.page_size = num_pages, page_size
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self._room = self.k[0, :0], self.v[0, :0]
 
     @staticmethod
     def bytes_per_page(config: ModelConfig, tp: TPGroup, page_size: int, dtype: torch.dtype) -> int:
@@ -32,6 +33,12 @@ class PagedKVCache:
         """Put k, v [T, Hkv/R, d] at `slots` [T]."""
         self.k[layer].flatten(0, 1).index_copy_(0, slots, k.to(self.k.dtype))
         self.v[layer].flatten(0, 1).index_copy_(0, slots, v.to(self.v.dtype))
+
+    def room(self, pages: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Memory for copies of so many pages of K and of V, always the same: so it stays in the processor's cache."""
+        if pages > len(self._room[0]):
+            self._room = self.k.new_empty(pages, *self.k.shape[2:]), self.v.new_empty(pages, *self.v.shape[2:])
+        return self._room[0][:pages], self._room[1][:pages]
 
     def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """k, v [T, Hkv/R, d] at `slots` [T]."""

@@ -13,7 +13,8 @@ Prefill, prefill behind a cached prefix, decode and any mix of them differ in th
 token i of sequence b stands at position context_lens[b] - query_len[b] + i and sees everything up to itself.
 vLLM calls a page a block (Kwon et al. 2023); SGLang's backends take the same facts.
 
-A backend is called once a layer: `attention(layer, q [T, Hq/R, d], k, v [T, Hkv/R, d]) -> o [T, Hq/R, d]`.
+A backend is called once a layer: `attention(layer, q [T, Hq/R, d], k, v [T, Hkv/R, d]) -> o [T, Hq/R, d]`. One that says
+`turns` takes q and k before their positions are in them, and a layer's Turning as one more argument.
 No rank talks here: each attends with its own heads over its own part of the pages.
 """
 
@@ -73,9 +74,7 @@ class TorchNativeAttention:
         self.slots = meta.slot_mapping if self.real is None else meta.slot_mapping[self.real]
         starts, lens = meta.query_start.tolist(), meta.context_lens.tolist()
         singles = [b for b in range(len(lens)) if starts[b + 1] - starts[b] == 1]
-        self.decodes = [
-            _DecodeGroup(meta, cache.num_pages, rows, starts, lens) for rows in _similar_lengths(singles, lens)
-        ]
+        self.decodes = [_DecodeGroup(meta, cache, rows, starts, lens) for rows in _similar_lengths(singles, lens)]
         self.extends = [
             _Extend(meta, b, starts[b], starts[b + 1], lens[b])
             for b in range(len(lens))
@@ -108,7 +107,9 @@ class _DecodeGroup:
     it cascade attention; the arithmetic is Hydragen's (Juravsky et al. 2024).
     """
 
-    def __init__(self, meta: AttentionMetadata, num_pages: int, members: list[int], starts: list[int], lens: list[int]):
+    def __init__(
+        self, meta: AttentionMetadata, cache: PagedKVCache, members: list[int], starts: list[int], lens: list[int]
+    ):
         device, page_size = meta.page_table.device, meta.page_size
         pages = -(-max(lens[b] for b in members) // page_size)
         self.all_rows = len(members) == len(meta.slot_mapping)
@@ -116,10 +117,11 @@ class _DecodeGroup:
         if not self.all_rows:
             table, context = table[members], context[members]
             self.rows = torch.tensor([starts[b] for b in members], device=device)
-        table = table.clamp(0, num_pages - 1)  # [B, pages]: behind a sequence's end stands anything
+        table = table.clamp(0, cache.num_pages - 1)  # [B, pages]: behind a sequence's end stands anything
         shared = _shared_pages(table, (min(lens[b] for b in members) - 1) // page_size, page_size)
         self.shared = table[0, :shared] if shared else None
         self.pages = table[:, shared:].reshape(-1)  # [B * (pages - shared)]
+        self.room = cache.room(len(self.pages))
         slots = torch.arange(shared * page_size, pages * page_size, device=device)
         behind = slots >= context.unsqueeze(1)  # [B, S]: slots that hold nothing, or another's leftovers
         self.behind = behind.flatten().nonzero().squeeze(-1)
@@ -128,7 +130,8 @@ class _DecodeGroup:
     def attend(self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor) -> torch.Tensor:
         """q [B, Hq/R, d] -> o [B, Hq/R, d]."""
         b, (_, _, hkv, d) = len(q), k_pages.shape
-        k, v = (self._gather(pages).view(b, -1, hkv, d).transpose(1, 2).to(q.dtype) for pages in (k_pages, v_pages))
+        k = self._gather(k_pages, self.room[0]).view(b, -1, hkv, d).transpose(1, 2).to(q.dtype)  # [B, Hkv/R, S, d]
+        v = self._gather(v_pages, self.room[1]).view(b, -1, hkv, d).transpose(1, 2).to(q.dtype)
         # the query heads of a group become rows of one query: K and V are read once for all of them
         q = q.view(b, hkv, -1, d)  # [B, Hkv/R, g, d]
         mask = self.mask.to(q.dtype)
@@ -145,12 +148,12 @@ class _DecodeGroup:
         weight = torch.sigmoid(lse - own_lse).unsqueeze(-1).to(q.dtype)
         return torch.lerp(own, o, weight).reshape(b, -1, d)
 
-    def _gather(self, pages: torch.Tensor) -> torch.Tensor:
-        """pages [N, P, Hkv/R, d] -> the slots of this group [B * S, Hkv/R, d].
+    def _gather(self, pages: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+        """pages [N, P, Hkv/R, d] -> the slots of this group [B * S, Hkv/R, d], in `room`.
 
         What lies behind a sequence's end is blanked: masking it is not enough, 0 * NaN is NaN.
         """
-        return pages.index_select(0, self.pages).flatten(0, 1).index_fill_(0, self.behind, 0)
+        return torch.index_select(pages, 0, self.pages, out=room).flatten(0, 1).index_fill_(0, self.behind, 0)
 
 
 class _Extend:
