@@ -74,7 +74,7 @@ class TorchNativeAttention:
         self.slots = meta.slot_mapping if self.real is None else meta.slot_mapping[self.real]
         starts, lens = meta.query_start.tolist(), meta.context_lens.tolist()
         singles = [b for b in range(len(lens)) if starts[b + 1] - starts[b] == 1]
-        self.decodes = [_DecodeGroup(meta, cache, rows, starts, lens) for rows in _similar_lengths(singles, lens)]
+        self.decodes, self.rows = _decode_groups(meta, cache, _similar_lengths(singles, lens), starts, lens)
         self.extends = [
             _Extend(meta, b, starts[b], starts[b + 1], lens[b])
             for b in range(len(lens))
@@ -91,12 +91,34 @@ class TorchNativeAttention:
         new = (k, v) if self.real is None else (k[self.real], v[self.real])
         self.cache.write(layer, self.slots, *new)
         k_pages, v_pages = self.cache.k[layer], self.cache.v[layer]  # [N, P, Hkv/R, d]
-        if len(self.decodes) == 1 and not self.extends and self.decodes[0].all_rows:
+        if self.decodes and self.rows is None:  # all rows, in order
             return self.decodes[0].attend(q, k_pages, v_pages)
         o = torch.zeros_like(q)
-        for part in (*self.decodes, *self.extends):
+        if self.decodes:
+            own = q[self.rows].split([len(group.mask) for group in self.decodes])
+            pairs = zip(self.decodes, own, strict=True)
+            o[self.rows] = torch.cat([group.attend(rows, k_pages, v_pages) for group, rows in pairs])
+        for part in self.extends:
             o[part.rows] = part.attend(q[part.rows], k_pages, v_pages)
         return o
+
+
+def _decode_groups(
+    meta: AttentionMetadata, cache: PagedKVCache, groups: list[list[int]], starts: list[int], lens: list[int]
+):
+    """(what attends for each group of sequences, their rows of q group by group, or None: one group of all rows in order)."""
+    order = [b for group in groups for b in group]
+    table, context, rows = meta.page_table, meta.context_lens, None
+    if len(groups) > 1 or order != list(range(len(meta.slot_mapping))):
+        device = table.device
+        picked = torch.tensor(order, dtype=torch.int64, device=device)
+        rows = torch.tensor([starts[b] for b in order], dtype=torch.int64, device=device)
+        table, context = table[picked], context[picked]
+    table, parts, first = table.clamp(0, cache.num_pages - 1), [], 0  # behind a sequence's end stands anything
+    for group in groups:
+        some, first = slice(first, first + len(group)), first + len(group)
+        parts.append(_DecodeGroup(cache, table[some], context[some], [lens[b] for b in group]))
+    return parts, rows
 
 
 class _DecodeGroup:
@@ -107,18 +129,12 @@ class _DecodeGroup:
     it cascade attention; the arithmetic is Hydragen's (Juravsky et al. 2024).
     """
 
-    def __init__(
-        self, meta: AttentionMetadata, cache: PagedKVCache, members: list[int], starts: list[int], lens: list[int]
-    ):
-        device, page_size = meta.page_table.device, meta.page_size
-        pages = -(-max(lens[b] for b in members) // page_size)
-        self.all_rows = len(members) == len(meta.slot_mapping)
-        table, context = meta.page_table[:, :pages], meta.context_lens
-        if not self.all_rows:
-            table, context = table[members], context[members]
-            self.rows = torch.tensor([starts[b] for b in members], device=device)
-        table = table.clamp(0, cache.num_pages - 1)  # [B, pages]: behind a sequence's end stands anything
-        shared = _shared_pages(table, (min(lens[b] for b in members) - 1) // page_size, page_size)
+    def __init__(self, cache: PagedKVCache, table: torch.Tensor, context: torch.Tensor, lens: list[int]):
+        """table [B, max_pages], context [B] and the same as numbers, lens."""
+        device, page_size = table.device, cache.page_size
+        pages = -(-max(lens) // page_size)
+        table = table[:, :pages]
+        shared = _shared_pages(table, (min(lens) - 1) // page_size, page_size)
         self.shared = table[0, :shared] if shared else None
         self.pages = table[:, shared:].reshape(-1)  # [B * (pages - shared)]
         self.room = cache.room(len(self.pages))
@@ -189,6 +205,8 @@ def _attention_with_lse(q, k, v, mask=None) -> tuple[torch.Tensor, torch.Tensor]
 def _shared_pages(table: torch.Tensor, limit: int, page_size: int) -> int:
     """How many of the first `limit` columns of table [B, pages] are the same page in all rows; 0 if not worth it."""
     if len(table) == 1 or limit * page_size < MIN_SHARED_TOKENS or table.device.type != "cpu":
+        return 0
+    if not bool((table[:, 0] == table[0, 0]).all()):
         return 0
     same = (table[:, :limit] == table[0, :limit]).all(dim=0)
     shared = int(same.long().cumprod(0).sum())

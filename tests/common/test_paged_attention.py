@@ -215,6 +215,12 @@ def test_every_kind_of_step(lengths, shared, page_size, group):
 
 def test_very_unequal_decode_lengths():
     Step([(0, 1), (1500, 1), (3, 1), (130, 1), (129, 1), (700, 1)], page_size=16, padding=2).check()
+    orders = set()
+    for seed in range(4):  # the longest first, and last
+        step = Step([(3000, 1), (1500, 1)], page_size=16, seed=seed)
+        step.check()
+        orders.add(tuple(step.rows))
+    assert len(orders) == 2
 
 
 @settings(max_examples=100, deadline=None)
