@@ -6,8 +6,10 @@ from transformers import LlamaConfig, Qwen2Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 
+from common.decoder import SelfAttention
 from common.layers import RMSNorm, RotaryEmbedding, SiluAndMul, apply_rotary, inverse_frequencies
 from common.model_config import ModelConfig
+from common.parallel_state import TPGroup
 from tests.common.in_memory import InMemory
 
 LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -66,6 +68,31 @@ def test_rotated_vectors_are_those_of_transformers(rope, dtype):
     tolerance = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     torch.testing.assert_close(mine_q, want_q[0].transpose(0, 1), **tolerance)
     torch.testing.assert_close(mine_k, want_k[0].transpose(0, 1), **tolerance)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_an_attention_that_turns_q_and_k_itself_gets_them_bare(normed):
+    config = dataclasses.replace(rope_pair(ROPES["default"])[0], qk_norm=normed)
+    torch.manual_seed(0)
+    block = SelfAttention(config, TPGroup(), 0)
+    for param in block.parameters():
+        param.normal_()
+    seen = []
+
+    def attention(layer, q, k, v):
+        seen.append((q, k))
+        return q * k.sum() + v.sum()
+
+    class TurningAttention:
+        turns = True
+
+        def __call__(self, layer, q, k, v, turning):
+            assert not torch.allclose(q, seen[0][0])
+            return attention(layer, *turning(q, k), v)
+
+    x, rotary = torch.randn(len(POSITIONS), config.hidden_size), RotaryEmbedding(config)(POSITIONS, torch.float32)
+    assert torch.equal(block(x, rotary, attention), block(x, rotary, TurningAttention()))
+    assert all(torch.equal(*pair) for pair in zip(*seen, strict=True))
 
 
 def test_position_zero_turns_nothing():
