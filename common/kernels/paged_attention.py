@@ -87,7 +87,7 @@ class DecodeWorkspace:
     """Room for the parts of one decode step; all layers use it in turn.
 
     part [B, Hq/R, all, d] and lse [B, Hq/R, all] float32, all = prefix_splits + splits: those of a shared prefix, then
-    the sequence's own.
+    the sequence's own. arrived [at least B Hkv/R]: how many of its own are there, zero between two layers.
     """
 
     def __init__(self, q: torch.Tensor, k_cache: torch.Tensor, shared: bool = False):
@@ -111,6 +111,9 @@ class DecodeWorkspace:
             self.block, self.warps, self.stages = 32, 4, 2
         self.prefix_splits = PREFIX_SPLITS if shared else 0
         everything = self.prefix_splits + self.splits
+        self.arrived = counters(q.device)
+        if programs > len(self.arrived):
+            self.arrived = torch.zeros(programs, dtype=torch.int32, device=q.device)
         self.part = torch.empty(batch, heads, everything, d, dtype=torch.float32, device=q.device)
         self.lse = torch.empty(batch, heads, everything, dtype=torch.float32, device=q.device)
 
@@ -143,7 +146,7 @@ def decode(q, k, v, k_cache, v_cache, meta: AttentionMetadata, space: DecodeWork
             SPLITS=space.prefix_splits, BM=TILE_ROWS, BN=32 if shape["F32"] else 64, num_stages=2, **shape,
         )  # fmt: skip
     launch(
-        _decode, (space.splits, kv_heads, batch), q, k, v, k_cache, v_cache, o, space.part, space.lse, counters(q.device),
+        _decode, (space.splits, kv_heads, batch), q, k, v, k_cache, v_cache, o, space.part, space.lse, space.arrived,
         meta.slot_mapping, meta.page_table, meta.context_lens, tokens, cos, sin, q_weight, k_weight, eps,
         meta.page_table.stride(0), q.stride(0), k.stride(0), v.stride(0), scale, space.splits, stride, space.least,
         GP=max(16, triton.next_power_of_2(group)), PG=triton.next_power_of_2(group), TOGETHER=space.together,
