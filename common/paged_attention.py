@@ -20,12 +20,14 @@ No rank talks here: each attends with its own heads over its own part of the pag
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from common.kv_cache import PagedKVCache
 
 MAX_PADDING = 1024  # tokens of a group of decode rows
+QUERY_BLOCK = 96  # new tokens of a sequence that attend together; short enough to skip much, long enough for a GEMM
 MIN_SHARED_TOKENS = 64  # a shared prefix shorter than this is not worth a second pass and a merge
 
 
@@ -76,7 +78,7 @@ class TorchNativeAttention:
         singles = [b for b in range(len(lens)) if starts[b + 1] - starts[b] == 1]
         self.decodes, self.rows = _decode_groups(meta, cache, _similar_lengths(singles, lens), starts, lens)
         self.extends = [
-            _Extend(meta, b, starts[b], starts[b + 1], lens[b])
+            _Extend(cache, meta, b, starts[b], starts[b + 1], lens[b])
             for b in range(len(lens))
             if starts[b + 1] - starts[b] > 1
         ]
@@ -90,16 +92,21 @@ class TorchNativeAttention:
         """Store this step's k, v, then attend. q [T, Hq/R, d] -> o [T, Hq/R, d]."""
         new = (k, v) if self.real is None else (k[self.real], v[self.real])
         self.cache.write(layer, self.slots, *new)
-        k_pages, v_pages = self.cache.k[layer], self.cache.v[layer]  # [N, P, Hkv/R, d]
-        if self.decodes and self.rows is None:  # all rows, in order
-            return self.decodes[0].attend(q, k_pages, v_pages)
+        if self.decodes:
+            # the query heads of a group become rows of one query: K and V are read once for all of them
+            own = q.view(len(q), k.shape[1], -1, q.shape[2])  # [T, Hkv/R, g, d]
+            if self.rows is not None:
+                own = own.index_select(0, self.rows)
+            own = own.split([group.size for group in self.decodes])
+            own = [group.attend(layer, rows) for group, rows in zip(self.decodes, own, strict=True)]
+            own = torch.cat(own).flatten(1, 2)  # [n, Hq/R, d]
+            if self.rows is None:
+                return own
         o = torch.zeros_like(q)
         if self.decodes:
-            own = q[self.rows].split([len(group.mask) for group in self.decodes])
-            pairs = zip(self.decodes, own, strict=True)
-            o[self.rows] = torch.cat([group.attend(rows, k_pages, v_pages) for group, rows in pairs])
+            o.index_copy_(0, self.rows, own)
         for part in self.extends:
-            o[part.rows] = part.attend(q[part.rows], k_pages, v_pages)
+            o[part.rows] = part.attend(layer, q[part.rows], k[part.rows], v[part.rows])
         return o
 
 
@@ -107,17 +114,25 @@ def _decode_groups(
     meta: AttentionMetadata, cache: PagedKVCache, groups: list[list[int]], starts: list[int], lens: list[int]
 ):
     """(what attends for each group of sequences, their rows of q group by group, or None: one group of all rows in order)."""
+    if not groups:
+        return [], None
     order = [b for group in groups for b in group]
-    table, context, rows = meta.page_table, meta.context_lens, None
+    device, table, context, rows = meta.page_table.device, meta.page_table, meta.context_lens, None
     if len(groups) > 1 or order != list(range(len(meta.slot_mapping))):
-        device = table.device
         picked = torch.tensor(order, dtype=torch.int64, device=device)
         rows = torch.tensor([starts[b] for b in order], dtype=torch.int64, device=device)
         table, context = table[picked], context[picked]
-    table, parts, first = table.clamp(0, cache.num_pages - 1), [], 0  # behind a sequence's end stands anything
+    slots = torch.arange(table.shape[1] * meta.page_size, device=device)
+    behind = slots >= context.unsqueeze(1)  # [B, max_pages * P]
+    mask = torch.zeros(behind.shape, device=device).masked_fill_(behind, -torch.inf)
+    # behind a sequence's last page stands anything; the first page of the longest stands in: full, if anyone has a second
+    longest = max(range(len(order)), key=lambda i: lens[order[i]])
+    table = torch.where(behind[:, :: meta.page_size], table[longest, 0], table)
+    table = table.clamp_(0, cache.num_pages - 1)  # a row that pads the batch has no page at all
+    parts, first = [], 0
     for group in groups:
         some, first = slice(first, first + len(group)), first + len(group)
-        parts.append(_DecodeGroup(cache, table[some], context[some], [lens[b] for b in group]))
+        parts.append(_DecodeGroup(cache, table[some], mask[some], [lens[b] for b in group]))
     return parts, rows
 
 
@@ -129,69 +144,77 @@ class _DecodeGroup:
     it cascade attention; the arithmetic is Hydragen's (Juravsky et al. 2024).
     """
 
-    def __init__(self, cache: PagedKVCache, table: torch.Tensor, context: torch.Tensor, lens: list[int]):
-        """table [B, max_pages], context [B] and the same as numbers, lens."""
-        device, page_size = table.device, cache.page_size
+    def __init__(self, cache: PagedKVCache, table: torch.Tensor, mask: torch.Tensor, lens: list[int]):
+        """table [B, max_pages], mask [B, max_pages * P]: -inf behind the end of each, lens: their tokens."""
+        self.cache, self.size, page_size = cache, len(lens), cache.page_size
         pages = -(-max(lens) // page_size)
-        table = table[:, :pages]
         shared = _shared_pages(table, (min(lens) - 1) // page_size, page_size)
-        self.shared = table[0, :shared] if shared else None
-        self.pages = table[:, shared:].reshape(-1)  # [B * (pages - shared)]
-        self.room = cache.room(len(self.pages))
-        slots = torch.arange(shared * page_size, pages * page_size, device=device)
-        behind = slots >= context.unsqueeze(1)  # [B, S]: slots that hold nothing, or another's leftovers
-        self.behind = behind.flatten().nonzero().squeeze(-1)
-        self.mask = torch.zeros(behind.shape, device=device).masked_fill_(behind, -torch.inf)[:, None, None]
+        own = pages - shared  # pages of a sequence, S slots
+        self.shared = cache.halves_of(table[0, :shared]) if shared else None
+        self.pages = cache.halves_of(table[:, shared:pages].flatten())  # [2 * B * S / P]
+        self.room = cache.room(len(self.pages))  # [2 * B * S / P, P, Hkv/R, d]
+        self.slots = self.room.flatten(0, 1)
+        self.k, self.v = self.slots.unflatten(0, (2, self.size, -1)).transpose(2, 3)  # [B, Hkv/R, S, d]
+        self.mask = mask[:, None, None, shared * page_size : pages * page_size]
+        # masking is not enough for slots that hold nothing, or another's leftovers: 0 * NaN is NaN
+        length = np.array(lens)
+        ends = (np.arange(len(lens)) * own - shared) * page_size + length  # the first such slot of each
+        counts = -length % page_size
+        empty = np.arange(counts.sum()) + np.repeat(ends - np.cumsum(counts) + counts, counts)
+        empty = np.concatenate((empty, empty + len(self.slots) // 2))
+        self.empty = torch.from_numpy(empty).to(table.device)
 
-    def attend(self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor) -> torch.Tensor:
-        """q [B, Hq/R, d] -> o [B, Hq/R, d]."""
-        b, (_, _, hkv, d) = len(q), k_pages.shape
-        k = self._gather(k_pages, self.room[0]).view(b, -1, hkv, d).transpose(1, 2).to(q.dtype)  # [B, Hkv/R, S, d]
-        v = self._gather(v_pages, self.room[1]).view(b, -1, hkv, d).transpose(1, 2).to(q.dtype)
-        # the query heads of a group become rows of one query: K and V are read once for all of them
-        q = q.view(b, hkv, -1, d)  # [B, Hkv/R, g, d]
-        mask = self.mask.to(q.dtype)
+    def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+        """q [B, Hkv/R, g, d] -> o [B, Hkv/R, g, d]."""
+        torch.index_select(self.cache.halves[layer], 0, self.pages, out=self.room)
+        self.slots.index_fill_(0, self.empty, 0)
+        k, v, mask = self.k.to(q.dtype), self.v.to(q.dtype), self.mask.to(q.dtype)
         if self.shared is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(b, -1, d)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         own, own_lse = _attention_with_lse(q, k, v, mask)  # [B, Hkv/R, g, d], [B, Hkv/R, g]
-        k, v = (
-            x.index_select(0, self.shared).flatten(0, 1).transpose(0, 1)[None].to(q.dtype) for x in (k_pages, v_pages)
-        )
+        b, hkv, _, d = q.shape
+        k, v = self.cache.gather(layer, self.shared).transpose(1, 2)[:, None].to(q.dtype)  # [1, Hkv/R, S, d]
         together = q.transpose(0, 1).reshape(1, hkv, -1, d)  # [1, Hkv/R, B * g, d]
         o, lse = _attention_with_lse(together, k, v)
         o, lse = o.view(hkv, b, -1, d).transpose(0, 1), lse.view(hkv, b, -1).transpose(0, 1)
         # softmax over both parts: each weighs as much as the exponentials it summed up
         weight = torch.sigmoid(lse - own_lse).unsqueeze(-1).to(q.dtype)
-        return torch.lerp(own, o, weight).reshape(b, -1, d)
-
-    def _gather(self, pages: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
-        """pages [N, P, Hkv/R, d] -> the slots of this group [B * S, Hkv/R, d], in `room`.
-
-        What lies behind a sequence's end is blanked: masking it is not enough, 0 * NaN is NaN.
-        """
-        return torch.index_select(pages, 0, self.pages, out=room).flatten(0, 1).index_fill_(0, self.behind, 0)
+        return torch.lerp(own, o, weight)
 
 
 class _Extend:
-    """One sequence with n > 1 new tokens behind S - n cached ones."""
+    """One sequence with n > 1 new tokens behind S - n cached ones.
 
-    def __init__(self, meta: AttentionMetadata, b: int, start: int, stop: int, length: int):
+    A block of queries at a time, and only the keys that the block's last one sees: less is computed and masked away.
+    """
+
+    def __init__(self, cache: PagedKVCache, meta: AttentionMetadata, b: int, start: int, stop: int, length: int):
+        self.cache, self.rows, self.length = cache, slice(start, stop), length
         n, device = stop - start, meta.page_table.device
-        self.rows, self.length = slice(start, stop), length
-        self.pages = meta.page_table[b, : -(-length // meta.page_size)]
-        self.mask = None  # nothing cached: SDPA's own causal mask
-        if length > n:
-            # SDPA aligns its causal mask at the top left; ours must end at the bottom right
-            self.mask = torch.full((n, length), -torch.inf, device=device).triu_(length - n + 1)
+        self.pages = cache.halves_of(meta.page_table[b, : -(-length // meta.page_size)]) if length > n else None
+        # zeros and a triangle behind them: each block's mask is a window on it that ends in the triangle
+        rows = min(n, QUERY_BLOCK)
+        hidden = torch.full((rows, rows), -torch.inf, device=device).triu_(1)
+        mask = torch.cat((hidden.new_zeros(rows, length), hidden), dim=1)  # [rows, S + rows]
+        self.blocks = []  # (first row, mask [rows, keys that the last of them sees])
+        for first in range(0, n, QUERY_BLOCK):
+            rows = min(n - first, QUERY_BLOCK)
+            self.blocks.append((first, mask[:rows, n - first : length + rows]))
 
-    def attend(self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor) -> torch.Tensor:
-        """q [n, Hq/R, d] -> o [n, Hq/R, d]."""
-        k = k_pages.index_select(0, self.pages).flatten(0, 1)[: self.length]  # [S, Hkv/R, d]
-        v = v_pages.index_select(0, self.pages).flatten(0, 1)[: self.length]
-        q, k, v = (x.transpose(0, 1)[None].to(q.dtype) for x in (q, k, v))  # [1, Hq/R, n, d], [1, Hkv/R, S, d]
-        mask = None if self.mask is None else self.mask.to(q.dtype)
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return o[0].transpose(0, 1)
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q [n, Hq/R, d], the new tokens' k and v [n, Hkv/R, d] -> o [n, Hq/R, d]."""
+        if self.pages is not None:
+            k, v = self.cache.gather(layer, self.pages)[:, : self.length]  # [S, Hkv/R, d]
+        k, v = (x.to(self.cache.kv.dtype).to(q.dtype) for x in (k, v))  # as the pages hold them
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, Hq/R, n, d], [1, Hkv/R, S, d]
+        o = [
+            F.scaled_dot_product_attention(
+                q[:, :, first : first + len(mask)], k[:, :, : mask.shape[1]], v[:, :, : mask.shape[1]],
+                attn_mask=mask.to(q.dtype), enable_gqa=True,
+            )[0]
+            for first, mask in self.blocks
+        ]  # fmt: skip
+        return torch.cat(o, dim=1).transpose(0, 1)
 
 
 def _attention_with_lse(q, k, v, mask=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -206,10 +229,9 @@ def _shared_pages(table: torch.Tensor, limit: int, page_size: int) -> int:
     """How many of the first `limit` columns of table [B, pages] are the same page in all rows; 0 if not worth it."""
     if len(table) == 1 or limit * page_size < MIN_SHARED_TOKENS or table.device.type != "cpu":
         return 0
-    if not bool((table[:, 0] == table[0, 0]).all()):
-        return 0
-    same = (table[:, :limit] == table[0, :limit]).all(dim=0)
-    shared = int(same.long().cumprod(0).sum())
+    ids = table[:, :limit].numpy()
+    differ = (ids != ids[0]).any(axis=0)
+    shared = int(differ.argmax()) if differ.any() else limit
     return shared if shared * page_size >= MIN_SHARED_TOKENS else 0
 
 

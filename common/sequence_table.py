@@ -66,7 +66,7 @@ class SequenceTable:
         )
         if tokens.min() < 0:
             ids = ids.where(ids >= 0, self.last_token[of])
-        table = self.page_table[row, : self._pages(context.max())]
+        table = self.page_table[:, : self._pages(context.max())].index_select(0, row)
         return StepInputs(ids, at, row, self._meta(of, at, table, starts, context_lens, int(new.max())))
 
     def decode(self, rows: np.ndarray, positions: np.ndarray, alike: Sequence[tuple[int, int, int]] = ()) -> StepInputs:
@@ -92,7 +92,7 @@ class SequenceTable:
             return StepInputs(ids, at, rows, meta)
         real = rows >= 0
         row, at = rows.clamp(min=0), positions * real
-        meta = self._meta(row, at, self.page_table[row, :pages], starts, at + 1, 1)
+        meta = self._meta(row, at, self.page_table[:, :pages].index_select(0, row), starts, at + 1, 1)
         meta = replace(meta, slot_mapping=meta.slot_mapping.where(real, -1), prefixes=prefixes)
         return StepInputs(self.last_token[row] * real, at, rows, meta)
 

@@ -1,4 +1,6 @@
 import os
+import platform
+import resource
 import signal
 import time
 from pathlib import Path
@@ -34,6 +36,19 @@ def no_torchrun(monkeypatch):
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep freed memory")
+def test_a_step_finds_the_memory_that_the_last_one_freed(no_torchrun):
+    def step():
+        return (torch.ones(3 << 20) + 1)[0].item()  # two tensors of 12 MiB, some 3,000 pages each
+
+    initialize_tensor_parallel(device="cpu")
+    step()  # the heap may still grow in one of the next
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        step()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 20_000  # 60,000 if each got new memory
 
 
 # --- collectives on real ranks

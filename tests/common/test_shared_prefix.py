@@ -33,7 +33,7 @@ def decode_step(page_size, lens, seed=0):
 def test_merged_attention_equals_attention_over_everything(page_size, lens, monkeypatch):
     cache, meta, qkv = decode_step(page_size, lens)
     together = TorchNativeAttention(cache, meta)
-    assert len(together.decodes[0].shared) == SHARED // page_size
+    assert len(together.decodes[0].shared) == 2 * SHARED // page_size  # of K and of V
     merged = together(0, *qkv)
     monkeypatch.setattr(paged_attention, "MIN_SHARED_TOKENS", 1 << 30)
     plain = TorchNativeAttention(cache, meta)
@@ -45,5 +45,5 @@ def test_a_row_that_ends_with_the_shared_part_keeps_a_page_of_its_own():
     """Nothing left over would be a softmax over nothing."""
     cache, meta, qkv = decode_step(16, [SHARED, SHARED + 5])
     attention = TorchNativeAttention(cache, meta)
-    assert len(attention.decodes[0].shared) == SHARED // 16 - 1
+    assert len(attention.decodes[0].shared) == 2 * (SHARED // 16 - 1)
     assert attention(0, *qkv).isfinite().all()
