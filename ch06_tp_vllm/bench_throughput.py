@@ -163,26 +163,32 @@ def compare(engine: LLMEngine, folder, requests: list[Request], steps: int) -> l
     model.generation_config = GenerationConfig(do_sample=False)
     generate = generate_runner(model, PEER_BATCH)
     generate(requests[:1])  # warm up
-    batches = [requests[i : i + PEER_BATCH] for i in range(0, len(requests), PEER_BATCH)]
-    rounds = []  # (how much faster, our row, their seconds)
+    rounds = []  # (our row, their seconds)
     for _ in range(ROUNDS):
-        theirs, first = [], engine.num_steps
-
-        def their_turn(theirs=theirs, first=first) -> None:
-            if len(theirs) < len(batches) and (engine.num_steps - first) * len(batches) >= len(theirs) * steps:
-                theirs.append(generate(batches[len(theirs)]))
-
-        ours = serve(engine, requests, 0.0, pause=their_turn)
-        theirs += [generate(batch) for batch in batches[len(theirs) :]]
-        rounds.append((sum(theirs) / ours["seconds"], ours, sum(theirs)))
-        print(f"this engine is {rounds[-1][0]:.2f}x as fast as generate in batches of {PEER_BATCH}", flush=True)
-    _, ours, seconds = sorted(rounds, key=lambda row: row[0])[ROUNDS // 2]
+        rounds.append(take_turns(engine, requests, generate, steps))
+        faster = rounds[-1][1] / rounds[-1][0]["seconds"]
+        print(f"this engine is {faster:.2f}x as fast as generate in batches of {PEER_BATCH}", flush=True)
+    ours, seconds = sorted(rounds, key=lambda pair: pair[1] / pair[0]["seconds"])[ROUNDS // 2]
     speed = sum(request.new_tokens for request in requests) / seconds
     peer = dict.fromkeys(ours, "") | {"tokens/s": round(speed, 1), "seconds": round(seconds, 2)}
     return [
         {"contender": "this engine, greedy"} | ours,
         {"contender": "transformers generate, greedy"} | peer,
     ]
+
+
+def take_turns(engine: LLMEngine, requests: list[Request], generate, steps: int) -> tuple[dict, float]:
+    """One round: a batch of theirs whenever they are not ahead. Our row, their seconds."""
+    batches = [requests[i : i + PEER_BATCH] for i in range(0, len(requests), PEER_BATCH)]
+    theirs, first = [], engine.num_steps
+
+    def their_turn() -> None:
+        if len(theirs) < len(batches) and (engine.num_steps - first) * len(batches) >= len(theirs) * steps:
+            theirs.append(generate(batches[len(theirs)]))
+
+    ours = serve(engine, requests, 0.0, pause=their_turn)
+    theirs += [generate(batch) for batch in batches[len(theirs) :]]
+    return ours, sum(theirs)
 
 
 if __name__ == "__main__":

@@ -125,9 +125,8 @@ def _decode_groups(
     slots = torch.arange(table.shape[1] * meta.page_size, device=device)
     behind = slots >= context.unsqueeze(1)  # [B, max_pages * P]
     mask = torch.zeros(behind.shape, device=device).masked_fill_(behind, -torch.inf)
-    # behind a sequence's last page stands anything; the first page of the longest stands in: full, if anyone has a second
-    longest = max(range(len(order)), key=lambda i: lens[order[i]])
-    table = torch.where(behind[:, :: meta.page_size], table[longest, 0], table)
+    # behind a sequence's last page stands anything; its first one stands in, and never another's, which may hold NaN
+    table = torch.where(behind[:, :: meta.page_size], table[:, :1], table)
     table = table.clamp_(0, cache.num_pages - 1)  # a row that pads the batch has no page at all
     parts, first = [], 0
     for group in groups:
@@ -156,10 +155,11 @@ class _DecodeGroup:
         self.slots = self.room.flatten(0, 1)
         self.k, self.v = self.slots.unflatten(0, (2, self.size, -1)).transpose(2, 3)  # [B, Hkv/R, S, d]
         self.mask = mask[:, None, None, shared * page_size : pages * page_size]
-        # masking is not enough for slots that hold nothing, or another's leftovers: 0 * NaN is NaN
+        # masking is not enough for slots that hold nothing, or another's leftovers: 0 * NaN is NaN. They are the rest
+        # of the last page; if that is the first page too, it also stands in for all behind it
         length = np.array(lens)
         ends = (np.arange(len(lens)) * own - shared) * page_size + length  # the first such slot of each
-        counts = -length % page_size
+        counts = np.where(length < page_size, own * page_size - length, -length % page_size)
         empty = np.arange(counts.sum()) + np.repeat(ends - np.cumsum(counts) + counts, counts)
         empty = np.concatenate((empty, empty + len(self.slots) // 2))
         self.empty = torch.from_numpy(empty).to(table.device)

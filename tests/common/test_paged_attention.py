@@ -210,6 +210,18 @@ def test_every_kind_of_step(lengths, shared, page_size, group):
     Step(lengths, page_size=page_size, group=group, shared=shared).check()
 
 
+@pytest.mark.parametrize("lengths", [[(40, 1), (17, 1), (3, 1)], [(3, 1), (40, 1)], [(17, 1), (20, 1), (40, 1)]])
+def test_a_sequence_gone_bad_leaves_the_others_alone(lengths):
+    step = Step(lengths, page_size=16, garbage=math.nan)
+    longest = max(range(len(lengths)), key=lambda b: lengths[b])
+    step.cache.kv[:, :, step.pages[longest]] = math.nan
+    for b, o in step.run():
+        if b == longest:
+            assert o.isnan().all()
+        else:
+            torch.testing.assert_close(o, step.dense(b), rtol=1e-4, atol=1e-4)
+
+
 def test_very_unequal_decode_lengths():
     Step([(0, 1), (1500, 1), (3, 1), (130, 1), (129, 1), (700, 1)], page_size=16, padding=2).check()
     orders = set()
