@@ -11,6 +11,7 @@ A step is T new tokens of B sequences, laid end to end (ragged). Attention is to
 
 Prefill, prefill behind a cached prefix, decode and any mix of them differ in these numbers alone. New
 token i of sequence b stands at position context_lens[b] - query_len[b] + i and sees everything up to itself.
+A page is filled from its first slot on, and what its last owner left in the others, NaN included, counts for nothing.
 vLLM calls a page a block (Kwon et al. 2023); SGLang's backends take the same facts.
 
 A backend is called once a layer: `attention(layer, q [T, Hq/R, d], k, v [T, Hkv/R, d]) -> o [T, Hq/R, d]`. One that says
@@ -20,7 +21,6 @@ No rank talks here: each attends with its own heads over its own part of the pag
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -74,6 +74,7 @@ class TorchNativeAttention:
         real = meta.slot_mapping >= 0
         self.real = None if bool(real.all()) else real.nonzero().squeeze(-1)
         self.slots = meta.slot_mapping if self.real is None else meta.slot_mapping[self.real]
+        self.begun = cache.begun_by(self.slots)
         starts, lens = meta.query_start.tolist(), meta.context_lens.tolist()
         singles = [b for b in range(len(lens)) if starts[b + 1] - starts[b] == 1]
         self.decodes, self.rows = _decode_groups(meta, cache, _similar_lengths(singles, lens), starts, lens)
@@ -91,6 +92,8 @@ class TorchNativeAttention:
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Store this step's k, v, then attend. q [T, Hq/R, d] -> o [T, Hq/R, d]."""
         new = (k, v) if self.real is None else (k[self.real], v[self.real])
+        if self.begun is not None:
+            self.cache.blank(layer, self.begun)
         self.cache.write(layer, self.slots, *new)
         if self.decodes:
             # the query heads of a group become rows of one query: K and V are read once for all of them
@@ -117,21 +120,22 @@ def _decode_groups(
     if not groups:
         return [], None
     order = [b for group in groups for b in group]
-    device, table, context, rows = meta.page_table.device, meta.page_table, meta.context_lens, None
+    table, context, rows = meta.page_table, meta.context_lens, None
     if len(groups) > 1 or order != list(range(len(meta.slot_mapping))):
-        picked = torch.tensor(order, dtype=torch.int64, device=device)
-        rows = torch.tensor([starts[b] for b in order], dtype=torch.int64, device=device)
+        picked = torch.tensor(order, device=table.device)
+        rows = meta.query_start[picked]
         table, context = table[picked], context[picked]
-    slots = torch.arange(table.shape[1] * meta.page_size, device=device)
-    behind = slots >= context.unsqueeze(1)  # [B, max_pages * P]
-    mask = torch.zeros(behind.shape, device=device).masked_fill_(behind, -torch.inf)
-    # behind a sequence's last page stands anything; its first one stands in, and never another's, which may hold NaN
-    table = torch.where(behind[:, :: meta.page_size], table[:, :1], table)
+    # behind a sequence's last page stands anything; its first one stands in, and never another's, which may have gone bad
+    first_slots = torch.arange(0, table.shape[1] * meta.page_size, meta.page_size, device=table.device)  # of the pages
+    table = torch.where(first_slots < context.unsqueeze(1), table, table[:, :1])
     table = table.clamp_(0, cache.num_pages - 1)  # a row that pads the batch has no page at all
+    # S zeros, then the same of -inf: a sequence's mask is a window on them
+    hidden = torch.zeros(2 * table.shape[1] * meta.page_size, device=table.device)
+    hidden[len(hidden) // 2 :] = -torch.inf
     parts, first = [], 0
     for group in groups:
         some, first = slice(first, first + len(group)), first + len(group)
-        parts.append(_DecodeGroup(cache, table[some], mask[some], [lens[b] for b in group]))
+        parts.append(_DecodeGroup(cache, table[some], context[some], [lens[b] for b in group], hidden))
     return parts, rows
 
 
@@ -143,31 +147,25 @@ class _DecodeGroup:
     it cascade attention; the arithmetic is Hydragen's (Juravsky et al. 2024).
     """
 
-    def __init__(self, cache: PagedKVCache, table: torch.Tensor, mask: torch.Tensor, lens: list[int]):
-        """table [B, max_pages], mask [B, max_pages * P]: -inf behind the end of each, lens: their tokens."""
+    def __init__(
+        self, cache: PagedKVCache, table: torch.Tensor, context: torch.Tensor, lens: list[int], hidden: torch.Tensor
+    ):  # fmt: skip
+        """table [B, max_pages], context [B]: the tokens of each, lens: the same on the host, hidden: zeros, then -inf."""
         self.cache, self.size, page_size = cache, len(lens), cache.page_size
         pages = -(-max(lens) // page_size)
         shared = _shared_pages(table, (min(lens) - 1) // page_size, page_size)
-        own = pages - shared  # pages of a sequence, S slots
         self.shared = cache.halves_of(table[0, :shared]) if shared else None
+        # masked or not, no slot may hold NaN (0 * NaN is NaN): a page is blank where its sequence has written nothing
         self.pages = cache.halves_of(table[:, shared:pages].flatten())  # [2 * B * S / P]
         self.room = cache.room(len(self.pages))  # [2 * B * S / P, P, Hkv/R, d]
-        self.slots = self.room.flatten(0, 1)
-        self.k, self.v = self.slots.unflatten(0, (2, self.size, -1)).transpose(2, 3)  # [B, Hkv/R, S, d]
-        self.mask = mask[:, None, None, shared * page_size : pages * page_size]
-        # masking is not enough for slots that hold nothing, or another's leftovers: 0 * NaN is NaN. They are the rest
-        # of the last page; if that is the first page too, it also stands in for all behind it
-        length = np.array(lens)
-        ends = (np.arange(len(lens)) * own - shared) * page_size + length  # the first such slot of each
-        counts = np.where(length < page_size, own * page_size - length, -length % page_size)
-        empty = np.arange(counts.sum()) + np.repeat(ends - np.cumsum(counts) + counts, counts)
-        empty = np.concatenate((empty, empty + len(self.slots) // 2))
-        self.empty = torch.from_numpy(empty).to(table.device)
+        self.k, self.v = self.room.view(2, self.size, -1, *self.room.shape[2:]).transpose(2, 3)  # [B, Hkv/R, S, d]
+        slots, middle = self.k.shape[2], len(hidden) // 2
+        windows = hidden[middle - slots : middle + slots].unfold(0, slots, 1)  # the i-th hides the last i
+        self.mask = windows.index_select(0, pages * page_size - context)[:, None, None]  # [B, 1, 1, S]
 
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         """q [B, Hkv/R, g, d] -> o [B, Hkv/R, g, d]."""
         torch.index_select(self.cache.halves[layer], 0, self.pages, out=self.room)
-        self.slots.index_fill_(0, self.empty, 0)
         k, v, mask = self.k.to(q.dtype), self.v.to(q.dtype), self.mask.to(q.dtype)
         if self.shared is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -230,6 +228,8 @@ def _shared_pages(table: torch.Tensor, limit: int, page_size: int) -> int:
     if len(table) == 1 or limit * page_size < MIN_SHARED_TOKENS or table.device.type != "cpu":
         return 0
     ids = table[:, :limit].numpy()
+    if ids[0, 0] != ids[-1, 0]:  # as mostly
+        return 0
     differ = (ids != ids[0]).any(axis=0)
     shared = int(differ.argmax()) if differ.any() else limit
     return shared if shared * page_size >= MIN_SHARED_TOKENS else 0

@@ -23,8 +23,8 @@ class Step:
     """A ragged step over random K and V, laid out in shuffled pages.
 
     lengths: (cached, new) of each sequence; `padding` one-token rows with slot -1 stand between them.
-    Slots that hold no token of a sequence are full of garbage. Sequences that have `shared` cached tokens
-    begin with the same ones, in the same pages.
+    Slots that hold no token of a sequence are full of garbage, but for those of a page that a sequence has begun.
+    Sequences that have `shared` cached tokens begin with the same ones, in the same pages.
     """
 
     lengths: list[tuple[int, int]]
@@ -56,6 +56,8 @@ class Step:
             self.pages[b][:n] = self.pages[sharing[0]][:n]
             self.k[b][: n * size], self.v[b][: n * size] = (x[sharing[0]][: n * size] for x in (self.k, self.v))
         for b, (cached, _) in enumerate(self.lengths):
+            if (begun := self.cache.begun_by(self.slots(b)[:cached])) is not None:
+                self.cache.blank(LAYER, begun)
             self.cache.write(LAYER, self.slots(b)[:cached], self.k[b][:cached], self.v[b][:cached])
         self.before = self.cache.k.clone(), self.cache.v.clone()
         # the rows of the step: sequences, and None for padding, mixed
@@ -171,6 +173,8 @@ def test_what_is_written_is_what_is_read_and_nothing_else_is_touched(step):
         k, v = step.cache.read(LAYER, slots)
         assert torch.equal(k, step.k[b])
         assert torch.equal(v, step.v[b])
+        begun = slots[cached:][slots[cached:] % step.page_size == 0] // step.page_size
+        want_k[LAYER][begun] = want_v[LAYER][begun] = 0
         want_k[LAYER].flatten(0, 1)[slots[cached:]] = step.k[b][cached:]
         want_v[LAYER].flatten(0, 1)[slots[cached:]] = step.v[b][cached:]
     assert torch.equal(step.cache.k, want_k)
@@ -283,6 +287,7 @@ def test_what_stands_in_the_page_table_behind_a_sequences_pages_does_not_matter(
 
 NEIGHBOURS = {
     "decode": [(3, 1), (30, 1)],
+    "decode that begins a page": [(4, 1), (30, 1), (0, 1)],
     "decode behind a shared prompt": [(80, 1), (101, 1)],
     "prefill": [(0, 3), (0, 30)],
     "prefill behind a prefix": [(4, 3)],
