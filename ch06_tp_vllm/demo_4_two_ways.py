@@ -70,7 +70,7 @@ def sizes(model: torch.nn.Module) -> dict[str, int]:
 def last_logits(executor: ModelRunner) -> torch.Tensor | None:
     """One prompt through the executor: its pages, one ragged step, the logits on rank 0."""
     one = np.ones(1, dtype=np.int64)
-    executor.set_pages([(0, 0, [3])])
+    executor.table.set_pages([(0, 0, [3])])
     logits = executor.ragged(np.array(PROMPT), 0 * one, 0 * one, len(PROMPT) * one, one)
     full = gather_logits(logits, executor.config.vocab_size, executor.tp)
     return None if full is None else full[0]

@@ -99,7 +99,7 @@ def paged(executor: Executor, prompt: list[int]) -> list[int]:
     """The same in blocks of 16, through the executor's own page table."""
     one, size = np.ones(1, dtype=np.int64), executor.page_size
     blocks = random.sample(range(executor.kv_cache.num_pages), -(-(len(prompt) + NEW) // size))
-    executor.set_pages([(0, 0, blocks)])
+    executor.table.set_pages([(0, 0, blocks)])
     logits = executor.ragged(np.array(prompt), 0 * one, 0 * one, len(prompt) * one, one)
     out = []
     for i in range(NEW):

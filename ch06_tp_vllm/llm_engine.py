@@ -39,7 +39,7 @@ class _Group:
 
     @property
     def finished(self) -> bool:
-        return all(request.status.finished for request in self.requests)
+        return all([request.status.finished for request in self.requests])  # asked of all in every step: no generator
 
 
 @dataclass(frozen=True)
@@ -242,11 +242,11 @@ class LLMEngine:
 
     def _sampling(self, requests: list[Request], is_decode: bool) -> SamplingBatch:
         """The parameters of the step's rows; those of a decode batch that has not changed are still there."""
-        if any(request.params.penalized for request in requests):
-            self._settle()  # a penalty must know every token before the one it is for
-        elif is_decode and self._decoding and self._decoding[0] == requests:
+        if is_decode and self._decoding and self._decoding[0] == requests:
             self._decoding[1].advance()
             return self._decoding[1]
+        if any(request.params.penalized for request in requests):
+            self._settle()  # a penalty must know every token before the one it is for
         batch = SamplingBatch([request.sampling_row() for request in requests])
         self._decoding = (requests, batch) if is_decode and not batch.penalized else None
         return batch

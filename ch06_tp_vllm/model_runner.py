@@ -96,7 +96,7 @@ class ModelRunner(Executor):
     # --- both
 
     def _execute(self, step: StepMetadata) -> torch.Tensor | None:
-        self.set_pages(step.updates)
+        self.table.set_pages(step.updates)
         if len(step.token_ids) == 0:
             logits = self.decode(step.rows, step.computed)
         else:

@@ -76,7 +76,7 @@ class Writer:
     def write(self, choose: Callable, seed: int) -> list[int]:
         wrapper, one = self.wrapper, np.ones(1, dtype=np.int64)
         pages = -(-(len(self.prompt) + STEPS) // wrapper.page_size)
-        wrapper.set_pages([(0, 0, range(pages))])
+        wrapper.table.set_pages([(0, 0, range(pages))])
         logits = wrapper.ragged(np.array(self.prompt), 0 * one, 0 * one, len(self.prompt) * one, one)
         tokens: list[int] = []
         while True:

@@ -19,12 +19,12 @@ class TPRadixAttentionModelWrapper(Executor):
 
         Returns this rank's logits [B, V/R] of the sequences that emit a token, None if none does.
         """
-        self.set_pages(task.updates)
+        self.table.set_pages(task.updates)
         rows, cached, new, emits = np.array(task.sequences, dtype=np.int64).T
         return self.ragged(np.array(task.token_ids, dtype=np.int64), rows, cached, new, emits)
 
     def execute_decode_task(self, task: DecodeTask) -> torch.Tensor:
         """One more token for each running row: feed in its last token. Returns logits [B, V/R] of this rank."""
-        self.set_pages(task.updates)
+        self.table.set_pages(task.updates)
         rows, positions = np.array(task.rows, dtype=np.int64), np.array(task.positions, dtype=np.int64)
         return self.decode(rows, positions, task.alike)

@@ -7,7 +7,6 @@ and gets this rank's logits. Both chapters put their brain on it.
 
 import os
 from collections.abc import Sequence
-from itertools import chain
 
 import numpy as np
 import torch
@@ -90,17 +89,6 @@ class Executor:
             self._get_ready()
 
     # --- a step: new pages, forward, and what the tokens leave behind
-
-    def set_pages(self, updates: Sequence[tuple[int, int, Sequence[int]]]) -> None:
-        """(row, first, pages): pages first .. first+len(pages)-1 of a row are these from now on."""
-        if not updates:
-            return
-        n = [len(pages) for _, _, pages in updates]
-        rows = np.repeat([row for row, _, _ in updates], n)
-        first = np.repeat([first for _, first, _ in updates], n)
-        columns = first + np.arange(len(rows)) - np.repeat(np.cumsum(n) - n, n)
-        pages = np.fromiter(chain.from_iterable(pages for _, _, pages in updates), dtype=np.int64, count=len(rows))
-        self.table.set_pages(rows, columns, pages)
 
     @torch.inference_mode()
     def ragged(

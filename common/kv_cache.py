@@ -36,14 +36,11 @@ class PagedKVCache:
         for plane, new in zip(self._slots[layer], (k, v), strict=True):
             plane.index_copy_(0, slots, new.to(plane.dtype))
 
-    def begun_by(self, slots: torch.Tensor) -> torch.Tensor | None:
-        """The places in a layer's `halves` of the pages whose first slot is among `slots` [T]; None if there are none."""
+    def begin(self, slots: torch.Tensor) -> None:
+        """Blank the pages whose first slot is among `slots` [T]: a last owner may have left NaN in them."""
         first = slots[slots % self.page_size == 0]
-        return self.halves_of(first // self.page_size) if len(first) else None
-
-    def blank(self, layer: int, halves: torch.Tensor) -> None:
-        """Forget what `halves` [2n] held: whose page it was may have left NaN in slots that are read, and masked."""
-        self.halves[layer].index_fill_(0, halves, 0)
+        if len(first):
+            self.kv.index_fill_(2, first // self.page_size, 0)
 
     def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """k, v [T, Hkv/R, d] at `slots` [T]."""

@@ -74,10 +74,11 @@ class TorchNativeAttention:
         real = meta.slot_mapping >= 0
         self.real = None if bool(real.all()) else real.nonzero().squeeze(-1)
         self.slots = meta.slot_mapping if self.real is None else meta.slot_mapping[self.real]
-        self.begun = cache.begun_by(self.slots)
+        cache.begin(self.slots)
         starts, lens = meta.query_start.tolist(), meta.context_lens.tolist()
         singles = [b for b in range(len(lens)) if starts[b + 1] - starts[b] == 1]
         self.decodes, self.rows = _decode_groups(meta, cache, _similar_lengths(singles, lens), starts, lens)
+        self.back = None if self.rows is None else self.rows.argsort()  # which of the groups' rows is the i-th of them
         self.extends = [
             _Extend(cache, meta, b, starts[b], starts[b + 1], lens[b])
             for b in range(len(lens))
@@ -92,8 +93,6 @@ class TorchNativeAttention:
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Store this step's k, v, then attend. q [T, Hq/R, d] -> o [T, Hq/R, d]."""
         new = (k, v) if self.real is None else (k[self.real], v[self.real])
-        if self.begun is not None:
-            self.cache.blank(layer, self.begun)
         self.cache.write(layer, self.slots, *new)
         if self.decodes:
             # the query heads of a group become rows of one query: K and V are read once for all of them
@@ -103,8 +102,8 @@ class TorchNativeAttention:
             own = own.split([group.size for group in self.decodes])
             own = [group.attend(layer, rows) for group, rows in zip(self.decodes, own, strict=True)]
             own = torch.cat(own).flatten(1, 2)  # [n, Hq/R, d]
-            if self.rows is None:
-                return own
+            if not self.extends and len(own) == len(q):
+                return own if self.rows is None else own.index_select(0, self.back)
         o = torch.zeros_like(q)
         if self.decodes:
             o.index_copy_(0, self.rows, own)
@@ -129,13 +128,15 @@ def _decode_groups(
     first_slots = torch.arange(0, table.shape[1] * meta.page_size, meta.page_size, device=table.device)  # of the pages
     table = torch.where(first_slots < context.unsqueeze(1), table, table[:, :1])
     table = table.clamp_(0, cache.num_pages - 1)  # a row that pads the batch has no page at all
-    # S zeros, then the same of -inf: a sequence's mask is a window on them
-    hidden = torch.zeros(2 * table.shape[1] * meta.page_size, device=table.device)
-    hidden[len(hidden) // 2 :] = -torch.inf
+    # S zeros, then S times -inf: a sequence's mask is a window on them
+    size = table.shape[1] * meta.page_size
+    line = torch.zeros(2 * size, device=table.device)
+    line[size:] = -torch.inf
+    masks = line.unfold(0, size, 1).index_select(0, size - context)  # [B, S]
     parts, first = [], 0
     for group in groups:
         some, first = slice(first, first + len(group)), first + len(group)
-        parts.append(_DecodeGroup(cache, table[some], context[some], [lens[b] for b in group], hidden))
+        parts.append(_DecodeGroup(cache, table[some], masks[some], [lens[b] for b in group]))
     return parts, rows
 
 
@@ -147,10 +148,8 @@ class _DecodeGroup:
     it cascade attention; the arithmetic is Hydragen's (Juravsky et al. 2024).
     """
 
-    def __init__(
-        self, cache: PagedKVCache, table: torch.Tensor, context: torch.Tensor, lens: list[int], hidden: torch.Tensor
-    ):  # fmt: skip
-        """table [B, max_pages], context [B]: the tokens of each, lens: the same on the host, hidden: zeros, then -inf."""
+    def __init__(self, cache: PagedKVCache, table: torch.Tensor, masks: torch.Tensor, lens: list[int]):
+        """table [B, max_pages], masks [B, max_pages * P]: -inf behind the end of each, lens: their tokens."""
         self.cache, self.size, page_size = cache, len(lens), cache.page_size
         pages = -(-max(lens) // page_size)
         shared = _shared_pages(table, (min(lens) - 1) // page_size, page_size)
@@ -158,15 +157,16 @@ class _DecodeGroup:
         # masked or not, no slot may hold NaN (0 * NaN is NaN): a page is blank where its sequence has written nothing
         self.pages = cache.halves_of(table[:, shared:pages].flatten())  # [2 * B * S / P]
         self.room = cache.room(len(self.pages))  # [2 * B * S / P, P, Hkv/R, d]
-        self.k, self.v = self.room.view(2, self.size, -1, *self.room.shape[2:]).transpose(2, 3)  # [B, Hkv/R, S, d]
-        slots, middle = self.k.shape[2], len(hidden) // 2
-        windows = hidden[middle - slots : middle + slots].unfold(0, slots, 1)  # the i-th hides the last i
-        self.mask = windows.index_select(0, pages * page_size - context)[:, None, None]  # [B, 1, 1, S]
+        kv = self.room.view(2, self.size, -1, *self.room.shape[2:])
+        self.k, self.v = kv.transpose(2, 3).unbind(0)  # [B, Hkv/R, S, d]
+        self.mask = masks[:, None, None, shared * page_size : pages * page_size]
 
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         """q [B, Hkv/R, g, d] -> o [B, Hkv/R, g, d]."""
         torch.index_select(self.cache.halves[layer], 0, self.pages, out=self.room)
-        k, v, mask = self.k.to(q.dtype), self.v.to(q.dtype), self.mask.to(q.dtype)
+        k, v, mask = self.k, self.v, self.mask
+        if not k.dtype == mask.dtype == q.dtype:
+            k, v, mask = k.to(q.dtype), v.to(q.dtype), mask.to(q.dtype)
         if self.shared is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         own, own_lse = _attention_with_lse(q, k, v, mask)  # [B, Hkv/R, g, d], [B, Hkv/R, g]

@@ -6,6 +6,7 @@ stand. vLLM V1 (persistent batch, block table on the device) and SGLang (req_to_
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -44,10 +45,14 @@ class SequenceTable:
         self.last_token = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._counting = torch.arange(num_rows + 1, device=device)  # the query_start of any decode step
 
-    def set_pages(self, rows: np.ndarray, columns: np.ndarray, pages: np.ndarray) -> None:
-        """page_table[rows[i], columns[i]] = pages[i]."""
-        where, what = upload_all(self.device, rows * self.page_table.shape[1] + columns, pages)
-        self.page_table.view(-1).index_copy_(0, where, what)
+    def set_pages(self, updates: Sequence[tuple[int, int, Sequence[int]]]) -> None:
+        """(row, first, pages): pages first .. first+len(pages)-1 of a row are these from now on."""
+        if not updates:
+            return
+        width = self.page_table.shape[1]
+        where = [np.arange(row * width + first, row * width + first + len(pages)) for row, first, pages in updates]
+        pages = np.fromiter(chain.from_iterable(pages for _, _, pages in updates), dtype=np.int64)
+        self.page_table.view(-1).index_copy_(0, *upload_all(self.device, np.concatenate(where), pages))
 
     def set_tokens(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
         """The tokens [B] that the sequences of `rows` [B] go on with."""
@@ -74,27 +79,34 @@ class SequenceTable:
 
         alike: (first, count, pages): sequences first .. first+count-1 begin with the same pages.
         """
-        tiles, tokens = self.tiles(alike, len(rows))
-        row, at, tiles, tokens = upload_all(self.device, rows, positions, tiles, tokens)
-        prefixes = SharedPrefixes(tiles.view(3, -1), tokens) if alike else None
-        return self.decode_on_device(row, at, self._pages(positions.max() + 1), prefixes)
+        numbers = (rows, positions, *self.tiles(alike, len(rows))) if alike else (rows, positions)
+        row, at, *tiled = upload_all(self.device, *numbers)
+        prefixes = SharedPrefixes(tiled[0].view(3, -1), tiled[1]) if alike else None
+        pages = self._pages(positions.max() + 1)
+        return (self.decode_on_device if row.is_cuda else self._decode)(row, at, pages, prefixes)
 
     def decode_on_device(
         self, rows: torch.Tensor, positions: torch.Tensor, pages: int, prefixes: SharedPrefixes | None = None
     ) -> StepInputs:
         """The same from tensors, at most `pages` pages a sequence; a row -1 is padding: it leaves no trace."""
-        starts = self._counting[: len(rows) + 1]
         if fused and rows.is_cuda:
+            starts = self._counting[: len(rows) + 1]
             ids, at, slots, table, context = fused.plan_decode(
                 rows, positions, self.page_table, self.last_token, pages, self.page_size
             )
             meta = AttentionMetadata(slots, table, starts, context, self.page_size, 1, prefixes)
             return StepInputs(ids, at, rows, meta)
         real = rows >= 0
-        row, at = rows.clamp(min=0), positions * real
-        meta = self._meta(row, at, self.page_table[:, :pages].index_select(0, row), starts, at + 1, 1)
-        meta = replace(meta, slot_mapping=meta.slot_mapping.where(real, -1), prefixes=prefixes)
-        return StepInputs(self.last_token[row] * real, at, rows, meta)
+        step = self._decode(rows.clamp(min=0), positions * real, pages, prefixes)
+        meta = replace(step.meta, slot_mapping=step.meta.slot_mapping.where(real, -1))
+        return StepInputs(step.input_ids * real, step.positions, rows, meta)
+
+    def _decode(self, rows: torch.Tensor, positions: torch.Tensor, pages: int, prefixes) -> StepInputs:
+        """The same without padding."""
+        starts = self._counting[: len(rows) + 1]
+        table = self.page_table[:, :pages].index_select(0, rows)
+        meta = self._meta(rows, positions, table, starts, positions + 1, 1, prefixes)
+        return StepInputs(self.last_token[rows], positions, rows, meta)
 
     def max_tiles(self, batch: int) -> int:
         """Room that any `alike` of so many sequences fits into."""
@@ -111,10 +123,10 @@ class SequenceTable:
             tokens[first : first + count] = pages * self.page_size
         return tiles.reshape(-1), tokens
 
-    def _meta(self, rows, positions, table, starts, context_lens, longest: int) -> AttentionMetadata:
+    def _meta(self, rows, positions, table, starts, context_lens, longest: int, prefixes=None) -> AttentionMetadata:
         pages = self.page_table[rows, positions // self.page_size]  # [T]
         slots = pages * self.page_size + positions % self.page_size
-        return AttentionMetadata(slots, table, starts, context_lens, self.page_size, longest)
+        return AttentionMetadata(slots, table, starts, context_lens, self.page_size, longest, prefixes)
 
     def _pages(self, length) -> int:
         return -(-int(length) // self.page_size)

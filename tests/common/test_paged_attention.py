@@ -56,8 +56,7 @@ class Step:
             self.pages[b][:n] = self.pages[sharing[0]][:n]
             self.k[b][: n * size], self.v[b][: n * size] = (x[sharing[0]][: n * size] for x in (self.k, self.v))
         for b, (cached, _) in enumerate(self.lengths):
-            if (begun := self.cache.begun_by(self.slots(b)[:cached])) is not None:
-                self.cache.blank(LAYER, begun)
+            self.cache.begin(self.slots(b)[:cached])
             self.cache.write(LAYER, self.slots(b)[:cached], self.k[b][:cached], self.v[b][:cached])
         self.before = self.cache.k.clone(), self.cache.v.clone()
         # the rows of the step: sequences, and None for padding, mixed
@@ -174,7 +173,7 @@ def test_what_is_written_is_what_is_read_and_nothing_else_is_touched(step):
         assert torch.equal(k, step.k[b])
         assert torch.equal(v, step.v[b])
         begun = slots[cached:][slots[cached:] % step.page_size == 0] // step.page_size
-        want_k[LAYER][begun] = want_v[LAYER][begun] = 0
+        want_k[:, begun] = want_v[:, begun] = 0
         want_k[LAYER].flatten(0, 1)[slots[cached:]] = step.k[b][cached:]
         want_v[LAYER].flatten(0, 1)[slots[cached:]] = step.v[b][cached:]
     assert torch.equal(step.cache.k, want_k)

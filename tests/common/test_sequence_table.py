@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 def table():
     """Row 1: pages 7, 3, 9; row 2: pages 5, 4. Pages of 4 tokens."""
     table = SequenceTable(4, 8, 4, CPU, tile_members=9)
-    table.set_pages(np.array([1, 1, 1, 2, 2]), np.array([0, 1, 2, 0, 1]), np.array([7, 3, 9, 5, 4]))
+    table.set_pages([(1, 0, [7, 8]), (2, 0, range(5, 3, -1)), (1, 1, [3, 9])])
     table.set_tokens(torch.tensor([1, 2]), torch.tensor([101, 102]))
     return table
 
