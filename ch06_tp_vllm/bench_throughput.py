@@ -18,7 +18,6 @@ counts. Writes figures/bench_throughput.csv:
 
 import argparse
 import random
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,8 +31,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from ch06_tp_vllm.llm_engine import LLMEngine
 from ch06_tp_vllm.sampling_params import SamplingParams
 from common.launch import run_main
-from common.parallel_state import broadcast, initialize_tensor_parallel
-from common.published_configs import CONFIGS, save_random_weights
+from common.parallel_state import initialize_tensor_parallel
+from common.published_configs import CONFIGS, shared_random_weights
 from common.report import FIGURES, write_csv
 from common.tiny_qwen import TINY_QWEN_PATH
 from common.transformers_peer import Request, generate_runner
@@ -45,12 +44,7 @@ ROUNDS = 3  # of a comparison; the one in the middle counts
 def main() -> None:
     args = parse_args()
     tp = initialize_tensor_parallel(device=args.device)
-    folder = args.model or TINY_QWEN_PATH
-    if args.published:
-        folder = Path(tempfile.gettempdir()) / "bench_checkpoints" / args.published
-        if tp.rank == 0:
-            save_random_weights(args.published, folder, tp.device.type)
-        broadcast(torch.zeros(1), tp, "checkpoint")  # COMM broadcast [1]: it is there
+    folder = shared_random_weights(args.published, tp) if args.published else args.model or TINY_QWEN_PATH
     engine = LLMEngine(str(folder), device=args.device, max_num_batched_tokens=args.max_num_batched_tokens)
     requests = workload(args.scale, engine.runner.config.vocab_size)
     serve(engine, requests[:4], 0.6, quiet=True)  # warm up

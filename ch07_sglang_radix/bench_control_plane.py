@@ -16,7 +16,6 @@ Writes figures/control_plane.csv.
 
 import argparse
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
@@ -28,8 +27,8 @@ from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.launch import run_main
 from common.messages import share
-from common.parallel_state import broadcast, gather, initialize_tensor_parallel
-from common.published_configs import CONFIGS, save_random_weights
+from common.parallel_state import gather, initialize_tensor_parallel
+from common.published_configs import CONFIGS, shared_random_weights
 from common.report import FIGURES, write_csv
 from common.sampler import SamplingParams
 
@@ -46,12 +45,7 @@ def main() -> None:
     tp = initialize_tensor_parallel(device=args.device)
     if tp.size < 2:
         raise ValueError("one rank has nobody to tell; start with torchrun --nproc_per_node=2")
-    folder = None
-    if args.published:
-        folder = Path(tempfile.gettempdir()) / "bench_checkpoints" / args.published
-        if tp.rank == 0:
-            save_random_weights(args.published, folder, tp.device.type)
-        broadcast(torch.zeros(1), tp, "checkpoint")  # COMM broadcast [1]: it is there
+    folder = shared_random_weights(args.published, tp) if args.published else None
     tokens = max(running * (context + STEPS + 32) for running, context in CASES)
     wrapper = TPRadixAttentionModelWrapper(folder and str(folder), args.device, 16, max_total_tokens=tokens, tp=tp)
     rows = []

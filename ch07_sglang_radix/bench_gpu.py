@@ -18,7 +18,6 @@ Writes figures/bench_gpu_<part>.csv. The kernels one by one: python -m common.ke
 import argparse
 import gc
 import random
-import tempfile
 import time
 from pathlib import Path
 
@@ -26,11 +25,9 @@ import torch
 
 from ch07_sglang_radix.engine import Engine
 from common.launch import run_main
-from common.parallel_state import TPGroup, broadcast, initialize_tensor_parallel
-from common.published_configs import save_random_weights
+from common.parallel_state import TPGroup, initialize_tensor_parallel
+from common.published_configs import shared_random_weights
 from common.report import FIGURES, write_csv
-
-CHECKPOINTS = Path(tempfile.gettempdir()) / "bench_gpu_checkpoints"
 
 
 def main() -> None:
@@ -49,11 +46,7 @@ def main() -> None:
 
 def measure_model(name: str, tp: TPGroup) -> list[dict]:
     """Start the engine, run the workloads of this model, and look at the gaps between decode steps."""
-    folder = CHECKPOINTS / name
-    if tp.rank == 0:
-        save_random_weights(name, folder, "cuda")
-        torch.cuda.empty_cache()
-    broadcast(torch.zeros(1), tp, "checkpoint")  # COMM broadcast [1]: it is there
+    folder = shared_random_weights(name, tp)
     began = time.perf_counter()
     engine = Engine(str(folder), device="cuda")
     rows = []

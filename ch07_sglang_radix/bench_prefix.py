@@ -25,7 +25,6 @@ the model's own time, which the cache does not touch there, varies by more than 
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +39,8 @@ from ch07_sglang_radix.simulate import read_trace, simulate
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from ch07_sglang_radix.workloads import WORKLOADS, Source, best_cached, distinct_pages
 from common.launch import run_main
-from common.parallel_state import broadcast, initialize_tensor_parallel
-from common.published_configs import CONFIGS, save_random_weights
+from common.parallel_state import initialize_tensor_parallel
+from common.published_configs import CONFIGS, shared_random_weights
 from common.report import FIGURES, write_csv
 from common.tiny_qwen import TINY_QWEN_PATH
 
@@ -58,12 +57,7 @@ def main() -> None:
         simulate_trace(args)
         return
     tp = initialize_tensor_parallel(device=args.device)
-    folder = args.model or TINY_QWEN_PATH
-    if args.published:
-        folder = Path(tempfile.gettempdir()) / "bench_checkpoints" / args.published
-        if tp.rank == 0:
-            save_random_weights(args.published, folder, tp.device.type)
-        broadcast(torch.zeros(1), tp, "checkpoint")  # COMM broadcast [1]: it is there
+    folder = shared_random_weights(args.published, tp) if args.published else args.model or TINY_QWEN_PATH
     if tp.device.type == "cpu":
         torch.set_num_threads(1)
     wrapper = TPRadixAttentionModelWrapper(str(folder), args.device, tp=tp)

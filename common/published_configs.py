@@ -1,9 +1,12 @@
 """The shapes of published models, for benchmarks and tests: random weights cost what trained ones do."""
 
+import tempfile
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from common.parallel_state import TPGroup, broadcast
 
 CONFIGS = {
     "Qwen2.5-0.5B": dict(
@@ -37,5 +40,18 @@ def save_random_weights(name: str, folder: Path, device: str = "cpu") -> Path:
         torch.manual_seed(0)
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(published_config(name), dtype=torch.bfloat16)
-        model.save_pretrained(folder)
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        model.save_pretrained(unfinished)
+        unfinished.rename(folder)  # whoever is interrupted leaves no half of a checkpoint
+    return folder
+
+
+def shared_random_weights(name: str, tp: TPGroup) -> Path:
+    """The same in the temporary directory, for all ranks of a host: rank 0 makes it, the others wait."""
+    folder = Path(tempfile.gettempdir()) / "bench_checkpoints" / name
+    if tp.rank == 0:
+        save_random_weights(name, folder, tp.device.type)
+        if tp.device.type == "cuda":
+            torch.cuda.empty_cache()
+    broadcast(torch.zeros(1), tp, "checkpoint")  # COMM broadcast [1]: it is there
     return folder
