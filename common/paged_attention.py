@@ -77,7 +77,7 @@ class TorchNativeAttention:
         cache.begin(self.slots)
         starts, lens = meta.query_start.tolist(), meta.context_lens.tolist()
         singles = [b for b in range(len(lens)) if starts[b + 1] - starts[b] == 1]
-        self.decodes, self.rows = _decode_groups(meta, cache, _similar_lengths(singles, lens), starts, lens)
+        self.decodes, self.rows = _decode_groups(meta, cache, _similar_lengths(singles, lens), lens)
         self.back = None if self.rows is None else self.rows.argsort()  # which of the groups' rows is the i-th of them
         self.extends = [
             _Extend(cache, meta, b, starts[b], starts[b + 1], lens[b])
@@ -112,9 +112,7 @@ class TorchNativeAttention:
         return o
 
 
-def _decode_groups(
-    meta: AttentionMetadata, cache: PagedKVCache, groups: list[list[int]], starts: list[int], lens: list[int]
-):
+def _decode_groups(meta: AttentionMetadata, cache: PagedKVCache, groups: list[list[int]], lens: list[int]):
     """(what attends for each group of sequences, their rows of q group by group, or None: one group of all rows in order)."""
     if not groups:
         return [], None
