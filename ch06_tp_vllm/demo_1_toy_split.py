@@ -1,27 +1,36 @@
 """Two ways to cut a matrix product, on paper-sized numbers. NumPy only; "ranks" are variables.
 
     python ch06_tp_vllm/demo_1_toy_split.py
+    python ch06_tp_vllm/demo_1_toy_split.py --csv figures/toy_split.csv    # and what the picture is drawn from
 
 Column-parallel: each rank has some columns of W and gets those columns of the result; put them side by side.
 Row-parallel: each rank has some rows of W and the matching columns of X and gets a partial sum; add them up.
 Ends with the two classic mistakes; every step checks itself.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
-from common.show import check, heading, matrix
+from common.launch import run_main
+from common.report import csv_option, write_csv
+from common.show import check, heading, matrix, table
 
 X = np.array([[1, 2, 3, 4], [5, 6, 7, 8]])  # [2, 4]: two tokens, four features
 W = np.array([[1, 0, 2, 1, 3, 0], [0, 1, 1, 2, 0, 1], [2, 1, 0, 1, 1, 2], [1, 2, 1, 0, 2, 1]])  # [4, 6]
 
 
 def main() -> None:
+    csv = csv_option(__doc__)
     column_parallel()
     row_parallel()
     column_then_row()
     merged_gate_and_up()
     fused_qkv()
     what_goes_wrong()
+    what_is_sent()
+    if csv:
+        write_csv(list(owners()), csv, measured=False)
 
 
 def column_parallel() -> None:
@@ -66,22 +75,26 @@ def column_then_row() -> None:
 def merged_gate_and_up() -> None:
     heading("gate and up as one product: cut each, then stack")
     gate, up = W, W[:, ::-1] + 1  # [4, 6] each
-    stacked = np.concatenate([gate, up], axis=1)  # [4, 12]
     for rank, mine in enumerate((slice(0, 3), slice(3, 6))):
-        merged = X @ np.concatenate([gate[:, mine], up[:, mine]], axis=1)  # one GEMM instead of two
-        right = np.allclose(merged[:, :3] * merged[:, 3:], (X @ gate)[:, mine] * (X @ up)[:, mine])
-        check(f"rank {rank}: one product of [gate | up] gives both of its halves", right)
+        held = np.concatenate([gate[:, mine], up[:, mine]], axis=1)  # one GEMM instead of two
+        matrix(f"rank {rank}: its columns of gate | of up", held, cut=3)
+        merged = X @ held
+        right = np.allclose(merged[:, :3], (X @ gate)[:, mine]) and np.allclose(merged[:, 3:], (X @ up)[:, mine])
+        check(f"rank {rank}: one product of [gate | up] gives what two products give", right)
+    stacked = np.concatenate([gate, up], axis=1)  # [4, 12]
     half = X @ stacked[:, :6]  # what rank 0 would get from cutting the stacked matrix
     check("cutting the stacked matrix instead gives rank 0 all of gate and nothing of up", np.allclose(half, X @ gate))
 
 
 def fused_qkv() -> None:
     heading("q, k and v as one product: the same, by heads")
-    wq, wk, wv = W[:, :4], W[:, 4:], W[:, 1:3]  # two query heads of two features, one KV head
-    fused = X @ np.concatenate([wq, wk, wv], axis=1)
-    q, k, v = np.split(fused, [4, 6], axis=1)
-    check("one product, split behind it, is three products",
-          np.allclose(q, X @ wq) and np.allclose(k, X @ wk) and np.allclose(v, X @ wv))  # fmt: skip
+    wq, wk, wv = W[:, :4], W[:, 4:], W[:, 1:3]  # two query heads of two features that share one KV head
+    for rank, mine in enumerate((slice(0, 2), slice(2, 4))):
+        held = np.concatenate([wq[:, mine], wk, wv], axis=1)
+        matrix(f"rank {rank}: query head {rank} | k | v, the KV head on both", held, cut=(2, 4))
+        q, k, v = np.split(X @ held, [2, 4], axis=1)
+        right = np.allclose(q, (X @ wq)[:, mine]) and np.allclose(k, X @ wk) and np.allclose(v, X @ wv)
+        check(f"rank {rank}: one product, split behind it, is three products", right)
 
 
 def what_goes_wrong() -> None:
@@ -101,5 +114,34 @@ def what_goes_wrong() -> None:
     )
 
 
+def what_is_sent() -> None:
+    heading("What would be sent, layer by layer")
+    y = X @ W
+    rows = [
+        ("column, alone", "all_gather", [2, 3], y[:, :3].nbytes, "only if every rank needs all columns of Y"),
+        ("row, alone", "all_reduce", [2, 6], y.nbytes, "partial sums -> the sum"),
+        ("column, then row", "all_reduce", [2, 4], (y @ W.T).nbytes, "the same; between the two, nothing"),
+    ]
+    table(("layer", "op", "shape", "bytes", "why"), rows)
+
+
+def owners() -> Iterator[dict]:
+    """Every number of both products, and the rank that has it."""
+    left, right = np.array([0, 0, 1, 1]), np.array([0, 0, 0, 1, 1, 1])  # who has a feature of X, who a column of W
+    for cut, of_x, of_w, results in (
+        ("column", None, right[None, :], [("Y", X @ W, right[None, :])]),
+        ("row", left[None, :], left[:, None], [
+            ("partial sum", X[:, :2] @ W[:2], 0), ("partial sum", X[:, 2:] @ W[2:], 1), ("Y", X @ W, None),
+        ]),
+    ):  # fmt: skip
+        for i, (name, values, owner) in enumerate([("X", X, of_x), ("W", W, of_w), *results]):
+            who = np.broadcast_to("both" if owner is None else owner, values.shape)
+            for (row, column), value in np.ndenumerate(values):
+                yield {
+                    "cut": cut, "place": i, "matrix": name, "row": row, "column": column, "value": value,
+                    "rank": who[row, column],
+                }  # fmt: skip
+
+
 if __name__ == "__main__":
-    main()
+    run_main(main)

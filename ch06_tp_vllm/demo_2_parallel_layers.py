@@ -2,16 +2,20 @@
 
     torchrun --nproc_per_node=2 ch06_tp_vllm/demo_2_parallel_layers.py     # two processes
     python ch06_tp_vllm/demo_2_parallel_layers.py                          # all ranks in one: rank is an argument
+    python ch06_tp_vllm/demo_2_parallel_layers.py --csv figures/parallel_layers.csv
 
 Each layer is compared with the unsplit one. The table shows what was sent: under torchrun by the ledger, which
 records every collective. Played in one process the ranks are objects, and their sum is written out by hand.
 """
+
+from collections.abc import Iterator
 
 import torch
 
 from common.launch import run_main
 from common.linear import ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from common.parallel_state import TPGroup, all_gather, initialize_tensor_parallel
+from common.report import csv_option, write_csv
 from common.show import check, heading, table
 from common.weights import TensorSource
 
@@ -20,6 +24,7 @@ TOKENS = 3
 
 
 def main() -> None:
+    csv = csv_option(__doc__)
     torch.manual_seed(0)
     x, weights = torch.randn(TOKENS, IN), {name: torch.randn(*shape) for name, shape in SHAPES.items()}
     tp = initialize_tensor_parallel(device="cpu")
@@ -30,6 +35,8 @@ def main() -> None:
         with torch.inference_mode():
             played_ranks(2, x, weights)
             played_ranks(3, x, weights)
+    if csv and tp.rank == 0:
+        write_csv(list(shards(2)), csv, measured=False)
 
 
 SHAPES = {
@@ -118,6 +125,36 @@ def played_ranks(size: int, x: torch.Tensor, weights: dict) -> None:
         for i, name in enumerate("qkv"):
             got = torch.cat([layer["qkv"].split(layer["qkv"](x))[i] for layer in layers], dim=-1)
             check(f"qkv: every rank holds whole heads of {name}", torch.allclose(got, want["qkv"][i], atol=1e-5))
+
+
+def shards(size: int) -> Iterator[dict]:
+    """Which rows and columns of which matrix lie where in each rank's weight.
+
+    Asked of the layers themselves: they load matrices whose numbers are their own coordinates.
+    """
+    parts = {"column": ["column"], "row": ["row"], "gate_up": ["gate", "up"], "qkv": ["q", "k", "v"]}
+
+    def coordinates(axis: int) -> dict:
+        grids = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+        for names in parts.values():
+            for i, name in enumerate(names):
+                rows, columns = grids[name].shape
+                grid = torch.arange(rows)[:, None] if axis == 0 else torch.arange(columns)[None, :]
+                grids[name] = (1000 * i + grid).expand(rows, columns).float()  # the thousands say which part
+        return grids
+
+    for rank in range(size):
+        by_row, by_column = (build(TPGroup(rank, size), coordinates(axis)) for axis in (0, 1))
+        for name, names in parts.items():
+            rows = by_row[name].weight[:, 0].int().tolist()
+            columns = (by_column[name].weight[0] % 1000).int().tolist()
+            for i, part in enumerate(names):
+                mine = [row % 1000 for row in rows if row // 1000 == i]
+                yield {
+                    "layer": name, "part": part, "rank": rank, "at": rows.index(1000 * i + mine[0]), "first row": mine[0],
+                    "rows": len(mine), "first column": columns[0], "columns": len(columns), "of rows": SHAPES[part][0],
+                    "of columns": SHAPES[part][1],
+                }  # fmt: skip
 
 
 if __name__ == "__main__":

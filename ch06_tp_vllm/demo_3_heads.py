@@ -1,11 +1,14 @@
 """Attention and the MLP, cut by heads: who holds what, and why one sum at the end is enough.
 
     python ch06_tp_vllm/demo_3_heads.py
+    python ch06_tp_vllm/demo_3_heads.py --csv figures/heads.csv
 
 Qwen2.5-0.5B has 14 query heads in 2 groups of 7, each with one KV head. A rank must hold whole groups, or copies of a KV
 head. One formula covers split, copy and padding (common/heads.py): vLLM and SGLang refuse 3, 4 and 8 ranks here. Then a
 whole attention block and a whole MLP run on R ranks played in one process, and their partial sums are added up by hand.
 """
+
+from collections.abc import Iterator
 
 import torch
 
@@ -16,7 +19,8 @@ from common.layers import RotaryEmbedding
 from common.model_config import ModelConfig
 from common.paged_attention import AttentionMetadata, TorchNativeAttention
 from common.parallel_state import TPGroup
-from common.show import check, heading, table
+from common.report import csv_option, write_csv
+from common.show import WHY, check, heading, table
 from common.weights import TensorSource
 
 HQ, HKV, D, HIDDEN, MLP_WIDTH, TOKENS = 14, 2, 8, 112, 150, 5
@@ -27,7 +31,11 @@ CONFIG = ModelConfig.from_dict({
 })  # fmt: skip
 
 
+SIZES = (1, 2, 3, 4, 8)
+
+
 def main() -> None:
+    csv = csv_option(__doc__)
     torch.manual_seed(0)
     who_holds_what()
     x = torch.randn(TOKENS, HIDDEN)
@@ -49,13 +57,21 @@ def main() -> None:
             )
             partial = [mlp_on(tp, x, weights) for tp in ranks]
             check(f"R = {size}: so do their MLP outputs", torch.allclose(sum(partial), whole_mlp, atol=1e-4))
+    print("  Among real ranks each sum is one message:")
+    rows = [
+        ("all_reduce", name, list(whole.shape), whole.nbytes, WHY[name])
+        for name, whole in (("o_proj", whole_attention), ("down_proj", whole_mlp))
+    ]
+    table(("op", "layer", "shape", "bytes", "why"), rows)
     why_norms_are_whole(x)
+    if csv:
+        write_csv(list(places()), csv, measured=False)
 
 
 def who_holds_what() -> None:
     heading(f"{HQ} query heads, {HKV} KV heads")
     rows = []
-    for size in (1, 2, 3, 4, 8):
+    for size in SIZES:
         layouts = [HeadLayout.of(HQ, HKV, rank, size) for rank in range(size)]
         held = " | ".join(_held(layout) for layout in layouts)
         waste = sum(layout.num_q for layout in layouts) - HQ
@@ -67,13 +83,18 @@ def who_holds_what() -> None:
 
 
 def _held(layout: HeadLayout) -> str:
-    q = ["."] * layout.num_q
-    for dst, src, n in layout.q_pieces(1):
-        q[dst : dst + n] = [str(h) for h in range(src, src + n)]
-    kv = ["."] * layout.num_kv
-    for dst, src, n in layout.kv_pieces(1):
-        kv[dst : dst + n] = [str(h) for h in range(src, src + n)]
-    return f"{_ranges(q)} : {','.join(kv)}"
+    names = ["." if head is None else str(head) for head in layout.q_heads]
+    return f"{_ranges(names)} : {','.join(map(str, layout.kv_heads))}"
+
+
+def places() -> Iterator[dict]:
+    """Every place for a query head on every rank, and the KV head beside it."""
+    for size in SIZES:
+        for rank in range(size):
+            layout = HeadLayout.of(HQ, HKV, rank, size)
+            for place, head in enumerate(layout.q_heads):
+                kv_head = layout.kv_heads[place // layout.group_size]
+                yield {"R": size, "rank": rank, "place": place, "query head": head, "KV head": kv_head}  # None: zeros
 
 
 def _ranges(names: list[str]) -> str:

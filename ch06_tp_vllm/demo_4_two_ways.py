@@ -2,8 +2,10 @@
 
     torchrun --nproc_per_node=2 ch06_tp_vllm/demo_4_two_ways.py
     python ch06_tp_vllm/demo_4_two_ways.py                         # one rank: everything is "whole" anyway
+    torchrun --nproc_per_node=2 ch06_tp_vllm/demo_4_two_ways.py --csv figures/two_ways.csv
 
-Shows, for the bundled model, how many numbers each rank keeps and multiplies with for one token in either way.
+Shows, for the bundled model, how many numbers each rank keeps and multiplies with for one token in either way, and
+what the ranks send each other.
 """
 
 import numpy as np
@@ -14,7 +16,8 @@ from ch06_tp_vllm.model_runner import ModelRunner
 from ch06_tp_vllm.patch_hf_attention import patch_attention
 from common.launch import run_main
 from common.parallel_state import initialize_tensor_parallel
-from common.show import check, heading, table
+from common.report import csv_option, write_csv
+from common.show import check, heading, messages, table
 from common.tiny_qwen import TINY_QWEN_PATH
 from common.vocab import gather_logits
 
@@ -23,6 +26,7 @@ PARTS = ("embed_tokens", "self_attn", "mlp", "lm_head")
 
 
 def main() -> None:
+    csv = csv_option(__doc__)
     tp = initialize_tensor_parallel(device="cpu")
     with torch.inference_mode():
         whole = AutoModelForCausalLM.from_pretrained(TINY_QWEN_PATH, dtype=torch.float32).eval()
@@ -31,29 +35,36 @@ def main() -> None:
         patched = patch_attention(whole, tp)
         with tp.ledger.recording() as ledger:
             by_patch = patched(torch.tensor([PROMPT])).logits[0, -1]
-            sent_by_patch = len(ledger.entries)
+            sent_by_patch = list(ledger.entries)
         size_patched = sizes(patched)
         executor = ModelRunner(device="cpu", page_size=16, max_total_tokens=64, tp=tp)
         with tp.ledger.recording() as ledger:
             by_executor = last_logits(executor)
-            sent_by_executor = len(ledger.entries)
+            sent_by_executor = list(ledger.entries)
         size_executor = sizes(executor.model)
     if tp.rank > 0:
         return
     heading(f"Numbers that rank 0 of {tp.size} multiplies with for one token")
-    table(
-        ("part", "one whole model", "patched attention", "executor"),
-        [(part, size_whole[part], size_patched[part], size_executor[part]) for part in PARTS],
-    )
+    rows = [
+        {"part": part, "one whole model": size_whole[part], "patched attention": size_patched[part],
+         "executor": size_executor[part]}
+        for part in PARTS
+    ]  # fmt: skip
+    table(list(rows[0]), [list(row.values()) for row in rows])
     print(
         "  (embedding and LM head are one matrix here; the embedding looks a row up, the LM head multiplies with all)"
     )
-    print(f"  messages for this prompt: {sent_by_patch} patched, {sent_by_executor} executor")
+    if tp.size > 1:
+        for way, sent in (("patched model", sent_by_patch), ("executor", sent_by_executor)):
+            heading(f"What the {way} sends for a prompt of {len(PROMPT)} tokens")
+            messages(sent)
     check("the patched model's logits are the whole model's", torch.allclose(by_patch, want, atol=1e-3))
     check("so are the executor's", torch.allclose(by_executor, want, atol=1e-3))
     share = max(size_executor[part] * tp.size / size_whole[part] for part in ("embed_tokens", "mlp", "lm_head"))
     check("the executor cuts MLP, embedding and LM head into R parts (up to padding)", share < 1.05)
     check("the patched model still computes MLP and LM head in full", size_patched["mlp"] == size_whole["mlp"])
+    if csv:
+        write_csv(rows, csv, measured=False)
 
 
 def sizes(model: torch.nn.Module) -> dict[str, int]:

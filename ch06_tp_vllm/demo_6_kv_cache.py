@@ -1,6 +1,7 @@
-"""Why there is a KV cache, and why it is paged: the same requests three times.
+"""Why there is a KV cache, and why it is paged: the same requests with each kind of cache.
 
     python ch06_tp_vllm/demo_6_kv_cache.py         # about half a minute
+    python ch06_tp_vllm/demo_6_kv_cache.py --csv figures/kv_cache.csv
 
     none         every step computes the whole sequence again
     contiguous   K and V are appended to a tensor a request, as long as its longest possible answer
@@ -12,6 +13,7 @@ like those of a chat service, as requests run (the vLLM paper reports 60-80 % wa
 
 import random
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -22,40 +24,68 @@ from common.kv_cache import PagedKVCache
 from common.launch import run_main
 from common.paged_attention import AttentionMetadata, TorchNativeAttention
 from common.parallel_state import initialize_tensor_parallel
+from common.report import csv_option, write_csv
 from common.show import check, heading, table
 
-MAX_LEN = 160  # what a contiguous cache reserves for each request
-PROMPTS = [[100 + i] * 24 for i in range(4)]
-NEW = 96
+Answers = list[list[int]]
+MAX_LEN = 512  # what a contiguous cache reserves for each request: it may become as long as that
+REQUESTS = [(24, 96), (40, 32), (8, 64), (120, 48)]  # tokens in, tokens out
+BLOCK_SIZES = (256, 64, 16)
+POOL = 65536  # slots
 
 
 def main() -> None:
+    csv = csv_option(__doc__)
     initialize_tensor_parallel(device="cpu")
+    prompts = [[100 + i] * length for i, (length, _) in enumerate(REQUESTS)]
+    wanted = [out for _, out in REQUESTS]
     executor = Executor(device="cpu", max_total_tokens=1024)
-    heading(f"{len(PROMPTS)} requests, 24 tokens in, {NEW} out, one after the other on one thread")
-    answers, rows = {}, []
-    for name, generate in (("none", without_cache), ("contiguous", contiguous), ("paged", paged)):
-        began = time.perf_counter()
-        with torch.inference_mode():
-            answers[name] = [generate(executor, prompt) for prompt in PROMPTS]
-        rows.append((name, round(len(PROMPTS) * NEW / (time.perf_counter() - began))))
-    llm = LLM(device="cpu", num_gpu_blocks_override=64)
-    params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
-    began = time.perf_counter()
-    answers["batched"] = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, params, use_tqdm=False)]
-    rows.append(("paged, all four at once", round(len(PROMPTS) * NEW / (time.perf_counter() - began))))
-    table(("cache", "tokens/s"), rows)
-    check("all four say the same", len({str(said) for said in answers.values()}) == 1)
-    speed = dict(rows)
-    print(f"  a cache is worth {speed['contiguous'] / speed['none']:.1f}x here, and more the longer the answer")
 
-    heading("Reserved slots that hold nothing, 2000 requests, on average over their lives")
-    waste = {"contiguous, 2048 each": contiguous_waste(2048)} | {
-        f"blocks of {p}": block_waste(p) for p in (256, 64, 16)
+    def one_by_one(generate: Callable, executor: Executor) -> Answers:
+        with torch.inference_mode():
+            return [generate(executor, prompt, new) for prompt, new in zip(prompts, wanted, strict=True)]
+
+    def together() -> Answers:
+        params = [SamplingParams(temperature=0, max_tokens=new, ignore_eos=True) for new in wanted]
+        return [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+
+    ways = {
+        "none": (lambda: one_by_one(without_cache, executor), None),
+        f"contiguous, {MAX_LEN} each": (lambda: one_by_one(contiguous, executor), MAX_LEN),
     }
-    table(("", "waste %"), [(name, 100 * share) for name, share in waste.items()])
+    for size in BLOCK_SIZES:
+        blocks = Executor(device="cpu", page_size=size, max_total_tokens=1024)
+        ways[f"blocks of {size}"] = (lambda blocks=blocks: one_by_one(paged, blocks), size)
+    llm = LLM(device="cpu", num_gpu_blocks_override=64)
+    ways["blocks of 16, all four at once"] = (together, 16)
+
+    heading(f"{len(REQUESTS)} requests (tokens in, out: {str(REQUESTS)[1:-1]}), one after the other, one thread")
+    answers, rows = [], []
+    for name, (answer, size) in ways.items():
+        answer()  # warm up
+        began = time.perf_counter()
+        answers.append(answer())
+        seconds = time.perf_counter() - began
+        share = 1 - reserved(1, REQUESTS) / reserved(size, REQUESTS) if size else 0.0
+        rows.append({"cache": name, "tokens/s": round(sum(wanted) / seconds), "waste %": round(100 * share, 2)})
+    table(list(rows[0]), [list(row.values()) for row in rows])
+    check("all of them say the same", all(said == answers[0] for said in answers))
+    print("  waste: of the slots reserved for a request, those that hold nothing yet, on average over its steps")
+
+    heading("The memory side of 2000 requests with lengths like those of a chat service")
+    chat, sizes = chat_lengths(), {"contiguous, 2048 each": 2048} | {f"blocks of {p}": p for p in BLOCK_SIZES}
+    waste = {name: 1 - reserved(1, chat) / reserved(size, chat) for name, size in sizes.items()}
+    chats = [
+        {"cache": name, "waste %": round(100 * waste[name], 2), f"run at once in {POOL} slots": int(POOL / reserved(p, chat))}
+        for name, p in sizes.items()
+    ]  # fmt: skip
+    table(list(chats[0]), [list(row.values()) for row in chats])
     check("contiguous reservation wastes most of the memory", waste["contiguous, 2048 each"] > 0.6)
     check("blocks of 16 waste less than 4 %", waste["blocks of 16"] < 0.04)
+    if csv:
+        columns = dict.fromkeys(("requests", *rows[0], *chats[0]), "")
+        rows = [columns | {"requests": "these four"} | row for row in rows]
+        write_csv(rows + [columns | {"requests": "chat"} | row for row in chats], csv)
 
 
 class _Cache:
@@ -76,59 +106,52 @@ class _Cache:
         return int(model.compute_logits(hidden[-1:])[0, : self.executor.config.vocab_size].argmax())
 
 
-def without_cache(executor: Executor, prompt: list[int]) -> list[int]:
+def without_cache(executor: Executor, prompt: list[int], new: int) -> list[int]:
     """Every step begins at position 0."""
     tokens = list(prompt)
-    for _ in range(NEW):
+    for _ in range(new):
         tokens.append(_Cache(executor, MAX_LEN).step(tokens, 0))
     return tokens[len(prompt) :]
 
 
-def contiguous(executor: Executor, prompt: list[int]) -> list[int]:
+def contiguous(executor: Executor, prompt: list[int], new: int) -> list[int]:
     """The prompt once, then one token a step."""
     cache, out = _Cache(executor, MAX_LEN), []
     token = cache.step(prompt, 0)
-    for i in range(NEW):
+    for i in range(new):
         out.append(token)
-        if i + 1 < NEW:
+        if i + 1 < new:
             token = cache.step([token], len(prompt) + i)
     return out
 
 
-def paged(executor: Executor, prompt: list[int]) -> list[int]:
-    """The same in blocks of 16, through the executor's own page table."""
+def paged(executor: Executor, prompt: list[int], new: int) -> list[int]:
+    """The same in blocks from anywhere in the pool, through the executor's own page table."""
     one, size = np.ones(1, dtype=np.int64), executor.page_size
-    blocks = random.sample(range(executor.kv_cache.num_pages), -(-(len(prompt) + NEW) // size))
+    blocks = random.sample(range(executor.kv_cache.num_pages), -(-(len(prompt) + new) // size))
     executor.table.set_pages([(0, 0, blocks)])
     logits = executor.ragged(np.array(prompt), 0 * one, 0 * one, len(prompt) * one, one)
     out = []
-    for i in range(NEW):
+    for i in range(new):
         token = logits[:, : executor.config.vocab_size].argmax(dim=-1)
         out.append(int(token))
         executor.receive_tokens(token)
-        if i + 1 < NEW:
+        if i + 1 < new:
             logits = executor.decode(0 * one, (len(prompt) + i) * one)
     return out
 
 
-def lengths() -> list[tuple[int, int]]:
+def chat_lengths() -> list[tuple[int, int]]:
     """(prompt, answer) of 2000 requests: log-normal, like the logs of chat services; at most 1024 each."""
     rng = random.Random(0)
     draw = lambda median, spread: min(1024, max(8, round(rng.lognormvariate(0, spread) * median)))  # noqa: E731
     return [(draw(160, 0.9), draw(220, 0.7)) for _ in range(2000)]
 
 
-def contiguous_waste(reserved: int) -> float:
-    """A slot is wasted in each step in which it is reserved and empty."""
-    used = sum(sum(range(prompt, prompt + out)) for prompt, out in lengths())
-    held = sum(reserved * out for _, out in lengths())
-    return 1 - used / held
-
-
-def block_waste(size: int) -> float:
-    used = sum(sum(range(prompt, prompt + out)) for prompt, out in lengths())
-    held = sum(sum(-(-n // size) * size for n in range(prompt, prompt + out)) for prompt, out in lengths())
-    return 1 - used / held
+def reserved(size: int, requests: list[tuple[int, int]]) -> float:
+    """Slots that a request holds, on average over all steps of all requests, if it gets them in pieces of `size`."""
+    lengths = [n for prompt, out in requests for n in range(prompt, prompt + out)]
+    return sum(-(-n // size) * size for n in lengths) / len(lengths)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
 """Blocks, printed: growing, sharing, freeing, finding again.
 
     python ch06_tp_vllm/demo_7_block_manager.py
+    python ch06_tp_vllm/demo_7_block_manager.py --csv figures/blocks.csv
 
 A pool of ten blocks of four tokens and three requests that begin alike. No model: what a block holds does not matter
 here, only who holds the block.
 """
 
+from collections.abc import Iterator, Sequence
+
 from ch06_tp_vllm.block_manager import BlockManager
 from ch06_tp_vllm.request import Request
+from common.launch import run_main
+from common.report import csv_option, write_csv
 from common.sampler import SamplingParams
 from common.show import check, heading, table
 
@@ -16,21 +21,28 @@ WORDS: dict[str, int] = {}
 
 
 def main() -> None:
+    csv = csv_option(__doc__)
+    moments: list[dict] = []  # what the picture is drawn from
+
+    def show(moment: str, *requests: Request) -> None:
+        print_blocks(blocks, requests)
+        moments.extend(picture(moment, blocks, requests))
+
     blocks = BlockManager(num_blocks=10, block_size=4)
 
     heading("A request takes blocks as it grows")
     a = ask("a", [*SYSTEM, "what", "is", "a", "page"])
     start(blocks, a)
-    show(blocks, [a])
+    show("a starts", a)
     check("10 tokens need 3 blocks of 4; 2 slots are empty, no more ever are", len(a.block_table) == 3)
     print(f"  slot_mapping of tokens 8..9: {blocks.slot_mapping(a, 8, 10)}    block_table[i // 4] * 4 + i % 4")
     grow(blocks, a, "a", "fixed", "block")
-    show(blocks, [a])
+    show("a grows", a)
 
     heading("A second one begins alike: it starts with the first one's full block")
     b = ask("b", [*SYSTEM, "what", "is", "a", "rank", "?"])
     found = start(blocks, b)
-    show(blocks, [a, b])
+    show("b begins alike", a, b)
     check(
         "8 tokens are alike, so 2 blocks are shared, and held by two",
         found == 8 and blocks.blocks[a.block_table[0]].ref_cnt == 2,
@@ -38,17 +50,17 @@ def main() -> None:
 
     heading("The first one ends: the shared blocks stay, its own are free, and keep their names")
     blocks.free(a)
-    show(blocks, [b])
+    show("a ends", b)
     c = ask("c", [*SYSTEM, "what", "is", "a", "page", "a", "fixed", "block", "?"])
     found = start(blocks, c)
-    show(blocks, [b, c])
+    show("c finds what a left", b, c)
     check("a third request finds what the first one left, answer included", found == 12)
 
     heading("Two answers to one prompt: fork")
     d = ask("d", c.prompt_token_ids, raw=True)
     shared = blocks.fork(c, d)
     blocks.allocate_slots(d, d.num_tokens)
-    show(blocks, [b, c, d])
+    show("d is c's fork", b, c, d)
     check("they share the full blocks; the one where prompt and answer meet is each one's own", shared == 12)
 
     heading("Somebody needs room: free blocks are overwritten, least recently used first")
@@ -56,7 +68,7 @@ def main() -> None:
         blocks.free(request)
     stranger = ask("x", [f"word{i}" for i in range(24)])
     start(blocks, stranger)
-    show(blocks, [stranger])
+    show("x needs room", stranger)
     again = blocks.get_computed_blocks(ask("a", [*SYSTEM, "what", "is", "a", "page"]))
     print(f"  of the first prompt {4 * len(again)} tokens are left: the tail of a sequence goes before its head")
     check("the head was freed last, so it is still there", len(again) >= 1)
@@ -65,6 +77,8 @@ def main() -> None:
         "free + used = all, and every reference is accounted for",
         blocks.num_free_blocks == 10 - len(stranger.block_table),
     )
+    if csv:
+        write_csv(moments, csv, measured=False)
 
 
 def ask(name: str, words: list, raw: bool = False) -> Request:
@@ -89,7 +103,14 @@ def grow(blocks: BlockManager, request: Request, *words: str) -> None:
         blocks.cache_full_blocks(request, request.num_tokens)
 
 
-def show(blocks: BlockManager, requests: list[Request]) -> None:
+def picture(moment: str, blocks: BlockManager, requests: Sequence[Request]) -> Iterator[dict]:
+    for block in blocks.blocks:
+        holders = "".join(r.group for r in requests if block.block_id in r.block_table)
+        named = int(block.block_hash is not None)
+        yield {"moment": moment, "block": block.block_id, "held by": holders, "findable": named}
+
+
+def print_blocks(blocks: BlockManager, requests: Sequence[Request]) -> None:
     names, rows = {i: word for word, i in WORDS.items()}, []
     for block in blocks.blocks:
         holders = [r for r in requests if block.block_id in r.block_table]
@@ -107,4 +128,4 @@ def show(blocks: BlockManager, requests: list[Request]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

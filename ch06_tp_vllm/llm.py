@@ -56,6 +56,8 @@ class LLM:
 
     def shutdown(self) -> None:
         """Let go of the model and leave the process group."""
+        if self.llm_engine and self.llm_engine.trace:
+            self.llm_engine.trace.close()
         self.llm_engine = None
         shutdown_tensor_parallel()
 

@@ -11,6 +11,7 @@ Under torchrun every rank makes the same calls and gets the same outputs; rank 0
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from ch06_tp_vllm.outputs import CompletionOutput, RequestOutput
 from ch06_tp_vllm.request import Request, RequestStatus
 from ch06_tp_vllm.sampling_params import SamplingParams
 from ch06_tp_vllm.scheduler import Scheduler, SchedulerOutput
+from ch06_tp_vllm.trace import Trace
 from common.messages import share
 from common.parallel_state import initialize_tensor_parallel
 from common.sampler import Drawn, SamplingBatch, uniform
@@ -56,7 +58,7 @@ class LLMEngine:
     model: a folder in Hugging Face layout, a Hub id, or None for the bundled tiny model. max_num_batched_tokens: the budget
     of a step. num_gpu_blocks_override: blocks in the pool; by default what memory allows. enforce_eager: no CUDA
     graphs. async_scheduling: queue a step before the last one's tokens are seen; None: on a GPU.
-    check: test the conservation of blocks after every step.
+    check: test the conservation of blocks after every step. trace: a file to which every step writes a line (trace.py).
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class LLMEngine:
         num_gpu_blocks_override: int | None = None, enable_prefix_caching: bool = True,
         enable_chunked_prefill: bool = True, scheduling_policy: str = "fcfs", seed: int = 0, enforce_eager: bool = False,
         async_scheduling: bool | None = None, attention_backend: str = "auto", check: bool = False,
+        trace: str | Path | None = None,
     ):  # fmt: skip
         self.tp = initialize_tensor_parallel(tensor_parallel_size, device)
         blocks = num_gpu_blocks_override
@@ -91,6 +94,7 @@ class LLMEngine:
         self._queued: _Queued | None = None  # the step whose tokens nobody has looked at
         self._decoding: tuple[list[Request], SamplingBatch] | None = None
         self._grown: dict[str, None] = {}  # groups that got a token since the last step() returned
+        self.trace = Trace(trace, self) if trace and self.tp.rank == 0 else None
 
     # --- for the user
 
@@ -188,16 +192,24 @@ class LLMEngine:
 
     def run_step(self) -> None:
         """Schedule, execute, sample, account (rank 0, while there are unfinished requests)."""
+        if self.trace:
+            self.trace.begin()
         output = self.scheduler.schedule()
+        if self.trace:
+            self.trace.scheduled(output)
         if not output.scheduled and self._queued is None and not self._grown:
             raise AssertionError(f"{len(self.scheduler.waiting)} requests wait and none can start: blocks were lost")
         queued = self._queue(output) if output.scheduled else None
+        if self.trace:
+            self.trace.queued()
         self._settle()
         self._queued = queued
         if not self.async_scheduling:
             self._settle()
         if self.check:
             self.blocks.check(self.scheduler.running)
+        if self.trace:
+            self.trace.end()
 
     def take_outputs(self, only_finished: bool = False) -> list[RequestOutput]:
         """The requests that got a token since the last call; the finished ones leave."""

@@ -1,17 +1,18 @@
 """Every message of one prefill step and one decode step, as rank 0's ledger saw them.
 
-    torchrun --nproc_per_node=2 -m ch06_tp_vllm.record_messages messages.json
+    torchrun --nproc_per_node=2 -m ch06_tp_vllm.record_messages figures/messages.csv
 
-Writes {"prefill": [...], "decode": [...]}: op, label, shape, dtype, bytes. The notebook on communication draws it.
+One line a message, in order: step, op, layer, shape, dtype, bytes, why. The notebook on communication draws it too.
 """
 
 import argparse
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 from ch06_tp_vllm import LLMEngine, SamplingParams
 from common.launch import run_main
+from common.ledger import LedgerEntry
+from common.report import write_csv
+from common.show import WHY
 
 PROMPTS = [[100 + i] * n for i, n in enumerate((30, 12, 6))]
 
@@ -23,18 +24,24 @@ def main() -> None:
     engine = LLMEngine(device="cpu", num_gpu_blocks_override=16)
     for i, prompt in enumerate(PROMPTS):
         engine.add_request(str(i), prompt, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
-    steps = {}
+    rows = []
     for name in ("prefill", "decode"):
         with engine.tp.ledger.recording() as ledger:
             engine.step()
-            entries = [asdict(entry) for entry in ledger.entries]
-        # what follows the tokens is step()'s own convenience: "no more for now", and the outputs for every rank
-        labels = [entry["label"] for entry in entries]
-        steps[name] = entries[: labels.index("tokens") + 1]
+            labels = [entry.label for entry in ledger.entries]
+            # what follows the tokens is step()'s own convenience: "no more for now", and the outputs for every rank
+            rows += [row(name, entry) for entry in ledger.entries[: labels.index("tokens") + 1]]
     while engine.has_unfinished_requests():
         engine.step()
     if engine.tp.rank == 0:
-        args.out.write_text(json.dumps(steps, indent=1), encoding="utf-8")
+        write_csv(rows, args.out, measured=False)
+
+
+def row(step: str, entry: LedgerEntry) -> dict:
+    return {
+        "step": step, "op": entry.op, "layer": entry.label, "shape": list(entry.shape), "dtype": entry.dtype,
+        "bytes": entry.bytes, "why": WHY[entry.label.split(".")[-1]],
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -184,8 +184,6 @@ class TPScheduler:
         report = share(report | {"outputs": outputs}, self.tp)
         self._num_requests, self.steps, self.work = report["next_id"], report["steps"], report["work"]
         self.grown = {}
-        if self.trace:
-            self.trace.flush()
         if report["refused"]:
             raise ValueError(report["refused"])
         self.results = {}
@@ -220,7 +218,8 @@ class TPScheduler:
 
     def step(self) -> bool:
         """Schedule, execute, sample, account. False if there was nothing to do."""
-        began = self.trace.begin() if self.trace else None
+        if self.trace:
+            self.trace.begin()
         decoding = any(req.wanted for req in self.running)
         batch = None if decoding and self._owes_decode else self._next_prefill()
         if batch:
@@ -247,7 +246,7 @@ class TPScheduler:
         if self.check:
             check_invariants(self)
         if self.trace:
-            self.trace.end(began)
+            self.trace.end()
         return True
 
     def _next_prefill(self) -> list[tuple[Req, int]]:

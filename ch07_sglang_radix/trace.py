@@ -12,59 +12,43 @@
     finished   requests whose results appeared in this step; retracted: how many went back to the queue
     pages      taken, given back; free afterwards
     tree       slots inserted and evicted, nodes split; evictable and protected afterwards
-    ledger     {op: [messages, bytes]} of this step on rank 0
-    ms         schedule (decide and queue), settle (take tokens, account), total
+    ledger, ms messages and times: common/trace.py
 
 Everything that counts up is counted anyway; a step's line is the difference. Costs nothing when off.
 """
 
-import json
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.tasks import DecodeTask, PrefillTask, num_words
+from common.trace import StepLog
 
 if TYPE_CHECKING:
     from ch07_sglang_radix.scheduler import TPScheduler
 
 
-class Trace:
+class Trace(StepLog):
     """One line a step, written by rank 0 as the steps go."""
 
     def __init__(self, path: str | Path, scheduler: "TPScheduler"):
-        self._file = open(path, "w", encoding="utf-8", buffering=1 << 16)  # noqa: SIM115, open until `close`
+        super().__init__(path, scheduler.tp.ledger)
         self._scheduler = scheduler
-        self._task: PrefillTask | DecodeTask | None = None
-        scheduler.tp.ledger.entries.clear()
-        scheduler.tp.ledger.enabled = True
 
-    def begin(self) -> tuple:
-        """Before a step: the time, and what is counted."""
-        self._task = None
-        self._scheduler.tp.ledger.entries.clear()
-        return time.perf_counter(), self._counters()
+    def begin(self) -> None:
+        super().begin()
+        self._task: PrefillTask | DecodeTask | None = None
+        self._before = self._counters()
 
     def task(self, task: PrefillTask | DecodeTask) -> None:
         """What the step tells the ranks to do."""
         self._task = task
 
-    def queued(self) -> None:
-        self._queued_at = time.perf_counter()
-
-    def end(self, began: tuple) -> None:
+    def end(self) -> None:
         """After the step: write its line."""
-        start, before = began
-        now, s = time.perf_counter(), self._scheduler
-        counters = self._counters()
-        change = {key: counters[key] - before[key] for key in counters}
-        ledger: dict[str, list[int]] = {}
-        for entry in s.tp.ledger.entries:
-            row = ledger.setdefault(entry.op, [0, 0])
-            row[0] += 1
-            row[1] += entry.bytes
-        line = {
+        s, counters = self._scheduler, self._counters()
+        change = {key: counters[key] - self._before[key] for key in counters}
+        self.write({
             **self._scheduled(), "policy": s.policy.active, "waiting": len(s.waiting), "running": len(s.running),
             "chunked": s.chunked.rid if s.chunked else None, "finished": change["finished"],
             "retracted": change["retracted"],
@@ -73,19 +57,7 @@ class Trace:
                 "inserted": change["inserted"], "evicted": change["evicted"], "splits": change["splits"],
                 "evictable": s.tree.evictable_size, "protected": s.tree.protected_size,
             },
-            "ledger": ledger,
-            "ms": {
-                "schedule": _ms(self._queued_at - start), "settle": _ms(now - self._queued_at), "total": _ms(now - start),
-            },
-        }  # fmt: skip
-        self._file.write(json.dumps(line) + "\n")
-
-    def close(self) -> None:
-        self._scheduler.tp.ledger.enabled = False
-        self._file.close()
-
-    def flush(self) -> None:
-        self._file.flush()
+        })  # fmt: skip
 
     def _scheduled(self) -> dict[str, Any]:
         task, s = self._task, self._scheduler
@@ -111,7 +83,3 @@ class Trace:
             "taken": s.pool.taken, "given": s.pool.given, "inserted": s.tree.inserted, "evicted": s.tree.evicted,
             "splits": s.tree.splits, "finished": s.num_finished, "retracted": s.retractions,
         }  # fmt: skip
-
-
-def _ms(seconds: float) -> float:
-    return round(1e3 * seconds, 3)

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -41,18 +42,18 @@ def _text(cell: Any) -> str:
     return f"{cell:,}" if isinstance(cell, int | np.integer) else f"{cell:,.2f}"
 
 
-def matrix(name: str, values: np.ndarray, cut: int | None = None, axis: int = 1, indent: str = "  ") -> None:
-    """A small matrix; `cut` draws the line between two owners, along columns (axis 1) or rows (axis 0)."""
+def matrix(name: str, values: np.ndarray, cut: int | Sequence[int] = (), axis: int = 1, indent: str = "  ") -> None:
+    """A small matrix; `cut` draws the lines between owners, along columns (axis 1) or rows (axis 0)."""
+    cuts = [cut] if isinstance(cut, int) else list(cut)
     words = [[f"{x:g}" for x in row] for row in values]
     width = max(len(word) for row in words for word in row)
     print(f"{indent}{name} {list(values.shape)}")
     for i, row in enumerate(words):
-        if axis == 0 and cut == i:
+        if axis == 0 and i in cuts:
             print(indent + "  " + "-" * ((width + 1) * len(row) - 1))
-        line = " ".join(word.rjust(width) for word in row)
-        if axis == 1 and cut:
-            line = " ".join(w.rjust(width) for w in row[:cut]) + " | " + " ".join(w.rjust(width) for w in row[cut:])
-        print(f"{indent}  {line}")
+        bounds = [0, *(cuts if axis == 1 else ()), len(row)]
+        parts = [" ".join(w.rjust(width) for w in row[i:j]) for i, j in pairwise(bounds)]
+        print(f"{indent}  {' | '.join(parts)}")
 
 
 def messages(entries: Sequence[LedgerEntry]) -> None:

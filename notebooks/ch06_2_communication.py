@@ -16,6 +16,7 @@
 # length of the context?
 
 # %%
+import csv
 import json
 import os
 import subprocess
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-out = Path(tempfile.mkdtemp()) / "messages.json"
+out = Path(tempfile.mkdtemp()) / "messages.csv"
 command = [
     sys.executable,
     "-m",
@@ -36,11 +37,14 @@ command = [
     "ch06_tp_vllm.record_messages",
 ]
 subprocess.run([*command, str(out)], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-steps = json.loads(out.read_text())
+steps = {}
+for row in csv.DictReader(out.read_text().splitlines()):
+    message = row | {"shape": json.loads(row["shape"]), "bytes": int(row["bytes"])}
+    steps.setdefault(row["step"], []).append(message)
 for name, entries in steps.items():
     print(f"\n{name}: {len(entries)} messages, {sum(entry['bytes'] for entry in entries):,} bytes")
     for entry in entries:
-        print(f"  {entry['op']:11s} {entry['label']:20s} {entry['shape']!s:14s} {entry['bytes']:7,d} bytes")
+        print(f"  {entry['op']:11s} {entry['layer']:18s} {entry['shape']!s:10s} {entry['bytes']:7,d} bytes  {entry['why']}")
 
 # %% [markdown]
 # One all-reduce for the embedding, two a layer, one gather of the logits: that is the whole of tensor parallelism. The other two are the
@@ -50,7 +54,7 @@ for name, entries in steps.items():
 figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
 colours = {"all_reduce": "#4c72b0", "gather": "#dd8452", "broadcast": "#55a868"}
 for axis, (name, entries) in zip(axes, steps.items(), strict=True):
-    labels = [f"{entry['label']}" for entry in entries]
+    labels = [entry["layer"] for entry in entries]
     axis.barh(
         range(len(entries)), [entry["bytes"] for entry in entries], color=[colours[entry["op"]] for entry in entries]
     )

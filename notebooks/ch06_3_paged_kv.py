@@ -15,43 +15,52 @@
 # of 8 tokens, a pool of 20. **Predict first:** how many blocks do the first three prompts share once the first one is computed?
 
 # %%
+import json
+import tempfile
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 
 from ch06_tp_vllm import LLMEngine, SamplingParams
 
+trace = Path(tempfile.mkdtemp()) / "steps.jsonl"
 engine = LLMEngine(
-    device="cpu", block_size=8, num_gpu_blocks_override=20, max_num_batched_tokens=32, max_num_seqs=4, check=True
+    device="cpu", block_size=8, num_gpu_blocks_override=20, max_num_batched_tokens=32, max_num_seqs=4, trace=trace
 )
 shared = list(range(300, 324))
 prompts = {"a": [*shared, 1, 2], "b": [*shared, 3, 4, 5], "c": [*shared, 6], "d": [7] * 20, "e": [8] * 11}
 arrives = {"a": 0, "b": 1, "c": 1, "d": 2, "e": 4}
 answers = {"a": 12, "b": 9, "c": 14, "d": 6, "e": 8}
 
-frames, timeline = [], []
-schedule = engine.scheduler.schedule
-
-
-def watched():
-    output = schedule()
-    timeline.append({s.request.group: s.num_new for s in output.scheduled})
-    return output
-
-
-engine.scheduler.schedule = watched
 step = 0
 while step < 5 or engine.has_unfinished_requests():
     for name, at in arrives.items():
         if at == step:
-            engine.add_request(
-                name, prompts[name], SamplingParams(temperature=0, max_tokens=answers[name], ignore_eos=True)
-            )
+            params = SamplingParams(temperature=0, max_tokens=answers[name], ignore_eos=True)
+            engine.add_request(name, prompts[name], params)
     engine.step()
-    frames.append({request.group: list(request.block_table) for request in engine.scheduler.running})
     step += 1
-print(
-    f"{step} steps; prefix cache: {engine.blocks.stats.hits} of {engine.blocks.stats.queries} prompt tokens were there"
-)
+lines = [json.loads(line) for line in trace.read_text().splitlines()]
+found = f"{engine.blocks.stats.hits} of {engine.blocks.stats.queries} prompt tokens were there"
+print(f"{len(lines)} steps; prefix cache: {found}")
+for line in lines[:3]:
+    print(json.dumps({key: line[key] for key in ("step", "scheduled", "blocks", "free", "finished")}))
+
+# %% [markdown]
+# Each step leaves a line like these ([ch06_tp_vllm/trace.py](../ch06_tp_vllm/trace.py) has the format): who computed what, and which blocks
+# each request got. The pictures below are drawn from them. A request is called "id/answer"; here each has one answer.
+
+# %%
+frames, tables = [], {}
+for line in lines:
+    for request in line["preempted"]:
+        del tables[request]
+    for request, blocks in line["blocks"].items():
+        tables.setdefault(request, []).extend(blocks)
+    for request in line["finished"]:
+        del tables[request]
+    frames.append({request[0]: list(table) for request, table in tables.items()})
 
 # %%
 colours = dict(zip(prompts, plt.cm.tab10.colors, strict=False))
@@ -87,20 +96,19 @@ plt.show()
 
 # %%
 plt.figure(figsize=(9, 2.6))
-for row, name in enumerate(prompts):
-    first = next(at for at, ran in enumerate(timeline) if name in ran)
-    for at, ran in enumerate(timeline):
-        if name in ran:
-            prefill = at == first or ran[name] > 1
-            plt.barh(row, 0.9, left=at, color=colours[name], alpha=1.0 if prefill else 0.45)
-            if prefill:
-                plt.text(at + 0.45, row, ran[name], ha="center", va="center", fontsize=7, color="white")
+for at, line in enumerate(lines):
+    for request, _, new, kind in line["scheduled"]:
+        name = request[0]
+        row = list(prompts).index(name)
+        plt.barh(row, 0.9, left=at, color=colours[name], alpha=1.0 if kind == "prefill" else 0.45)
+        if kind == "prefill":
+            plt.text(at + 0.45, row, new, ha="center", va="center", fontsize=7, color="white")
 plt.yticks(range(len(prompts)), [*prompts])
 plt.gca().invert_yaxis()
 plt.xlabel("step")
 plt.title("Tokens computed: a number is part of a prompt, pale is one token of an answer")
 plt.show()
-assert max(sum(ran.values()) for ran in timeline) <= 32
+assert max(sum(new for _, _, new, _ in line["scheduled"]) for line in lines) <= 32
 
 # %% [markdown]
 # One step holds decodes and parts of prompts side by side, up to the budget of 32 tokens. **Predict:** what would `b`'s first bar show with
