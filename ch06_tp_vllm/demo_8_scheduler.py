@@ -58,10 +58,9 @@ def main() -> None:
         ("static", len(static), *static_work),
         ("continuous", len(free), *free_work),
         ("continuous, 9 blocks", len(tight), *tight_work),
-        ("needed", "", *needed),
     ]
     table(("", "steps", "tokens of prompts", "tokens of answers"), rows)
-    print("  An answer's first token comes out of its prompt's step, so one less is needed for each.")
+    print(f"  needed: {needed[0]} and {needed[1]}; the first token of an answer comes out of its prompt's step")
     check("all requests ended", len(answers) == len(REQUESTS))
     check("with the same tokens in both pools", answers == tight_answers)
     check("continuous batching computes what is needed and nothing else", free_work == needed)

@@ -2,7 +2,16 @@
 
 make figures        # or: python figures/draw.py
 
+toy_split.svg         <- toy_split.csv         python ch06_tp_vllm/demo_1_toy_split.py --csv figures/toy_split.csv
+parallel_layers.svg   <- parallel_layers.csv   python ch06_tp_vllm/demo_2_parallel_layers.py --csv figures/parallel_layers.csv
+heads.svg             <- heads.csv             python ch06_tp_vllm/demo_3_heads.py --csv figures/heads.csv
+two_ways.svg          <- two_ways.csv          torchrun --nproc_per_node=2 ch06_tp_vllm/demo_4_two_ways.py
+                                                   --csv figures/two_ways.csv
 loading.svg           <- loading.csv           python ch06_tp_vllm/demo_5_loading.py --published Qwen2.5-0.5B
+kv_cache.svg          <- kv_cache.csv          python ch06_tp_vllm/demo_6_kv_cache.py --csv figures/kv_cache.csv
+blocks.svg            <- blocks.csv            python ch06_tp_vllm/demo_7_block_manager.py --csv figures/blocks.csv
+batching.svg          <- batching.csv          python ch06_tp_vllm/demo_8_scheduler.py --csv figures/batching.csv
+messages.svg          <- messages.csv          torchrun --nproc_per_node=2 -m ch06_tp_vllm.record_messages figures/messages.csv
 overlap_gaps.svg      <- bench_gpu_*.csv       make bench-gpu PART=small | large | large-tp2
 prefix.svg            <- bench_prefix.csv      python -m ch07_sglang_radix.bench_prefix
 control_plane.svg     <- control_plane.csv     torchrun --nproc_per_node=2 ch07_sglang_radix/bench_control_plane.py
@@ -10,20 +19,24 @@ control_plane.svg     <- control_plane.csv     torchrun --nproc_per_node=2 ch07_
 """
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.patches import Patch, Rectangle
 
 HERE = Path(__file__).parent
-BLUE, ORANGE, GREY = "#4c72b0", "#dd8452", "#999999"
+BLUE, ORANGE, GREY, GREEN, RED = "#4c72b0", "#dd8452", "#999999", "#55a868", "#c44e52"
+PALE_BLUE, PALE_ORANGE, PALE_GREY = "#8aa6d6", "#f0b992", "#e4e4e4"
+OWNER = {"0": BLUE, "1": ORANGE, "both": PALE_GREY}
 
 
 def main() -> None:
     plt.rcParams["svg.hashsalt"] = "figures"  # the same drawing, the same bytes
-    for draw in (loading, overlap_gaps, prefix, control_plane):
+    for draw in FIGURES:
         figure = draw()
         path = HERE / f"{draw.__name__}.svg"
         figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
@@ -34,6 +47,124 @@ def main() -> None:
 def read(name: str) -> list[dict[str, str]]:
     with (HERE / name).open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+# --- chapter 6
+
+
+def toy_split():
+    """X @ W both ways, every number in the colour of the rank that has it."""
+    figure, axes = plt.subplots(2, 1, figsize=(9, 3.8))
+    signs = {"column": ("@", "="), "row": ("@", "=", "+", "=")}
+    titles = {"column": "column-parallel: concat, no message", "row": "row-parallel: sum, one all-reduce"}
+    rows = read("toy_split.csv")
+    for axis, (cut, between) in zip(axes, signs.items(), strict=True):
+        left = 0.0
+        mine = [row for row in rows if row["cut"] == cut]
+        for place, sign in zip(range(len(between) + 1), (*between, ""), strict=True):
+            cells = [row for row in mine if int(row["place"]) == place]
+            height, width = (1 + max(int(cell[key]) for cell in cells) for key in ("row", "column"))
+            for cell in cells:
+                x, y = left + int(cell["column"]), height / 2 - int(cell["row"]) - 1
+                axis.add_patch(Rectangle((x, y), 1, 1, facecolor=OWNER[cell["rank"]], edgecolor="white"))
+                colour = "black" if cell["rank"] == "both" else "white"
+                axis.text(x + 0.5, y + 0.5, cell["value"], ha="center", va="center", fontsize=8, color=colour)
+            axis.text(left + width / 2, height / 2 + 0.25, cells[0]["matrix"], ha="center", fontsize=9)
+            left += width
+            axis.text(left + 0.5, 0, sign, ha="center", va="center", fontsize=12)
+            left += 1
+        axis.set_xlim(0, 33)
+        axis.set_ylim(-2.1, 2.9)
+        axis.set_aspect("equal")
+        axis.axis("off")
+        axis.set_title(titles[cut], fontsize=10, loc="left")
+    _owners(figure)
+    return figure
+
+
+def _owners(figure) -> None:
+    names = {"rank 0": BLUE, "rank 1": ORANGE, "every rank": PALE_GREY}
+    handles = [Patch(color=colour, label=name) for name, colour in names.items()]
+    figure.legend(handles=handles, loc="lower center", ncol=3, fontsize=8, frameon=False)
+
+
+def parallel_layers():
+    """Four layers: the whole matrices on the left, what each of two ranks has of them on the right."""
+    rows = read("parallel_layers.csv")
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    figure, axes = plt.subplots(1, len(layers), figsize=(12, 3.6))
+    for axis, layer in zip(axes, layers, strict=True):
+        mine = [row for row in rows if row["layer"] == layer]
+        tops, top = {}, 0
+        for row in mine:
+            if row["part"] not in tops:
+                tops[row["part"]], top = top, top + int(row["of rows"]) + 2
+        for row in mine:
+            at, height, width = int(row["at"]), int(row["rows"]), int(row["columns"])
+            whole = (int(row["first column"]), tops[row["part"]] + int(row["first row"]))
+            held = (22 + 20 * int(row["rank"]), at)
+            for x, y in (whole, held):
+                axis.add_patch(Rectangle((x, y), width, height, facecolor=OWNER[row["rank"]], edgecolor="white"))
+                if len(tops) > 1:
+                    axis.text(
+                        x + width / 2, y + height / 2, row["part"], ha="center", va="center", fontsize=7, color="white"
+                    )
+        for x, name in ((8, "whole"), (30, "rank 0"), (50, "rank 1")):
+            axis.text(x, -1.5, name, ha="center", fontsize=8)
+        axis.set_xlim(-1, 60)
+        axis.set_ylim(52, -6)
+        axis.set_aspect("equal")
+        axis.axis("off")
+        axis.set_title(layer, fontsize=10)
+    figure.suptitle("weights as torch stores them: rows are outputs, columns are inputs", fontsize=9, y=0.13)
+    return figure
+
+
+def heads():
+    """14 query heads and 2 KV heads over R ranks."""
+    rows = read("heads.csv")
+    sizes = list(dict.fromkeys(row["R"] for row in rows))
+    figure, axes = plt.subplots(len(sizes), 1, figsize=(9, 4.6))
+    for axis, size in zip(axes, sizes, strict=True):
+        mine = [row for row in rows if row["R"] == size]
+        for x, row in enumerate(mine):
+            real = row["query head"] != ""
+            face = OWNER[row["KV head"]] if real else "white"
+            axis.add_patch(Rectangle((x, 0), 0.95, 1, facecolor=face, edgecolor=GREY, hatch=None if real else "///"))
+            axis.text(x + 0.47, 0.5, row["query head"], ha="center", va="center", fontsize=7, color="white")
+            if x and row["rank"] != mine[x - 1]["rank"]:
+                axis.plot([x - 0.025] * 2, [-0.45, 1.15], color="black", linewidth=1.5, clip_on=False)
+        for rank in dict.fromkeys(row["rank"] for row in mine):
+            places = [x for x, row in enumerate(mine) if row["rank"] == rank]
+            axis.text(sum(places) / len(places) + 0.5, -0.2, f"rank {rank}", ha="center", va="top", fontsize=7)
+        axis.set_xlim(-0.1, 18.1)
+        axis.set_ylim(-0.5, 1.1)
+        axis.set_yticks([0.5], [f"R = {size}"])
+        axis.set_xticks([])
+        axis.spines[:].set_visible(False)
+        axis.tick_params(length=0)
+    names = {"query heads of KV head 0": BLUE, "query heads of KV head 1": ORANGE}
+    handles = [Patch(color=colour, label=name) for name, colour in names.items()]
+    handles.append(Patch(facecolor="white", edgecolor=GREY, hatch="///", label="a head of zeros"))
+    figure.legend(handles=handles, loc="lower center", ncol=3, fontsize=8, frameon=False)
+    return figure
+
+
+def two_ways():
+    """Numbers that one of two ranks multiplies with for a token."""
+    rows = read("two_ways.csv")
+    ways = [key for key in rows[0] if key != "part"]
+    figure, axis = plt.subplots(figsize=(8, 2.2))
+    left = [0.0] * len(ways)
+    for row, colour in zip(rows, (GREEN, BLUE, PALE_BLUE, ORANGE), strict=True):
+        values = [int(row[way]) / 1e6 for way in ways]
+        axis.barh(ways, values, left=left, color=colour, edgecolor="white", label=row["part"])
+        left = [a + b for a, b in zip(left, values, strict=True)]
+    axis.invert_yaxis()
+    axis.set_xlabel("million numbers that a rank of two holds and multiplies with")
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncol=4, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 def loading():
@@ -54,6 +185,116 @@ def loading():
     axes[0].legend(fontsize=8, loc="upper center", bbox_to_anchor=(1.1, -0.1), ncol=2)
     figure.suptitle(f"{rows[0]['model']}, bfloat16, {rows[0]['date']}", fontsize=10, y=1.02)
     return figure
+
+
+def kv_cache():
+    """Tokens a second with each kind of cache, and what of the reserved memory holds nothing."""
+    rows = read("kv_cache.csv")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 2.8))
+    four = [row for row in rows if row["requests"] == "these four"]
+    names = [row["cache"] for row in four]
+    bars = axes[0].barh(names, [float(row["tokens/s"]) for row in four], color=BLUE)
+    axes[0].bar_label(bars, fmt=" %.0f", fontsize=8)
+    axes[0].set_title("tokens/s, four requests", fontsize=10)
+    chat = [row for row in rows if row["requests"] == "chat"]
+    fits = next(key for key in rows[0] if key.startswith("run at once"))
+    bars = axes[1].barh([row["cache"] for row in chat], [float(row["waste %"]) for row in chat], color=ORANGE)
+    axes[1].bar_label(bars, [f" {row['waste %']} %, {row[fits]} requests" for row in chat], fontsize=8)
+    axes[1].set_xlim(0, 130)
+    axes[1].set_title(f"wasted slots, and how many requests {fits}", fontsize=10)
+    axes[1].set_xticks([0, 50, 100], ["0", "50 %", "100 %"])
+    for axis in axes:
+        axis.invert_yaxis()
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"the bundled model, {rows[0]['device']}, {rows[0]['date']}", fontsize=8, y=-0.02)
+    figure.tight_layout()
+    return figure
+
+
+def blocks():
+    """Who holds which block, moment by moment."""
+    rows = read("blocks.csv")
+    moments = list(dict.fromkeys(row["moment"] for row in rows))
+    colours = {"a": BLUE, "b": ORANGE, "c": GREEN, "d": RED, "x": "#8172b3", "": "white"}
+    figure, axis = plt.subplots(figsize=(9, 3.8))
+    for row in rows:
+        x, y, held = moments.index(row["moment"]), int(row["block"]), row["held by"]
+        free_but_findable = not held and row["findable"] == "1"
+        face = "#404040" if len(held) > 1 else colours[held]
+        hatch = "..." if free_but_findable else None
+        axis.add_patch(Rectangle((x, y), 0.94, 0.9, facecolor=face, edgecolor=GREY, linewidth=0.6, hatch=hatch))
+        axis.text(x + 0.47, y + 0.45, " ".join(held), ha="center", va="center", fontsize=8, color="white")
+    axis.set_xlim(-0.05, len(moments))
+    axis.set_ylim(10.05, -0.1)
+    axis.set_xticks([x + 0.47 for x in range(len(moments))], [m.replace(" ", "\n", 1) for m in moments], fontsize=8)
+    axis.set_yticks([y + 0.45 for y in range(10)], range(10), fontsize=8)
+    axis.set_ylabel("block")
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    handles = [
+        Patch(color="#404040", label="held by several"),
+        Patch(facecolor="white", edgecolor=GREY, hatch="...", label="free, and still to be found by its hash"),
+        Patch(facecolor="white", edgecolor=GREY, label="free"),
+    ]
+    figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, -0.1), ncol=3, fontsize=8, frameon=False)
+    return figure
+
+
+def batching():
+    """The same eight requests, static and continuous, from the engine's trace."""
+    rows = read("batching.csv")
+    kinds = list(dict.fromkeys(row["batching"] for row in rows))
+    looks = {
+        "P": (BLUE, "tokens of its prompt"), "d": (PALE_BLUE, "a token of its answer"),
+        "-": (ORANGE, "a token that nobody asked for"), ".": (PALE_GREY, "waits"), "x": (RED, "preempted, waits"),
+    }  # fmt: skip
+    figure, axes = plt.subplots(len(kinds), 1, figsize=(9, 6), sharex=True)
+    for axis, kind in zip(axes, kinds, strict=True):
+        mine = [row for row in rows if row["batching"] == kind]
+        for row in mine:
+            colour, _ = looks[row["does"]]
+            thin = row["does"] in ".x"
+            axis.barh(int(row["request"]), 0.92, 0.25 if thin else 0.8, left=int(row["step"]), color=colour)
+        steps = 1 + max(int(row["step"]) for row in mine)
+        axis.set_title(f"{kind}: {steps} steps", fontsize=9, loc="left")
+        axis.set_yticks(range(8), range(8), fontsize=7)
+        axis.set_ylabel("request", fontsize=8)
+        axis.invert_yaxis()
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel("step")
+    handles = [Patch(color=colour, label=name) for colour, name in looks.values()]
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.legend(handles=handles, loc="lower center", ncol=5, fontsize=8, frameon=False)
+    return figure
+
+
+def messages():
+    """What a prefill step and a decode step send, message by message."""
+    rows = read("messages.csv")
+    colours = {"all_reduce": BLUE, "gather": ORANGE, "broadcast": GREEN}
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharex=True)
+    for axis, step in zip(axes, ("prefill", "decode"), strict=True):
+        mine = [row for row in rows if row["step"] == step]
+        bars = axis.barh(
+            range(len(mine)), [int(row["bytes"]) for row in mine], color=[colours[row["op"]] for row in mine]
+        )
+        axis.bar_label(bars, [f" {row['shape']}" for row in mine], fontsize=7)
+        axis.set_yticks(range(len(mine)), [row["layer"] for row in mine], fontsize=7)
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        axis.set_xlim(1, 1e6)
+        axis.set_xlabel("bytes", fontsize=8)
+        total = sum(int(row["bytes"]) for row in mine)
+        axis.set_title(f"{step}: {len(mine)} messages, {total:,} bytes", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    handles = [Patch(color=colour, label=op) for op, colour in colours.items()]
+    figure.legend(handles=handles, loc="lower center", ncol=3, fontsize=8, frameon=False)
+    return figure
+
+
+# --- chapter 7
 
 
 def overlap_gaps():
@@ -93,7 +334,7 @@ def prefix():
     ]
     workloads = list(dict.fromkeys(row["workload"] for row in rows))
     kinds = list(dict.fromkeys((row["pool"], row["running at most"], row["policy"]) for row in rows))
-    colours = [BLUE, "#8aa6d6", ORANGE, "#f0b992", "#55a868", "#c44e52"]
+    colours = [BLUE, PALE_BLUE, ORANGE, PALE_ORANGE, GREEN, RED]
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.2), sharey=True)
     for i, (pool, most, policy) in enumerate(kinds):
         mine = {
@@ -120,7 +361,7 @@ def control_plane():
     """Microseconds of a decode step that go into deciding and telling, by phase."""
     rows = read("control_plane.csv")
     figure, axis = plt.subplots(figsize=(7, 3))
-    phases = [("build", BLUE), ("encode", "#8aa6d6"), ("broadcast", ORANGE), ("decode", "#f0b992")]
+    phases = [("build", BLUE), ("encode", PALE_BLUE), ("broadcast", ORANGE), ("decode", PALE_ORANGE)]
     left = [0.0] * len(rows)
     for phase, colour in phases:
         values = [float(row[phase]) for row in rows]
@@ -141,6 +382,11 @@ def control_plane():
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 
+
+FIGURES: tuple[Callable, ...] = (
+    toy_split, parallel_layers, heads, two_ways, loading, kv_cache, blocks, batching, messages,
+    overlap_gaps, prefix, control_plane,
+)  # fmt: skip
 
 if __name__ == "__main__":
     main()

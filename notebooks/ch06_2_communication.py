@@ -44,7 +44,9 @@ for row in csv.DictReader(out.read_text().splitlines()):
 for name, entries in steps.items():
     print(f"\n{name}: {len(entries)} messages, {sum(entry['bytes'] for entry in entries):,} bytes")
     for entry in entries:
-        print(f"  {entry['op']:11s} {entry['layer']:18s} {entry['shape']!s:10s} {entry['bytes']:7,d} bytes  {entry['why']}")
+        print(
+            f"  {entry['op']:11s} {entry['layer']:18s} {entry['shape']!s:10s} {entry['bytes']:7,d} bytes  {entry['why']}"
+        )
 
 # %% [markdown]
 # One all-reduce for the embedding, two a layer, one gather of the logits: that is the whole of tensor parallelism. The other two are the

@@ -1,10 +1,14 @@
 """What a right answer must do. Each check takes the module of an exercise and raises AssertionError with the reason."""
 
+import copy
 import random
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import torch
+
+from common.parallel_state import TPGroup
 
 
 def check_1(m: ModuleType) -> None:
@@ -145,6 +149,46 @@ def check_10(m: ModuleType) -> None:
         assert not missing, f"the error for {found} does not name {missing}: {said}"
 
 
+def check_11(m: ModuleType) -> None:
+    from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP  # noqa: PLC0415, takes seconds
+
+    torch.manual_seed(0)
+    for width, ranks, bias in ((12, 1, False), (12, 2, False), (12, 3, True), (10, 4, False)):
+        config = LlamaConfig(hidden_size=8, intermediate_size=width, num_attention_heads=2, mlp_bias=bias)
+        whole, x = LlamaMLP(config).requires_grad_(False), torch.randn(3, 8)
+        share, partial = -(-width // ranks), []
+        for rank in range(ranks):
+            layer = SimpleNamespace(mlp=copy.deepcopy(whole))
+            m.apply_tp_to_mlp(layer, TPGroup(rank, ranks))
+            mlp = layer.mlp
+            for name, shape in (("gate_proj", (share, 8)), ("up_proj", (share, 8)), ("down_proj", (8, share))):
+                got = tuple(getattr(mlp, name).weight.shape)
+                assert got == shape, f"{name} of rank {rank} of {ranks}, F = {width}: {list(got)}, not {list(shape)}"
+            sums = getattr(mlp.down_proj, "reduce_results", False)
+            assert sums, "nobody sums what the ranks' down_proj leave: which layer of common/linear.py does?"
+            mlp.down_proj.reduce_results = False  # the ranks are played here, and their sum is written by hand
+            partial.append(mlp(x))
+        right = torch.allclose(sum(partial), whole(x), atol=1e-5)
+        assert right, f"the sum over {ranks} ranks is not the whole MLP's output" + (" (with biases)" if bias else "")
+
+
+def check_12(m: ModuleType) -> None:
+    gib, small = 1 << 30, (24, 2, 64, 2)  # Qwen2.5-0.5B: layers, KV heads, head_dim, bytes
+    for free, size, shape, want in (
+        ([gib], 16, small, 5461),
+        ([gib, gib], 16, small, 10922),
+        ([gib] * 4, 16, small, 10922),
+        ([gib, gib // 2], 16, small, 5461),
+        ([gib], 1, (28, 4, 128, 2), 18724),
+        ([1000], 16, small, 0),
+    ):
+        layers, heads, head_dim, bytes_each = shape
+        got = m.num_blocks(free, size, layers, heads, head_dim, bytes_each)
+        said = f"{free} bytes free, blocks of {size}, {layers} layers, {heads} KV heads of {head_dim}, {bytes_each} bytes each"
+        assert got == want, f"{said}: {got}, not {want}"
+        assert isinstance(got, int), f"{got!r} blocks: a part of one is none"
+
+
 def _value_error(call: Callable[[], object]) -> str | None:
     try:
         call()
@@ -153,4 +197,4 @@ def _value_error(call: Callable[[], object]) -> str | None:
     return None
 
 
-CHECKS = {n: globals()[f"check_{n}"] for n in range(1, 11)}
+CHECKS = {n: globals()[f"check_{n}"] for n in range(1, 13)}

@@ -9,6 +9,8 @@ import pytest
 
 from ch06_tp_vllm.exercises.check import module_of, outcome
 from ch06_tp_vllm.exercises.checks import CHECKS
+from common.linear import ColumnParallelLinear, RowParallelLinear
+from common.weights import TensorSource
 
 FOLDER = Path(__file__).parents[2] / "ch06_tp_vllm" / "exercises"
 
@@ -149,6 +151,31 @@ def first_only(needed, found):
     right(10).check_names(needed, found)
 
 
+def patch_with(gate=ColumnParallelLinear, up=ColumnParallelLinear, down=RowParallelLinear, biases=True, **of_down):
+    """apply_tp_to_mlp with other layers in the places of the three."""
+
+    def patch(layer, tp):
+        for name, kind in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+            old, more = getattr(layer.mlp, name), of_down if name == "down_proj" else {}
+            bias = biases and old.bias is not None
+            new = kind(old.in_features, old.out_features, tp, bias, name, **more)
+            new.weight.weight_loader(TensorSource(old.weight))
+            if bias:
+                new.bias.weight_loader(TensorSource(old.bias))
+            setattr(layer.mlp, name, new)
+
+    return patch
+
+
+def gate_for_up(layer, tp):
+    layer.mlp.up_proj = layer.mlp.gate_proj
+    right(11).apply_tp_to_mlp(layer, tp)
+
+
+def block_bytes(size, layers, heads, head_dim, bytes_each):
+    return 2 * layers * size * heads * head_dim * bytes_each
+
+
 WRONG = [
     (1, {"partial_sums": bias_everywhere}),
     (1, {"partial_sums": bias_divided}),
@@ -176,6 +203,18 @@ WRONG = [
     (10, {"check_names": lambda needed, found: None}),
     (10, {"check_names": missing_only}),
     (10, {"check_names": first_only}),
+    (11, {"apply_tp_to_mlp": lambda layer, tp: None}),
+    (11, {"apply_tp_to_mlp": patch_with(down=ColumnParallelLinear)}),
+    (11, {"apply_tp_to_mlp": patch_with(up=RowParallelLinear)}),
+    (11, {"apply_tp_to_mlp": patch_with(reduce_results=False)}),
+    (11, {"apply_tp_to_mlp": patch_with(biases=False)}),
+    (11, {"apply_tp_to_mlp": gate_for_up}),
+    (12, {"num_blocks": lambda free, *shape: min(free) // (block_bytes(*shape) // 2)}),
+    (12, {"num_blocks": lambda free, *shape: min(free) // block_bytes(*shape)}),
+    (12, {"num_blocks": lambda free, *shape: free[0] // (block_bytes(*shape) // min(len(free), shape[2]))}),
+    (12, {"num_blocks": lambda free, *shape: sum(free) // block_bytes(*shape)}),
+    (12, {"num_blocks": lambda free, *shape: min(free) // (block_bytes(*shape) // len(free))}),
+    (12, {"num_blocks": lambda free, *shape: min(free) / (block_bytes(*shape) // min(len(free), shape[2]))}),
 ]  # fmt: skip
 
 

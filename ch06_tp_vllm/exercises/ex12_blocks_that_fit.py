@@ -1,0 +1,20 @@
+"""Exercise 12: How many blocks fit (15 minutes).
+
+Read  common/executor.py, _num_pages; ch06_tp_vllm/demo_6_kv_cache.py
+Edit  this file
+Test  python -m ch06_tp_vllm.exercises.check 12
+
+A block holds K and V of `block_size` tokens, in every layer, for the KV heads of one rank. How many go into the memory
+that is free? The ranks have not equally much of it, and a block id must mean the same block on all of them.
+
+    free_bytes      of each rank, a list of R numbers
+    num_kv_heads    of the model; more ranks than KV heads: each rank holds one (a copy). One of the two divides the other
+    bytes_each      of one number: 2 for bfloat16
+    returns         blocks, the same on every rank
+"""
+
+
+def num_blocks(
+    free_bytes: list[int], block_size: int, num_layers: int, num_kv_heads: int, head_dim: int, bytes_each: int
+) -> int:
+    raise NotImplementedError  # your turn
