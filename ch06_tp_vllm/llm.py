@@ -28,8 +28,15 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *, use_tqdm: bool = True,
     ) -> list[RequestOutput]:  # fmt: skip
-        """Answer all prompts; the outputs come in their order. Nothing runs if one of them is refused (ValueError)."""
+        """Answer all prompts; the outputs come in their order.
+
+        Raises ValueError, and nothing runs, if one of them is refused, or if the engine's own loop has unfinished requests.
+        """
         engine, prompts = self.llm_engine, _as_list(prompts)
+        if engine.has_unfinished_requests():
+            raise ValueError(
+                f"the engine has {len(engine.groups)} unfinished requests of add_request; step until they end, or abort them"
+            )
         params = _one_each(sampling_params, len(prompts))
         ids = [engine.tokenize(prompt) for prompt in prompts]
         for one, p in zip(ids, params, strict=True):
@@ -54,6 +61,20 @@ class LLM:
             engine.groups.clear()
         return sorted(outputs, key=lambda output: int(output.request_id))
 
+    def chat(
+        self, messages: Sequence[dict[str, str]] | Sequence[Sequence[dict[str, str]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, use_tqdm: bool = True,
+    ) -> list[RequestOutput]:  # fmt: skip
+        """generate, for one conversation or several: lists of {"role": ..., "content": ...}."""
+        tokenizer = self.llm_engine.runner.tokenizer
+        if tokenizer is None:
+            raise ValueError(
+                "this checkpoint has no tokenizer, so no chat template; use generate with prompt_token_ids"
+            )
+        several = [messages] if messages and isinstance(messages[0], dict) else messages
+        prompts = [tokenizer.encode_chat(conversation) for conversation in several]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
     def shutdown(self) -> None:
         """Let go of the model and leave the process group."""
         if self.llm_engine and self.llm_engine.trace:
@@ -70,7 +91,13 @@ class LLM:
 
 def _as_list(prompts) -> list[Prompt]:
     """One prompt (a text, ids, a dict) or several."""
-    single = isinstance(prompts, str | dict) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    if isinstance(prompts, str | dict):
+        return [prompts]
+    try:
+        first = next(iter(prompts), None)
+    except TypeError:
+        return [prompts]  # it is no prompt at all: let who knows say so
+    single = hasattr(first, "__index__") and getattr(first, "ndim", 0) == 0  # a token id
     return [prompts] if single else list(prompts)
 
 

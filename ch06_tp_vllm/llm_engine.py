@@ -11,13 +11,15 @@ Under torchrun every rank makes the same calls and gets the same outputs; rank 0
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ch06_tp_vllm.block_manager import BlockManager
 from ch06_tp_vllm.model_runner import ModelRunner, StepMetadata
-from ch06_tp_vllm.outputs import CompletionOutput, RequestOutput
+from ch06_tp_vllm.outputs import CompletionOutput, Logprob, RequestOutput
 from ch06_tp_vllm.request import Request, RequestStatus
 from ch06_tp_vllm.sampling_params import SamplingParams
 from ch06_tp_vllm.scheduler import Scheduler, SchedulerOutput
@@ -25,10 +27,11 @@ from ch06_tp_vllm.trace import Trace
 from common.messages import share
 from common.parallel_state import initialize_tensor_parallel
 from common.sampler import Drawn, SamplingBatch, uniform
+from common.tokenizer import IncrementalDetokenizer
 
 DEFAULT_BUDGET = {"cpu": 1024, "cuda": 8192}  # tokens a step: on a CPU what its caches like, on a GPU vLLM's own
 
-Prompt = str | Sequence[int] | dict[str, list[int]]
+Prompt = str | Sequence[int] | dict[str, Any]  # {"prompt": text} or {"prompt_token_ids": ids}
 
 
 @dataclass
@@ -69,8 +72,15 @@ class LLMEngine:
         async_scheduling: bool | None = None, attention_backend: str = "auto", check: bool = False,
         trace: str | Path | None = None,
     ):  # fmt: skip
-        self.tp = initialize_tensor_parallel(tensor_parallel_size, device)
         blocks = num_gpu_blocks_override
+        sizes = {
+            "block_size": block_size, "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens,
+            "num_gpu_blocks_override": blocks,
+        }  # fmt: skip
+        for name, value in sizes.items():
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value} must be a whole number, at least 1")
+        self.tp = initialize_tensor_parallel(tensor_parallel_size, device)
         self.runner = ModelRunner(
             model, device, block_size, dtype=None if dtype == "auto" else dtype, max_running_requests=max_num_seqs,
             max_total_tokens=None if blocks is None else blocks * block_size, attention_backend=attention_backend,
@@ -102,15 +112,22 @@ class LLMEngine:
         self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0,
         cache_salt: str | None = None,
     ) -> None:  # fmt: skip
-        """Queue a prompt: a text, token ids or {"prompt_token_ids": ids}. `priority`: lower goes first.
+        """Queue a prompt: a text, token ids, {"prompt": text} or {"prompt_token_ids": ids}. `priority`: lower goes first.
 
-        cache_salt: its blocks are shared only with requests of the same salt. Raises ValueError for a request id in
-        use, an empty prompt, a token outside the vocabulary, and lengths that can never fit.
+        cache_salt: its blocks are shared only with requests of the same salt. Raises ValueError, and nothing has changed,
+        for a request id in use, an empty prompt, a token outside the vocabulary, lengths that can never fit, and
+        values of a wrong kind.
         """
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
+        for name, value, kind in (
+            ("request_id", request_id, str), ("params", params, SamplingParams), ("priority", priority, int),
+            ("cache_salt", cache_salt, str | None),
+        ):  # fmt: skip
+            if not isinstance(value, kind):
+                raise ValueError(f"{name}={value!r} must be a {getattr(kind, '__name__', 'str or None')}")
         if request_id in self.groups:
             raise ValueError(f"request id {request_id!r} is in use; finish or abort it first")
-        text = prompt if isinstance(prompt, str) else None
+        text = prompt.get("prompt") if isinstance(prompt, dict) else prompt if isinstance(prompt, str) else None
         ids = self.tokenize(prompt)
         self.check_request(ids, params)
         stops = frozenset(params.stop_token_ids + (() if params.ignore_eos else self.runner.config.eos_token_ids))
@@ -124,8 +141,9 @@ class LLMEngine:
             group.requests.append(request)
             self._num_requests += 1
         self.groups[request_id] = group
-        for request in group.requests:
-            self.scheduler.add(request)
+        if self.tp.rank == 0:
+            for request in group.requests:
+                self.scheduler.add(request)
 
     def abort_request(self, request_id: str) -> None:
         """Drop a request, wherever it is; its blocks are free at once. Raises ValueError for one that is not there."""
@@ -162,11 +180,22 @@ class LLMEngine:
         return outputs
 
     def tokenize(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt in any of its forms. Raises ValueError for what is none."""
+        if isinstance(prompt, dict):
+            given = [key for key in ("prompt_token_ids", "prompt") if key in prompt]
+            if not given:
+                raise ValueError(f"a prompt has 'prompt' or 'prompt_token_ids', this one has {sorted(prompt)}")
+            prompt = prompt[given[0]]
         if isinstance(prompt, str):
             if self.runner.tokenizer is None:
                 raise ValueError("this checkpoint has no tokenizer; give prompt_token_ids instead of text")
             return self.runner.tokenizer.encode(prompt)
-        return list(map(int, prompt["prompt_token_ids"] if isinstance(prompt, dict) else prompt))
+        try:
+            return [index(token) for token in prompt]
+        except TypeError:
+            raise ValueError(
+                f"a prompt is a text, token ids (whole numbers) or a dict with one of them, not {prompt!r:.80}"
+            ) from None
 
     def check_request(self, ids: Sequence[int], params: SamplingParams) -> None:
         """Raises ValueError for what add_request would refuse."""
@@ -179,8 +208,8 @@ class LLMEngine:
         total = len(ids) + params.max_tokens
         said = f"prompt {len(ids)} + max_tokens {params.max_tokens} = {total} tokens"
         if total > limit:
-            most = max(limit - len(ids), 0)
-            raise ValueError(f"{said}, but the model ends at {limit}; shorten the prompt or ask for at most {most}")
+            way_out = f" or ask for at most {limit - len(ids)}" if len(ids) < limit else f" to {limit - 1} or fewer"
+            raise ValueError(f"{said}, but the model ends at {limit}; shorten the prompt{way_out}")
         pool = len(self.blocks.blocks) * self.blocks.block_size
         if total > pool:
             raise ValueError(f"{said}, but {len(self.blocks.blocks)} blocks hold {pool}; raise num_gpu_blocks_override")
@@ -288,11 +317,10 @@ class LLMEngine:
         self.blocks.cache_full_blocks(request, min(request.num_computed_tokens, known))
 
     def _output(self, group: _Group) -> RequestOutput:
-        decode = self.runner.tokenizer.decode if self.runner.tokenizer else lambda ids: ""
         answers = [
             CompletionOutput(
-                i, decode(r.output_token_ids), list(r.output_token_ids), sum(r.logprobs) if r.logprobs else None,
-                list(r.logprobs) or None, r.status.value if r.status.finished else None, r.stop_reason,
+                i, self._text(r), list(r.output_token_ids), sum(r.logprobs) if r.logprobs else None, self._logprobs(r),
+                r.status.value if r.status.finished else None, r.stop_reason,
             )
             for i, r in enumerate(group.requests)
         ]  # fmt: skip
@@ -305,3 +333,20 @@ class LLMEngine:
             group.finished,
             first.num_cached_tokens or 0,
         )
+
+    def _text(self, request: Request) -> str:
+        """What the answer says so far; only the new tokens are decoded."""
+        if self.runner.tokenizer is None:
+            return ""
+        if request.detokenizer is None:
+            request.detokenizer = IncrementalDetokenizer(self.runner.tokenizer)
+        request.text += request.detokenizer.add(*request.output_token_ids[request.num_decoded :])
+        request.num_decoded = len(request.output_token_ids)
+        if request.status.finished:
+            request.text += request.detokenizer.finish()
+        return request.text
+
+    def _logprobs(self, request: Request) -> list[dict[int, Logprob]] | None:
+        decode = self.runner.tokenizer.decode if self.runner.tokenizer else lambda ids: None
+        pairs = zip(request.output_token_ids, request.logprobs, strict=bool(request.logprobs))
+        return [{token: Logprob(value, decode([token]))} for token, value in pairs] or None

@@ -5,14 +5,26 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Logprob:
+    """Of the token that was chosen; only that is kept."""
+
+    logprob: float
+    decoded_token: str | None = None
+
+
+@dataclass(frozen=True)
 class CompletionOutput:
-    """One answer. finish_reason: None while it grows, then stop, length or abort; stop_reason: the stop token."""
+    """One answer. `text` only grows, and never shows half a character.
+
+    finish_reason: None while it grows, then stop, length or abort. stop_reason: which of the stop_token_ids ended it, None if
+    it was the model's own end. logprobs: for each token {token id: Logprob}.
+    """
 
     index: int
     text: str
     token_ids: list[int]
     cumulative_logprob: float | None = None
-    logprobs: list[float] | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | None = None
 
@@ -33,4 +45,10 @@ class RequestOutput:
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> "RequestOutput":
-        return RequestOutput(**value | {"outputs": [CompletionOutput(**one) for one in value["outputs"]]})
+        answers = [CompletionOutput(**one | {"logprobs": _logprobs(one["logprobs"])}) for one in value["outputs"]]
+        return RequestOutput(**value | {"outputs": answers})
+
+
+def _logprobs(values: list[dict[str, dict]] | None) -> list[dict[int, Logprob]] | None:
+    """Behind a trip through JSON: its keys are texts."""
+    return values and [{int(token): Logprob(**logprob) for token, logprob in one.items()} for one in values]

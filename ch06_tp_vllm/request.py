@@ -10,6 +10,7 @@ from enum import Enum
 
 from common.sampler import SamplingParams as RowParams
 from common.sampler import SamplingRow
+from common.tokenizer import IncrementalDetokenizer
 
 
 class RequestStatus(Enum):
@@ -43,8 +44,13 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     status: RequestStatus = RequestStatus.WAITING
-    stop_reason: int | None = None  # the stop token that ended it
+    stop_reason: int | None = None  # which of the user's stop tokens ended it
     stops: frozenset[int] = frozenset()
+
+    # the engine, when somebody looks
+    text: str = ""
+    detokenizer: IncrementalDetokenizer | None = None
+    num_decoded: int = 0  # tokens of the answer that the detokenizer has seen
 
     # the scheduler, each step
     row: int = -1  # of every rank's sequence table
@@ -87,6 +93,7 @@ class Request:
         if logprob is not None and self.params.logprobs:
             self.logprobs.append(logprob)
         if token in self.stops:
-            self.status, self.stop_reason = RequestStatus.FINISHED_STOPPED, token
+            self.status = RequestStatus.FINISHED_STOPPED
+            self.stop_reason = token if token in self.params.stop_token_ids else None
         elif len(self.output_token_ids) >= self.params.max_new_tokens:
             self.status = RequestStatus.FINISHED_LENGTH_CAPPED

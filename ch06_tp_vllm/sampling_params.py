@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from common.sampler import SamplingParams as RowParams
+from common.sampler import check_numbers
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self):
+        check_numbers(self, whole=("n", "max_tokens"))
         if self.n < 1:
             raise ValueError(f"n={self.n} must be at least 1")
         if self.max_tokens < 1:

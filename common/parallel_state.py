@@ -147,7 +147,7 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
     if torch.cuda.device_count() <= local_rank:
         raise ValueError(
             f"device=cuda but local rank {local_rank} finds {torch.cuda.device_count()} GPU(s); one process "
-            f"drives one GPU: start fewer ranks or use --force-cpu"
+            f"drives one GPU: start fewer ranks or use the CPU (--force-cpu, device=cpu)"
         )
     return torch.device("cuda", local_rank)
 

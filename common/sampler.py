@@ -9,6 +9,8 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,17 @@ except ImportError:
 
 UNLIMITED_TOP_K = -1
 _MASK64 = (1 << 64) - 1
+
+
+_REAL = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+def check_numbers(params: Any, whole: Sequence[str] = (), real: Sequence[str] = ()) -> None:
+    """Raises ValueError if one of these attributes is not such a number."""
+    for names, kind, word in ((whole, Integral, "a whole number"), (real, Real, "a number")):
+        for name in names:
+            if not isinstance(value := getattr(params, name), kind):
+                raise ValueError(f"{name}={value!r} must be {word}")
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,10 @@ class SamplingParams:
     logprobs: bool = False  # log-probability of each chosen token under the model's own distribution
 
     def __post_init__(self):
+        whole = ("max_new_tokens", "top_k", *(("seed",) if self.seed is not None else ()))
+        check_numbers(self, whole=whole, real=_REAL)
+        if not all(isinstance(token, Integral) for token in self.stop_token_ids):
+            raise ValueError(f"stop_token_ids={self.stop_token_ids!r} must be token ids, whole numbers")
         for ok, complaint in (
             (self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1"),
             (0 <= self.temperature < float("inf"), f"temperature={self.temperature} must be >= 0 (0 is greedy)"),

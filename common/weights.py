@@ -4,7 +4,7 @@
 needs; only when everything fits does it read a byte of a weight. Each rank then reads the rows or columns
 it holds (`safe_open(...).get_slice`), each once: about 1/R of the checkpoint plus the replicated norms.
 
-`load_then_shard` is the old way, kept for comparison: read every tensor whole, keep a slice.
+`load_then_shard` is the old way, kept for comparison: the whole checkpoint in memory, then slices of it.
 """
 
 from contextlib import ExitStack
@@ -35,7 +35,7 @@ class LoadReport:
     """What one rank did: counted, not estimated."""
 
     bytes_read: int = 0  # of tensor data, from the files
-    peak_tensor_bytes: int = 0  # the largest piece held beside the parameters
+    held_bytes: int = 0  # the most that was held beside the parameters
     tensors: list[str] = field(default_factory=list)
 
 
@@ -49,17 +49,21 @@ class CheckpointTensor:
     def read(self, dim: int, start: int, stop: int) -> torch.Tensor:
         """Rows (dim 0) or columns (dim 1) start .. stop-1; no other byte is copied."""
         x = self._slice[start:stop] if dim == 0 else self._slice[:, start:stop]
-        self._report.bytes_read += x.numel() * x.element_size()
-        self._report.peak_tensor_bytes = max(self._report.peak_tensor_bytes, x.numel() * x.element_size())
+        self._report.bytes_read += x.nbytes
+        self._report.held_bytes = max(self._report.held_bytes, x.nbytes)  # each is let go before the next one comes
         return x
 
 
-class WholeTensor(CheckpointTensor):
-    """The same face, the old way: the whole tensor comes in first."""
+class WholeTensor:
+    """The same face, the old way: all of it in memory before anybody asks, as in a dict of all weights."""
+
+    def __init__(self, file, name: str, report: LoadReport):
+        self._whole = file.get_tensor(name).clone()  # what safetensors returns is still in the file
+        self.name, self.shape = name, tuple(self._whole.shape)
+        report.bytes_read += self._whole.nbytes
+        report.held_bytes += self._whole.nbytes
 
     def read(self, dim: int, start: int, stop: int) -> torch.Tensor:
-        if not hasattr(self, "_whole"):
-            self._whole = super().read(0, 0, self.shape[0])
         return self._whole.narrow(dim, start, stop - start)
 
 
@@ -94,6 +98,7 @@ def load_model(
     with ExitStack() as stack:
         found = _tensors(folder, stack)
         todo = _plan(model, found, where=str(folder))
+        sources = {name: source(found[name], name, report) for name, _, _ in todo}
         bar = tqdm(
             todo,
             desc=f"loading {Path(folder).name}",
@@ -102,13 +107,13 @@ def load_model(
             leave=False,
         )
         for name, param, shard_id in bar:
-            param.weight_loader(source(found[name], name, report), shard_id)
+            param.weight_loader(sources[name], shard_id)
             report.tensors.append(name)
     return model, report
 
 
 def load_then_shard(folder: str | Path, tp: TPGroup, dtype: torch.dtype = torch.float32) -> tuple[CausalLM, LoadReport]:
-    """The baseline: every rank reads the whole checkpoint, tensor by tensor, and throws most of it away."""
+    """The baseline: every rank reads the whole checkpoint into memory, and throws most of it away."""
     return load_model(folder, tp, dtype, source=WholeTensor)
 
 

@@ -168,11 +168,11 @@ def two_ways():
 
 
 def loading():
-    """Bytes read, and the largest piece held beside the parameters, one rank of R, in both ways."""
+    """Bytes read, and the most memory taken, one rank of R, in both ways."""
     rows = read("loading.csv")
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
     for axis, column, title in zip(
-        axes, ("MB read", "MB largest piece"), ("read from disk", "held beside the weights"), strict=True
+        axes, ("MB read", "MB peak"), ("read from disk", "of memory at the most"), strict=True
     ):
         for i, (way, colour) in enumerate((("load, then shard", ORANGE), ("read the shard", BLUE))):
             mine = [row for row in rows if row["way"] == way]
@@ -222,7 +222,7 @@ def blocks():
         x, y, held = moments.index(row["moment"]), int(row["block"]), row["held by"]
         free_but_findable = not held and row["findable"] == "1"
         face = "#404040" if len(held) > 1 else colours[held]
-        hatch = "..." if free_but_findable else None
+        hatch = "///" if free_but_findable else None
         axis.add_patch(Rectangle((x, y), 0.94, 0.9, facecolor=face, edgecolor=GREY, linewidth=0.6, hatch=hatch))
         axis.text(x + 0.47, y + 0.45, " ".join(held), ha="center", va="center", fontsize=8, color="white")
     axis.set_xlim(-0.05, len(moments))
@@ -234,7 +234,7 @@ def blocks():
     axis.spines[:].set_visible(False)
     handles = [
         Patch(color="#404040", label="held by several"),
-        Patch(facecolor="white", edgecolor=GREY, hatch="...", label="free, and still to be found by its hash"),
+        Patch(facecolor="white", edgecolor=GREY, hatch="///", label="free, and still to be found by its hash"),
         Patch(facecolor="white", edgecolor=GREY, label="free"),
     ]
     figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, -0.1), ncol=3, fontsize=8, frameon=False)

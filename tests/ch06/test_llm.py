@@ -1,6 +1,10 @@
 """The interfaces: LLM.generate, LLMEngine's loop, and what they refuse."""
 
+from itertools import pairwise
+
+import numpy as np
 import pytest
+import torch
 
 from ch06_tp_vllm import LLM, LLMEngine, SamplingParams
 from common.parallel_state import get_tensor_parallel
@@ -30,7 +34,11 @@ def test_text_in_text_out(llm):
     assert all(output.finished for output in outputs)
 
 
-@pytest.mark.parametrize("prompt", ["a", [1, 2, 3], {"prompt_token_ids": [1, 2, 3]}])
+@pytest.mark.parametrize(
+    "prompt",
+    ["a", [1, 2, 3], {"prompt_token_ids": [1, 2, 3]}, {"prompt": "a"}, np.array([1, 2, 3]), torch.tensor([1, 2, 3])],
+    ids=["text", "ids", "dict of ids", "dict of text", "numpy", "torch"],
+)
 def test_one_prompt_may_stand_alone(llm, prompt):
     (output,) = llm.generate(prompt, params(2))
     assert len(output.outputs[0].token_ids) == 2
@@ -58,7 +66,9 @@ def test_n_answers_differ_and_each_repeats(llm):
 def test_finish_reasons_and_logprobs(llm):
     long = llm.generate([[5, 6, 7]], params(8, logprobs=1))[0].outputs[0]
     assert (long.finish_reason, long.stop_reason, len(long.logprobs)) == ("length", None, 8)
-    assert long.cumulative_logprob == pytest.approx(sum(long.logprobs))
+    chosen = [one[token].logprob for one, token in zip(long.logprobs, long.token_ids, strict=True)]
+    assert long.cumulative_logprob == pytest.approx(sum(chosen))
+    assert all(value <= 0 for value in chosen)
     stop = long.token_ids[3]
     short = llm.generate([[5, 6, 7]], params(8, stop_token_ids=(stop,)))[0].outputs[0]
     assert short.token_ids == long.token_ids[: long.token_ids.index(stop) + 1]
@@ -141,7 +151,11 @@ def test_a_request_id_in_use_is_refused(engine):
         ([-1], 1, "token id -1"),
         ([1] * 500, 13, "prompt 500 . max_tokens 13 = 513 tokens, but the model ends at 512.*at most 12"),
         ([1] * 200, 57, "= 257 tokens, but 64 blocks hold 256; raise num_gpu_blocks_override"),
+        ([1] * 600, 1, "the model ends at 512; shorten the prompt to 511 or fewer"),
         ("words", 1, "no tokenizer; give prompt_token_ids"),
+        (None, 1, "a prompt is a text, token ids .whole numbers. or a dict with one of them, not None"),
+        ([1.5, 2], 1, "a prompt is a text, token ids"),
+        ({"text": "a"}, 1, "a prompt has 'prompt' or 'prompt_token_ids', this one has ..text.."),
     ],
 )
 def test_what_can_never_run_is_refused_at_once_and_the_others_go_on(engine, prompt, n, message):
@@ -155,8 +169,74 @@ def test_what_can_never_run_is_refused_at_once_and_the_others_go_on(engine, prom
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache_salt": 5}, "cache_salt=5 must be a str or None"),
+        ({"priority": "high"}, "priority='high' must be a int"),
+        ({"params": {"n": 1}}, "params=.* must be a SamplingParams"),
+    ],
+)
+def test_a_value_of_a_wrong_kind_is_refused_at_once_and_the_others_go_on(engine, options, message):
+    engine.add_request("good", [1, 2, 3], params(2))
+    with pytest.raises(ValueError, match=message):
+        engine.add_request("bad", [1, 2, 3], **{"params": params(2)} | options)
+    outputs = []
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+    assert {output.request_id for output in outputs} == {"good"}
+
+
+@pytest.mark.parametrize("name", ["block_size", "max_num_seqs", "max_num_batched_tokens", "num_gpu_blocks_override"])
+@pytest.mark.parametrize("value", [0, -1, 2.5])
+def test_sizes_of_the_engine_are_named_as_they_were_given(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value} must be a whole number, at least 1"):
+        LLMEngine(device="cpu", **{name: value})
+
+
+def test_generate_does_not_mix_with_the_loop(llm):
+    engine = llm.llm_engine
+    engine.add_request("mine", [1, 2, 3], params(3))
+    with pytest.raises(ValueError, match="the engine has 1 unfinished requests of add_request"):
+        llm.generate([[4, 5]], params(1))
+    outputs = []
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+    assert [output.request_id for output in outputs] == ["mine"] * 3
+    assert llm.generate([[4, 5]], params(1))[0].finished
+
+
+@pytest.mark.parametrize("question", ["什么是分页？", "什么是 KV 缓存？", "What is a page?"])
+def test_streamed_text_only_grows_and_ends_as_the_whole(llm, question):
+    engine = llm.llm_engine
+    ids = engine.runner.tokenizer.encode_chat([{"role": "user", "content": question}])
+    engine.add_request("a", ids, SamplingParams(temperature=0.0, max_tokens=60))
+    texts = [""]
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            texts.append(output.outputs[0].text)
+    assert all(late.startswith(early) for early, late in pairwise(texts))
+    assert texts[-1] == engine.runner.tokenizer.decode(output.outputs[0].token_ids)
+    assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", None), "the model's own end"
+
+
+def test_chat_is_generate_behind_the_template(llm):
+    conversation = [{"role": "user", "content": "What is a page?"}]
+    ids = llm.llm_engine.runner.tokenizer.encode_chat(conversation)
+    one, two = llm.chat(conversation, params(8)), llm.chat([conversation, conversation], params(8))
+    assert len(one) == 1
+    assert [output.prompt_token_ids for output in two] == [ids, ids]
+    assert one[0].outputs[0].token_ids == llm.generate(ids, params(8))[0].outputs[0].token_ids
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"n": "2"}, "n='2' must be a whole number"),
+        ({"max_tokens": 2.5}, "max_tokens=2.5 must be a whole number"),
+        ({"top_k": 2.5}, "top_k=2.5 must be a whole number"),
+        ({"seed": "x"}, "seed='x' must be a whole number"),
+        ({"temperature": None}, "temperature=None must be a number"),
+        ({"stop_token_ids": ("a",)}, "stop_token_ids=..a.,. must be token ids"),
         ({"n": 0}, "n=0 must be at least 1"),
         ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
         ({"logprobs": 5}, "logprobs=5: only the chosen"),
@@ -196,7 +276,7 @@ def both_interfaces(folder, prompts):
         else:
             outputs = engine.step()
         looped |= {output.request_id: output.outputs[0].token_ids for output in outputs if output.finished}
-    return generated, looped, messages
+    return generated, looped, messages, len(engine.scheduler.waiting) + len(engine.groups)
 
 
 def test_all_ranks_get_the_same_outputs(checkpoint, ranks):
@@ -204,7 +284,8 @@ def test_all_ranks_get_the_same_outputs(checkpoint, ranks):
     prompts = some_prompts(1009, 4)
     expected = [greedy(folder, p, 6) for p in prompts]
     answers = ranks(2).run(both_interfaces, folder, prompts)
-    for generated, looped, messages in answers:
+    for generated, looped, messages, left in answers:
+        assert left == 0, "nothing of a finished request stays on any rank"
         assert generated == expected
         assert looped == {str(i): expected[i] for i in (0, 2, 3)}
         layers = [("all_reduce", f"layers.{i}.{name}") for i in range(3) for name in ("o_proj", "down_proj")]

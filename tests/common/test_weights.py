@@ -216,11 +216,12 @@ def test_the_file_is_asked_for_the_slice_and_nothing_else(dim, asked):
     assert report.bytes_read == 4 * file.x.narrow(dim, 2, 3).numel()
 
 
-def test_the_largest_piece_held_beside_the_parameters_shrinks_with_the_ranks(checkpoint, loaded):
+def test_what_is_held_beside_the_parameters_is_a_piece_and_shrinks_with_the_ranks(checkpoint, loaded):
     embedding = 1009 * 128 * 4
-    assert loaded("llama", 1)[0][1].peak_tensor_bytes == embedding
-    assert loaded("llama", 4)[0][1].peak_tensor_bytes == -(-1009 // 4) * 128 * 4
-    assert load_then_shard(checkpoint("llama"), TPGroup(0, 4))[1].peak_tensor_bytes == embedding
+    assert loaded("llama", 1)[0][1].held_bytes == embedding
+    assert loaded("llama", 4)[0][1].held_bytes == -(-1009 // 4) * 128 * 4
+    total = sum(x.nbytes for x in tensors(checkpoint("llama")).values())
+    assert load_then_shard(checkpoint("llama"), TPGroup(0, 4))[1].held_bytes == total
 
 
 @over_models
