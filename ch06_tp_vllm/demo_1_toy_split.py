@@ -61,15 +61,15 @@ def column_then_row() -> None:
     heading("Column, then row: one all-reduce and nothing in between")
     up, down = W, W.T[:, ::-1]  # [4, 6], [6, 4]
 
-    def relu(x):
-        return np.maximum(x - 20, 0)
+    def act(x):
+        return np.maximum(x - 20, 0)  # any function of one number; 20 lies among the numbers here
 
-    partial = [relu(X @ up[:, cut]) @ down[cut] for cut in (slice(0, 3), slice(3, 6))]
-    print("  rank r: relu(X @ up[:, mine]) @ down[mine, :]    the columns it made are the ones it needs")
-    check("sum over ranks = relu(X up) down", np.allclose(sum(partial), relu(X @ up) @ down))
-    gathered = relu(X[:, :2] @ up[:2]) + relu(X[:, 2:] @ up[2:])
+    partial = [act(X @ up[:, cut]) @ down[cut] for cut in (slice(0, 3), slice(3, 6))]
+    print("  rank r: act(X @ up[:, mine]) @ down[mine, :]    the columns it made are the ones it needs")
+    check("sum over ranks = act(X up) down", np.allclose(sum(partial), act(X @ up) @ down))
+    gathered = act(X[:, :2] @ up[:2]) + act(X[:, 2:] @ up[2:])
     check("row first would not work: the activation of a partial sum is not a part of the activation",
-          not np.allclose(gathered, relu(X @ up)))  # fmt: skip
+          not np.allclose(gathered, act(X @ up)))  # fmt: skip
 
 
 def merged_gate_and_up() -> None:
@@ -95,6 +95,8 @@ def fused_qkv() -> None:
         q, k, v = np.split(X @ held, [2, 4], axis=1)
         right = np.allclose(q, (X @ wq)[:, mine]) and np.allclose(k, X @ wk) and np.allclose(v, X @ wv)
         check(f"rank {rank}: one product, split behind it, is three products", right)
+    half = X @ np.concatenate([wq, wk, wv], axis=1)[:, :4]  # rank 0's half of the fused matrix: no head of k or v in it
+    check("cutting the fused matrix instead gives rank 0 both query heads, no k and no v", np.allclose(half, X @ wq))
 
 
 def what_goes_wrong() -> None:

@@ -11,9 +11,16 @@ records every collective. Played in one process the ranks are objects, and their
 from collections.abc import Iterator
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.launch import run_main
-from common.linear import ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from common.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
 from common.parallel_state import TPGroup, all_gather, initialize_tensor_parallel
 from common.report import csv_option, write_csv
 from common.show import check, heading, table
@@ -46,16 +53,17 @@ SHAPES = {
 
 
 def build(tp: TPGroup, weights: dict, reduce_results: bool = True) -> dict:
-    """This rank's part of four layers; each parameter takes its slice of the full tensors."""
+    """This rank's part of five layers; each parameter takes its slice of the full tensors."""
     layers = {
+        "replicated": ReplicatedLinear(IN, OUT, tp, bias=True, name="replicated"),
         "column": ColumnParallelLinear(IN, OUT, tp, bias=True, name="column"),
         "row": RowParallelLinear(IN, OUT, tp, bias=True, name="row", reduce_results=reduce_results),
         "gate_up": MergedColumnParallelLinear(IN, [OUT, OUT], tp, name="gate_up"),
         "qkv": QKVParallelLinear(IN, D, HEADS, KV_HEADS, tp, name="qkv"),
     }
-    for name in ("column", "row"):
-        layers[name].weight.weight_loader(TensorSource(weights[name]))
-        layers[name].bias.weight_loader(TensorSource(weights[f"{name} bias"]))
+    for name, source in (("replicated", "column"), ("column", "column"), ("row", "row")):
+        layers[name].weight.weight_loader(TensorSource(weights[source]))
+        layers[name].bias.weight_loader(TensorSource(weights[f"{source} bias"]))
     for i, name in enumerate(("gate", "up")):
         layers["gate_up"].weight.weight_loader(TensorSource(weights[name]), i)
     for name in "qkv":
@@ -84,7 +92,10 @@ def real_ranks(tp: TPGroup, x: torch.Tensor, weights: dict) -> None:
     with tp.ledger.recording() as ledger:
         y = {name: layer(my_columns(x, tp.rank, tp.size) if name == "row" else x) for name, layer in layers.items()}
         entries = list(ledger.entries)
-    columns = torch.cat(all_gather(y["column"], tp, "to compare"), dim=-1)  # COMM all-gather [T, out/R]: to compare
+    everybodys = {
+        name: all_gather(y[name], tp, "to compare")  # COMM all-gather [T, out/R]: to compare, no engine does
+        for name in ("column", "gate_up", "qkv")
+    }
     shapes = [(name, str(list(layer.weight.shape)), str(list(y[name].shape))) for name, layer in layers.items()]
     if tp.rank > 0:
         return
@@ -93,12 +104,51 @@ def real_ranks(tp: TPGroup, x: torch.Tensor, weights: dict) -> None:
     heading("What was sent")
     table(("op", "layer", "shape", "bytes", "why"),
           [(e.op, e.label, str(list(e.shape)), e.bytes, "partial sums -> the sum") for e in entries])  # fmt: skip
-    check(
-        "column: the ranks' columns side by side are the unsplit output",
-        torch.allclose(columns[:, :OUT], want["column"], atol=1e-5),
-    )
+    unsplit_is(y["replicated"], want["column"], "replicated: every rank has all of it")
+    together(layers, everybodys, want)
     check("row: every rank has the whole sum, bias counted once", torch.allclose(y["row"], want["row"], atol=1e-5))
     check("only the row-parallel layer sent anything", [e.label for e in entries] == ["row"])
+    fewer_products(tp, x, weights)
+
+
+def unsplit_is(got: torch.Tensor, want: torch.Tensor, said: str) -> None:
+    check(said, torch.allclose(got[:, : want.shape[1]], want, atol=1e-5))
+
+
+def together(layers: dict, outputs: dict, want: dict) -> None:
+    """The ranks' columns, put side by side, against the unsplit layers."""
+    unsplit_is(torch.cat(outputs["column"], dim=-1), want["column"], "column: concat of the ranks = unsplit")
+    halves = [y.chunk(2, dim=-1) for y in outputs["gate_up"]]
+    for i, name in enumerate(("gate", "up")):
+        got = torch.cat([half[i] for half in halves], dim=-1)
+        unsplit_is(got, want["gate_up"][i], f"gate_up: every rank holds its part of {name}")
+    for i, name in enumerate("qkv" if "qkv" in outputs else ""):
+        got = torch.cat([layers["qkv"].split(y)[i] for y in outputs["qkv"]], dim=-1)
+        unsplit_is(got, want["qkv"][i], f"qkv: every rank holds whole heads of {name}")
+
+
+class CountProducts(TorchDispatchMode):
+    """`with CountProducts() as products:` counts the matrix products, each a GEMM to launch."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.linear)
+        return func(*args, **kwargs or {})
+
+
+def fewer_products(tp: TPGroup, x: torch.Tensor, weights: dict) -> None:
+    layers = build(tp, weights)
+    heading("Why q, k, v and gate, up are merged: fewer products to launch")
+    with CountProducts() as merged:
+        layers["qkv"](x), layers["gate_up"](x)
+    with CountProducts() as one_by_one:
+        for name in ("q", "k", "v", "gate", "up"):
+            torch.nn.functional.linear(x, weights[name])
+    print(f"  one by one {one_by_one.count}, merged {merged.count}")
+    check("merged layers need two products instead of five", (one_by_one.count, merged.count) == (5, 2))
 
 
 def played_ranks(size: int, x: torch.Tensor, weights: dict) -> None:
@@ -110,21 +160,10 @@ def played_ranks(size: int, x: torch.Tensor, weights: dict) -> None:
         ("layer", *(f"weight of rank {rank}" for rank in range(size))),
         [(name, *(str(list(layer[name].weight.shape)) for layer in layers)) for name in layers[0]],
     )
-    columns = torch.cat([layer["column"](x) for layer in layers], dim=-1)
-    check("column: concat of the ranks = unsplit", torch.allclose(columns[:, :OUT], want["column"], atol=1e-5))
     partial = [layer["row"](my_columns(x, rank, size)) for rank, layer in enumerate(layers)]
-    check(
-        "row: sum of the ranks = unsplit, and rank 0 alone added the bias",
-        torch.allclose(sum(partial), want["row"], atol=1e-5),
-    )
-    halves = [layer["gate_up"](x).chunk(2, dim=-1) for layer in layers]
-    for i, name in enumerate(("gate", "up")):
-        got = torch.cat([half[i] for half in halves], dim=-1)[:, :OUT]
-        check(f"gate_up: every rank holds its part of {name}", torch.allclose(got, want["gate_up"][i], atol=1e-5))
-    if HEADS % size == 0:  # otherwise heads are padded: demo_3
-        for i, name in enumerate("qkv"):
-            got = torch.cat([layer["qkv"].split(layer["qkv"](x))[i] for layer in layers], dim=-1)
-            check(f"qkv: every rank holds whole heads of {name}", torch.allclose(got, want["qkv"][i], atol=1e-5))
+    unsplit_is(sum(partial), want["row"], "row: sum of the ranks = unsplit, and rank 0 alone added the bias")
+    names = ("column", "gate_up", "qkv") if HEADS % size == 0 else ("column", "gate_up")  # heads are padded: demo_3
+    together(layers[0], {name: [layer[name](x) for layer in layers] for name in names}, want)
 
 
 def shards(size: int) -> Iterator[dict]:

@@ -32,6 +32,13 @@ CONFIG = ModelConfig.from_dict({
 
 
 SIZES = (1, 2, 3, 4, 8)
+LAYER = """\
+  x -+-> RMSNorm -> qkv_proj -> rotary, attention -> o_proj -> all-reduce -> + -> x
+     |   whole      columns     own heads            rows                    |
+     `------------------------------------------------------------------------'
+  x -+-> RMSNorm -> gate_up_proj -> silu(gate) * up -> down_proj -> all-reduce -> + -> x
+     |   whole      columns         own columns        rows                       |
+     `-----------------------------------------------------------------------------'"""
 
 
 def main() -> None:
@@ -45,6 +52,8 @@ def main() -> None:
         "down": torch.randn(HIDDEN, MLP_WIDTH),
     }  # fmt: skip
     weights = {name: 0.1 * w for name, w in weights.items()}
+    heading("A layer, and where its ranks talk")
+    print(LAYER)
     heading("One attention block and one MLP on R ranks, the sum written by hand")
     with torch.inference_mode():
         whole_attention, whole_mlp = attention_on(TPGroup(), x, weights), mlp_on(TPGroup(), x, weights)
@@ -64,6 +73,7 @@ def main() -> None:
     ]
     table(("op", "layer", "shape", "bytes", "why"), rows)
     why_norms_are_whole(x)
+    rotary_knows_the_position()
     if csv:
         write_csv(list(places()), csv, measured=False)
 
@@ -93,8 +103,11 @@ def places() -> Iterator[dict]:
         for rank in range(size):
             layout = HeadLayout.of(HQ, HKV, rank, size)
             for place, head in enumerate(layout.q_heads):
-                kv_head = layout.kv_heads[place // layout.group_size]
-                yield {"R": size, "rank": rank, "place": place, "query head": head, "KV head": kv_head}  # None: zeros
+                kv_place = place // layout.group_size
+                yield {
+                    "R": size, "rank": rank, "place": place, "query head": head,  # None: zeros
+                    "KV place": kv_place, "KV head": layout.kv_heads[kv_place],
+                }  # fmt: skip
 
 
 def _ranges(names: list[str]) -> str:
@@ -141,6 +154,17 @@ def why_norms_are_whole(x: torch.Tensor) -> None:
     check(
         "a norm over each rank's half of the features is another function",
         not torch.allclose(torch.cat(halves, -1), norm),
+    )
+
+
+def rotary_knows_the_position() -> None:
+    heading("Rotary embedding: the same on every rank, and the same in prefill and decode")
+    rotary, dtype = RotaryEmbedding(CONFIG), torch.float32
+    prefill, decode = rotary(torch.arange(TOKENS), dtype), rotary(torch.tensor([TOKENS - 1]), dtype)
+    print("  A token's angles depend on its position alone, so a step only has to say where each token stands.")
+    check(
+        "a decode step at position 4 turns by what a prefill of 5 turned its last token by",
+        all(torch.equal(one[-1], other[0]) for one, other in zip(prefill, decode, strict=True)),
     )
 
 

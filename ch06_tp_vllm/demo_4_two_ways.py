@@ -4,8 +4,9 @@
     python ch06_tp_vllm/demo_4_two_ways.py                         # one rank: everything is "whole" anyway
     torchrun --nproc_per_node=2 ch06_tp_vllm/demo_4_two_ways.py --csv figures/two_ways.csv
 
-Shows, for the bundled model, how many numbers each rank keeps and multiplies with for one token in either way, and
-what the ranks send each other.
+Shows, for the bundled model, how many parameters each rank holds in either way, and what the ranks send each other. Every
+parameter held is computed with for every token, only of the embedding a token needs one row; the LM head is the same matrix here
+(tied), and multiplies with all of it.
 """
 
 import numpy as np
@@ -22,7 +23,7 @@ from common.tiny_qwen import TINY_QWEN_PATH
 from common.vocab import gather_logits
 
 PROMPT = [11, 42, 7, 300, 5, 5, 901]
-PARTS = ("embed_tokens", "self_attn", "mlp", "lm_head")
+PARTS = ("self_attn", "mlp", "embed_tokens")  # the last is the LM head as well
 
 
 def main() -> None:
@@ -44,23 +45,20 @@ def main() -> None:
         size_executor = sizes(executor.model)
     if tp.rank > 0:
         return
-    heading(f"Numbers that rank 0 of {tp.size} multiplies with for one token")
+    heading(f"Parameters that rank 0 of {tp.size} holds (embed_tokens is the LM head as well)")
     rows = [
         {"part": part, "one whole model": size_whole[part], "patched attention": size_patched[part],
          "executor": size_executor[part]}
         for part in PARTS
     ]  # fmt: skip
     table(list(rows[0]), [list(row.values()) for row in rows])
-    print(
-        "  (embedding and LM head are one matrix here; the embedding looks a row up, the LM head multiplies with all)"
-    )
     if tp.size > 1:
         for way, sent in (("patched model", sent_by_patch), ("executor", sent_by_executor)):
             heading(f"What the {way} sends for a prompt of {len(PROMPT)} tokens")
             messages(sent)
     check("the patched model's logits are the whole model's", torch.allclose(by_patch, want, atol=1e-3))
     check("so are the executor's", torch.allclose(by_executor, want, atol=1e-3))
-    share = max(size_executor[part] * tp.size / size_whole[part] for part in ("embed_tokens", "mlp", "lm_head"))
+    share = max(size_executor[part] * tp.size / size_whole[part] for part in ("embed_tokens", "mlp"))
     check("the executor cuts MLP, embedding and LM head into R parts (up to padding)", share < 1.05)
     check("the patched model still computes MLP and LM head in full", size_patched["mlp"] == size_whole["mlp"])
     if csv:
@@ -68,21 +66,20 @@ def main() -> None:
 
 
 def sizes(model: torch.nn.Module) -> dict[str, int]:
-    """Parameters by part; a tied LM head counts as the matrix that it multiplies with."""
+    """Parameters by part."""
     count = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
         for part in PARTS:
             if part in name:
                 count[part] += parameter.numel()
-    count["lm_head"] = count["lm_head"] or count["embed_tokens"]
     return count
 
 
 def last_logits(executor: ModelRunner) -> torch.Tensor | None:
     """One prompt through the executor: its pages, one ragged step, the logits on rank 0."""
-    one = np.ones(1, dtype=np.int64)
-    executor.table.set_pages([(0, 0, [3])])
-    logits = executor.ragged(np.array(PROMPT), 0 * one, 0 * one, len(PROMPT) * one, one)
+    executor.table.set_pages([(0, 0, [3])])  # row 0, from its first page on: page 3
+    first, all_new, yes = np.array([0]), np.array([len(PROMPT)]), np.array([1])
+    logits = executor.ragged(np.array(PROMPT), rows=first, cached=first, new=all_new, emits=yes)
     full = gather_logits(logits, executor.config.vocab_size, executor.tp)
     return None if full is None else full[0]
 

@@ -43,12 +43,36 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.published is None:
+        what_is_made_of_what()
         show(measure(TINY_QWEN_PATH, "the bundled model"))
         return
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(save_random_weights(args.published, Path(folder) / args.published), args.published)
     show(rows)
     write_csv(rows, FIGURES / "loading.csv")
+
+
+def what_is_made_of_what() -> None:
+    """Fused and tied weights: the parameters of a rank, and the tensors of the checkpoint that they take slices of."""
+    heading("Parameters of rank 0 of 2, and the checkpoint's tensors behind them")
+    model, report = load_model(TINY_QWEN_PATH, TPGroup(0, 2))
+    rows = []
+    for name, parameter in model.named_parameters():
+        if not name.startswith("model.layers.") or ".layers.0." in name:
+            made_of = ", ".join(f"{shard or ''}{list(shape)}" for shard, shape in _named_shards(parameter))
+            rows.append((name.removeprefix("model."), list(parameter.shape), made_of))
+    table(("parameter", "here", "made of"), rows)
+    check(
+        "the LM head is the embedding: one parameter, read once",
+        model.lm_head.weight is model.model.embed_tokens.weight,
+    )
+    wanted = {f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkv"}
+    check("q, k and v were read one by one, into one parameter", wanted <= set(report.tensors))
+
+
+def _named_shards(parameter: torch.nn.Parameter):
+    names = {0: "gate ", 1: "up ", "q": "q ", "k": "k ", "v": "v ", None: ""}
+    return [(names[shard], shape) for shard, shape in parameter.shard_shapes.items()]
 
 
 def measure(folder: Path, name: str) -> list[dict]:

@@ -7,10 +7,11 @@
     contiguous   K and V are appended to a tensor a request, as long as its longest possible answer
     paged        K and V lie in blocks, taken when needed
 
-Then the memory side, counted and not timed: how many reserved slots hold nothing, for 2000 requests with lengths drawn
-like those of a chat service, as requests run (the vLLM paper reports 60-80 % waste before, under 4 % after).
+First of all, what attention does with a block table, in six lines. Last, the memory side of 2000 simulated requests of a chat
+service, counted and not timed (the vLLM paper reports 60-80 % waste before, under 4 % after).
 """
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -20,12 +21,15 @@ import numpy as np
 import torch
 
 from ch06_tp_vllm import LLM, SamplingParams
+from ch06_tp_vllm.block_manager import BlockManager
+from ch06_tp_vllm.request import Request
 from common.executor import Executor
 from common.kv_cache import PagedKVCache
 from common.launch import run_main
 from common.paged_attention import AttentionMetadata, TorchNativeAttention
 from common.parallel_state import initialize_tensor_parallel
 from common.report import csv_option, write_csv
+from common.sampler import SamplingParams as RowParams
 from common.show import check, heading, table
 
 Answers = list[list[int]]
@@ -39,6 +43,8 @@ ROUNDS = 3  # the fastest counts: the first warms up, and a laptop does other th
 def main() -> None:
     csv = csv_option(__doc__)
     initialize_tensor_parallel(device="cpu")
+    heading("Paged attention, written out: one sequence, one new token")
+    attention_through_a_block_table()
     heading(f"{len(REQUESTS)} requests (tokens in, out: {str(REQUESTS)[1:-1]}), one after the other, one thread")
     rows = speed_and_waste()
     heading("The memory side of 2000 requests with lengths like those of a chat service")
@@ -83,16 +89,21 @@ def speed_and_waste() -> list[dict]:
     for name, (_, size) in ways.items():
         share = 1 - reserved(1, REQUESTS) / reserved(size, REQUESTS) if size else 0.0
         speed = round(sum(wanted) / min(seconds[name]))
-        rows.append({"cache": name, "tokens/s": speed, "waste %": round(100 * share, 2)})
+        rows.append({"cache": name, "waste %": round(100 * share, 2), "tokens/s": speed})
     table(list(rows[0]), [list(row.values()) for row in rows])
     print("  waste: of the slots reserved for a request, those that hold nothing yet, on average over its steps")
     check("all of them say the same", all(said == answers[0] for said in answers))
+    held = slots_that_a_block_manager_gives(16, REQUESTS)
+    check("a BlockManager gives the slots that were counted", held == reserved(16, REQUESTS))
     return rows
 
 
 def memory_of_a_chat_service() -> list[dict]:
     """Counted, not timed: {cache, waste %, how many requests run at once}."""
-    chat, sizes = chat_lengths(), {"contiguous, 2048 each": 2048} | {f"blocks of {p}": p for p in BLOCK_SIZES}
+    chat = chat_lengths()
+    means = [sum(lengths) / len(chat) for lengths in zip(*chat, strict=True)]
+    print(f"  {means[0]:.0f} tokens in, {means[1]:.0f} out on average")
+    sizes = {"contiguous, 2048 each": 2048} | {f"blocks of {p}": p for p in BLOCK_SIZES}
     rows = []
     for name, size in sizes.items():
         held = reserved(size, chat)
@@ -102,6 +113,28 @@ def memory_of_a_chat_service() -> list[dict]:
     check("contiguous reservation wastes most of the memory", rows[0]["waste %"] > 60)
     check("blocks of 16 waste less than 4 %", rows[-1]["waste %"] < 4)
     return rows
+
+
+def attention_through_a_block_table() -> None:
+    """What every backend computes for a decode step, and nothing else in this file needs: it is here to be read."""
+    torch.manual_seed(0)
+    heads, kv_heads, d, size, context = 14, 2, 16, 4, 10
+    cache = PagedKVCache(1, 8, size, kv_heads, d)
+    block_table = [6, 1, 4]  # three blocks of four slots, anywhere in the pool
+    slots = torch.tensor([block_table[i // size] * size + i % size for i in range(context)])
+    q, k, v = torch.randn(heads, d), torch.randn(context, kv_heads, d), torch.randn(context, kv_heads, d)
+    cache.write(0, slots[:-1], k[:-1], v[:-1])  # nine tokens were there, the tenth is new
+
+    meta = AttentionMetadata(
+        slots[-1:], torch.tensor([block_table]), torch.tensor([0, 1]), torch.tensor([context]), size, max_query_len=1
+    )
+    fast = TorchNativeAttention(cache, meta)(0, q[None], k[-1:], v[-1:])[0]  # writes the new token, then attends
+
+    keys, values = cache.read(0, slots)  # [S, Hkv, d], through the table
+    keys, values = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (keys, values))  # [S, Hq, d]
+    weights = torch.einsum("hd,shd->hs", q, keys).div(d**0.5).softmax(dim=-1)
+    by_hand = torch.einsum("hs,shd->hd", weights, values)
+    check("the executor's attention gives the same", torch.allclose(fast, by_hand, atol=1e-5))
 
 
 class _Cache:
@@ -143,25 +176,46 @@ def contiguous(executor: Executor, prompt: list[int], new: int) -> list[int]:
 
 def paged(executor: Executor, prompt: list[int], new: int) -> list[int]:
     """The same in blocks from anywhere in the pool, through the executor's own page table."""
-    one, size = np.ones(1, dtype=np.int64), executor.page_size
-    blocks = random.sample(range(executor.kv_cache.num_pages), -(-(len(prompt) + new) // size))
+    needed = -(-(len(prompt) + new) // executor.page_size)
+    blocks = random.sample(range(executor.kv_cache.num_pages), needed)
+    row = np.array([0])  # of the executor's tables
     executor.table.set_pages([(0, 0, blocks)])
-    logits = executor.ragged(np.array(prompt), 0 * one, 0 * one, len(prompt) * one, one)
+    cached, emits = np.array([0]), np.array([1])
+    logits = executor.ragged(np.array(prompt), row, cached, np.array([len(prompt)]), emits)
     out = []
     for i in range(new):
         token = logits[:, : executor.config.vocab_size].argmax(dim=-1)
         out.append(int(token))
         executor.receive_tokens(token)
         if i + 1 < new:
-            logits = executor.decode(0 * one, (len(prompt) + i) * one)
+            logits = executor.decode(row, positions=np.array([len(prompt) + i]))
     return out
 
 
 def chat_lengths() -> list[tuple[int, int]]:
-    """(prompt, answer) of 2000 requests: log-normal, like the logs of chat services; at most 1024 each."""
+    """(prompt, answer) of 2000 requests, at most 1024 each: about 160 and 340 on average, as in the vLLM paper's ShareGPT.
+
+    (Kwon et al. 2023, section 6.1. The shape, log-normal, is assumed.)
+    """
     rng = random.Random(0)
-    draw = lambda median, spread: min(1024, max(8, round(rng.lognormvariate(0, spread) * median)))  # noqa: E731
-    return [(draw(160, 0.9), draw(220, 0.7)) for _ in range(2000)]
+
+    def draw(mean: float, spread: float) -> int:
+        length = rng.lognormvariate(math.log(mean) - spread**2 / 2, spread)
+        return min(1024, max(8, round(length)))
+
+    return [(draw(165, 0.9), draw(360, 0.8)) for _ in range(2000)]
+
+
+def slots_that_a_block_manager_gives(size: int, requests: list[tuple[int, int]]) -> float:
+    """`reserved`, asked of the chapter's block manager, token by token."""
+    manager, held = BlockManager(64, size), []
+    for i, (prompt, out) in enumerate(requests):
+        request = Request(str(i), 0, [1] * prompt, RowParams(), 0)
+        for n in range(prompt, prompt + out):
+            manager.allocate_slots(request, n)
+            held.append(len(request.block_table) * size)
+        manager.free(request)
+    return sum(held) / len(held)
 
 
 def reserved(size: int, requests: list[tuple[int, int]]) -> float:

@@ -66,19 +66,34 @@ def main() -> None:
     heading("Somebody needs room: free blocks are overwritten, least recently used first")
     for request in (b, c, d):
         blocks.free(request)
-    stranger = ask("x", [f"word{i}" for i in range(24)])
+    before = len(blocks.get_computed_blocks(ask("c", c.prompt_token_ids, raw=True)))
+    stranger = ask("x", [f"word{i}" for i in range(32)])
     start(blocks, stranger)
     show("x needs room", stranger)
-    again = blocks.get_computed_blocks(ask("a", [*SYSTEM, "what", "is", "a", "page"]))
-    print(f"  of the first prompt {4 * len(again)} tokens are left: the tail of a sequence goes before its head")
-    check("the head was freed last, so it is still there", len(again) >= 1)
+    after = len(blocks.get_computed_blocks(ask("c", c.prompt_token_ids, raw=True)))
+    print(f"  of c's prompt {4 * before} tokens were to be found before, {4 * after} are now")
+    check("the tail of a sequence is overwritten before its head", 0 < after < before)
     blocks.check([stranger])
     check(
         "free + used = all, and every reference is accounted for",
         blocks.num_free_blocks == 10 - len(stranger.block_table),
     )
+
+    heading("On two ranks: the same tables, other heads")
+    tables = [two_requests_on(rank, size=2) for rank in range(2)]
+    check("the block tables of both ranks are equal: nothing in them depends on the rank", tables[0] == tables[1])
     if csv:
         write_csv(moments, csv, measured=False)
+
+
+def two_requests_on(rank: int, size: int) -> list[list[int]]:
+    """A rank's block manager (14 query and 2 KV heads of 16 numbers) sees the same requests; the block tables."""
+    blocks = BlockManager(10, 4, num_heads=14, num_kv_heads=2, tp_rank=rank, tp_size=size)
+    print(f"  rank {rank}: block_table as everywhere; K of a block, a layer [4, {blocks.num_kv_heads_local}, 16]")
+    a, b = ask("a", SYSTEM), ask("b", [*SYSTEM, "what", "?"])
+    start(blocks, a), start(blocks, b)
+    grow(blocks, a, "yes", ".", "no")
+    return [a.block_table, b.block_table]
 
 
 def ask(name: str, words: list, raw: bool = False) -> Request:

@@ -9,16 +9,19 @@ Eight requests on the bundled model, four rows, a budget of 24 tokens a step. Ea
     -  a token that nobody asked for: the request has ended, its batch has not
 
 Static batching is run on the same engine: four prompts, padded to the longest, in one step, then decode steps until the
-longest answer ends; only then the next four.
+longest answer ends; only then the next four. (Its step may hold 1024 tokens: a step of static batching is whole prompts.)
+The last run has the priority policy, and an abort.
 """
 
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ch06_tp_vllm import LLMEngine, SamplingParams
 from common.launch import run_main
+from common.paged_attention import AttentionMetadata
 from common.report import csv_option, write_csv
 from common.show import check, heading, table
 
@@ -40,38 +43,45 @@ Marks = list[dict[int, str]]  # by step: what a request did, as one of the lette
 
 def main() -> None:
     csv = csv_option(__doc__)
-    heading("Static batching: four at a time, each batch until its longest answer ends")
-    lines, _ = traced(batch_by_batch(), max_num_batched_tokens=1024)
-    static, static_work = marks(lines), work(lines)
-    timeline(static)
-    heading("Continuous batching: requests join and leave at every step")
-    lines, answers = traced(as_they_come, max_num_batched_tokens=BUDGET)
-    free, free_work = marks(lines), work(lines)
-    timeline(free)
-    heading("The same with a pool of 9 blocks: the newest is preempted, and computes again what is lost")
-    lines, tight_answers = traced(as_they_come, max_num_batched_tokens=BUDGET, num_gpu_blocks_override=9)
-    tight, tight_work = marks(lines), work(lines)
-    timeline(tight)
+    kinds = {
+        "static": ("Static batching: four at a time, each batch until its longest answer ends",
+                   traced(batch_by_batch(), max_num_batched_tokens=1024)),
+        "continuous": ("Continuous batching: requests join and leave at every step", traced(as_they_come)),
+        "continuous, 9 blocks": ("The same with a pool of 9 blocks: the newest is preempted, and computes again what is lost",
+                                 traced(as_they_come, num_gpu_blocks_override=9)),
+        "priority and abort": ("By priority: 5 is urgent and goes before 4, which came with it; 3 is aborted before step 13",
+                               traced(urgent_and_aborted, scheduling_policy="priority")),
+    }  # fmt: skip
+    steps, computed = {}, {}
+    print(
+        "P part of a prompt, d token of an answer, - token that nobody asked for, . waits, x preempted; a column is a step"
+    )
+    for name, (title, run) in kinds.items():
+        heading(title)
+        steps[name], computed[name] = marks(run.lines), work(run.lines)
+        timeline(steps[name])
+    runs = {name: run for name, (_, run) in kinds.items()}
+
     heading("What was computed, and what was needed")
+    rows = [(name, len(steps[name]), *computed[name]) for name in list(kinds)[:3]]
+    table(("", "steps", "tokens prefilled", "tokens decoded"), rows)
     needed = sum(length for _, length, _ in REQUESTS), sum(out - 1 for _, _, out in REQUESTS)
-    rows = [
-        ("static", len(static), *static_work),
-        ("continuous", len(free), *free_work),
-        ("continuous, 9 blocks", len(tight), *tight_work),
-    ]
-    table(("", "steps", "tokens of prompts", "tokens of answers"), rows)
     print(f"  needed: {needed[0]} and {needed[1]}; the first token of an answer comes out of its prompt's step")
-    check("all requests ended", len(answers) == len(REQUESTS))
-    check("with the same tokens in both pools", answers == tight_answers)
-    check("continuous batching computes what is needed and nothing else", free_work == needed)
-    check("it needs fewer steps than static batching", len(free) < len(static))
-    check("the small pool did preempt", any(line["preempted"] for line in lines))
+    print("  what a preempted request computes again, answer included, is prefilled")
+    free, tight, urgent = (runs[name] for name in list(kinds)[1:])
+    check("all requests ended", len(free.answers) == len(REQUESTS))
+    check("with the same tokens in both pools", free.answers == tight.answers)
+    check("continuous batching computes what is needed and nothing else", computed["continuous"] == needed)
+    check("it needs fewer steps than static batching", len(free.lines) < len(runs["static"].lines))
+    check("the small pool did preempt", any(line["preempted"] for line in tight.lines))
+    check("5 overtook 4", begins(urgent, 5) < begins(urgent, 4) and begins(free, 5) > begins(free, 4))
+    check("nobody's answer changed by that", all(free.answers[i] == said for i, said in urgent.answers.items()))
+    what_attention_is_told(free)
     if csv:
-        named = {"static": static, "continuous": free, "continuous, 9 blocks": tight}
         rows = [
             {"batching": name, "step": at, "request": i, "arrives": REQUESTS[i][0], "does": letter}
-            for name, steps in named.items()
-            for at, step in enumerate(steps)
+            for name in list(kinds)[:3]
+            for at, step in enumerate(steps[name])
             for i, letter in step.items()
         ]
         write_csv(rows, csv, measured=False)
@@ -81,6 +91,15 @@ def as_they_come(engine: LLMEngine, step: int) -> bool:
     for i, (arrives, length, out) in enumerate(REQUESTS):
         if arrives == step:
             add(engine, i, length, out)
+    return any(arrives > step for arrives, _, _ in REQUESTS)
+
+
+def urgent_and_aborted(engine: LLMEngine, step: int) -> bool:
+    for i, (arrives, length, out) in enumerate(REQUESTS):
+        if arrives == step:
+            add(engine, i, length, out, priority=0 if i == 5 else 1)
+    if step == 13:
+        engine.abort_request("3")
     return any(arrives > step for arrives, _, _ in REQUESTS)
 
 
@@ -97,29 +116,75 @@ def batch_by_batch() -> Feed:
     return feed
 
 
-def add(engine: LLMEngine, i: int, length: int, out: int) -> None:
+def add(engine: LLMEngine, i: int, length: int, out: int, priority: int = 0) -> None:
     params = SamplingParams(temperature=0, max_tokens=out, ignore_eos=True)
-    engine.add_request(str(i), [100 + i] * length, params)
+    engine.add_request(str(i), [100 + i] * length, params, priority=priority)
 
 
-def traced(feed: Feed, **options) -> tuple[list[dict], dict[str, list[int]]]:
-    """The engine's trace, a line a step (an empty one where it had nothing to do), and the answers."""
-    answers, ran = {}, []
+@dataclass
+class Run:
+    """What a run left: the engine's trace, a line a step (an empty one where it had nothing to do), and the answers.
+
+    told: what attention was told in each step that computed something.
+    """
+
+    lines: list[dict] = field(default_factory=list)
+    answers: dict[int, list[int]] = field(default_factory=dict)
+    told: list[AttentionMetadata] = field(default_factory=list)
+
+
+def traced(feed: Feed, max_num_batched_tokens: int = BUDGET, **options) -> Run:
+    run, ran = Run(), []
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "steps.jsonl"
         engine = LLMEngine(
-            device="cpu", block_size=8, max_num_seqs=ROWS, enable_prefix_caching=False, check=True, trace=trace, **options
+            device="cpu", block_size=8, max_num_seqs=ROWS, max_num_batched_tokens=max_num_batched_tokens,
+            enable_prefix_caching=False, check=True, trace=trace, **options,
         )  # fmt: skip
+        attention = engine.runner.attention
+        engine.runner.attention = lambda cache, meta: run.told.append(meta) or attention(cache, meta)
         more = True
         while more or engine.has_unfinished_requests():
             more = feed(engine, len(ran))
             ran.append(engine.has_unfinished_requests())
             for output in engine.step():
                 if output.finished:
-                    answers[output.request_id] = output.outputs[0].token_ids
+                    run.answers[int(output.request_id)] = output.outputs[0].token_ids
         engine.trace.close()
         lines = map(json.loads, trace.read_text(encoding="utf-8").splitlines())
-        return [next(lines) if did else {"scheduled": [], "preempted": []} for did in ran], answers
+        run.lines = [next(lines) if did else {"scheduled": [], "preempted": []} for did in ran]
+    return run
+
+
+def begins(run: Run, request: int) -> int:
+    """The step in which it runs for the first time."""
+    return next(at for at, line in enumerate(run.lines) if any(_number(row[0]) == request for row in line["scheduled"]))
+
+
+def what_attention_is_told(run: Run) -> None:
+    """The metadata of the first step that mixes decodes with parts of prompts."""
+    at = next(at for at, line in enumerate(run.lines) if {row[3] for row in line["scheduled"]} == {"prefill", "decode"})
+    meta, scheduled = run.told[at], run.lines[at]["scheduled"]
+    heading(f"Step {at}, as every rank works it out for attention (blocks of 8)")
+    starts, rows = meta.query_start.tolist(), []
+    for b, (name, before, new, kind) in enumerate(scheduled):
+        positions, slots = list(range(before, before + new)), meta.slot_mapping[starts[b] : starts[b + 1]].tolist()
+        blocks = meta.page_table[b, : -(-(before + new) // 8)].tolist()
+        rows.append((_number(name), kind, _span(positions), blocks, _span(slots), meta.context_lens[b].item()))
+    table(("request", "kind", "positions", "block_table", "slot_mapping", "context_len"), rows)
+    print(f"  query_start {starts}: the tokens of all lie end to end, {starts[-1]} in one step")
+    check("no more than the budget", starts[-1] <= BUDGET)
+
+
+def _span(numbers: list[int]) -> str:
+    """3 4 5 9 -> 3-5, 9"""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] + 1 == number:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def marks(lines: list[dict]) -> Marks:

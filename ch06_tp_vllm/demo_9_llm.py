@@ -3,14 +3,19 @@
     torchrun --nproc_per_node=2 ch06_tp_vllm/demo_9_llm.py
     python ch06_tp_vllm/demo_9_llm.py                          # one rank
 
-Six questions behind one system prompt, twice, then one with three answers, then one that is streamed. Every collective is
+Six questions behind one system prompt, twice, then one with three answers, then two that are streamed. Every collective is
 counted and compared with the formula: 1 + 2L all-reduces a step and one gather of the logits. What a prefill step and
-a decode step send is listed message by message.
+a decode step send is listed message by message. At the end the ranks compare their tables and their K: equal tables, and each
+its own heads in the same blocks.
 """
 
+import torch
+
 from ch06_tp_vllm import LLM, SamplingParams
+from ch06_tp_vllm.record_messages import of_the_step
 from common.launch import run_main
 from common.ledger import LedgerEntry
+from common.parallel_state import all_gather
 from common.show import check, heading, messages, table
 from common.tiny_qwen.phrasings import SYSTEM_PROMPT
 
@@ -18,6 +23,7 @@ QUESTIONS = [
     "What is a block table?", "What is tensor parallelism?", "Explain continuous batching.", "什么是全归约？",
     "What does chunked prefill mean?", "What is the KV cache?",
 ]  # fmt: skip
+STREAMED = ["Define preemption.", "什么是分页？"]
 
 
 def main() -> None:
@@ -30,10 +36,13 @@ def main() -> None:
         sent, steps = ledger.summary(), engine.num_steps
     again = llm.generate(prompts, greedy)
     three = llm.generate(
-        chat(engine, "What is a page?"), SamplingParams(temperature=1.6, top_k=4, n=3, max_tokens=24, seed=1)
+        chat(engine, "What is a page?"),
+        SamplingParams(temperature=1.8, top_k=4, top_p=0.99, frequency_penalty=0.2, n=3, max_tokens=24, seed=1),
     )[0]
-    streamed = list(stream(engine, chat(engine, "Define preemption.")))
+    streamed = [list(stream(engine, chat(engine, question))) for question in STREAMED]
+    whole = [output.outputs[0].text for output in llm.generate([chat(engine, q) for q in STREAMED], greedy)]
     prefill, decode = watch(engine, prompts[0])
+    tables, keys = what_ranks_hold(engine)
     if tp.rank > 0:
         return
     heading(f"{len(QUESTIONS)} questions on {tp.size} rank(s)")
@@ -41,21 +50,26 @@ def main() -> None:
         print(f"  {question}\n     {output.outputs[0].text.strip()}")
     rows = [("first", *hits(outputs)), ("again", *hits(again))]
     table(("round", "prompt tokens", "from the prefix cache"), rows)
-    heading("One prompt, three answers (temperature 1.6, top-k 4)")
+    heading("One prompt, three answers (temperature 1.8, top-k 4, top-p 0.99, frequency penalty 0.2)")
     for answer in three.outputs:
         print(f"  {answer.index}: {answer.text.strip()}")
     heading("Streamed: a piece a step")
-    print("  " + "|".join(streamed))
+    for pieces in streamed:
+        print("  " + "|".join(pieces))
+    check("the pieces together are the whole text", ["".join(pieces) for pieces in streamed] == whole)
     heading(f"What {steps} steps sent")
     layers = engine.runner.config.num_layers
     if tp.size == 1:
         print("  nothing: one rank has nobody to talk to")
     else:
         table(("op", "calls", "bytes"), [(op, row["calls"], row["bytes"]) for op, row in sorted(sent.items())])
+        print(
+            f"  formula: 1 + 2L = {1 + 2 * layers} all-reduces a step, x {steps} = {(1 + 2 * layers) * steps}; a gather a step"
+        )
         heading("A prefill step, message by message")
-        messages(prefill)
+        messages(of_the_step(prefill))
         heading("A decode step")
-        messages(decode)
+        messages(of_the_step(decode))
     expected = {} if tp.size == 1 else {"all_reduce": steps * (1 + 2 * layers), "gather": steps}
     check("as many all-reduces and gathers as the formula says", {op: sent[op]["calls"] for op in expected} == expected)
     same = [o.outputs[0].token_ids for o in again] == [o.outputs[0].token_ids for o in outputs]
@@ -63,6 +77,12 @@ def main() -> None:
     found = all(o.num_cached_tokens > len(o.prompt_token_ids) / 2 for o in again)
     check("the second time at least half of every prompt was there", found)
     check("three answers differ", len({tuple(answer.token_ids) for answer in three.outputs}) == 3)
+    heading("What each rank holds")
+    for rank, block in enumerate(keys):
+        print(f"  rank {rank}: K of a block, a layer {list(block.shape)}; its first numbers {_first(block)}")
+    check("block tables are the same on all ranks", all(table.equal(tables[0]) for table in tables))
+    if tp.size > 1:
+        check("what lies in a block is not", all(not block.equal(keys[0]) for block in keys[1:]))
 
 
 def chat(engine, question: str) -> list[int]:
@@ -72,7 +92,7 @@ def chat(engine, question: str) -> list[int]:
 
 def stream(engine, prompt: list[int]):
     """The text of one answer, piece by piece."""
-    engine.add_request("streamed", prompt, SamplingParams(temperature=0, max_tokens=24))
+    engine.add_request("streamed", prompt, SamplingParams(temperature=0, max_tokens=48))
     shown = ""
     while engine.has_unfinished_requests():
         for output in engine.step():
@@ -91,6 +111,29 @@ def watch(engine, prompt: list[int]) -> list[list[LedgerEntry]]:
             engine.step()
             steps.append(ledger.entries[before:])
     return steps
+
+
+def what_ranks_hold(engine) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Of all ranks: the table of two sequences after a prefill and three decode steps, and K of a block in layer 0."""
+    for name, length in (("short", 20), ("long", 50)):
+        params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+        engine.add_request(name, [200 + length] * length, params)
+    for _ in range(4):
+        engine.step()
+    table, cache = engine.runner.table.page_table[:, :8], engine.runner.kv_cache
+    mine = torch.tensor([engine.groups["long"].requests[0].block_table[0] if engine.tp.rank == 0 else 0])
+    block = int(all_gather(mine, engine.tp, "to compare")[0])  # COMM all-gather [1]: to compare, no engine does
+    tables = all_gather(table.contiguous(), engine.tp, "to compare")  # COMM all-gather [rows, 8]: to compare
+    keys = all_gather(
+        cache.k[0, block].contiguous(), engine.tp, "to compare"
+    )  # COMM all-gather [P, Hkv/R, d]: to compare
+    while engine.has_unfinished_requests():
+        engine.step()
+    return tables, keys
+
+
+def _first(block: torch.Tensor) -> str:
+    return " ".join(f"{x:.2f}" for x in block.flatten()[:3].tolist())
 
 
 def hits(outputs) -> tuple[int, int]:

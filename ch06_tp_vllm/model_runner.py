@@ -81,7 +81,7 @@ class ModelRunner(Executor):
     def stop(self) -> None:
         """Let the others out of `follow`."""
         if self.tp.size > 1:
-            send(STOP_MESSAGE, self.tp, "step")
+            send(STOP_MESSAGE, self.tp, "stop")
 
     # --- the other ranks
 

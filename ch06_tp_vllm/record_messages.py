@@ -6,6 +6,7 @@ One line a message, in order: step, op, layer, shape, dtype, bytes, why. The not
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from ch06_tp_vllm import LLMEngine, SamplingParams
@@ -21,20 +22,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    engine = LLMEngine(device="cpu", num_gpu_blocks_override=16)
+    engine = LLMEngine(device="cpu", num_gpu_blocks_override=64)
     for i, prompt in enumerate(PROMPTS):
         engine.add_request(str(i), prompt, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
     rows = []
     for name in ("prefill", "decode"):
         with engine.tp.ledger.recording() as ledger:
             engine.step()
-            labels = [entry.label for entry in ledger.entries]
-            # what follows the tokens is step()'s own convenience: "no more for now", and the outputs for every rank
-            rows += [row(name, entry) for entry in ledger.entries[: labels.index("tokens") + 1]]
+            rows += [row(name, entry) for entry in of_the_step(ledger.entries)]
     while engine.has_unfinished_requests():
         engine.step()
     if engine.tp.rank == 0:
         write_csv(rows, args.out, measured=False)
+
+
+def of_the_step(entries: Sequence[LedgerEntry]) -> Sequence[LedgerEntry]:
+    """Up to the tokens. What follows is step()'s own convenience: "no more for now", and the outputs for every rank."""
+    return entries[: [entry.label for entry in entries].index("tokens") + 1]
 
 
 def row(step: str, entry: LedgerEntry) -> dict:

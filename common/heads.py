@@ -9,9 +9,10 @@ Heads (letters: Hq query heads, Hkv KV heads, R ranks). Query head q reads KV he
     each copy serves g = ceil((Hq/Hkv) / (V/Hkv)) query heads, the last ones may be zero heads
     each rank holds V/R virtual KV heads and g * V/R query heads
 
-    Hkv % R == 0  ->  plain splitting     14/2 heads, R=2:  1 KV and 7 query heads a rank
-    R % Hkv == 0  ->  replication                     R=4:  1 KV (each held twice) and 4 query heads, 1 in 8 zero
-    otherwise     ->  padding inside groups           R=3:  2 KV and 6 query heads, 4 of 18 zero
+    Hkv % R == 0               ->  plain splitting        14/2 heads, R=2:  1 KV and 7 query heads a rank
+    R % Hkv == 0, Hq % R == 0  ->  replication            16/2 heads, R=4:  1 KV (each held twice) and 4 query heads
+    otherwise                  ->  padding inside groups  14/2 heads, R=4:  1 KV (each held twice) and 4 query heads, 2 of 16 zero
+                                                          14/2 heads, R=3:  2 KV and 6 query heads, 4 of 18 zero
 
 The last case pays with memory: lcm(8, 3) = 24 virtual KV heads make each of 3 ranks hold 8, as many as one
 rank alone. It is there so that every R runs, not because every R is wise.

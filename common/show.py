@@ -18,6 +18,7 @@ WHY = {
     "tokens": "the tokens rank 0 chose",
     "step": "what to do in this step",
     "task": "what to do in this step",
+    "stop": "no more steps for now",
     "results": "the answers so far, for the script on each rank",
 }
 

@@ -124,7 +124,7 @@ def heads():
     """14 query heads and 2 KV heads over R ranks."""
     rows = read("heads.csv")
     sizes = list(dict.fromkeys(row["R"] for row in rows))
-    figure, axes = plt.subplots(len(sizes), 1, figsize=(9, 4.6))
+    figure, axes = plt.subplots(len(sizes), 1, figsize=(9, 5.4))
     for axis, size in zip(axes, sizes, strict=True):
         mine = [row for row in rows if row["R"] == size]
         for x, row in enumerate(mine):
@@ -133,12 +133,18 @@ def heads():
             axis.add_patch(Rectangle((x, 0), 0.95, 1, facecolor=face, edgecolor=GREY, hatch=None if real else "///"))
             axis.text(x + 0.47, 0.5, row["query head"], ha="center", va="center", fontsize=7, color="white")
             if x and row["rank"] != mine[x - 1]["rank"]:
-                axis.plot([x - 0.025] * 2, [-0.45, 1.15], color="black", linewidth=1.5, clip_on=False)
+                axis.plot([x - 0.025] * 2, [-0.75, 1.15], color="black", linewidth=1.5, clip_on=False)
+        copies = list(dict.fromkeys((row["rank"], row["KV place"], row["KV head"]) for row in mine))
+        for rank, place, head in copies:
+            over = [x for x, row in enumerate(mine) if (row["rank"], row["KV place"]) == (rank, place)]
+            width = len(over) - 0.05
+            axis.add_patch(Rectangle((over[0], -0.42), width, 0.34, facecolor=OWNER[head], edgecolor=GREY, alpha=0.55))
+            axis.text(over[0] + width / 2, -0.26, f"KV {head}", ha="center", va="center", fontsize=7)
         for rank in dict.fromkeys(row["rank"] for row in mine):
             places = [x for x, row in enumerate(mine) if row["rank"] == rank]
-            axis.text(sum(places) / len(places) + 0.5, -0.2, f"rank {rank}", ha="center", va="top", fontsize=7)
+            axis.text(sum(places) / len(places) + 0.5, -0.5, f"rank {rank}", ha="center", va="top", fontsize=7)
         axis.set_xlim(-0.1, 18.1)
-        axis.set_ylim(-0.5, 1.1)
+        axis.set_ylim(-0.8, 1.1)
         axis.set_yticks([0.5], [f"R = {size}"])
         axis.set_xticks([])
         axis.spines[:].set_visible(False)
@@ -151,17 +157,18 @@ def heads():
 
 
 def two_ways():
-    """Numbers that one of two ranks multiplies with for a token."""
+    """Parameters that one of two ranks holds."""
     rows = read("two_ways.csv")
     ways = [key for key in rows[0] if key != "part"]
+    names = {"self_attn": "attention", "mlp": "MLP", "embed_tokens": "embedding, and LM head"}
     figure, axis = plt.subplots(figsize=(8, 2.2))
     left = [0.0] * len(ways)
-    for row, colour in zip(rows, (GREEN, BLUE, PALE_BLUE, ORANGE), strict=True):
+    for row, colour in zip(rows, (BLUE, PALE_BLUE, ORANGE), strict=True):
         values = [int(row[way]) / 1e6 for way in ways]
-        axis.barh(ways, values, left=left, color=colour, edgecolor="white", label=row["part"])
+        axis.barh(ways, values, left=left, color=colour, edgecolor="white", label=names[row["part"]])
         left = [a + b for a, b in zip(left, values, strict=True)]
     axis.invert_yaxis()
-    axis.set_xlabel("million numbers that a rank of two holds and multiplies with")
+    axis.set_xlabel("million parameters that a rank of two holds")
     axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncol=4, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     return figure

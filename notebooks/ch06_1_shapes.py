@@ -66,7 +66,7 @@ for axis, size in zip(axes, (1, 2, 3, 4, 8), strict=True):
             axis.text(
                 x + 0.46,
                 0,
-                "0" if head is None else head,
+                "" if head is None else head,
                 ha="center",
                 va="center",
                 fontsize=7,
@@ -84,8 +84,15 @@ plt.show()
 
 # %% [markdown]
 # A head is never cut, and a query head stays with its KV head. With more ranks than KV heads each KV head is held several times, and where
-# seven query heads do not divide, zeros fill up. **Check it:** a padded head adds nothing, because its rows of `q_proj` and its columns
-# of `o_proj` are zero.
+# seven query heads do not divide, zeros fill up. A padded head adds nothing, because its rows of `q_proj` and its columns of `o_proj` are
+# zero: what its attention gives is multiplied by zero.
+
+# %%
+print("R   query heads held  of them zeros  KV heads held  of them copies")
+for size in range(1, 9):
+    layouts = [HeadLayout.of(14, 2, rank, size) for rank in range(size)]
+    held, kv = sum(layout.num_q for layout in layouts), sum(layout.num_kv for layout in layouts)
+    print(f"{size}   {held:16d}  {held - 14:13d}  {kv:13d}  {kv - 2:14d}")
 
 # %%
 kept = {size: sum(p.numel() for p in rank_of(size).parameters()) for size in range(1, 9)}
@@ -105,5 +112,6 @@ for size, count in kept.items():
 assert kept[2] < 0.51 * kept[1]
 
 # %% [markdown]
-# **Conclude.** What a rank holds is one R-th of every matrix, plus padding, plus the norms. Where does the overhead of R = 3, 5 and 7 come
-# from? (Look at the picture of the heads: odd R with two KV heads.)
+# **Conclude.** What a rank holds is one R-th of every matrix, plus three things: the norms, whole on each rank; heads of zeros where the groups
+# do not divide; and copies of KV heads where there are more ranks than those. With the table above: which of the three makes R = 7 expensive,
+# and which R = 3?

@@ -53,7 +53,7 @@ for name, entries in steps.items():
 # control plane: what to do, and which tokens came out.
 
 # %%
-figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True, sharey=True)
 colours = {"all_reduce": "#4c72b0", "gather": "#dd8452", "broadcast": "#55a868"}
 for axis, (name, entries) in zip(axes, steps.items(), strict=True):
     labels = [entry["layer"] for entry in entries]
@@ -81,8 +81,8 @@ print(f"{tokens[0]} tokens against {tokens[1]}: the all-reduces are {ratio:.0f} 
 assert ratio == tokens[0] / tokens[1]
 
 # %% [markdown]
-# **Conclude.** A message has `T` rows, one a token of the step, and `D` columns. It does not know how long the context is, nor how many ranks
-# there are. In a decode step of a few sequences each message is a few kilobytes: its cost is latency, 2L + 1 times a step. That is why
-# engines write their own all-reduce for small messages ([common/symmetric_memory.py](../common/symmetric_memory.py)).
+# **Conclude.** An all-reduce has `T` rows, one a token of the step, and `D` columns: it does not know how long the context is, nor how many ranks
+# there are. The gather has a row for each sequence and this rank's share of the vocabulary. In a decode step of a few sequences each
+# all-reduce is a few kilobytes: its cost is latency, 2L + 1 times a step. That is why engines write their own all-reduce for small messages ([common/symmetric_memory.py](../common/symmetric_memory.py)).
 #
-# **Try it:** change `PROMPTS` in `ch06_tp_vllm/record_messages.py` to thirty prompts. Which bars move?
+# **Try it:** change `PROMPTS` in `ch06_tp_vllm/record_messages.py` to thirty prompts. Which bars move, and which do not?

@@ -26,10 +26,10 @@ from ch06_tp_vllm import LLMEngine, SamplingParams
 
 trace = Path(tempfile.mkdtemp()) / "steps.jsonl"
 engine = LLMEngine(
-    device="cpu", block_size=8, num_gpu_blocks_override=20, max_num_batched_tokens=32, max_num_seqs=4, trace=trace
+    device="cpu", block_size=8, num_gpu_blocks_override=20, max_num_batched_tokens=24, max_num_seqs=4, trace=trace
 )
 shared = list(range(300, 324))
-prompts = {"a": [*shared, 1, 2], "b": [*shared, 3, 4, 5], "c": [*shared, 6], "d": [7] * 20, "e": [8] * 11}
+prompts = {"a": [*shared, 1, 2], "b": [*shared, 3, 4, 5], "c": [*shared, 6], "d": [7] * 30, "e": [8] * 11}
 arrives = {"a": 0, "b": 1, "c": 1, "d": 2, "e": 4}
 answers = {"a": 12, "b": 9, "c": 14, "d": 6, "e": 8}
 
@@ -85,6 +85,8 @@ plt.legend(
     ncol=6,
     fontsize=8,
 )
+for edge in range(21):
+    plt.axhline(edge - 0.5, color="0.9", linewidth=0.6)
 plt.yticks(range(0, 20, 2))
 plt.title("Who holds which block after each step")
 plt.show()
@@ -100,25 +102,29 @@ for at, line in enumerate(lines):
     for request, _, new, kind in line["scheduled"]:
         name = request[0]
         row = list(prompts).index(name)
-        plt.barh(row, 0.9, left=at, color=colours[name], alpha=1.0 if kind == "prefill" else 0.45)
+        plt.barh(row, 0.9, left=at - 0.45, color=colours[name], alpha=1.0 if kind == "prefill" else 0.45)
         if kind == "prefill":
-            plt.text(at + 0.45, row, new, ha="center", va="center", fontsize=7, color="white")
+            plt.text(at, row, new, ha="center", va="center", fontsize=7, color="white")
+for row, name in enumerate(prompts):
+    begins = next(at for at, line in enumerate(lines) for ran in line["scheduled"] if ran[0][0] == name)
+    plt.plot([arrives[name] - 0.5, begins - 0.5], [row, row], color="0.6", linewidth=1.5)  # waits
+plt.xlim(-0.5, len(lines) - 0.5)
 plt.yticks(range(len(prompts)), [*prompts])
 plt.gca().invert_yaxis()
 plt.xlabel("step")
-plt.title("Tokens computed: a number is part of a prompt, pale is one token of an answer")
+plt.title("Tokens computed: a number is part of a prompt, pale is one token of an answer, a line waits")
 plt.show()
-assert max(sum(new for _, _, new, _ in line["scheduled"]) for line in lines) <= 32
+assert max(sum(new for _, _, new, _ in line["scheduled"]) for line in lines) <= 24
 
 # %% [markdown]
-# One step holds decodes and parts of prompts side by side, up to the budget of 32 tokens. **Predict:** what would `b`'s first bar show with
+# One step holds decodes and parts of prompts side by side, up to the budget of 24 tokens. **Predict:** what would `b`'s first bar show with
 # `enable_prefix_caching=False`? Then run it.
 
 # %%
+lengths = [len(prompt) + answers[name] for name, prompt in prompts.items()]
 rows = []
 for size in (4, 8, 16, 32, 64):
-    empty = [(-n) % size for tables in [prompts] for n in (len(p) + answers[k] for k, p in tables.items())]
-    rows.append((size, sum(empty), sum(-(-(len(p) + answers[k]) // size) for k, p in prompts.items())))
+    rows.append((size, sum(-n % size for n in lengths), sum(-(-n // size) for n in lengths)))
 for size, empty, blocks in rows:
     print(
         f"blocks of {size:2d}: {blocks:3d} blocks, {empty:3d} slots empty at the end, {empty / (blocks * size):5.1%} of the memory held"
