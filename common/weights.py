@@ -71,7 +71,7 @@ class TensorSource:
     """A tensor in memory in place of one in a file, for demos and notebooks: what a weight loader asks for."""
 
     def __init__(self, tensor: torch.Tensor):
-        self.tensor, self.shape = tensor, tuple(tensor.shape)
+        self.tensor, self.shape = tensor.detach(), tuple(tensor.shape)  # or a copy of it would keep all of it alive
 
     def read(self, dim: int, start: int, stop: int) -> torch.Tensor:
         return self.tensor.narrow(dim, start, stop - start)

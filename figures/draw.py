@@ -179,7 +179,7 @@ def loading():
     rows = read("loading.csv")
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
     for axis, column, title in zip(
-        axes, ("MB read", "MB peak"), ("read from disk", "of memory at the most"), strict=True
+        axes, ("MB read", "MB peak"), ("taken out of the files", "of memory at the most"), strict=True
     ):
         for i, (way, colour) in enumerate((("load, then shard", ORANGE), ("read the shard", BLUE))):
             mine = [row for row in rows if row["way"] == way]

@@ -3,6 +3,7 @@
 import copy
 import random
 from collections.abc import Callable
+from numbers import Integral
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -117,6 +118,8 @@ def check_8(m: ModuleType) -> None:
     assert m.tokens_of_next_step(new) == [4, 5, 6, 7, 8], "prompt and output are computed again"
     new["num_computed"] = 4  # a prefix hit of four tokens
     assert m.tokens_of_next_step(new) == [8]
+    new["output"] = [7, 8, 9]
+    assert m.tokens_of_next_step(new) == [8, 9], "a hit that ends inside the answer leaves two tokens to compute here"
     assert m.tokens_of_next_step(late) == [6]
 
 
@@ -136,17 +139,19 @@ def check_9(m: ModuleType) -> None:
 def check_10(m: ModuleType) -> None:
     needed = {"a.weight": (2, 3), "a.bias": (2,)}
     m.check_names(needed, dict(needed))
-    for found, words in (
-        ({}, ["a.weight", "a.bias"]),
-        ({"a.weight": (2, 3)}, ["a.bias"]),
-        (needed | {"model.a.weight": (2, 3)}, ["model.a.weight"]),
-        ({"a.weight": (3, 2), "a.bias": (2,)}, ["a.weight", "(3, 2)"]),
-        ({"x": (1,), "a.weight": (9, 9)}, ["x", "a.bias", "(9, 9)"]),
+    for found, words, fine in (
+        ({}, ["a.weight", "a.bias"], []),
+        ({"a.weight": (2, 3)}, ["a.bias"], ["a.weight"]),
+        (needed | {"model.b.weight": (2, 3)}, ["model.b.weight"], ["a.weight", "a.bias"]),
+        ({"a.weight": (3, 2), "a.bias": (2,)}, ["a.weight", "(3, 2)"], ["a.bias"]),
+        ({"x": (1,), "a.weight": (9, 9)}, ["x", "a.bias", "(9, 9)"], []),
     ):
         said = _value_error(lambda found=found: m.check_names(needed, found))
         assert said is not None, f"no ValueError for {found}"
         missing = [word for word in words if word not in said]
         assert not missing, f"the error for {found} does not name {missing}: {said}"
+        blamed = [word for word in fine if word in said]
+        assert not blamed, f"nothing is wrong with {blamed}, and the error names it: {said}"
 
 
 def check_11(m: ModuleType) -> None:
@@ -155,7 +160,7 @@ def check_11(m: ModuleType) -> None:
     torch.manual_seed(0)
     for width, ranks, bias in ((12, 1, False), (12, 2, False), (12, 3, True), (10, 4, False)):
         config = LlamaConfig(hidden_size=8, intermediate_size=width, num_attention_heads=2, mlp_bias=bias)
-        whole, x = LlamaMLP(config).requires_grad_(False), torch.randn(3, 8)
+        whole, x = LlamaMLP(config), torch.randn(3, 8)
         share, partial = -(-width // ranks), []
         for rank in range(ranks):
             layer = SimpleNamespace(mlp=copy.deepcopy(whole))
@@ -186,7 +191,7 @@ def check_12(m: ModuleType) -> None:
         got = m.num_blocks(free, size, layers, heads, head_dim, bytes_each)
         said = f"{free} bytes free, blocks of {size}, {layers} layers, {heads} KV heads of {head_dim}, {bytes_each} bytes each"
         assert got == want, f"{said}: {got}, not {want}"
-        assert isinstance(got, int), f"{got!r} blocks: a part of one is none"
+        assert isinstance(got, Integral), f"{got!r} blocks: a part of one is none"
 
 
 def _value_error(call: Callable[[], object]) -> str | None:

@@ -1,5 +1,6 @@
 """The checks of the exercises: they pass the solutions, catch wrong answers, and leave a fresh clone green."""
 
+import importlib
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,6 +126,11 @@ def prompt_only(request):
     return request["prompt"][request["num_computed"] :] or request["output"][-1:]
 
 
+def last_if_it_answers(request):
+    decodes = request["num_computed"] >= len(request["prompt"]) and request["output"]
+    return request["output"][-1:] if decodes else (request["prompt"] + request["output"])[request["num_computed"] :]
+
+
 def mass_up_to_p(probs, p):
     order = np.argsort(-probs, kind="stable")
     keep = np.zeros(len(probs), dtype=bool)
@@ -149,6 +155,11 @@ def first_only(needed, found):
         if name not in found:
             raise ValueError(name)
     right(10).check_names(needed, found)
+
+
+def name_everything(needed, found):
+    if needed != found:
+        raise ValueError(f"{needed} {found}")
 
 
 def patch_with(gate=ColumnParallelLinear, up=ColumnParallelLinear, down=RowParallelLinear, biases=True, **of_down):
@@ -198,11 +209,13 @@ WRONG = [
     (8, {"preempt": forget_output}),
     (8, {"tokens_of_next_step": decodes_if_it_has_output}),
     (8, {"tokens_of_next_step": prompt_only}),
+    (8, {"tokens_of_next_step": last_if_it_answers}),
     (9, {"top_p_keep": mass_up_to_p}),
     (9, {"top_p_keep": one_too_many}),
     (10, {"check_names": lambda needed, found: None}),
     (10, {"check_names": missing_only}),
     (10, {"check_names": first_only}),
+    (10, {"check_names": name_everything}),
     (11, {"apply_tp_to_mlp": lambda layer, tp: None}),
     (11, {"apply_tp_to_mlp": patch_with(down=ColumnParallelLinear)}),
     (11, {"apply_tp_to_mlp": patch_with(up=RowParallelLinear)}),
@@ -224,6 +237,15 @@ def test_a_plausible_wrong_answer_is_caught(number, instead):
         **{name: value for name, value in vars(right(number)).items() if callable(value)} | instead
     )
     assert outcome(number, answer).startswith("not yet: ")
+
+
+def test_an_exercise_with_one_function_left_is_started(tmp_path, monkeypatch):
+    text = Path(module_of(8).__file__).read_text(encoding="utf-8")
+    half = text.replace("raise NotImplementedError  # your turn", "running.pop()", 1)
+    (tmp_path / "half_done.py").write_text(half, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert outcome(8, importlib.import_module("half_done")) == "not yet: tokens_of_next_step still to be written"
+    assert outcome(8, module_of(8)) == "not started"
 
 
 def test_every_exercise_has_a_wrong_answer_that_is_caught():
