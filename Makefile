@@ -29,11 +29,13 @@ tiny-qwen: setup
 bench-cpu: setup
 	$(BIN)/python ch07_sglang_radix/bench_cpu.py
 
-# PART: kernels, small (0.5B and 0.6B), large (7B), large-tp2 (7B on two GPUs)
+# PART: kernels, small (0.5B and 0.6B), engines (the same two, by chapter 6 and 7 in turn), large (7B), large-tp2 (7B on two GPUs)
 PART ?= kernels
 bench-gpu: setup
 ifeq ($(PART),kernels)
 	$(BIN)/python -m common.kernels.bench_kernels
+else ifeq ($(PART),engines)
+	$(BIN)/python figures/compare_engines.py
 else ifeq ($(PART),large-tp2)
 	$(BIN)/torchrun --standalone --nproc_per_node=2 -m ch07_sglang_radix.bench_gpu --part large
 else

@@ -8,7 +8,7 @@ R ranks hold W [out, in] cut along `in` and x [T, in] cut alike. Each rank gives
 adds them up. The layer has a bias [out]. Where does it go?
 
     x, weight, bias    NumPy arrays [T, in], [out, in], [out]; R divides `in`
-    returns            a list of R arrays [T, out] whose sum is x @ weight.T + bias
+    returns            a list of R arrays [T, out] whose sum is x @ weight.T + bias; one rank alone adds the bias
 """
 
 import numpy as np

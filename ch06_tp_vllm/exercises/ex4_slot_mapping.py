@@ -1,6 +1,6 @@
 """Exercise 4: Slots of new tokens (10 minutes).
 
-Read  ch06_tp_vllm/block_manager.py, slot_mapping
+Read  ch06_tp_vllm/block_manager.py, the drawing at its top; ch06_tp_vllm/demo_7_block_manager.py
 Edit  this file
 Test  python -m ch06_tp_vllm.exercises.check 4
 

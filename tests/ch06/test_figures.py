@@ -79,6 +79,23 @@ def test_the_table_of_the_benchmark_is_the_csv():
     assert f"{faster:.1f} times" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_both_engines_numbers_are_the_csv_s():
+    rows = {(row["model"], row["engine"]): row for row in rows_of("engines")}
+    top = (ROOT / "README.md").read_text(encoding="utf-8")
+    for model in ("Qwen2.5-0.5B", "Qwen3-0.6B"):
+        six, seven = (rows[model, f"chapter {n}"] for n in (6, 7))
+        numbers = [f"{float(row['tokens/s']):,.0f}" for row in (six, seven)]
+        cells = (
+            model,
+            *numbers,
+            f"{six['first token s, median']} s",
+            f"{six['ms per token']} ms",
+            f"{six['KV waste %']} %",
+        )
+        assert f"| {' | '.join(cells)} |" in README
+        assert re.search(rf"{numbers[0]} (tokens/s )?against\s+{numbers[1]}", top)
+
+
 def test_every_step_has_a_picture_and_exercises_of_its_own():
     steps = re.split(r"^## \d+\. .+$", README, flags=re.MULTILINE)[1:]
     assert len(steps) == 10

@@ -1,8 +1,10 @@
-"""Every command of the chapter's README runs, and prints what the README shows."""
+"""Every command of the chapter's READMEs runs, and prints what the README shows."""
+
+import re
 
 import pytest
 
-from tests.readme import blocks, demos_without_a_command, run, short_names
+from tests.readme import ROOT, blocks, demos_without_a_command, run, short_names
 
 CHAPTER = "ch06_tp_vllm"
 
@@ -15,3 +17,17 @@ def test_the_readme_has_a_command_for_every_demo():
 @pytest.mark.parametrize(("command", "shown"), blocks(CHAPTER), ids=short_names(CHAPTER))
 def test_the_command_prints_what_is_shown(command, shown):
     run(command, shown)
+
+
+def test_the_python_of_the_readme_runs_under_torchrun(tmp_path):
+    (code,) = re.findall(r"```python\n(.+?)```", (ROOT / CHAPTER / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "snippet.py").write_text(code, encoding="utf-8")
+    run(f"torchrun --nproc_per_node=2 {tmp_path / 'snippet.py'}", "")
+
+
+def test_the_commands_of_the_exercises_run():
+    text = (ROOT / CHAPTER / "exercises" / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^(python .+?)(?: +#.*)?$", text, re.MULTILINE)
+    assert len(commands) == 2
+    run(commands[0], "ex1_row_parallel_bias")
+    run(commands[1], "ex5_prefix_hash")
