@@ -12,6 +12,7 @@ its own heads in the same blocks.
 import torch
 
 from ch06_tp_vllm import LLM, SamplingParams
+from ch06_tp_vllm.outputs import RequestOutput
 from ch06_tp_vllm.record_messages import of_the_step
 from common.launch import run_main
 from common.ledger import LedgerEntry
@@ -46,43 +47,48 @@ def main() -> None:
     if tp.rank > 0:
         return
     heading(f"{len(QUESTIONS)} questions on {tp.size} rank(s)")
-    for question, output in zip(QUESTIONS, outputs, strict=True):
-        print(f"  {question}\n     {output.outputs[0].text.strip()}")
-    rows = [("first", *hits(outputs)), ("again", *hits(again))]
-    table(("round", "prompt tokens", "from the prefix cache"), rows)
+    show_answers(outputs, again)
     heading("One prompt, three answers (temperature 1.8, top-k 4, top-p 0.99, frequency penalty 0.2)")
     for answer in three.outputs:
         print(f"  {answer.index}: {answer.text.strip()}")
+    check("three answers differ", len({tuple(answer.token_ids) for answer in three.outputs}) == 3)
     heading("Streamed: a piece a step")
     for pieces in streamed:
         print("  " + "|".join(pieces))
     check("the pieces together are the whole text", ["".join(pieces) for pieces in streamed] == whole)
-    heading(f"What {steps} steps sent")
-    layers = engine.runner.config.num_layers
-    if tp.size == 1:
-        print("  nothing: one rank has nobody to talk to")
-    else:
-        table(("op", "calls", "bytes"), [(op, row["calls"], row["bytes"]) for op, row in sorted(sent.items())])
-        print(
-            f"  formula: 1 + 2L = {1 + 2 * layers} all-reduces a step, x {steps} = {(1 + 2 * layers) * steps}; a gather a step"
-        )
-        heading("A prefill step, message by message")
-        messages(of_the_step(prefill))
-        heading("A decode step")
-        messages(of_the_step(decode))
-    expected = {} if tp.size == 1 else {"all_reduce": steps * (1 + 2 * layers), "gather": steps}
-    check("as many all-reduces and gathers as the formula says", {op: sent[op]["calls"] for op in expected} == expected)
-    same = [o.outputs[0].token_ids for o in again] == [o.outputs[0].token_ids for o in outputs]
-    check("the same answers from the cache", same)
-    found = all(o.num_cached_tokens > len(o.prompt_token_ids) / 2 for o in again)
-    check("the second time at least half of every prompt was there", found)
-    check("three answers differ", len({tuple(answer.token_ids) for answer in three.outputs}) == 3)
+    if tp.size > 1:
+        show_messages(sent, steps, engine.runner.config.num_layers, prefill, decode)
     heading("What each rank holds")
     for rank, block in enumerate(keys):
         print(f"  rank {rank}: K of a block, a layer {list(block.shape)}; its first numbers {_first(block)}")
     check("block tables are the same on all ranks", all(table.equal(tables[0]) for table in tables))
     if tp.size > 1:
         check("what lies in a block is not", all(not block.equal(keys[0]) for block in keys[1:]))
+
+
+def show_answers(outputs: list[RequestOutput], again: list[RequestOutput]) -> None:
+    for question, output in zip(QUESTIONS, outputs, strict=True):
+        print(f"  {question}\n     {output.outputs[0].text.strip()}")
+    rows = [("first", *hits(outputs)), ("again", *hits(again))]
+    table(("round", "prompt tokens", "from the prefix cache"), rows)
+    same = [o.outputs[0].token_ids for o in again] == [o.outputs[0].token_ids for o in outputs]
+    check("the same answers from the cache", same)
+    found = all(o.num_cached_tokens > len(o.prompt_token_ids) / 2 for o in again)
+    check("the second time at least half of every prompt was there", found)
+
+
+def show_messages(sent: dict, steps: int, layers: int, prefill: list[LedgerEntry], decode: list[LedgerEntry]) -> None:
+    """What all steps sent, against the formula; then two of them message by message."""
+    heading(f"What {steps} steps sent")
+    table(("op", "calls", "bytes"), [(op, row["calls"], row["bytes"]) for op, row in sorted(sent.items())])
+    reduces = 1 + 2 * layers
+    print(f"  formula: 1 + 2L = {reduces} all-reduces a step, x {steps} = {reduces * steps}; a gather a step")
+    counted = sent["all_reduce"]["calls"], sent["gather"]["calls"]
+    check("as many all-reduces and gathers as the formula says", counted == (reduces * steps, steps))
+    heading("A prefill step, message by message")
+    messages(of_the_step(prefill))
+    heading("A decode step")
+    messages(of_the_step(decode))
 
 
 def chat(engine, question: str) -> list[int]:
@@ -136,7 +142,7 @@ def _first(block: torch.Tensor) -> str:
     return " ".join(f"{x:.2f}" for x in block.flatten()[:3].tolist())
 
 
-def hits(outputs) -> tuple[int, int]:
+def hits(outputs: list[RequestOutput]) -> tuple[int, int]:
     return sum(len(o.prompt_token_ids) for o in outputs), sum(o.num_cached_tokens for o in outputs)
 
 

@@ -279,7 +279,8 @@ class LLMEngine:
                     tokens.append(-1)
                 else:
                     tokens += s.request.all_token_ids[s.num_computed : s.num_computed + s.num_new]
-        return StepMetadata(updates, *np.array(columns, dtype=np.int64).T, np.array(tokens, dtype=np.int64))
+        rows, computed, new, emits = np.array(columns, dtype=np.int64).T
+        return StepMetadata(updates, rows, computed, new, emits, np.array(tokens, dtype=np.int64))
 
     def _sampling(self, requests: list[Request], is_decode: bool) -> SamplingBatch:
         """The parameters of the step's rows; those of a decode batch that has not changed are still there."""

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from ch06_tp_vllm import LLM, SamplingParams
+from ch06_tp_vllm import LLM, LLMEngine, SamplingParams
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.oracle import greedy, some_prompts
 
@@ -58,23 +58,38 @@ def test_tokens_equal_transformers(size, name, checkpoint, ranks):
     # the whole product for one model on one rank
     folder, variants = checkpoint(name), VARIANTS if (size, name) == (1, "qwen2") else FEWER
     prompts, expected = prompts_and_answers(folder)
-    for answers in ranks(size).run(serve, folder, prompts, variants, NEW_TOKENS):
+    on_ranks = ranks(size).run(serve, folder, prompts, variants, NEW_TOKENS)
+    for answers in on_ranks:
         expect(answers, variants, expected)
+    preempted = [count for v, (_, count) in zip(variants, on_ranks[0], strict=True) if v["pool"]]
+    assert preempted, "one of the variants has the small pool"
+    assert all(preempted), "and each of those preempts, or this would say nothing about preemption"
 
 
-def test_the_small_pool_did_preempt(checkpoint, ranks):
-    """Otherwise the test above would say nothing about preemption."""
-    prompts, _ = prompts_and_answers(checkpoint("qwen2"))
-    variants = [v for v in VARIANTS if v["pool"]]
-    answers = ranks(1).run(serve, checkpoint("qwen2"), prompts, variants, NEW_TOKENS)[0]
-    assert all(preemptions > 0 for _, preemptions in answers)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_tokens_equal_transformers_under_the_priority_policy(checkpoint, asynchronous):
+    folder = checkpoint("qwen2")
+    prompts, expected = prompts_and_answers(folder)
+    engine = LLMEngine(
+        str(folder), device="cpu", block_size=4, num_gpu_blocks_override=SMALL_POOL // 4, max_num_batched_tokens=40,
+        scheduling_policy="priority", async_scheduling=asynchronous, check=True,
+    )  # fmt: skip
+    params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    coming, done = list(enumerate(prompts)), {}
+    while coming or engine.has_unfinished_requests():
+        if coming:  # one a step, the late ones more urgent than the early ones
+            i, prompt = coming.pop(0)
+            engine.add_request(str(i), prompt, params, priority=-i)
+        done |= {output.request_id: output.outputs[0].token_ids for output in engine.step() if output.finished}
+    assert [done[str(i)] for i in range(len(prompts))] == expected
+    assert engine.scheduler.num_preemptions > 0
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, 2, 3])
 def test_n_answers_are_n_times_the_same_when_greedy(size, checkpoint, ranks):
     folder = checkpoint("qwen2")
     prompts, expected = prompts_and_answers(folder, count=5)
-    variants = [*FEWER, VARIANTS[14], VARIANTS[27]]
+    variants = [*FEWER, VARIANTS[14], VARIANTS[27]] if size < 3 else FEWER[1:3]
     for answers in ranks(size).run(serve, folder, prompts, variants, NEW_TOKENS, 3):
         expect(answers, variants, expected, n=3)
 

@@ -1,4 +1,4 @@
-"""Prefix hits, to the token, against a simulation that knows only the rules: full blocks, capped at n - 1."""
+"""Prefix hits, to the token, against simulations that know only the rules: full blocks, capped at n - 1, LRU."""
 
 import random
 
@@ -72,6 +72,50 @@ def test_few_shot(block_size, checkpoint):
     assert got == expected
     assert got[0] == [0, 0, 0, 0]
     assert all(hits >= 90 // block_size * block_size for wave in got[1:] for hits in wave)
+
+
+class SmallPool:
+    """A pool whose blocks are overwritten, one request at a time: a list of what lies in the free blocks, oldest first."""
+
+    def __init__(self, num_blocks, block_size):
+        self.size, self.free, self.named = block_size, [(None, 0)] * num_blocks, 0
+
+    def serve(self, prompt, answer):
+        """Tokens of the prompt that were found."""
+        table = []
+        while (len(table) + 1) * self.size < len(prompt):
+            same = [block for block in self.free if block[0] == tuple(prompt[: (len(table) + 1) * self.size])]
+            if not same:
+                break
+            table.append(min(same, key=lambda block: block[1]))  # the one that had the name first
+            self.free.remove(table[-1])
+        hits, computed = len(table) * self.size, prompt + answer[:-1]
+        for i in range(len(table), -(-len(computed) // self.size)):
+            self.free.pop(0)
+            end = (i + 1) * self.size
+            self.named += 1
+            table.append((tuple(computed[:end]) if end <= len(computed) else None, self.named))
+        self.free += reversed(table)
+        return hits
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_hits_in_a_pool_that_overwrites_the_least_recently_used(block_size, checkpoint):
+    """Conversations take turns in a pool that holds two of them, so that what is found is often half of what was said."""
+    rng, blocks = random.Random(3), 160 // block_size
+    llm = LLM(str(checkpoint("qwen2")), device="cpu", block_size=block_size, num_gpu_blocks_override=blocks, check=True)
+    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    pool, history, rows = SmallPool(blocks, block_size), {}, []
+    for _ in range(40):
+        conversation = rng.randrange(5)
+        said = history.get(conversation, [])
+        prompt = (said if len(said) < 100 else []) + ids(rng, rng.randint(5, 30))
+        (output,) = llm.generate([prompt], params)
+        answer = output.outputs[0].token_ids
+        rows.append((output.num_cached_tokens, pool.serve(prompt, answer), len(said)))
+        history[conversation] = prompt + answer
+    assert [got for got, *_ in rows] == [expected for _, expected, _ in rows]
+    assert any(0 < got < said - block_size for got, _, said in rows), "a part was overwritten"
 
 
 def test_answers_are_not_changed_by_what_they_find(checkpoint):
