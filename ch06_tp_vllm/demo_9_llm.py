@@ -128,11 +128,10 @@ def what_ranks_hold(engine) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         engine.step()
     table, cache = engine.runner.table.page_table[:, :8], engine.runner.kv_cache
     mine = torch.tensor([engine.groups["long"].requests[0].block_table[0] if engine.tp.rank == 0 else 0])
-    block = int(all_gather(mine, engine.tp, "to compare")[0])  # COMM all-gather [1]: to compare, no engine does
-    tables = all_gather(table.contiguous(), engine.tp, "to compare")  # COMM all-gather [rows, 8]: to compare
-    keys = all_gather(
-        cache.k[0, block].contiguous(), engine.tp, "to compare"
-    )  # COMM all-gather [P, Hkv/R, d]: to compare
+    tp, why = engine.tp, "to compare"
+    block = int(all_gather(mine, tp, why)[0])  # COMM all-gather [1]: to compare, no engine does
+    tables = all_gather(table.contiguous(), tp, why)  # COMM all-gather [rows, 8]: to compare
+    keys = all_gather(cache.k[0, block].contiguous(), tp, why)  # COMM all-gather [P, Hkv/R, d]: to compare
     while engine.has_unfinished_requests():
         engine.step()
     return tables, keys

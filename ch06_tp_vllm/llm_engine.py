@@ -136,7 +136,7 @@ class LLMEngine:
             seed = int(uniform(self.seed, self._num_requests) * (1 << 24)) if params.seed is None else params.seed + i
             request = Request(
                 request_id, i, ids, params.row(), seed, priority, self._num_requests, cache_salt, stops=stops,
-                parent=group.requests[0] if i else None,
+                stop=params.stop, parent=group.requests[0] if i else None,
             )  # fmt: skip
             group.requests.append(request)
             self._num_requests += 1
@@ -205,6 +205,8 @@ class LLMEngine:
         if min(ids) < 0 or max(ids) >= vocab:
             bad = next(i for i in ids if not 0 <= i < vocab)
             raise ValueError(f"token id {bad} is outside the vocabulary 0..{vocab - 1}")
+        if params.stop and self.runner.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer, so no text to stop at; use stop_token_ids")
         total = len(ids) + params.max_tokens
         said = f"prompt {len(ids)} + max_tokens {params.max_tokens} = {total} tokens"
         if total > limit:
@@ -304,6 +306,8 @@ class LLMEngine:
             if request.status.finished:  # it had ended, or was aborted, when this step was on its way already
                 continue
             request.append(tokens[i], logprobs[i] if logprobs else None)
+            if request.stop:
+                self._read(request)
             self._grown[request.group] = None
             self._cache(request)
             if request.status.finished:
@@ -318,9 +322,11 @@ class LLMEngine:
         self.blocks.cache_full_blocks(request, min(request.num_computed_tokens, known))
 
     def _output(self, group: _Group) -> RequestOutput:
+        for request in group.requests:
+            self._read(request)
         answers = [
             CompletionOutput(
-                i, self._text(r), list(r.output_token_ids), sum(r.logprobs) if r.logprobs else None, self._logprobs(r),
+                i, r.shown, list(r.output_token_ids), sum(r.logprobs) if r.logprobs else None, self._logprobs(r),
                 r.status.value if r.status.finished else None, r.stop_reason,
             )
             for i, r in enumerate(group.requests)
@@ -335,17 +341,18 @@ class LLMEngine:
             first.num_cached_tokens or 0,
         )
 
-    def _text(self, request: Request) -> str:
-        """What the answer says so far; only the new tokens are decoded."""
-        if self.runner.tokenizer is None:
-            return ""
+    def _read(self, request: Request) -> None:
+        """Turn the tokens that are new since the last time into text."""
+        if self.runner.tokenizer is None or request.text_is_whole:
+            return
         if request.detokenizer is None:
             request.detokenizer = IncrementalDetokenizer(self.runner.tokenizer)
-        request.text += request.detokenizer.add(*request.output_token_ids[request.num_decoded :])
-        request.num_decoded = len(request.output_token_ids)
+        new = request.output_token_ids[request.num_decoded :]
+        request.num_decoded += len(new)
+        text = request.detokenizer.add(*new) if new else ""
         if request.status.finished:
-            request.text += request.detokenizer.finish()
-        return request.text
+            text += request.detokenizer.finish()
+        request.read(text)
 
     def _logprobs(self, request: Request) -> list[dict[int, Logprob]] | None:
         decode = self.runner.tokenizer.decode if self.runner.tokenizer else lambda ids: None

@@ -16,8 +16,8 @@ class Logprob:
 class CompletionOutput:
     """One answer. `text` only grows, and never shows half a character.
 
-    finish_reason: None while it grows, then stop, length or abort. stop_reason: which of the stop_token_ids ended it, None if
-    it was the model's own end. logprobs: for each token {token id: Logprob}.
+    finish_reason: None while it grows, then stop, length or abort. stop_reason: which of the stop_token_ids or
+    stop texts ended it, None if it was the model's own end. logprobs: for each token {token id: Logprob}.
     """
 
     index: int
@@ -26,7 +26,7 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
 
 
 @dataclass(frozen=True)

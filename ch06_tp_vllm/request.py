@@ -44,13 +44,15 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     status: RequestStatus = RequestStatus.WAITING
-    stop_reason: int | None = None  # which of the user's stop tokens ended it
+    stop_reason: int | str | None = None  # which of the user's stop tokens or texts ended it
     stops: frozenset[int] = frozenset()
 
-    # the engine, when somebody looks
+    # the engine, when somebody looks, or after each token if a text may end it
+    stop: tuple[str, ...] = ()
     text: str = ""
     detokenizer: IncrementalDetokenizer | None = None
     num_decoded: int = 0  # tokens of the answer that the detokenizer has seen
+    text_is_whole: bool = False  # nothing comes any more
 
     # the scheduler, each step
     row: int = -1  # of every rank's sequence table
@@ -97,3 +99,18 @@ class Request:
             self.stop_reason = token if token in self.params.stop_token_ids else None
         elif len(self.output_token_ids) >= self.params.max_new_tokens:
             self.status = RequestStatus.FINISHED_LENGTH_CAPPED
+
+    def read(self, text: str) -> None:
+        """Take the text of the newest tokens; a stop text ends the request, and the text before it."""
+        start, self.text = len(self.text), self.text + text
+        found = [(at, stop) for stop in self.stop if (at := self.text.find(stop, max(0, start - len(stop) + 1))) >= 0]
+        if found:
+            at, self.stop_reason = min(found)
+            self.text, self.status = self.text[:at], RequestStatus.FINISHED_STOPPED
+        self.text_is_whole = self.status.finished
+
+    @property
+    def shown(self) -> str:
+        """The text that is certain: its end may be the beginning of a stop text."""
+        hidden = 0 if self.status.finished else max(map(len, self.stop), default=1) - 1
+        return self.text[: max(0, len(self.text) - hidden)]

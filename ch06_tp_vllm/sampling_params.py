@@ -1,5 +1,6 @@
 """vLLM's SamplingParams, for the names; what they mean is in common/sampler.py."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.sampler import SamplingParams as RowParams
@@ -10,7 +11,8 @@ from common.sampler import check_numbers
 class SamplingParams:
     """How to answer one prompt: n answers of at most max_tokens each. As in vLLM the default draws (temperature 1).
 
-    top_k: 0 or -1 is no limit. logprobs: None, or 1 for the log-probability of each chosen token.
+    top_k: 0 or -1 is no limit. stop: texts that end an answer, and are not in it. logprobs: None, or 1 for the
+    log-probability of each chosen token.
     Raises ValueError for a value outside its range.
     """
 
@@ -24,6 +26,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    stop: str | Sequence[str] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
@@ -34,6 +37,10 @@ class SamplingParams:
             raise ValueError(f"n={self.n} must be at least 1")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if not all(isinstance(text, str) and text for text in stop):
+            raise ValueError(f"stop={self.stop!r} must be a text or several, none of them empty")
+        object.__setattr__(self, "stop", stop)  # a tuple from here on
         if self.logprobs not in (None, 0, 1):
             raise ValueError(f"logprobs={self.logprobs}: only the chosen token's is kept; use 1 or None")
         self.row()  # the other ranges

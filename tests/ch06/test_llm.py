@@ -219,6 +219,38 @@ def test_streamed_text_only_grows_and_ends_as_the_whole(llm, question):
     assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", None), "the model's own end"
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("question", ["What is a block table?", "什么是分页？"])
+def test_a_stop_text_ends_the_answer_before_it_wherever_it_lies(question, asynchronous):
+    llm = LLM(device="cpu", num_gpu_blocks_override=64, async_scheduling=asynchronous, check=True)
+    engine, conversation = llm.llm_engine, [{"role": "user", "content": question}]
+    whole = llm.chat(conversation, params(30), use_tqdm=False)[0].outputs[0].text
+    ids = engine.runner.tokenizer.encode_chat(conversation)
+    for length in (1, 3, 7):
+        for at in range(1, len(whole) - length, 5):
+            stop = whole[at : at + length]
+            engine.add_request("a", ids, params(30, stop=[stop, "never said"]))
+            texts = [""]
+            while engine.has_unfinished_requests():
+                texts += [output.outputs[0].text for output in engine.step() if (last := output)]
+            answer = last.outputs[0]
+            assert (answer.text, answer.finish_reason, answer.stop_reason) == (whole[: whole.find(stop)], "stop", stop)
+            assert all(late.startswith(early) for early, late in pairwise(texts)), "what was shown stays"
+    assert engine.blocks.num_free_blocks == 64
+
+
+def test_n_answers_end_each_at_its_own_stop_text(llm):
+    free = llm.generate("What is a page?", params(20, n=3, temperature=1.5, seed=2))[0].outputs
+    stopped = llm.generate("What is a page?", params(20, n=3, temperature=1.5, seed=2, stop=" "))[0].outputs
+    for one, other in zip(free, stopped, strict=True):
+        assert other.text == one.text.split(" ")[0]
+
+
+def test_a_stop_text_needs_a_tokenizer(engine):
+    with pytest.raises(ValueError, match="no tokenizer, so no text to stop at; use stop_token_ids"):
+        engine.add_request("a", [1, 2, 3], params(2, stop="x"))
+
+
 def test_chat_is_generate_behind_the_template(llm):
     conversation = [{"role": "user", "content": "What is a page?"}]
     ids = llm.llm_engine.runner.tokenizer.encode_chat(conversation)
@@ -237,6 +269,8 @@ def test_chat_is_generate_behind_the_template(llm):
         ({"seed": "x"}, "seed='x' must be a whole number"),
         ({"temperature": None}, "temperature=None must be a number"),
         ({"stop_token_ids": ("a",)}, "stop_token_ids=..a.,. must be token ids"),
+        ({"stop": ""}, "stop='' must be a text or several, none of them empty"),
+        ({"stop": [5]}, "stop=.5. must be a text"),
         ({"n": 0}, "n=0 must be at least 1"),
         ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
         ({"logprobs": 5}, "logprobs=5: only the chosen"),
