@@ -80,6 +80,10 @@ class LLMEngine:
         for name, value in sizes.items():
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value} must be a whole number, at least 1")
+        if not isinstance(seed, int):
+            raise ValueError(f"seed={seed!r} must be a whole number")
+        if trace is not None and not (isinstance(trace, str | Path) and Path(trace).absolute().parent.is_dir()):
+            raise ValueError(f"trace={trace!r} must be a file in a folder that exists")
         self.tp = initialize_tensor_parallel(tensor_parallel_size, device)
         self.runner = ModelRunner(
             model, device, block_size, dtype=None if dtype == "auto" else dtype, max_running_requests=max_num_seqs,
@@ -104,7 +108,7 @@ class LLMEngine:
         self._queued: _Queued | None = None  # the step whose tokens nobody has looked at
         self._decoding: tuple[list[Request], SamplingBatch] | None = None
         self._grown: dict[str, None] = {}  # groups that got a token since the last step() returned
-        self.trace = Trace(trace, self) if trace and self.tp.rank == 0 else None
+        self.trace = Trace(trace, self) if trace is not None and self.tp.rank == 0 else None
 
     # --- for the user
 
@@ -119,12 +123,13 @@ class LLMEngine:
         values of a wrong kind.
         """
         params = SamplingParams() if params is None else params
-        for name, value, kind in (
-            ("request_id", request_id, str), ("params", params, SamplingParams), ("priority", priority, int),
-            ("cache_salt", cache_salt, str | None),
-        ):  # fmt: skip
+        for name, value, kind in (("request_id", request_id, str), ("priority", priority, int)):
             if not isinstance(value, kind):
-                raise ValueError(f"{name}={value!r} must be a {getattr(kind, '__name__', 'str or None')}")
+                raise ValueError(f"{name}={value!r} must be a {kind.__name__}")
+        if cache_salt is not None and (
+            not isinstance(cache_salt, str) or not cache_salt or not _is_unicode(cache_salt)
+        ):
+            raise ValueError(f"cache_salt={cache_salt!r} must be a text that is not empty, or None")
         if request_id in self.groups:
             raise ValueError(f"request id {request_id!r} is in use; finish or abort it first")
         text = prompt.get("prompt") if isinstance(prompt, dict) else prompt if isinstance(prompt, str) else None
@@ -153,6 +158,8 @@ class LLMEngine:
             if not request.status.finished:
                 request.status = RequestStatus.FINISHED_ABORTED
                 self.scheduler.finish(request)
+                if self.trace:
+                    self.trace.aborted(request)
         self._grown.pop(request_id, None)
 
     def has_unfinished_requests(self) -> bool:
@@ -189,6 +196,8 @@ class LLMEngine:
         if isinstance(prompt, str):
             if self.runner.tokenizer is None:
                 raise ValueError("this checkpoint has no tokenizer; give prompt_token_ids instead of text")
+            if not _is_unicode(prompt):
+                raise ValueError(f"the prompt holds half a surrogate pair, which is no character: {prompt!r:.80}")
             return self.runner.tokenizer.encode(prompt)
         try:
             return [index(token) for token in prompt]
@@ -199,6 +208,8 @@ class LLMEngine:
 
     def check_request(self, ids: Sequence[int], params: SamplingParams) -> None:
         """Raises ValueError for what add_request would refuse."""
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params={params!r} must be a SamplingParams")
         vocab, limit = self.runner.config.vocab_size, self.runner.config.max_position_embeddings
         if not ids:
             raise ValueError("the prompt is empty: there is no token to continue from")
@@ -347,7 +358,9 @@ class LLMEngine:
             return
         if request.detokenizer is None:
             request.detokenizer = IncrementalDetokenizer(self.runner.tokenizer)
-        new = request.output_token_ids[request.num_decoded :]
+        # as in vLLM a stop token is among the tokens and not in the text
+        by_token = request.status is RequestStatus.FINISHED_STOPPED
+        new = request.output_token_ids[request.num_decoded : len(request.output_token_ids) - by_token]
         request.num_decoded += len(new)
         text = request.detokenizer.add(*new) if new else ""
         if request.status.finished:
@@ -355,6 +368,14 @@ class LLMEngine:
         request.read(text)
 
     def _logprobs(self, request: Request) -> list[dict[int, Logprob]] | None:
-        decode = self.runner.tokenizer.decode if self.runner.tokenizer else lambda ids: None
-        pairs = zip(request.output_token_ids, request.logprobs, strict=bool(request.logprobs))
-        return [{token: Logprob(value, decode([token]))} for token, value in pairs] or None
+        if not request.params.logprobs:
+            return None
+        told = request.told_logprobs
+        for token, value in zip(request.output_token_ids[len(told) :], request.logprobs[len(told) :], strict=True):
+            told.append({token: Logprob(value, self.runner.tokenizer and self.runner.tokenizer.decode([token]))})
+        return list(told)
+
+
+def _is_unicode(text: str) -> bool:
+    """Not so if it holds half a surrogate pair, as a damaged JSON string may."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

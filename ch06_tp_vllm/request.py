@@ -7,6 +7,7 @@ WAITING -> RUNNING -> FINISHED_*
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from common.sampler import SamplingParams as RowParams
 from common.sampler import SamplingRow
@@ -52,6 +53,7 @@ class Request:
     text: str = ""
     detokenizer: IncrementalDetokenizer | None = None
     num_decoded: int = 0  # tokens of the answer that the detokenizer has seen
+    told_logprobs: list[dict[int, Any]] = field(default_factory=list)  # `logprobs`, as the user sees them
     text_is_whole: bool = False  # nothing comes any more
 
     # the scheduler, each step

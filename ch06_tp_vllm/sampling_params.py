@@ -1,7 +1,9 @@
 """vLLM's SamplingParams, for the names; what they mean is in common/sampler.py."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 from common.sampler import SamplingParams as RowParams
 from common.sampler import check_numbers
@@ -27,7 +29,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: str | Sequence[str] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
 
@@ -37,10 +39,11 @@ class SamplingParams:
             raise ValueError(f"n={self.n} must be at least 1")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if not all(isinstance(text, str) and text for text in stop):
-            raise ValueError(f"stop={self.stop!r} must be a text or several, none of them empty")
-        object.__setattr__(self, "stop", stop)  # a tuple from here on
+        # tuples from here on
+        object.__setattr__(self, "stop", _several("stop", self.stop, str))
+        object.__setattr__(self, "stop_token_ids", _several("stop_token_ids", self.stop_token_ids, Integral))
+        if not all(self.stop):
+            raise ValueError("stop: an empty text would end every answer at once; leave it out")
         if self.logprobs not in (None, 0, 1):
             raise ValueError(f"logprobs={self.logprobs}: only the chosen token's is kept; use 1 or None")
         self.row()  # the other ranges
@@ -50,6 +53,15 @@ class SamplingParams:
         return RowParams(
             max_new_tokens=self.max_tokens, temperature=self.temperature, top_k=self.top_k or -1, top_p=self.top_p,
             min_p=self.min_p, repetition_penalty=self.repetition_penalty, presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty, seed=self.seed, stop_token_ids=tuple(self.stop_token_ids),
+            frequency_penalty=self.frequency_penalty, seed=self.seed, stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos, logprobs=self.logprobs is not None,
         )  # fmt: skip
+
+
+def _several(name: str, given: Any, kind: type) -> tuple:
+    """None, one, or several -> a tuple. Raises ValueError for anything else."""
+    values = () if given is None else (given,) if isinstance(given, str | int) else given
+    values = tuple(values) if isinstance(values, Iterable) else (values,)
+    if not all(isinstance(value, kind) for value in values):
+        raise ValueError(f"{name}={given!r} must be {'texts' if kind is str else 'token ids, whole numbers'}")
+    return values

@@ -116,11 +116,11 @@ class Scheduler:
 
     def _start(self, request: Request, budget: int) -> int:
         """Take a waiting request in; returns how many of its tokens this step computes, 0 if it does not fit."""
-        forked = 0
-        if request.parent and request.parent.status is RequestStatus.RUNNING:
-            forked = self.blocks.fork(request.parent, request)
-        computed = [] if forked else self.blocks.get_computed_blocks(request)
-        cached = forked or len(computed) * self.blocks.block_size
+        computed = self.blocks.get_computed_blocks(request)
+        cached = len(computed) * self.blocks.block_size
+        sibling = request.parent and request.parent.status is RequestStatus.RUNNING
+        if sibling and cached < len(request.prompt_token_ids):  # nothing of its own answer was found
+            cached, computed = self.blocks.fork(request.parent, request), []
         num_new = request.num_tokens - cached
         if num_new > budget:
             num_new = budget if self.enable_chunked_prefill else 0
@@ -134,7 +134,9 @@ class Scheduler:
         if request.num_cached_tokens is None:  # not again after a preemption: it would find its own tokens
             request.num_cached_tokens = cached
             self.blocks.stats.queries += len(request.prompt_token_ids)
-            self.blocks.stats.hits += cached
+            self.blocks.stats.hits += (
+                cached * self.blocks.enable_prefix_caching
+            )  # a fork is no hit of a cache that is off
         return num_new
 
     def _make_room(self, request: Request, num_tokens: int, scheduled: list, preempted: list) -> bool:

@@ -1,11 +1,12 @@
 """What every step did, as JSON lines: `LLMEngine(trace="steps.jsonl")`. Timelines and block pictures are drawn from them.
 
-    step       number of the step
+    step       number of the step (a line without any keeps the last one's)
     scheduled  [[request, computed before, computed now, "prefill" | "decode"], ...] in order; a request is called "id/answer".
                Empty: nothing was queued, only the tokens of the last step were taken
     blocks     {request: [the blocks it got in this step]}, those found in the prefix cache included; free: how many are left
-    preempted  requests that went back to the queue to make room for this step, and gave back all their blocks
-    finished   requests that ended in it (or were aborted since the last), and gave back theirs
+    aborted    requests that were aborted since the last line, and gave back all their blocks
+    preempted  requests that went back to the queue to make room for this step, and gave back theirs
+    finished   requests that ended in it, and gave back theirs
     waiting, running: how many, afterwards
     ledger, ms messages and times: common/trace.py
 
@@ -29,6 +30,7 @@ class Trace(StepLog):
     def __init__(self, path: str | Path, engine: "LLMEngine"):
         super().__init__(path, engine.tp.ledger)
         self._engine = engine
+        self._aborted: list[str] = []
         self._holding: dict[Request, int] = {}  # blocks of those that ran in the last step, as far as they were told
 
     def scheduled(self, output: SchedulerOutput) -> None:
@@ -42,6 +44,11 @@ class Trace(StepLog):
                 self._blocks[request.request_id] = table[self._holding.get(request, 0) :]
             self._holding[request] = len(table)
 
+    def aborted(self, request: Request) -> None:
+        """Between two steps."""
+        self._aborted.append(request.request_id)
+        self._holding.pop(request, None)
+
     def end(self) -> None:
         """After the step: write its line."""
         left = [r for r in self._holding if r.status is not RequestStatus.RUNNING]
@@ -50,8 +57,9 @@ class Trace(StepLog):
         scheduler = self._engine.scheduler
         self.write({
             "step": self._engine.num_steps, "scheduled": self._rows, "blocks": self._blocks,
-            "free": self._engine.blocks.num_free_blocks,
+            "free": self._engine.blocks.num_free_blocks, "aborted": self._aborted,
             "preempted": [r.request_id for r in left if r.status is RequestStatus.PREEMPTED],
             "finished": [r.request_id for r in left if r.status.finished],
             "waiting": len(scheduler.waiting), "running": len(scheduler.running),
         })  # fmt: skip
+        self._aborted = []

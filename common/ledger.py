@@ -28,6 +28,7 @@ class Ledger:
 
     enabled: bool = False
     entries: list[LedgerEntry] = field(default_factory=list)
+    recordings: int = 0  # `recording`s that are open: what was written down must stay for them
 
     def record(self, op: str, label: str, x: torch.Tensor) -> None:
         if self.enabled:
@@ -41,18 +42,20 @@ class Ledger:
 
     @contextmanager
     def recording(self) -> Iterator["Ledger"]:
-        """`with tp.ledger.recording() as ledger:` starts from an empty page and switches off at the end."""
+        """`with tp.ledger.recording() as ledger:` starts from an empty page; afterwards all is as it was before."""
+        was_enabled, self.enabled = self.enabled, True
         self.entries.clear()
-        self.enabled = True
+        self.recordings += 1
         try:
             yield self
         finally:
-            self.enabled = False
+            self.enabled = was_enabled
+            self.recordings -= 1
 
-    def summary(self) -> dict[str, dict[str, int]]:
-        """{op: {"calls": n, "bytes": n}} over everything recorded."""
+    def summary(self, first: int = 0) -> dict[str, dict[str, int]]:
+        """{op: {"calls": n, "bytes": n}} over what was recorded from entry `first` on."""
         total: dict[str, dict[str, int]] = {}
-        for entry in self.entries:
+        for entry in self.entries[first:]:
             row = total.setdefault(entry.op, {"calls": 0, "bytes": 0})
             row["calls"] += 1
             row["bytes"] += entry.bytes

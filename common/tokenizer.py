@@ -40,8 +40,12 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """[{"role": "system" | "user" | "assistant", "content": ...}] -> prompt ids, up to the assistant's turn.
 
-        Raises ValueError if the checkpoint has no chat template (a base model).
+        Raises ValueError if the checkpoint has no chat template (a base model), and for what is no message.
         """
+        for message in messages:
+            texts = isinstance(message, dict) and [message.get(key) for key in ("role", "content")]
+            if not texts or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f'a message is {{"role": text, "content": text}}, not {message!r:.80}')
         if not self.has_chat_template:
             raise ValueError("this checkpoint has no chat template; send plain text instead of messages")
         text = self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)

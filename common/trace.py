@@ -27,7 +27,9 @@ class StepLog:
 
     def begin(self) -> None:
         """Before a step."""
-        self._ledger.entries.clear()
+        if not self._ledger.recordings:
+            self._ledger.entries.clear()
+        self._first = len(self._ledger.entries)
         self._began = time.perf_counter()
 
     def queued(self) -> None:
@@ -37,7 +39,7 @@ class StepLog:
     def write(self, facts: dict[str, Any]) -> None:
         """After the step."""
         now, began, queued_at = time.perf_counter(), self._began, self._queued_at
-        ledger = {op: [row["calls"], row["bytes"]] for op, row in self._ledger.summary().items()}
+        ledger = {op: [row["calls"], row["bytes"]] for op, row in self._ledger.summary(self._first).items()}
         ms = {"schedule": _ms(queued_at - began), "settle": _ms(now - queued_at), "total": _ms(now - began)}
         self._file.write(json.dumps(facts | {"ledger": ledger, "ms": ms}) + "\n")
 

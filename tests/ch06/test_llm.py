@@ -171,7 +171,9 @@ def test_what_can_never_run_is_refused_at_once_and_the_others_go_on(engine, prom
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cache_salt": 5}, "cache_salt=5 must be a str or None"),
+        ({"cache_salt": 5}, "cache_salt=5 must be a text that is not empty, or None"),
+        ({"cache_salt": ""}, "cache_salt='' must be a text that is not empty"),
+        ({"cache_salt": "\ud800"}, "cache_salt=.* must be a text"),
         ({"priority": "high"}, "priority='high' must be a int"),
         ({"params": {"n": 1}}, "params=.* must be a SamplingParams"),
     ],
@@ -246,6 +248,91 @@ def test_n_answers_end_each_at_its_own_stop_text(llm):
         assert other.text == one.text.split(" ")[0]
 
 
+def test_a_stop_token_is_among_the_tokens_and_not_in_the_text(llm):
+    free = llm.generate("What is a page?", params(12))[0].outputs[0]
+    decode = llm.llm_engine.runner.tokenizer.decode
+    for given in ([free.token_ids[5]], free.token_ids[5]):
+        stopped = llm.generate("What is a page?", params(12, stop_token_ids=given))[0].outputs[0]
+        end = free.token_ids.index(free.token_ids[5]) + 1
+        assert stopped.token_ids == free.token_ids[:end]
+        assert stopped.text == decode(free.token_ids[: end - 1])
+        assert stopped.stop_reason == free.token_ids[5]
+
+
+def test_prompts_and_params_may_come_from_an_iterator(llm):
+    outputs = llm.generate(([i, i + 1] for i in range(3)), (params(n) for n in (1, 2, 3)))
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [1, 2, 3]
+    assert [output.prompt_token_ids for output in outputs] == [[0, 1], [1, 2], [2, 3]]
+
+
+def test_an_interrupted_generate_leaves_nothing_behind(llm, monkeypatch):
+    engine = llm.llm_engine
+    before, runs, run = engine.blocks.num_free_blocks, [], engine.runner.run
+
+    def interrupted(step):
+        runs.append(step)
+        if len(runs) == 3:
+            raise KeyboardInterrupt
+        return run(step)
+
+    monkeypatch.setattr(engine.runner, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[1, 2, 3], [4, 5]], params(8), use_tqdm=False)
+    monkeypatch.undo()
+    assert not engine.has_unfinished_requests()
+    assert engine.blocks.num_free_blocks == before
+    assert llm.generate([[1, 2, 3]], params(3))[0].finished
+
+
+@pytest.mark.parametrize(
+    ("conversation", "message"),
+    [
+        ({"role": "user"}, "must be a list of messages"),
+        ("hi", "must be a list of messages"),
+        (None, "must be a list of messages"),
+        (["hi"], "a message is ..role.: text, .content.: text., not 'h'"),
+        ([{"role": "user"}], "a message is"),
+        ([{"role": "user", "content": 5}], "a message is"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(llm, conversation, message):
+    with pytest.raises(ValueError, match=message):
+        llm.chat(conversation)
+
+
+@pytest.mark.parametrize("given", [{"max_tokens": 3}, 5, [None]])
+def test_what_is_no_sampling_params_is_refused(llm, given):
+    with pytest.raises(ValueError, match="must be a SamplingParams"):
+        llm.generate(["a"], given)
+    assert not llm.llm_engine.has_unfinished_requests()
+
+
+def test_text_that_is_none_is_refused(llm):
+    with pytest.raises(ValueError, match="half a surrogate pair"):
+        llm.generate("a\ud800", params(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": "x"}, "seed='x' must"),
+        ({"seed": None}, "seed=None must"),
+        ({"trace": True}, "trace=True must be a file"),
+        ({"trace": "/no/such/folder/a"}, "must be a file in a folder that exists"),
+    ],
+)
+def test_the_engine_s_own_values(options, message):
+    with pytest.raises(ValueError, match=message):
+        LLMEngine(device="cpu", **options)
+
+
+def test_after_shutdown_there_is_one_line(checkpoint):
+    llm = LLM(str(checkpoint("qwen2")), device="cpu", num_gpu_blocks_override=8)
+    llm.shutdown()
+    with pytest.raises(ValueError, match="this LLM is shut down"):
+        llm.generate([[1]], params(1))
+
+
 def test_a_stop_text_needs_a_tokenizer(engine):
     with pytest.raises(ValueError, match="no tokenizer, so no text to stop at; use stop_token_ids"):
         engine.add_request("a", [1, 2, 3], params(2, stop="x"))
@@ -269,8 +356,10 @@ def test_chat_is_generate_behind_the_template(llm):
         ({"seed": "x"}, "seed='x' must be a whole number"),
         ({"temperature": None}, "temperature=None must be a number"),
         ({"stop_token_ids": ("a",)}, "stop_token_ids=..a.,. must be token ids"),
-        ({"stop": ""}, "stop='' must be a text or several, none of them empty"),
-        ({"stop": [5]}, "stop=.5. must be a text"),
+        ({"stop_token_ids": 2.5}, "stop_token_ids=2.5 must be token ids"),
+        ({"stop": ""}, "stop: an empty text would end every answer at once"),
+        ({"stop": [5]}, "stop=.5. must be texts"),
+        ({"stop": 0}, "stop=0 must be texts"),
         ({"n": 0}, "n=0 must be at least 1"),
         ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
         ({"logprobs": 5}, "logprobs=5: only the chosen"),

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from ch06_tp_vllm import LLM, LLMEngine, SamplingParams
 
@@ -30,14 +31,17 @@ def test_the_trace_tells_every_step(checkpoint, tmp_path, asynchronous):
         engine.step()
         if engine.num_steps == 3:
             engine.abort_request("gone")
+            engine.add_request("gone", [9] * 6, params(4))  # the name is free again
     lines = read(tmp_path / "steps.jsonl")  # although nobody closed it
     assert max(line["step"] for line in lines) == engine.num_steps
     assert sum(len(line["preempted"]) for line in lines) == engine.scheduler.num_preemptions > 0
-    left = [name for line in lines for name in line["finished"]]
-    assert sorted(name for name in left if "gone" not in name) == ["a/0", "b/0", "c/0", "c/1"]
+    assert sorted(name for line in lines for name in line["finished"]) == ["a/0", "b/0", "c/0", "c/1", "gone/0"]
+    assert [name for line in lines for name in line["aborted"]] == ["gone/0"]
 
     tables, computed = {}, {}
     for line in lines:
+        for request in line["aborted"]:
+            tables.pop(request, None), computed.pop(request, None)  # it may have waited all the time
         for request in line["preempted"]:
             del tables[request], computed[request]
         for request, blocks in line["blocks"].items():
@@ -63,6 +67,25 @@ def test_a_prefix_hit_shows_where_a_request_begins(tmp_path):
     assert first["scheduled"] == [["0/0", 0, 40, "prefill"]]
     assert again["scheduled"] == [["1/0", 32, 8, "prefill"]]
     assert again["blocks"]["1/0"][:2] == first["blocks"]["0/0"][:2]
+
+
+def test_a_recording_beside_a_trace_misses_nothing_and_ends_nothing(tmp_path):
+    engine = LLMEngine(device="cpu", num_gpu_blocks_override=16, trace=tmp_path / "steps.jsonl")
+    ledger = engine.tp.ledger
+    with ledger.recording():
+        ledger.record("all_reduce", "before", torch.zeros(1))
+        engine.trace.begin()
+        ledger.record("all_reduce", "a step", torch.zeros(2))
+        engine.trace.queued()
+        engine.trace.write({})
+        assert [entry.label for entry in ledger.entries] == ["before", "a step"]
+    assert ledger.enabled, "the trace goes on"
+    engine.trace.begin()
+    engine.trace.queued()
+    engine.trace.write({})
+    engine.trace.close()
+    assert [line["ledger"] for line in read(tmp_path / "steps.jsonl")] == [{"all_reduce": [1, 8]}, {}]
+    assert not ledger.enabled
 
 
 def traced_messages(folder, path):
