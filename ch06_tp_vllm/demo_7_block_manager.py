@@ -39,7 +39,7 @@ def main() -> None:
     grow(blocks, a, "a", "fixed", "block")
     show("a grows", a)
 
-    heading("A second one begins alike: it starts with the first one's full block")
+    heading("A second one begins alike: it starts with the first one's full blocks")
     b = ask("b", [*SYSTEM, "what", "is", "a", "rank", "?"])
     found = start(blocks, b)
     show("b begins alike", a, b)

@@ -3,10 +3,10 @@
     torchrun --nproc_per_node=2 ch06_tp_vllm/demo_9_llm.py
     python ch06_tp_vllm/demo_9_llm.py                          # one rank
 
-Six questions behind one system prompt, twice, then one with three answers, then two that are streamed. Every collective is
-counted and compared with the formula: 1 + 2L all-reduces a step and one gather of the logits. What a prefill step and
-a decode step send is listed message by message. At the end the ranks compare their tables and their K: equal tables, and each
-its own heads in the same blocks.
+Six questions behind one system prompt, twice, then one with three answers, then two that are streamed, and that end at a
+text. Every collective is counted and compared with the formula: 1 + 2L all-reduces a step and one gather of the logits.
+What a prefill step and a decode step send is listed message by message. At the end the ranks compare their tables and
+their K: equal tables, and each its own heads in the same blocks.
 """
 
 import torch
@@ -30,19 +30,21 @@ STREAMED = ["Define preemption.", "什么是分页？"]
 def main() -> None:
     llm = LLM()
     engine, tp = llm.llm_engine, llm.llm_engine.tp
-    prompts = [chat(engine, question) for question in QUESTIONS]
+    conversations = [conversation(question) for question in QUESTIONS]
     greedy = SamplingParams(temperature=0, max_tokens=48)
     with tp.ledger.recording() as ledger:
-        outputs = llm.generate(prompts, greedy)
+        outputs = llm.chat(conversations, greedy)
         sent, steps = ledger.summary(), engine.num_steps
-    again = llm.generate(prompts, greedy)
-    three = llm.generate(
-        chat(engine, "What is a page?"),
+    again = llm.chat(conversations, greedy)
+    three = llm.chat(
+        conversation("What is a page?"),
         SamplingParams(temperature=1.8, top_k=4, top_p=0.99, frequency_penalty=0.2, n=3, max_tokens=24, seed=1),
     )[0]
-    streamed = [list(stream(engine, chat(engine, question))) for question in STREAMED]
-    whole = [output.outputs[0].text for output in llm.generate([chat(engine, q) for q in STREAMED], greedy)]
-    prefill, decode = watch(engine, prompts[0])
+    until = SamplingParams(temperature=0, max_tokens=48, stop=[";", "，"], logprobs=1)
+    stopped = llm.chat([conversation(question) for question in STREAMED], until)
+    streamed = [list(stream(engine, question)) for question in STREAMED]
+    whole = [output.outputs[0].text for output in llm.chat([conversation(q) for q in STREAMED], greedy)]
+    prefill, decode = watch(engine, outputs[0].prompt_token_ids)
     tables, keys = what_ranks_hold(engine)
     if tp.rank > 0:
         return
@@ -56,6 +58,14 @@ def main() -> None:
     for pieces in streamed:
         print("  " + "|".join(pieces))
     check("the pieces together are the whole text", ["".join(pieces) for pieces in streamed] == whole)
+    heading("Until a text: stop=[';', '，']")
+    for output in stopped:
+        answer = output.outputs[0]
+        print(
+            f"  {answer.text.strip()}   (stop_reason {answer.stop_reason!r}, {answer.cumulative_logprob:.2f} log-probability)"
+        )
+    texts = [text.split(output.outputs[0].stop_reason)[0] for text, output in zip(whole, stopped, strict=True)]
+    check("that is the answer up to there", [output.outputs[0].text for output in stopped] == texts)
     if tp.size > 1:
         show_messages(sent, steps, engine.runner.config.num_layers, prefill, decode)
     heading("What each rank holds")
@@ -91,14 +101,14 @@ def show_messages(sent: dict, steps: int, layers: int, prefill: list[LedgerEntry
     messages(of_the_step(decode))
 
 
-def chat(engine, question: str) -> list[int]:
-    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
-    return engine.runner.tokenizer.encode_chat(messages)
+def conversation(question: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
 
 
-def stream(engine, prompt: list[int]):
+def stream(engine, question: str):
     """The text of one answer, piece by piece."""
-    engine.add_request("streamed", prompt, SamplingParams(temperature=0, max_tokens=48))
+    ids = engine.runner.tokenizer.encode_chat(conversation(question))
+    engine.add_request("streamed", ids, SamplingParams(temperature=0, max_tokens=48))
     shown = ""
     while engine.has_unfinished_requests():
         for output in engine.step():

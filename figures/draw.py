@@ -205,9 +205,21 @@ def kv_cache():
     axes[0].set_title("tokens/s, four requests", fontsize=10)
     chat = [row for row in rows if row["requests"] == "chat"]
     fits = next(key for key in rows[0] if key.startswith("run at once"))
-    bars = axes[1].barh([row["cache"] for row in chat], [float(row["waste %"]) for row in chat], color=ORANGE)
-    axes[1].bar_label(bars, [f" {row['waste %']} %, {row[fits]} requests" for row in chat], fontsize=8)
-    axes[1].set_xlim(0, 130)
+    waste = [float(row["waste %"]) for row in chat]
+    axes[1].barh([row["cache"] for row in chat], waste, color=ORANGE)
+    for y, (row, value) in enumerate(zip(chat, waste, strict=True)):
+        inside = value > 50
+        label = f" {row['waste %']} %, {row[fits]} requests "
+        axes[1].text(
+            value,
+            y,
+            label,
+            ha="right" if inside else "left",
+            va="center",
+            fontsize=8,
+            color="white" if inside else "black",
+        )
+    axes[1].set_xlim(0, 100)
     axes[1].set_title(f"wasted slots, and how many requests {fits}", fontsize=10)
     axes[1].set_xticks([0, 50, 100], ["0", "50 %", "100 %"])
     for axis in axes:
@@ -253,7 +265,7 @@ def batching():
     rows = read("batching.csv")
     kinds = list(dict.fromkeys(row["batching"] for row in rows))
     looks = {
-        "P": (BLUE, "tokens of its prompt"), "d": (PALE_BLUE, "a token of its answer"),
+        "P": (BLUE, "prefilled: its prompt, or what was lost"), "d": (PALE_BLUE, "a token of its answer"),
         "-": (ORANGE, "a token that nobody asked for"), ".": (PALE_GREY, "waits"), "x": (RED, "preempted, waits"),
     }  # fmt: skip
     figure, axes = plt.subplots(len(kinds), 1, figsize=(9, 6), sharex=True)
