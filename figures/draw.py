@@ -276,7 +276,7 @@ def batching():
             thin = row["does"] in ".x"
             axis.barh(int(row["request"]), 0.92, 0.25 if thin else 0.8, left=int(row["step"]), color=colour)
         steps = 1 + max(int(row["step"]) for row in mine)
-        axis.set_title(f"{kind}: {steps} steps", fontsize=9, loc="left")
+        axis.set_title(f"{kind}: the last one ends after {steps} steps", fontsize=9, loc="left")
         axis.set_yticks(range(8), range(8), fontsize=7)
         axis.set_ylabel("request", fontsize=8)
         axis.invert_yaxis()
