@@ -17,7 +17,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -m "not ranks" -n 2
 	$(BIN)/python -m pytest -m ranks
-	$(BIN)/python -m pytest --nbmake notebooks
+	$(BIN)/python -m pytest --nbmake -n 2 notebooks
 
 lint: setup
 	$(BIN)/ruff check .

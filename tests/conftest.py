@@ -25,6 +25,18 @@ def pytest_itemcollected(item):
         item.add_marker(pytest.mark.ranks)
 
 
+def pytest_collection_modifyitems(items):
+    """Tests of one number of ranks together: only two pools are kept, and a new one takes seconds to start."""
+    items.sort(key=_number_of_ranks)  # stable
+
+
+def _number_of_ranks(item) -> int:
+    if not item.get_closest_marker("ranks"):
+        return 0
+    size = item.callspec.params.get("size") if hasattr(item, "callspec") else None
+    return size if isinstance(size, int) else 2
+
+
 @pytest.fixture(autouse=True)
 def no_group_left_over():
     """A test that picked a device for the process must not pick it for the next one."""
