@@ -134,9 +134,8 @@ class Scheduler:
         if request.num_cached_tokens is None:  # not again after a preemption: it would find its own tokens
             request.num_cached_tokens = cached
             self.blocks.stats.queries += len(request.prompt_token_ids)
-            self.blocks.stats.hits += (
-                cached * self.blocks.enable_prefix_caching
-            )  # a fork is no hit of a cache that is off
+            if self.blocks.enable_prefix_caching:  # a fork is no hit of a cache that is off
+                self.blocks.stats.hits += cached
         return num_new
 
     def _make_room(self, request: Request, num_tokens: int, scheduled: list, preempted: list) -> bool:

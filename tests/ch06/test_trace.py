@@ -77,12 +77,12 @@ def test_a_recording_beside_a_trace_misses_nothing_and_ends_nothing(tmp_path):
         engine.trace.begin()
         ledger.record("all_reduce", "a step", torch.zeros(2))
         engine.trace.queued()
-        engine.trace.write({})
+        engine.trace.write({"waiting": 0, "running": 0})
         assert [entry.label for entry in ledger.entries] == ["before", "a step"]
     assert ledger.enabled, "the trace goes on"
     engine.trace.begin()
     engine.trace.queued()
-    engine.trace.write({})
+    engine.trace.write({"waiting": 0, "running": 0})
     engine.trace.close()
     assert [line["ledger"] for line in read(tmp_path / "steps.jsonl")] == [{"all_reduce": [1, 8]}, {}]
     assert not ledger.enabled
