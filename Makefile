@@ -27,7 +27,7 @@ tiny-qwen: setup
 	$(BIN)/python -m common.tiny_qwen.train
 
 bench-cpu: setup
-	$(BIN)/python ch07_sglang_radix/bench_cpu.py
+	$(BIN)/python ch07_sglang_radix/benchmarks/bench_cpu.py
 
 # PART: kernels, small (0.5B and 0.6B), engines (the same two, by chapter 6 and 7 in turn), large (7B), large-tp2 (7B on two GPUs)
 PART ?= kernels
@@ -37,9 +37,9 @@ ifeq ($(PART),kernels)
 else ifeq ($(PART),engines)
 	$(BIN)/python figures/compare_engines.py
 else ifeq ($(PART),large-tp2)
-	$(BIN)/torchrun --standalone --nproc_per_node=2 -m ch07_sglang_radix.bench_gpu --part large
+	$(BIN)/torchrun --standalone --nproc_per_node=2 -m ch07_sglang_radix.benchmarks.bench_gpu --part large
 else
-	$(BIN)/python -m ch07_sglang_radix.bench_gpu --part $(PART)
+	$(BIN)/python -m ch07_sglang_radix.benchmarks.bench_gpu --part $(PART)
 endif
 
 # runs the .py files and stores what they show in the .ipynb beside them

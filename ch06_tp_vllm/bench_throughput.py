@@ -30,13 +30,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ch06_tp_vllm.llm_engine import LLMEngine
 from ch06_tp_vllm.sampling_params import SamplingParams
-from common.launch import run_main
+from common.distributed.launch import run_main
+from common.models.published_configs import CONFIGS, shared_random_weights
 from common.parallel_state import initialize_tensor_parallel
-from common.published_configs import CONFIGS, shared_random_weights
-from common.report import write_csv
-from common.show import table
+from common.teaching.report import write_csv
+from common.teaching.show import table
+from common.teaching.transformers_peer import Request, generate_runner
 from common.tiny_qwen import TINY_QWEN_PATH
-from common.transformers_peer import Request, generate_runner
 
 PEER_BATCH = 8  # requests
 ROUNDS = 3  # the one in the middle counts

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ch06_tp_vllm.request import Request
-from common.heads import HeadLayout
+from common.layers.heads import HeadLayout
 
 NO_PARENT = b""
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from common.launch import run_main
-from common.report import csv_option, write_csv
-from common.show import check, heading, matrix, table
+from common.distributed.launch import run_main
+from common.teaching.report import csv_option, write_csv
+from common.teaching.show import check, heading, matrix, table
 
 X = np.array([[1, 2, 3, 4], [5, 6, 7, 8]])  # [2, 4]: two tokens, four features
 W = np.array([[1, 0, 2, 1, 3, 0], [0, 1, 1, 2, 0, 1], [2, 1, 0, 1, 1, 2], [1, 2, 1, 0, 2, 1]])  # [4, 6]

@@ -13,18 +13,18 @@ from collections.abc import Iterator
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.launch import run_main
-from common.linear import (
+from common.distributed.launch import run_main
+from common.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
     QKVParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
 )
+from common.models.weights import TensorSource
 from common.parallel_state import TPGroup, all_gather, initialize_tensor_parallel
-from common.report import csv_option, write_csv
-from common.show import check, heading, table
-from common.weights import TensorSource
+from common.teaching.report import csv_option, write_csv
+from common.teaching.show import check, heading, table
 
 IN, OUT, HEADS, KV_HEADS, D = 16, 24, 4, 2, 4
 TOKENS = 3

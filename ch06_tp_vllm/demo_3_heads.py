@@ -4,7 +4,7 @@
     python ch06_tp_vllm/demo_3_heads.py --csv figures/heads.csv
 
 Qwen2.5-0.5B has 14 query heads in 2 groups of 7, each with one KV head. A rank must hold whole groups, or copies of a KV
-head. One formula covers split, copy and padding (common/heads.py): vLLM and SGLang refuse 3, 4 and 8 ranks here. Then a
+head. One formula covers split, copy and padding (common/layers/heads.py): vLLM and SGLang refuse 3, 4 and 8 ranks here. Then a
 whole attention block and a whole MLP run on R ranks played in one process, and their partial sums are added up by hand.
 """
 
@@ -12,16 +12,17 @@ from collections.abc import Iterator
 
 import torch
 
-from common.decoder import MLP, SelfAttention
-from common.heads import HeadLayout
-from common.kv_cache import PagedKVCache
-from common.layers import RotaryEmbedding
-from common.model_config import ModelConfig
-from common.paged_attention import AttentionMetadata, TorchNativeAttention
+from common.attention.contract import AttentionMetadata
+from common.attention.kv_cache import PagedKVCache
+from common.attention.torch_native import TorchNativeAttention
+from common.layers.heads import HeadLayout
+from common.layers.rotary import RotaryEmbedding
+from common.models.config import ModelConfig
+from common.models.decoder import MLP, SelfAttention
+from common.models.weights import TensorSource
 from common.parallel_state import TPGroup
-from common.report import csv_option, write_csv
-from common.show import WHY, check, heading, table
-from common.weights import TensorSource
+from common.teaching.report import csv_option, write_csv
+from common.teaching.show import WHY, check, heading, table
 
 HQ, HKV, D, HIDDEN, MLP_WIDTH, TOKENS = 14, 2, 8, 112, 150, 5
 CONFIG = ModelConfig.from_dict({
@@ -133,7 +134,7 @@ def attention_on(tp: TPGroup, x: torch.Tensor, weights: dict) -> torch.Tensor:
     meta = AttentionMetadata(
         positions, torch.zeros(1, 1, dtype=torch.int64), torch.tensor([0, TOKENS]), torch.tensor([TOKENS]), TOKENS
     )
-    return block(x, RotaryEmbedding(CONFIG)(positions, x.dtype), TorchNativeAttention(cache, meta))
+    return block(x, RotaryEmbedding(**CONFIG.rotary)(positions, x.dtype), TorchNativeAttention(cache, meta))
 
 
 def mlp_on(tp: TPGroup, x: torch.Tensor, weights: dict) -> torch.Tensor:
@@ -159,7 +160,7 @@ def why_norms_are_whole(x: torch.Tensor) -> None:
 
 def rotary_knows_the_position() -> None:
     heading("Rotary embedding: the same on every rank, and the same in prefill and decode")
-    rotary, dtype = RotaryEmbedding(CONFIG), torch.float32
+    rotary, dtype = RotaryEmbedding(**CONFIG.rotary), torch.float32
     prefill, decode = rotary(torch.arange(TOKENS), dtype), rotary(torch.tensor([TOKENS - 1]), dtype)
     print("  A token's angles depend on its position alone, so a step only has to say where each token stands.")
     check(

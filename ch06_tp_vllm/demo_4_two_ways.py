@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from ch06_tp_vllm.model_runner import ModelRunner
 from ch06_tp_vllm.patch_hf_attention import patch_attention
-from common.launch import run_main
+from common.distributed.launch import run_main
+from common.layers.vocab import gather_logits
 from common.parallel_state import initialize_tensor_parallel
-from common.report import csv_option, write_csv
-from common.show import check, heading, messages, table
+from common.teaching.report import csv_option, write_csv
+from common.teaching.show import check, heading, messages, table
 from common.tiny_qwen import TINY_QWEN_PATH
-from common.vocab import gather_logits
 
 PROMPT = [11, 42, 7, 300, 5, 5, 901]
 PARTS = ("self_attn", "mlp", "embed_tokens")  # the last is the LM head as well

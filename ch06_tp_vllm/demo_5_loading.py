@@ -24,13 +24,13 @@ from pathlib import Path
 
 import torch
 
-from common.launch import run_main
+from common.distributed.launch import run_main
+from common.models.published_configs import CONFIGS, save_random_weights
+from common.models.weights import load_model, load_then_shard
 from common.parallel_state import TPGroup
-from common.published_configs import CONFIGS, save_random_weights
-from common.report import FIGURES, write_csv
-from common.show import check, heading, table
+from common.teaching.report import FIGURES, write_csv
+from common.teaching.show import check, heading, table
 from common.tiny_qwen import TINY_QWEN_PATH
-from common.weights import load_model, load_then_shard
 
 WAYS = {"load, then shard": load_then_shard, "read the shard": load_model}
 MB = 1e6

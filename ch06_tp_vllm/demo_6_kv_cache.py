@@ -23,14 +23,15 @@ import torch
 from ch06_tp_vllm import LLM, SamplingParams
 from ch06_tp_vllm.block_manager import BlockManager
 from ch06_tp_vllm.request import Request
+from common.attention.contract import AttentionMetadata
+from common.attention.kv_cache import PagedKVCache
+from common.attention.torch_native import TorchNativeAttention
+from common.distributed.launch import run_main
 from common.executor import Executor
-from common.kv_cache import PagedKVCache
-from common.launch import run_main
-from common.paged_attention import AttentionMetadata, TorchNativeAttention
 from common.parallel_state import initialize_tensor_parallel
-from common.report import csv_option, write_csv
-from common.sampler import SamplingParams as RowParams
-from common.show import check, heading, table
+from common.sampling.sampler import SamplingParams as RowParams
+from common.teaching.report import csv_option, write_csv
+from common.teaching.show import check, heading, table
 
 Answers = list[list[int]]
 MAX_LEN = 512  # what a contiguous cache reserves for each request: it may become as long as that

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 
 from ch06_tp_vllm.block_manager import BlockManager
 from ch06_tp_vllm.request import Request
-from common.launch import run_main
-from common.report import csv_option, write_csv
-from common.sampler import SamplingParams
-from common.show import check, heading, table
+from common.distributed.launch import run_main
+from common.sampling.sampler import SamplingParams
+from common.teaching.report import csv_option, write_csv
+from common.teaching.show import check, heading, table
 
 SYSTEM = ["you", "are", "a", "terse", "helper", "."]
 WORDS: dict[str, int] = {}

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ch06_tp_vllm import LLMEngine, SamplingParams
-from common.launch import run_main
-from common.paged_attention import AttentionMetadata
-from common.report import csv_option, write_csv
-from common.show import check, heading, table
+from common.attention.contract import AttentionMetadata
+from common.distributed.launch import run_main
+from common.teaching.report import csv_option, write_csv
+from common.teaching.show import check, heading, table
 
 ROWS, BUDGET = 4, 24
 REQUESTS = [

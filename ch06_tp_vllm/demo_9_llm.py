@@ -14,10 +14,10 @@ import torch
 from ch06_tp_vllm import LLM, SamplingParams
 from ch06_tp_vllm.outputs import RequestOutput
 from ch06_tp_vllm.record_messages import of_the_step
-from common.launch import run_main
-from common.ledger import LedgerEntry
+from common.distributed.launch import run_main
+from common.distributed.ledger import LedgerEntry
 from common.parallel_state import all_gather
-from common.show import check, heading, messages, table
+from common.teaching.show import check, heading, messages, table
 from common.tiny_qwen.phrasings import SYSTEM_PROMPT
 
 QUESTIONS = [

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ch06_tp_vllm.llm_engine import LLMEngine, Prompt
 from ch06_tp_vllm.outputs import RequestOutput
 from ch06_tp_vllm.sampling_params import SamplingParams
-from common.messages import share
+from common.distributed.messages import share
 from common.parallel_state import shutdown_tensor_parallel
 
 

@@ -24,10 +24,10 @@ from ch06_tp_vllm.request import Request, RequestStatus
 from ch06_tp_vllm.sampling_params import SamplingParams
 from ch06_tp_vllm.scheduler import Scheduler, SchedulerOutput
 from ch06_tp_vllm.trace import Trace
-from common.messages import share
+from common.distributed.messages import share
 from common.parallel_state import initialize_tensor_parallel
-from common.sampler import Drawn, SamplingBatch, uniform
-from common.tokenizer import IncrementalDetokenizer
+from common.sampling.sampler import Drawn, SamplingBatch, uniform
+from common.text.tokenizer import IncrementalDetokenizer
 
 DEFAULT_BUDGET = {"cpu": 1024, "cuda": 8192}  # tokens a step: on a CPU what its caches like, on a GPU vLLM's own
 

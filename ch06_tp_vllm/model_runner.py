@@ -17,11 +17,11 @@ from itertools import chain
 import numpy as np
 import torch
 
+from common.distributed.messages import receive, send
 from common.executor import Executor
-from common.messages import receive, send
+from common.layers.vocab import gather_logits
 from common.parallel_state import broadcast
-from common.sampler import Drawn, SamplingBatch, sample
-from common.vocab import gather_logits
+from common.sampling.sampler import Drawn, SamplingBatch, sample
 
 STOP, STEP = 0, 1
 STOP_MESSAGE = np.array([STOP], dtype=np.int64)

@@ -11,9 +11,9 @@ batching. demo_4_two_ways.py puts it beside the executor, which builds only what
 import torch
 from torch import nn
 
-from common.linear import QKVParallelLinear, RowParallelLinear
+from common.layers.linear import QKVParallelLinear, RowParallelLinear
+from common.models.weights import TensorSource
 from common.parallel_state import TPGroup
-from common.weights import TensorSource
 
 
 class _Part(nn.Module):

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ch06_tp_vllm import LLMEngine, SamplingParams
-from common.launch import run_main
-from common.ledger import LedgerEntry
-from common.report import write_csv
-from common.show import WHY
+from common.distributed.launch import run_main
+from common.distributed.ledger import LedgerEntry
+from common.teaching.report import write_csv
+from common.teaching.show import WHY
 
 PROMPTS = [[100 + i] * n for i, n in enumerate((30, 12, 6))]
 

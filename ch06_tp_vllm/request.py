@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from common.sampler import SamplingParams as RowParams
-from common.sampler import SamplingRow
-from common.tokenizer import IncrementalDetokenizer
+from common.sampling.sampler import SamplingParams as RowParams
+from common.sampling.sampler import SamplingRow
+from common.text.tokenizer import IncrementalDetokenizer
 
 
 class RequestStatus(Enum):

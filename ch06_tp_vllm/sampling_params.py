@@ -1,12 +1,12 @@
-"""vLLM's SamplingParams, for the names; what they mean is in common/sampler.py."""
+"""vLLM's SamplingParams, for the names; what they mean is in common/sampling/sampler.py."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-from common.sampler import SamplingParams as RowParams
-from common.sampler import check_numbers
+from common.sampling.sampler import SamplingParams as RowParams
+from common.sampling.sampler import check_numbers
 
 
 @dataclass(frozen=True)

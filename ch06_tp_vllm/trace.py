@@ -8,7 +8,7 @@
     preempted  requests that went back to the queue to make room for this step, and gave back theirs
     finished   requests that ended in it, and gave back theirs
     waiting, running: how many, afterwards
-    ledger, ms messages and times: common/trace.py
+    ledger, ms messages and times: common/teaching/trace.py
 
 Costs nothing when off.
 """
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from ch06_tp_vllm.request import Request, RequestStatus
 from ch06_tp_vllm.scheduler import SchedulerOutput
-from common.trace import StepLog
+from common.teaching.trace import StepLog
 
 if TYPE_CHECKING:
     from ch06_tp_vllm.llm_engine import LLMEngine

@@ -20,10 +20,10 @@ import torch
 
 from ch07_sglang_radix.tasks import DecodeTask, PrefillTask, StopTask, Task, decode, encode
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
-from common.messages import receive, send
+from common.distributed.messages import receive, send
+from common.layers.vocab import gather_best_logits, gather_logits
 from common.parallel_state import broadcast
-from common.sampler import Drawn, SamplingBatch, sample
-from common.vocab import gather_best_logits, gather_logits
+from common.sampling.sampler import Drawn, SamplingBatch, sample
 
 
 class ControlPlane:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ch07_sglang_radix.memory_pool import TokenToKVPool
 from ch07_sglang_radix.radix_cache import RadixCache
-from common.show import check, heading
+from common.teaching.show import check, heading
 
 WORDS: dict[str, int] = {}
 

@@ -11,8 +11,8 @@ from ch07_sglang_radix.memory_pool import ReqToTokenPool, TokenToKVPool
 from ch07_sglang_radix.radix_cache import RadixCache
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.request_memory import RequestMemory
-from common.sampler import SamplingParams
-from common.show import check, heading, table
+from common.sampling.sampler import SamplingParams
+from common.teaching.show import check, heading, table
 
 COMMON = list(range(100, 123))  # 23 tokens that all three prompts begin with
 PROMPTS = {"a": COMMON + [1] * 6, "b": COMMON + [2] * 4, "c": COMMON + [3] * 11}

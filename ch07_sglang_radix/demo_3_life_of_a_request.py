@@ -13,9 +13,9 @@ from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tasks import DecodeTask, encode
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
-from common.launch import run_main
-from common.sampler import SamplingParams
-from common.show import check, heading
+from common.distributed.launch import run_main
+from common.sampling.sampler import SamplingParams
+from common.teaching.show import check, heading
 from common.tiny_qwen.phrasings import SYSTEM_PROMPT
 
 PAGE_SIZE, MAX_NEW_TOKENS, SHOWN = 4, 48, 6

@@ -15,8 +15,8 @@ from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.request_memory import RequestMemory
 from ch07_sglang_radix.schedule_batch import ScheduleBatch
 from ch07_sglang_radix.tasks import DecodeTask, PageUpdate, decode, encode
-from common.sampler import SamplingParams
-from common.show import check, heading, table
+from common.sampling.sampler import SamplingParams
+from common.teaching.show import check, heading, table
 
 HEADER = (
     "magic and version", "kind: decode", "step", "words in all", "CRC-32 of the others", "sequences", "page updates",

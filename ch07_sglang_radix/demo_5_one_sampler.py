@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
-from common.launch import run_main
+from common.distributed.launch import run_main
+from common.layers.vocab import gather_logits
 from common.parallel_state import all_gather, broadcast, initialize_tensor_parallel
-from common.sampler import SamplingParams, SamplingRow, sample
-from common.show import check, heading, table
+from common.sampling.sampler import SamplingParams, SamplingRow, sample
+from common.teaching.show import check, heading, table
 from common.tiny_qwen.phrasings import SYSTEM_PROMPT
-from common.vocab import gather_logits
 
 PARAMS, STEPS, SEED = SamplingParams(temperature=3.0, top_k=8, ignore_eos=True), 24, 6
 

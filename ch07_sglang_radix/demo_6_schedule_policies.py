@@ -15,9 +15,9 @@ from typing import NamedTuple
 from ch07_sglang_radix.schedule_policy import POLICIES
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
-from common.launch import run_main
-from common.sampler import SamplingParams
-from common.show import check, heading, table
+from common.distributed.launch import run_main
+from common.sampling.sampler import SamplingParams
+from common.teaching.show import check, heading, table
 
 GROUPS, MEMBERS, SHARED, OWN, NEW = "abcde", 6, 96, 16, 4
 POOL, RUNNING, CHUNK, PAGE_SIZE = 512, 8, 128, 16

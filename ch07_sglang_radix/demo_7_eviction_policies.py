@@ -17,7 +17,7 @@ import random
 from ch07_sglang_radix.eviction import STRATEGIES
 from ch07_sglang_radix.memory_pool import TokenToKVPool
 from ch07_sglang_radix.radix_cache import RadixCache
-from common.show import check, heading, table
+from common.teaching.show import check, heading, table
 
 PAGE_SIZE, PAGES, FITS = 4, 4, 8
 HOT = range(4)

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from ch07_sglang_radix.scheduler import NO_CHUNKS, TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
-from common.launch import run_main
-from common.sampler import SamplingParams
-from common.show import check, heading, table
+from common.distributed.launch import run_main
+from common.sampling.sampler import SamplingParams
+from common.teaching.show import check, heading, table
 
 WRITERS, WRITES, LONG, CHUNK = 4, 24, 1500, 256
 SHORT, SHARE = 40, 0.5

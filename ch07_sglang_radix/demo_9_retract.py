@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from ch07_sglang_radix.scheduler import RETRACT_DECODE_STEPS, TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
-from common.launch import run_main
-from common.sampler import SamplingParams
-from common.show import check, heading, table
+from common.distributed.launch import run_main
+from common.sampling.sampler import SamplingParams
+from common.teaching.show import check, heading, table
 
 REQUESTS, IN, OUT, EVERY = 10, 16, 48, 2
 SMALL, LARGE, PAGE_SIZE = 320, 1024, 4

@@ -17,9 +17,9 @@ from ch07_sglang_radix.invariants import InvariantError, check_invariants
 from ch07_sglang_radix.request import RequestOutput
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
-from common.launch import run_main
+from common.distributed.launch import run_main
 from common.parallel_state import TPGroup, initialize_tensor_parallel
-from common.sampler import SamplingParams
+from common.sampling.sampler import SamplingParams
 from common.tiny_qwen.phrasings import SYSTEM_PROMPT
 
 QUESTIONS = [  # (arrives before step, question)

@@ -10,7 +10,7 @@ Only the last lies on every rank. A slot is one token's place, a page is P slots
 
 import numpy as np
 
-from common.kv_cache import PagedKVCache
+from common.attention.kv_cache import PagedKVCache
 
 
 class ReqToTokenPool:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ch07_sglang_radix.radix_cache import TreeNode
-from common.sampler import SamplingParams, SamplingRow
+from common.sampling.sampler import SamplingParams, SamplingRow
 
 
 @dataclass(eq=False)

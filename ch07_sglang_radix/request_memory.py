@@ -17,7 +17,7 @@ from ch07_sglang_radix.memory_pool import ReqToTokenPool, TokenToKVPool
 from ch07_sglang_radix.radix_cache import MatchResult, RadixCache
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.tasks import Alike, PageUpdate
-from common.sequence_table import MIN_ALIKE
+from common.attention.sequence_table import MIN_ALIKE
 
 MIN_ALIKE_TOKENS = 256  # a shorter common prefix is read again by each
 

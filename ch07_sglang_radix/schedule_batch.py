@@ -1,7 +1,7 @@
 """The running requests as arrays, kept from one decode step to the next.
 
 SGLang's ScheduleBatch: requests leave by `filter`, join by `merge`, and between two changes nobody walks over them.
-What a rank makes of a step, SGLang's ForwardBatch, is StepInputs in common/sequence_table.py.
+What a rank makes of a step, SGLang's ForwardBatch, is StepInputs in common/attention/sequence_table.py.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.request_memory import RequestMemory
 from ch07_sglang_radix.tasks import Alike
-from common.sampler import SamplingBatch
+from common.sampling.sampler import SamplingBatch
 
 
 class ScheduleBatch:

@@ -36,8 +36,8 @@ from ch07_sglang_radix.schedule_policy import SchedulePolicy
 from ch07_sglang_radix.tasks import DecodeTask, PrefillSequence, PrefillTask, StopTask
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from ch07_sglang_radix.trace import Trace
-from common.messages import share
-from common.sampler import Drawn, SamplingBatch, SamplingParams, uniform
+from common.distributed.messages import share
+from common.sampling.sampler import Drawn, SamplingBatch, SamplingParams, uniform
 
 RETRACT_DECODE_STEPS = 20  # after a retraction this many steps fit for everyone left
 NO_CHUNKS = -1

@@ -12,7 +12,7 @@
     finished   requests whose results appeared in this step; retracted: how many went back to the queue
     pages      taken, given back; free afterwards
     tree       slots inserted and evicted, nodes split; evictable and protected afterwards
-    ledger, ms messages and times: common/trace.py
+    ledger, ms messages and times: common/teaching/trace.py
 
 Everything that counts up is counted anyway; a step's line is the difference. Costs nothing when off.
 """
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.tasks import DecodeTask, PrefillTask, num_words
-from common.trace import StepLog
+from common.teaching.trace import StepLog
 
 if TYPE_CHECKING:
     from ch07_sglang_radix.scheduler import TPScheduler

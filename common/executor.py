@@ -11,18 +11,18 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from common.attention_backends import pick_attention
-from common.graph_runner import DecodeGraphs
-from common.hub import resolve_model
-from common.kv_cache import PagedKVCache
-from common.model_config import ModelConfig
+from common.attention.backends import pick_attention
+from common.attention.kv_cache import PagedKVCache
+from common.attention.sequence_table import SequenceTable
+from common.distributed.transfer import upload_all
+from common.models.config import ModelConfig
+from common.models.graph_runner import DecodeGraphs
+from common.models.hub import resolve_model
+from common.models.weights import load_model
 from common.parallel_state import TPGroup, all_gather, get_tensor_parallel, pick_device
-from common.sampler import SamplingParams, SamplingRow, sample
-from common.sequence_table import SequenceTable
+from common.sampling.sampler import SamplingParams, SamplingRow, sample
+from common.text.tokenizer import Tokenizer
 from common.tiny_qwen import TINY_QWEN_PATH
-from common.tokenizer import Tokenizer
-from common.transfer import upload_all
-from common.weights import load_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_CACHE_BYTES = 1 << 30  # over all ranks: they share one machine's memory
@@ -36,7 +36,7 @@ class Executor:
 
     model_name: a folder in Hugging Face layout, a Hub id, or None for the bundled tiny model.
     device: auto, cpu, cuda. dtype: float32, bfloat16, float16; default float32 on CPU and bfloat16 on GPU.
-    attention_backend: auto, torch_native, triton, flashinfer (common/attention_backends.py).
+    attention_backend: auto, torch_native, triton, flashinfer (common/attention/backends.py).
     max_total_tokens: size of the pool in tokens; by default what memory allows, the same on every rank.
     mem_fraction_static: share of the device's memory for weights and pool together, as in SGLang; by default 0.85 of what
     the weights leave free on a GPU, and 1 GiB on a CPU. kv_cache_dtype: auto is the model's; a smaller one holds more.
@@ -167,7 +167,9 @@ class Executor:
 
     def _num_pages(self, max_total_tokens: int | None, fraction: float | None) -> int:
         """Pages in the pool, the same number on every rank: the poorest decides."""
-        per_page = PagedKVCache.bytes_per_page(self.config, self.tp, self.page_size, self.kv_dtype)
+        per_page = PagedKVCache.bytes_per_page(
+            self.config.num_layers, self.page_size, self.model.heads.num_kv, self.config.head_dim, self.kv_dtype
+        )
         if max_total_tokens is not None:
             pages = max_total_tokens // self.page_size
             if pages < 1:

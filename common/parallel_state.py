@@ -30,8 +30,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.ledger import Ledger
-from common.symmetric_memory import SymmetricAllReduce
+from common.distributed.ledger import Ledger
+from common.distributed.symmetric_memory import SymmetricAllReduce
 
 CPU_TIMEOUT_S = 60.0
 CPU = torch.device("cpu")

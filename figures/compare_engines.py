@@ -2,8 +2,8 @@
 
 make bench-gpu PART=engines        # or: python figures/compare_engines.py
 
-Workload A of ch07_sglang_radix/bench_gpu.py, which is that of ch06_tp_vllm/bench_throughput.py: 256 requests, prompts and answers
-of 100 to 1024 tokens, temperature 0.6. Each round runs chapter 6, then chapter 7; the median of five rounds counts. Writes
+Workload A of ch07_sglang_radix/benchmarks/bench_gpu.py, which is that of ch06_tp_vllm/bench_throughput.py:
+256 requests, prompts and answers of 100 to 1024 tokens, temperature 0.6. Each round runs chapter 6, then chapter 7; the median of five rounds counts. Writes
 figures/engines.csv; KV waste and the times are chapter 6's own, of the round in the middle.
 """
 
@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ch06_tp_vllm.bench_throughput import serve, workload
 from ch06_tp_vllm.llm_engine import LLMEngine
 from ch07_sglang_radix import Engine
-from ch07_sglang_radix.bench_gpu import Workloads
-from common.launch import run_main
+from ch07_sglang_radix.benchmarks.bench_gpu import Workloads
+from common.distributed.launch import run_main
+from common.models.published_configs import shared_random_weights
 from common.parallel_state import initialize_tensor_parallel
-from common.published_configs import shared_random_weights
-from common.report import FIGURES, write_csv
+from common.teaching.report import FIGURES, write_csv
 
 MODELS = ("Qwen2.5-0.5B", "Qwen3-0.6B")
 ROUNDS = 5

@@ -13,8 +13,8 @@ blocks.svg            <- blocks.csv            python ch06_tp_vllm/demo_7_block_
 batching.svg          <- batching.csv          python ch06_tp_vllm/demo_8_scheduler.py --csv figures/batching.csv
 messages.svg          <- messages.csv          torchrun --nproc_per_node=2 -m ch06_tp_vllm.record_messages figures/messages.csv
 overlap_gaps.svg      <- bench_gpu_*.csv       make bench-gpu PART=small | large | large-tp2
-prefix.svg            <- bench_prefix.csv      python -m ch07_sglang_radix.bench_prefix
-control_plane.svg     <- control_plane.csv     torchrun --nproc_per_node=2 ch07_sglang_radix/bench_control_plane.py
+prefix.svg            <- bench_prefix.csv      python -m ch07_sglang_radix.benchmarks.bench_prefix
+control_plane.svg     <- control_plane.csv     torchrun --nproc_per_node=2 ch07_sglang_radix/benchmarks/bench_control_plane.py
                                                    --published Qwen2.5-0.5B
 """
 

@@ -22,11 +22,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from common.decoder import CausalLM
-from common.heads import HeadLayout
-from common.model_config import ModelConfig
+from common.layers.heads import HeadLayout
+from common.models.config import ModelConfig
+from common.models.decoder import CausalLM
+from common.models.published_configs import published_config
 from common.parallel_state import TPGroup
-from common.published_configs import published_config
 
 config = ModelConfig.from_dict(published_config("Qwen2.5-0.5B", architectures=["Qwen2ForCausalLM"]).to_dict())
 

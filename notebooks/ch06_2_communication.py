@@ -83,6 +83,6 @@ assert ratio == tokens[0] / tokens[1]
 # %% [markdown]
 # **Conclude.** An all-reduce has `T` rows, one a token of the step, and `D` columns: it does not know how long the context is, nor how many ranks
 # there are. The gather has a row for each sequence and this rank's share of the vocabulary. In a decode step of a few sequences each
-# all-reduce is a few kilobytes: its cost is latency, 2L + 1 times a step. That is why engines write their own all-reduce for small messages ([common/symmetric_memory.py](../common/symmetric_memory.py)).
+# all-reduce is a few kilobytes: its cost is latency, 2L + 1 times a step. That is why engines write their own all-reduce for small messages ([common/distributed/symmetric_memory.py](../common/distributed/symmetric_memory.py)).
 #
 # **Try it:** change `PROMPTS` in `ch06_tp_vllm/record_messages.py` to thirty prompts. Which bars move, and which do not?

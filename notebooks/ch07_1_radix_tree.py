@@ -22,12 +22,12 @@
 import matplotlib.pyplot as plt
 import numpy as np
 
-from ch07_sglang_radix.clients import Clients
+from ch07_sglang_radix.benchmarks.clients import Clients
+from ch07_sglang_radix.benchmarks.workloads import WORKLOADS, Source
 from ch07_sglang_radix.memory_pool import TokenToKVPool
 from ch07_sglang_radix.radix_cache import RadixCache, TreeNode
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
-from ch07_sglang_radix.workloads import WORKLOADS, Source
 
 FREE, EVICTABLE, LOCKED, OWN = "white", "#c6dbef", "#fdae6b", "#d9d9d9"
 TOUCHED, NEVER = "#238b45", 1 << 62
@@ -266,7 +266,7 @@ assert known == 2
 # %% [markdown]
 # Two: "a" stands on a page with what comes after it, and a page is shared as a whole or not at all.
 #
-# Now trees that the real scheduler has left, with the bundled model and four of the workloads of [workloads.py](../ch07_sglang_radix/workloads.py). A
+# Now trees that the real scheduler has left, with the bundled model and four of the workloads of [workloads.py](../ch07_sglang_radix/benchmarks/workloads.py). A
 # bar is a node, as long as it has tokens. **Predict:** what does the tree look like after conversations behind one system prompt, after questions
 # behind the worked examples of four tasks, after a search that tries three ways at each of three levels, after eight answers to each question?
 

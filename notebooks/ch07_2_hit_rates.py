@@ -12,9 +12,9 @@
 # # Chapter 7, notebook 2: what decides the hit rate
 #
 # Four things: how much the requests share, how large the cache is, what is evicted, and who goes first. The first three are simulated with the radix
-# tree alone ([simulate.py](../ch07_sglang_radix/simulate.py)); the fourth takes the real scheduler and the bundled model, at the end.
+# tree alone ([simulate.py](../ch07_sglang_radix/benchmarks/simulate.py)); the fourth takes the real scheduler and the bundled model, at the end.
 #
-# The requests are those of [workloads.py](../ch07_sglang_radix/workloads.py), with made-up answers: all programs of a workload take turns. The hit
+# The requests are those of [workloads.py](../ch07_sglang_radix/benchmarks/workloads.py), with made-up answers: all programs of a workload take turns. The hit
 # rate is the share of prompt tokens that need not be computed. **Predict first:** 16 conversations of four turns behind one system prompt, questions
 # behind long examples, eight answers to the same question: in which is the most shared?
 
@@ -25,13 +25,13 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 
-from ch07_sglang_radix.clients import Clients
+from ch07_sglang_radix.benchmarks.clients import Clients
+from ch07_sglang_radix.benchmarks.simulate import simulate
+from ch07_sglang_radix.benchmarks.workloads import WORKLOADS, Source, best_cached, block_trace, distinct_pages
 from ch07_sglang_radix.eviction import STRATEGIES
 from ch07_sglang_radix.scheduler import TPScheduler
-from ch07_sglang_radix.simulate import simulate
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
-from ch07_sglang_radix.workloads import WORKLOADS, Source, best_cached, block_trace, distinct_pages
-from common.model_config import ModelConfig
+from common.models.config import ModelConfig
 from common.tiny_qwen import TINY_QWEN_PATH
 
 V = ModelConfig.from_folder(TINY_QWEN_PATH).vocab_size

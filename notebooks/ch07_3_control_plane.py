@@ -13,7 +13,7 @@
 #
 # Two real ranks serve three prompts of 96, 40 and 20 tokens with the bundled model. While they are answered a fourth comes, of 88 tokens,
 # whose first 64 are those of the first prompt. Both ranks write down what they do at what moment, and every message
-# ([record_steps.py](../ch07_sglang_radix/record_steps.py)).
+# ([record_steps.py](../ch07_sglang_radix/benchmarks/record_steps.py)).
 #
 # **Predict first:** how many steps does it take until the fourth prompt is computed, and how many of its 88 tokens are fed in?
 
@@ -34,9 +34,9 @@ from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.request_memory import RequestMemory
 from ch07_sglang_radix.schedule_batch import ScheduleBatch
 from ch07_sglang_radix.tasks import DecodeTask, PageUpdate, encode
-from common.messages import FRAME
-from common.published_configs import published_config
-from common.sampler import SamplingParams
+from common.distributed.messages import FRAME
+from common.models.published_configs import published_config
+from common.sampling.sampler import SamplingParams
 
 folder = Path(tempfile.mkdtemp())
 command = [
@@ -46,7 +46,7 @@ command = [
     "--standalone",
     "--nproc_per_node=2",
     "-m",
-    "ch07_sglang_radix.record_steps",
+    "ch07_sglang_radix.benchmarks.record_steps",
 ]
 subprocess.run([*command, str(folder)], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]

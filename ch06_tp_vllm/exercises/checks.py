@@ -170,7 +170,7 @@ def check_11(m: ModuleType) -> None:
                 got = tuple(getattr(mlp, name).weight.shape)
                 assert got == shape, f"{name} of rank {rank} of {ranks}, F = {width}: {list(got)}, not {list(shape)}"
             sums = getattr(mlp.down_proj, "reduce_results", False)
-            assert sums, "nobody sums what the ranks' down_proj leave: which layer of common/linear.py does?"
+            assert sums, "nobody sums what the ranks' down_proj leave: which layer of common/layers/linear.py does?"
             mlp.down_proj.reduce_results = False  # the ranks are played here, and their sum is written by hand
             partial.append(mlp(x))
         right = torch.allclose(sum(partial), whole(x), atol=1e-5)

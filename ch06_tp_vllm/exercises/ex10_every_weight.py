@@ -1,6 +1,6 @@
 """Exercise 10: No weight left behind (15 minutes).
 
-Read  common/weights.py, _plan
+Read  common/models/weights.py, _plan
 Edit  this file
 Test  python -m ch06_tp_vllm.exercises.check 10
 

@@ -1,6 +1,6 @@
 """Exercise 1: Row-parallel bias (10 minutes).
 
-Read  common/linear.py, class RowParallelLinear; demo_1_toy_split.py, what_goes_wrong
+Read  common/layers/linear.py, class RowParallelLinear; demo_1_toy_split.py, what_goes_wrong
 Edit  this file
 Test  python -m ch06_tp_vllm.exercises.check 1
 

@@ -1,6 +1,6 @@
 """Exercise 2: The shard of a merged layer (10 minutes).
 
-Read  common/linear.py, class MergedColumnParallelLinear
+Read  common/layers/linear.py, class MergedColumnParallelLinear
 Edit  this file
 Test  python -m ch06_tp_vllm.exercises.check 2
 

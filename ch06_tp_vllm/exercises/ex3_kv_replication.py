@@ -1,6 +1,6 @@
 """Exercise 3: Which KV heads a rank holds (15 minutes).
 
-Read  common/heads.py; ch06_tp_vllm/demo_3_heads.py
+Read  common/layers/heads.py; ch06_tp_vllm/demo_3_heads.py
 Edit  this file
 Test  python -m ch06_tp_vllm.exercises.check 3
 

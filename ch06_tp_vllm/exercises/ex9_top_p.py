@@ -1,6 +1,6 @@
 """Exercise 9: Top-p keeps the token that crosses p (15 minutes).
 
-Read  common/sampler.py, _kept
+Read  common/sampling/sampler.py, _kept
 Edit  this file
 Test  python -m ch06_tp_vllm.exercises.check 9
 

@@ -6,7 +6,7 @@ Exit code 1 if one that was started is wrong.
 """
 
 from ch07_sglang_radix.exercises.checks import CHECKS
-from common.exercises import Exercises
+from common.teaching.exercises import Exercises
 
 EXERCISES = Exercises("ch07_sglang_radix.exercises", CHECKS)
 module_of, outcome = EXERCISES.module_of, EXERCISES.outcome

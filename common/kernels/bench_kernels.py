@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from common.attention.contract import AttentionMetadata
+from common.attention.kv_cache import PagedKVCache
+from common.attention.torch_native import TorchNativeAttention
 from common.kernels import fused, linear, sampling
 from common.kernels.paged_attention import TritonAttention
-from common.kv_cache import PagedKVCache
-from common.paged_attention import AttentionMetadata, TorchNativeAttention
-from common.published_configs import published_config
-from common.report import FIGURES, write_csv
-from common.sampler import SamplingBatch, SamplingParams, SamplingRow, _sample
+from common.models.published_configs import published_config
+from common.sampling.sampler import SamplingBatch, SamplingParams, SamplingRow, _sample
+from common.teaching.report import FIGURES, write_csv
 
 MODELS = ("Qwen2.5-0.5B", "Qwen3-0.6B", "Qwen2.5-7B")
 ROTATE_BYTES = 256 << 20  # several times the L2 cache

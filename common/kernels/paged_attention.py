@@ -1,4 +1,4 @@
-"""The attention contract of common/paged_attention.py as Triton kernels.
+"""The attention contract of common/attention/torch_native.py as Triton kernels.
 
     store_kv   one program a token: k, v of the step to their slots                        (prefill)
     extend     one program a (block of new tokens, query head): causal, behind any cached prefix
@@ -16,10 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
+from common.attention.contract import AttentionMetadata
+from common.attention.kv_cache import PagedKVCache
 from common.kernels.fused import turned
 from common.kernels.launch import counters, launch, let_next_start, num_processors, wait_for_previous
-from common.kv_cache import PagedKVCache
-from common.paged_attention import AttentionMetadata
 
 MAX_SPLITS = 32  # parts of one context at most
 PROGRAMS_PER_PROCESSOR = 8  # of a decode step: a part is short enough that the longest context does not lag behind
@@ -121,7 +121,7 @@ class DecodeWorkspace:
 def decode(q, k, v, k_cache, v_cache, meta: AttentionMetadata, space: DecodeWorkspace, turning=None) -> torch.Tensor:
     """q [B, Hq/R, d], k, v [B, Hkv/R, d] of one new token a sequence -> o [B, Hq/R, d]; stores k and v.
 
-    turning (a Turning of common/layers.py): q and k have no position in them yet.
+    turning (a Turning of common/layers/rotary.py): q and k have no position in them yet.
     """
     (batch, heads, d), kv_heads = q.shape, k_cache.shape[2]
     group = heads // kv_heads

@@ -87,7 +87,7 @@ def _scan(
 
 @triton.jit
 def _uniform(seed, n):
-    """The n-th number in [0, 1) of a seed: `uniform` of common/sampler.py."""
+    """The n-th number in [0, 1) of a seed: `uniform` of common/sampling/sampler.py."""
     x = seed.to(tl.uint64, bitcast=True) * 0x9E3779B97F4A7C15 + (n + 1).to(tl.uint64, bitcast=True) * 0xD1342543DE82EF95
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB

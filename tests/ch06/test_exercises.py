@@ -10,8 +10,8 @@ import pytest
 
 from ch06_tp_vllm.exercises.check import module_of, outcome
 from ch06_tp_vllm.exercises.checks import CHECKS
-from common.linear import ColumnParallelLinear, RowParallelLinear
-from common.weights import TensorSource
+from common.layers.linear import ColumnParallelLinear, RowParallelLinear
+from common.models.weights import TensorSource
 
 FOLDER = Path(__file__).parents[2] / "ch06_tp_vllm" / "exercises"
 

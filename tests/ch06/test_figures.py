@@ -14,8 +14,8 @@ from ch06_tp_vllm.demo_4_two_ways import PARTS, sizes
 from ch06_tp_vllm.exercises.checks import CHECKS
 from ch06_tp_vllm.patch_hf_attention import patch_attention
 from ch06_tp_vllm.record_messages import PROMPTS
-from common.decoder import CausalLM
-from common.model_config import ModelConfig
+from common.models.config import ModelConfig
+from common.models.decoder import CausalLM
 from common.parallel_state import TPGroup
 from common.tiny_qwen import TINY_QWEN_PATH
 

@@ -8,10 +8,10 @@ import torch
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tasks import PageUpdate, PrefillSequence, PrefillTask
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
+from common.layers.vocab import gather_logits
 from common.parallel_state import get_tensor_parallel
-from common.sampler import SamplingParams
+from common.sampling.sampler import SamplingParams
 from common.tiny_qwen import TINY_QWEN_PATH
-from common.vocab import gather_logits
 from tests.oracle import greedy, reference_model, some_prompts
 
 NEW_TOKENS = 12

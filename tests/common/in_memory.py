@@ -2,7 +2,7 @@
 
 import torch
 
-from common.weights import TensorSource
+from common.models.weights import TensorSource
 
 
 class InMemory(TensorSource):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common import parallel_state
-from common.ledger import Ledger
+from common.distributed.ledger import Ledger
 from common.parallel_state import (
     RankFailure,
     TPGroup,

@@ -2,9 +2,9 @@
 
 from torch import nn
 
-from common.linear import ColumnParallelLinear, RowParallelLinear
+from common.layers.linear import ColumnParallelLinear, RowParallelLinear
+from common.models.weights import TensorSource
 from common.parallel_state import TPGroup
-from common.weights import TensorSource
 
 
 def apply_tp_to_mlp(layer: nn.Module, tp: TPGroup) -> None:

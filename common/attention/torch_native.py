@@ -1,0 +1,205 @@
+"""The attention contract (contract.py) in plain PyTorch: what a CPU runs, and what every other form is compared with."""
+
+import torch
+import torch.nn.functional as F
+
+from common.attention.contract import AttentionMetadata
+from common.attention.kv_cache import PagedKVCache
+
+MAX_PADDING = 1024  # tokens of a group of decode rows
+QUERY_BLOCK = 96  # new tokens of a sequence that attend together; short enough to skip much, long enough for a GEMM
+MIN_SHARED_TOKENS = 64  # a shared prefix shorter than this is not worth a second pass and a merge
+
+
+class TorchNativeAttention:
+    """The contract in plain PyTorch: index_select the pages, then scaled_dot_product_attention.
+
+    What does not depend on the layer (which pages, which mask) is worked out once a step, here in the
+    constructor. Sequences with one new token (decode) run together, the longest split from the shortest so
+    that padding stays small; sequences with several run one by one.
+    """
+
+    capturable = False
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
+    def __init__(self, cache: PagedKVCache, meta: AttentionMetadata):
+        if meta.page_size != cache.page_size:
+            raise ValueError(f"page_size={meta.page_size} of the step is not the cache's page_size={cache.page_size}")
+        self.cache = cache
+        real = meta.slot_mapping >= 0
+        self.real = None if bool(real.all()) else real.nonzero().squeeze(-1)
+        self.slots = meta.slot_mapping if self.real is None else meta.slot_mapping[self.real]
+        cache.begin(self.slots)
+        starts, lens = meta.query_start.tolist(), meta.context_lens.tolist()
+        singles = [b for b in range(len(lens)) if starts[b + 1] - starts[b] == 1]
+        self.decodes, self.rows = _decode_groups(meta, cache, _similar_lengths(singles, lens), lens)
+        self.back = None if self.rows is None else self.rows.argsort()  # which of the groups' rows is the i-th of them
+        self.extends = [
+            _Extend(cache, meta, b, starts[b], starts[b + 1], lens[b])
+            for b in range(len(lens))
+            if starts[b + 1] - starts[b] > 1
+        ]
+
+    @staticmethod
+    def tile_members(num_q: int, num_kv: int) -> int:
+        """Sequences that begin alike and need a hint to be served together: none, this form looks for itself."""
+        return 0
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Store this step's k, v, then attend. q [T, Hq/R, d] -> o [T, Hq/R, d]."""
+        new = (k, v) if self.real is None else (k[self.real], v[self.real])
+        self.cache.write(layer, self.slots, *new)
+        if self.decodes:
+            # the query heads of a group become rows of one query: K and V are read once for all of them
+            own = q.view(len(q), k.shape[1], -1, q.shape[2])  # [T, Hkv/R, g, d]
+            if self.rows is not None:
+                own = own.index_select(0, self.rows)
+            own = own.split([group.size for group in self.decodes])
+            own = [group.attend(layer, rows) for group, rows in zip(self.decodes, own, strict=True)]
+            own = torch.cat(own).flatten(1, 2)  # [n, Hq/R, d]
+            if not self.extends and len(own) == len(q):
+                return own if self.rows is None else own.index_select(0, self.back)
+        o = torch.zeros_like(q)
+        if self.decodes:
+            o.index_copy_(0, self.rows, own)
+        for part in self.extends:
+            o[part.rows] = part.attend(layer, q[part.rows], k[part.rows], v[part.rows])
+        return o
+
+
+def _decode_groups(meta: AttentionMetadata, cache: PagedKVCache, groups: list[list[int]], lens: list[int]):
+    """(what attends for each group of sequences, their rows of q group by group, or None: one group of all rows in order)."""
+    if not groups:
+        return [], None
+    order = [b for group in groups for b in group]
+    table, context, rows = meta.page_table, meta.context_lens, None
+    if len(groups) > 1 or order != list(range(len(meta.slot_mapping))):
+        picked = torch.tensor(order, device=table.device)
+        rows = meta.query_start[picked]
+        table, context = table[picked], context[picked]
+    # behind a sequence's last page stands anything; its first one stands in, and never another's, which may have gone bad
+    first_slots = torch.arange(0, table.shape[1] * meta.page_size, meta.page_size, device=table.device)  # of the pages
+    table = torch.where(first_slots < context.unsqueeze(1), table, table[:, :1])
+    table = table.clamp_(0, cache.num_pages - 1)  # a row that pads the batch has no page at all
+    # S zeros, then S times -inf: a sequence's mask is a window on them
+    size = table.shape[1] * meta.page_size
+    line = torch.zeros(2 * size, device=table.device)
+    line[size:] = -torch.inf
+    masks = line.unfold(0, size, 1).index_select(0, size - context)  # [B, S]
+    parts, first = [], 0
+    for group in groups:
+        some, first = slice(first, first + len(group)), first + len(group)
+        parts.append(_DecodeGroup(cache, table[some], masks[some], [lens[b] for b in group]))
+    return parts, rows
+
+
+class _DecodeGroup:
+    """B sequences with one new token each, of similar length.
+
+    Pages that all of them begin with (a shared prompt) are not copied B times: all queries attend to them
+    at once, each attends to its own rest, and the two results are merged by their log-sum-exp. vLLM calls
+    it cascade attention; the arithmetic is Hydragen's (Juravsky et al. 2024).
+    """
+
+    def __init__(self, cache: PagedKVCache, table: torch.Tensor, masks: torch.Tensor, lens: list[int]):
+        """table [B, max_pages], masks [B, max_pages * P]: -inf behind the end of each, lens: their tokens."""
+        self.cache, self.size, page_size = cache, len(lens), cache.page_size
+        pages = -(-max(lens) // page_size)
+        shared = _shared_pages(table, (min(lens) - 1) // page_size, page_size)
+        self.shared = cache.halves_of(table[0, :shared]) if shared else None
+        # masked or not, no slot may hold NaN (0 * NaN is NaN): a page is blank where its sequence has written nothing
+        self.pages = cache.halves_of(table[:, shared:pages].flatten())  # [2 * B * S / P]
+        self.room = cache.room(len(self.pages))  # [2 * B * S / P, P, Hkv/R, d]
+        kv = self.room.view(2, self.size, -1, *self.room.shape[2:])
+        self.k, self.v = kv.transpose(2, 3).unbind(0)  # [B, Hkv/R, S, d]
+        self.mask = masks[:, None, None, shared * page_size : pages * page_size]
+
+    def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+        """q [B, Hkv/R, g, d] -> o [B, Hkv/R, g, d]."""
+        torch.index_select(self.cache.halves[layer], 0, self.pages, out=self.room)
+        k, v, mask = self.k, self.v, self.mask
+        if not k.dtype == mask.dtype == q.dtype:
+            k, v, mask = k.to(q.dtype), v.to(q.dtype), mask.to(q.dtype)
+        if self.shared is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        own, own_lse = _attention_with_lse(q, k, v, mask)  # [B, Hkv/R, g, d], [B, Hkv/R, g]
+        b, hkv, _, d = q.shape
+        k, v = self.cache.gather(layer, self.shared).transpose(1, 2)[:, None].to(q.dtype)  # [1, Hkv/R, S, d]
+        together = q.transpose(0, 1).reshape(1, hkv, -1, d)  # [1, Hkv/R, B * g, d]
+        o, lse = _attention_with_lse(together, k, v)
+        o, lse = o.view(hkv, b, -1, d).transpose(0, 1), lse.view(hkv, b, -1).transpose(0, 1)
+        # softmax over both parts: each weighs as much as the exponentials it summed up
+        weight = torch.sigmoid(lse - own_lse).unsqueeze(-1).to(q.dtype)
+        return torch.lerp(own, o, weight)
+
+
+class _Extend:
+    """One sequence with n > 1 new tokens behind S - n cached ones.
+
+    A block of queries at a time, and only the keys that the block's last one sees: less is computed and masked away.
+    """
+
+    def __init__(self, cache: PagedKVCache, meta: AttentionMetadata, b: int, start: int, stop: int, length: int):
+        self.cache, self.rows, self.length = cache, slice(start, stop), length
+        n, device = stop - start, meta.page_table.device
+        self.pages = cache.halves_of(meta.page_table[b, : -(-length // meta.page_size)]) if length > n else None
+        # zeros and a triangle behind them: each block's mask is a window on it that ends in the triangle
+        rows = min(n, QUERY_BLOCK)
+        hidden = torch.full((rows, rows), -torch.inf, device=device).triu_(1)
+        mask = torch.cat((hidden.new_zeros(rows, length), hidden), dim=1)  # [rows, S + rows]
+        self.blocks = []  # (first row, mask [rows, keys that the last of them sees])
+        for first in range(0, n, QUERY_BLOCK):
+            rows = min(n - first, QUERY_BLOCK)
+            self.blocks.append((first, mask[:rows, n - first : length + rows]))
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q [n, Hq/R, d], the new tokens' k and v [n, Hkv/R, d] -> o [n, Hq/R, d]."""
+        if self.pages is not None:
+            k, v = self.cache.gather(layer, self.pages)[:, : self.length]  # [S, Hkv/R, d]
+        k, v = (x.to(self.cache.kv.dtype).to(q.dtype) for x in (k, v))  # as the pages hold them
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, Hq/R, n, d], [1, Hkv/R, S, d]
+        o = [
+            F.scaled_dot_product_attention(
+                q[:, :, first : first + len(mask)], k[:, :, : mask.shape[1]], v[:, :, : mask.shape[1]],
+                attn_mask=mask.to(q.dtype), enable_gqa=True,
+            )[0]
+            for first, mask in self.blocks
+        ]  # fmt: skip
+        return torch.cat(o, dim=1).transpose(0, 1)
+
+
+def _attention_with_lse(q, k, v, mask=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [B, H, n, d], k and v [B, H, S, d] -> o [B, H, n, d] and the log-sum-exp of the scores [B, H, n].
+
+    The operator behind scaled_dot_product_attention on CPU, called by name because it also returns the sum.
+    """
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
+
+
+def _shared_pages(table: torch.Tensor, limit: int, page_size: int) -> int:
+    """How many of the first `limit` columns of table [B, pages] are the same page in all rows; 0 if not worth it."""
+    if len(table) == 1 or limit * page_size < MIN_SHARED_TOKENS or table.device.type != "cpu":
+        return 0
+    ids = table[:, :limit].numpy()
+    if ids[0, 0] != ids[-1, 0]:  # as mostly
+        return 0
+    differ = (ids != ids[0]).any(axis=0)
+    shared = int(differ.argmax()) if differ.any() else limit
+    return shared if shared * page_size >= MIN_SHARED_TOKENS else 0
+
+
+def _similar_lengths(rows: list[int], lens: list[int]) -> list[list[int]]:
+    """Split decode rows so that little is padded: a group ends where it would pad more than MAX_PADDING tokens.
+
+    Padding is copied and attended to like any token, a group costs a handful of calls; about so many tokens are worth them.
+    """
+    groups: list[list[int]] = []
+    padding = 0
+    for b in sorted(rows, key=lambda b: -lens[b]):
+        if groups and padding + lens[groups[-1][0]] - lens[b] <= MAX_PADDING:
+            padding += lens[groups[-1][0]] - lens[b]
+            groups[-1].append(b)
+        else:
+            groups.append([b])
+            padding = 0
+    return [list(rows)] if len(groups) == 1 else groups  # in order: then nothing need be picked out

@@ -1,0 +1,20 @@
+"""The MLP's activation: number by number, so each rank does its own columns."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+try:  # a CPU build of torch comes without Triton
+    from common.kernels import fused
+except ImportError:
+    fused = None
+
+
+class SiluAndMul(nn.Module):
+    """SwiGLU's gate: x [T, 2F/R] = (gate, up) side by side -> silu(gate) * up [T, F/R] (Shazeer 2020)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if fused and x.is_cuda:
+            return fused.silu_and_mul(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)

@@ -1,0 +1,207 @@
+"""Linear layers cut over tensor-parallel ranks.
+
+    LinearBase
+    |- ReplicatedLinear                 every rank holds all of it               no communication
+    |- ColumnParallelLinear             cut out_features, y = my columns         no communication
+    |  |- MergedColumnParallelLinear    gate and up as one GEMM
+    |  `- QKVParallelLinear             q, k and v heads as one GEMM
+    `- RowParallelLinear                cut in_features, y = sum over ranks      one all-reduce
+
+A column-parallel layer followed by a row-parallel one needs a single all-reduce and nothing in between:
+what the first leaves cut is what the second expects cut (Megatron-LM, Shoeybi et al. 2019, section 3).
+"Column" and "row" speak of the matrix in y = x A; torch stores its transpose [out, in], so a column cut
+takes rows of `weight`.
+
+Each parameter carries `weight_loader(source, shard_id)`, which copies this rank's slice of a checkpoint
+tensor and nothing else, and `shard_shapes`, the checkpoint tensors it is made of.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.layers.heads import HeadLayout, Piece, split_evenly
+from common.parallel_state import TPGroup, all_reduce
+
+try:  # a CPU build of torch comes without Triton
+    from common.kernels import linear as fused
+except ImportError:
+    fused = None
+
+
+def load_pieces(param: torch.Tensor, source, dim: int, pieces: Sequence[Piece]) -> None:
+    """Copy `pieces` of a checkpoint tensor into `param` along `dim`; each byte is read once.
+
+    `source` has `shape` and `read(dim, start, stop)` (common/models/weights.py). A piece that lies twice on this
+    rank (a KV head held twice) is read once and copied.
+    """
+    read: dict[tuple[int, int], torch.Tensor] = {}
+    for dst, src, n in pieces:
+        if (src, n) not in read:
+            read[src, n] = source.read(dim, src, src + n)
+        param.narrow(dim, dst, n).copy_(read[src, n])
+
+
+def loadable(values: torch.Tensor, loader: Callable, shard_shapes: dict) -> nn.Parameter:
+    """A parameter that knows how to load its slice, and the full shape of each checkpoint tensor it is made of."""
+    param = nn.Parameter(values, requires_grad=False)
+    param.weight_loader, param.shard_shapes = loader, shard_shapes
+    return param
+
+
+def zero_matrix(rows: int, columns: int) -> torch.Tensor:
+    """[rows, columns] of zeros, stored column by column for float32 on a CPU.
+
+    x W^T is then a product of two row-major matrices, which MKL does up to twice as fast for a few rows of x.
+    """
+    if torch.get_default_dtype() == torch.float32 and torch.get_default_device().type == "cpu":
+        return torch.zeros(columns, rows).t()
+    return torch.zeros(rows, columns)
+
+
+def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, in], weight [out, in] -> x W^T (+ bias) [T, out]; a few rows on a GPU have their own kernel."""
+    if fused and x.is_cuda and fused.wanted(x, weight):
+        return fused.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class LinearBase(nn.Module):
+    """y = x W^T + b with this rank's W [out_local, in_local]; zero where nothing is loaded (padding).
+
+    `full` is the shape [out, in] of each checkpoint tensor by shard id, to refuse a wrong one early.
+    """
+
+    def __init__(self, out_local: int, in_local: int, bias: bool, tp: TPGroup, name: str, full: dict):
+        super().__init__()
+        self.tp, self.name = tp, name
+        self.weight = loadable(zero_matrix(out_local, in_local), self.load_weight, full)
+        self.bias = None
+        if bias:
+            self.bias = loadable(torch.zeros(out_local), self.load_bias, {k: shape[:1] for k, shape in full.items()})
+
+    def load_weight(self, source, shard_id=None) -> None:
+        raise NotImplementedError
+
+    def load_bias(self, source, shard_id=None) -> None:
+        raise NotImplementedError
+
+
+class ReplicatedLinear(LinearBase):
+    """x [T, in] -> y [T, out], all of it on every rank."""
+
+    def __init__(self, in_features: int, out_features: int, tp: TPGroup, bias: bool = False, name: str = ""):
+        super().__init__(out_features, in_features, bias, tp, name, {None: (out_features, in_features)})
+
+    def load_weight(self, source, shard_id=None) -> None:
+        self.weight.copy_(source.read(0, 0, source.shape[0]))
+
+    def load_bias(self, source, shard_id=None) -> None:
+        self.bias.copy_(source.read(0, 0, source.shape[0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return multiply(x, self.weight, self.bias)
+
+
+class ColumnParallelLinear(LinearBase):
+    """Column-parallel linear: cut the output.
+
+    x [T, in], equal on every rank -> y [T, out/R], this rank's columns; no communication. Concatenating
+    the ranks' y gives the unsplit layer's. `out_features` that R does not divide are padded with zeros.
+    """
+
+    def __init__(self, in_features: int, out_features: int, tp: TPGroup, bias: bool = False, name: str = ""):
+        local, pieces = split_evenly(out_features, tp.rank, tp.size)
+        self._init(in_features, local, {None: (out_features, pieces)}, tp, bias, name)
+
+    def _init(self, in_features: int, local: int, shards: dict, tp: TPGroup, bias: bool, name: str) -> None:
+        """shards: shard id -> (rows of the full checkpoint tensor, pieces of it that this rank holds)."""
+        full = {key: (rows, in_features) for key, (rows, _) in shards.items()}
+        super().__init__(local, in_features, bias, tp, name, full)
+        self.pieces = {key: pieces for key, (_, pieces) in shards.items()}
+
+    def load_weight(self, source, shard_id=None) -> None:
+        load_pieces(self.weight, source, 0, self.pieces[shard_id])
+
+    def load_bias(self, source, shard_id=None) -> None:
+        load_pieces(self.bias, source, 0, self.pieces[shard_id])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return multiply(x, self.weight, self.bias)  # [T, out/R]
+
+
+class MergedColumnParallelLinear(ColumnParallelLinear):
+    """Several column-parallel layers with the same input as one GEMM (the MLP's gate and up).
+
+    x [T, in] -> y [T, sum(out)/R], the layers side by side. Each is cut on its own and the shards are
+    then stacked: cutting the stacked matrix would give rank 0 all of gate and rank 1 all of up.
+    """
+
+    def __init__(self, in_features: int, out_sizes: Sequence[int], tp: TPGroup, bias: bool = False, name: str = ""):
+        shards, offset = {}, 0
+        for i, size in enumerate(out_sizes):
+            local, pieces = split_evenly(size, tp.rank, tp.size)
+            shards[i] = (size, [Piece(offset + dst, src, n) for dst, src, n in pieces])
+            offset += local
+        self._init(in_features, offset, shards, tp, bias, name)
+
+
+class QKVParallelLinear(ColumnParallelLinear):
+    """The q, k and v projections as one GEMM, cut by heads.
+
+    x [T, D] -> y [T, (Hq + 2 Hkv)/R * d]: this rank's query heads, then its key heads, then its value
+    heads. Heads are never cut through; see heads.py for replication and padding.
+    """
+
+    def __init__(
+        self, hidden_size: int, head_dim: int, num_heads: int, num_kv_heads: int,
+        tp: TPGroup, bias: bool = False, name: str = "",
+    ):  # fmt: skip
+        heads = HeadLayout.of(num_heads, num_kv_heads, tp.rank, tp.size)
+        q_local, kv_local = heads.num_q * head_dim, heads.num_kv * head_dim
+        q, kv = heads.q_pieces(head_dim), heads.kv_pieces(head_dim)
+        shards = {
+            "q": (num_heads * head_dim, q),
+            "k": (num_kv_heads * head_dim, [Piece(q_local + dst, src, n) for dst, src, n in kv]),
+            "v": (num_kv_heads * head_dim, [Piece(q_local + kv_local + dst, src, n) for dst, src, n in kv]),
+        }
+        self._init(hidden_size, q_local + 2 * kv_local, shards, tp, bias, name)
+        self.heads, self.sizes = heads, (q_local, kv_local, kv_local)
+
+    def split(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """y [T, (Hq + 2 Hkv)/R * d] -> q [T, Hq/R * d], k and v [T, Hkv/R * d]."""
+        return y.split(self.sizes, dim=-1)
+
+
+class RowParallelLinear(LinearBase):
+    """Row-parallel linear: cut the input, sum the outputs.
+
+    x [T, in/R] -> y [T, out], equal on every rank; one all-reduce. The bias is added after the sum:
+    added before, it would count R times. `pieces` says which input columns are this rank's (o_proj: those
+    of its query heads), by default an even cut. With `reduce_results=False` y stays this rank's partial
+    sum (rank 0's with the bias) and nobody talks.
+    Megatron-LM, Shoeybi et al. 2019, section 3.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, tp: TPGroup, bias: bool = False, name: str = "",
+        pieces: tuple[int, list[Piece]] | None = None, reduce_results: bool = True,
+    ):  # fmt: skip
+        local, self.pieces = pieces or split_evenly(in_features, tp.rank, tp.size)
+        super().__init__(out_features, local, bias, tp, name, {None: (out_features, in_features)})
+        self.reduce_results = reduce_results
+
+    def load_weight(self, source, shard_id=None) -> None:
+        load_pieces(self.weight, source, 1, self.pieces)
+
+    def load_bias(self, source, shard_id=None) -> None:
+        self.bias.copy_(source.read(0, 0, source.shape[0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = multiply(x, self.weight)  # [T, out], a partial sum
+        if self.reduce_results:
+            y = all_reduce(y, self.tp, self.name)  # COMM all-reduce [T, D]: partial sums -> full sum
+        once = self.reduce_results or self.tp.rank == 0
+        return y + self.bias if self.bias is not None and once else y
