@@ -5,50 +5,49 @@ policies, which order requests and not leaves: schedule_policy.py.)
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ch07_sglang_radix.radix_cache import TreeNode
+from ch07_sglang_radix.tree_node import TreeNode
 
 PROTECTED_HITS = 2  # SLRU: so many requests have used a node before it counts as one that is used again and again
 
 
-def lru(node: "TreeNode") -> Any:
+def lru(node: TreeNode) -> Any:
     """Least recently used first: what was used last will be used next."""
     return node.last_access_time
 
 
-def mru(node: "TreeNode") -> Any:
+def mru(node: TreeNode) -> Any:
     """Most recently used first: right for a loop that is a little longer than the cache."""
     return -node.last_access_time
 
 
-def fifo(node: "TreeNode") -> Any:
+def fifo(node: TreeNode) -> Any:
     """Oldest first, used or not."""
     return node.creation_time
 
 
-def lfu(node: "TreeNode") -> Any:
+def lfu(node: TreeNode) -> Any:
     """Least frequently used first; of equals the least recently used."""
     return node.hit_count, node.last_access_time
 
 
-def slru(node: "TreeNode") -> Any:
+def slru(node: TreeNode) -> Any:
     """Segmented LRU: first those on trial, used by few, then the protected ones; each part by recency."""
     return node.hit_count >= PROTECTED_HITS, node.last_access_time
 
 
-def priority(node: "TreeNode") -> Any:
+def priority(node: TreeNode) -> Any:
     """Lowest request priority first; of equals the least recently used."""
     return node.priority, node.last_access_time
 
 
-STRATEGIES: dict[str, Callable[["TreeNode"], Any]] = {
+STRATEGIES: dict[str, Callable[[TreeNode], Any]] = {
     "lru": lru, "lfu": lfu, "fifo": fifo, "mru": mru, "slru": slru, "priority": priority,
 }  # fmt: skip
 
 
-def pick_strategy(name: str) -> Callable[["TreeNode"], Any]:
+def pick_strategy(name: str) -> Callable[[TreeNode], Any]:
     if name not in STRATEGIES:
         raise ValueError(f"radix_eviction_policy={name!r} is unknown; use {', '.join(STRATEGIES)}")
     return STRATEGIES[name]

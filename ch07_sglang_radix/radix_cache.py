@@ -17,33 +17,14 @@ import heapq
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ch07_sglang_radix.eviction import pick_strategy
 from ch07_sglang_radix.memory_pool import ReqToTokenPool, TokenToKVPool
-
-if TYPE_CHECKING:
-    from ch07_sglang_radix.request import Req
+from ch07_sglang_radix.tree_node import TreeNode, TreeUser
 
 NO_SLOTS = np.zeros(0, dtype=np.int64)
-
-
-class TreeNode:
-    """An edge and the node at its end: `key` token ids [n], `value` their KV slots [n]."""
-
-    __slots__ = (
-        "children", "creation_time", "hit_count", "key", "last_access_time", "lock_ref", "parent", "priority", "value",
-    )  # fmt: skip
-
-    def __init__(self, key: np.ndarray, value: np.ndarray, parent: "TreeNode | None", now: int, priority: int = 0):
-        self.key, self.value, self.parent = key, value, parent  # parent is None for a root, and once evicted
-        self.children: dict[Hashable, TreeNode] = {}
-        self.lock_ref = 0  # running requests whose prefix goes through here
-        self.last_access_time = self.creation_time = now
-        self.hit_count = 0  # requests that have started from here
-        self.priority = priority  # the highest of any request that left or used it
 
 
 @dataclass(frozen=True)
@@ -197,7 +178,7 @@ class RadixCache:
 
     # --- the two moments in a request's life at which it and the tree trade slots
 
-    def cache_unfinished_req(self, req: "Req") -> None:
+    def cache_unfinished_req(self, req: TreeUser) -> None:
         """After a prefill (or a chunk of one): share what was computed, go on with the tree's slots.
 
         The row may change: where another request was faster, its slots replace this one's, which are freed.
@@ -214,7 +195,7 @@ class RadixCache:
         self.dec_lock_ref(req.last_node)
         req.last_node, req.prefix_len = match.last_node, len(match.slots)
 
-    def cache_finished_req(self, req: "Req") -> None:
+    def cache_finished_req(self, req: TreeUser) -> None:
         """At the end: leave prompt and answer to the tree, give back the rest, let go of the lock."""
         row = self.req_to_token.req_to_token[req.row]
         if self.disable:
@@ -226,7 +207,7 @@ class RadixCache:
         self.pool.free(row[len(self.key(ids)) : req.allocated_len])
         self.dec_lock_ref(req.last_node)
 
-    def _free_duplicates(self, req: "Req", row: np.ndarray, known: int) -> None:
+    def _free_duplicates(self, req: TreeUser, row: np.ndarray, known: int) -> None:
         """Free this request's own slots up to `known`; those up to prefix_len are the tree's already."""
         if known > req.prefix_len:
             self.pool.free(row[req.prefix_len : known])

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ch07_sglang_radix.radix_cache import TreeNode
+from ch07_sglang_radix.tree_node import TreeNode
 from common.sampling.sampler import SamplingParams, SamplingRow
 
 

@@ -23,8 +23,9 @@ from collections.abc import Callable
 import numpy as np
 
 from ch07_sglang_radix.memory_pool import TokenToKVPool
-from ch07_sglang_radix.radix_cache import MatchResult, RadixCache, TreeNode
+from ch07_sglang_radix.radix_cache import MatchResult, RadixCache
 from ch07_sglang_radix.request import Req
+from ch07_sglang_radix.tree_node import TreeNode
 
 LPM_QUEUE_LIMIT = 128  # SGLang: matching more than this many requests before every step costs more than it brings
 IN_BATCH_MATCH = 32  # with more than this in the tree, a request need not wait for another to compute it

@@ -25,9 +25,10 @@ import numpy as np
 from ch07_sglang_radix.benchmarks.clients import Clients
 from ch07_sglang_radix.benchmarks.workloads import WORKLOADS, Source
 from ch07_sglang_radix.memory_pool import TokenToKVPool
-from ch07_sglang_radix.radix_cache import RadixCache, TreeNode
+from ch07_sglang_radix.radix_cache import RadixCache
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
+from ch07_sglang_radix.tree_node import TreeNode
 
 FREE, EVICTABLE, LOCKED, OWN = "white", "#c6dbef", "#fdae6b", "#d9d9d9"
 TOUCHED, NEVER = "#238b45", 1 << 62

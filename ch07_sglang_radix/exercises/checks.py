@@ -14,13 +14,14 @@ import numpy as np
 from ch07_sglang_radix import scheduler as scheduler_module
 from ch07_sglang_radix.memory_pool import ReqToTokenPool, TokenToKVPool
 from ch07_sglang_radix.prefill_adder import PrefillAdder
-from ch07_sglang_radix.radix_cache import RadixCache, TreeNode
+from ch07_sglang_radix.radix_cache import RadixCache
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.request_memory import RequestMemory
 from ch07_sglang_radix.schedule_policy import SchedulePolicy
 from ch07_sglang_radix.scheduler import RETRACT_DECODE_STEPS, TPScheduler
 from ch07_sglang_radix.tasks import HEADER, DecodeTask, PageUpdate, PrefillSequence, PrefillTask, encode
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
+from ch07_sglang_radix.tree_node import TreeNode
 from common.sampling.sampler import SamplingParams
 
 MAX_STEPS = 400  # a wrong answer may keep an engine busy for ever

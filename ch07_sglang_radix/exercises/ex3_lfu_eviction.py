@@ -16,7 +16,7 @@ must stay, however rarely they are used?
 from collections.abc import Iterable
 from typing import Any
 
-from ch07_sglang_radix.radix_cache import TreeNode
+from ch07_sglang_radix.tree_node import TreeNode
 
 
 def lfu(node: TreeNode) -> Any:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from ch07_sglang_radix.radix_cache import TreeNode
+from ch07_sglang_radix.tree_node import TreeNode
 
 
 def lfu(node: TreeNode) -> Any:
