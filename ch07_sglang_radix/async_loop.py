@@ -45,6 +45,10 @@ class SchedulerLoop:
         """Call `on_output`, in the loop's thread, for each new token of a request, the last one included."""
         self._listeners[rid] = on_output
 
+    def abort(self, rids: list[int]) -> None:
+        """Between two steps, end those of `rids` that still run; the list is read then."""
+        self.submit(lambda: [self._scheduler.abort(rid) for rid in rids])
+
     def stop(self) -> None:
         """Finish the step that runs, tell the other ranks to leave, and end."""
         self._inbox.put(None)

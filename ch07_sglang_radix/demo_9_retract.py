@@ -11,7 +11,8 @@ and V of prompt and outputs are computed again later, if they are no longer in t
 
 from typing import NamedTuple
 
-from ch07_sglang_radix.scheduler import RETRACT_DECODE_STEPS, TPScheduler
+from ch07_sglang_radix.retraction import RETRACT_DECODE_STEPS
+from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.distributed.launch import run_main
 from common.sampling.sampler import SamplingParams

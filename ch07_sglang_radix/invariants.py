@@ -3,35 +3,37 @@
 free + cached (evictable + protected) + owned by requests = all pages
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-if TYPE_CHECKING:
-    from ch07_sglang_radix.scheduler import TPScheduler
+from ch07_sglang_radix.scheduler_state import SchedulerState
 
 
 class InvariantError(AssertionError):
     """The pools and the tree contradict each other; the text names page and owners."""
 
 
-def check_invariants(scheduler: "TPScheduler") -> None:
+def check_invariants(state: SchedulerState) -> None:
     """Walk over everything rank 0 keeps (rank 0 only; O(pages)). Raises InvariantError."""
-    pool, tree, rows = scheduler.pool, scheduler.tree, scheduler.req_to_token.req_to_token
-    page_size = pool.page_size
+    _check_nodes(state)
     owner: dict[int, str] = {}
-
-    def claim(pages: np.ndarray, who: str) -> None:
+    for who, pages in state.owners():
         for page in pages.tolist():
             if page in owner:
                 raise InvariantError(f"page {page} has two owners: {owner[page]} and {who}")
             owner[page] = who
+    lost = sorted(set(range(state.pool.num_pages)) - owner.keys())
+    if lost:
+        raise InvariantError(f"{len(lost)} of {state.pool.num_pages} pages belong to nobody: {lost[:8]}")
+    for req in state.admitted:
+        _check_prefix(req, state.tree, state.req_to_token.req_to_token)
+    _check_rows(state, state.admitted)
 
-    claim(pool.free_pages(), "the free list")
+
+def _check_nodes(state: SchedulerState) -> None:
+    """Every node holds whole pages, is found where it should be, and is locked by those who run through it."""
+    tree, page_size = state.tree, state.pool.page_size
     locks: dict[int, int] = {}
-    active = scheduler.running + ([scheduler.chunked] if scheduler.chunked else [])
-    for req in active:
-        claim(rows[req.row, req.prefix_len : req.allocated_len : page_size] // page_size, f"request {req.rid}")
+    for req in state.admitted:
         node = req.last_node
         while node.parent is not None:
             locks[id(node)] = locks.get(id(node), 0) + 1
@@ -52,7 +54,6 @@ def check_invariants(scheduler: "TPScheduler") -> None:
             starts % page_size
         ).any():
             raise InvariantError(f"{name}: its slots are not whole pages")
-        claim(starts // page_size, name)
         if node.lock_ref:
             protected += len(node.key)
         else:
@@ -62,12 +63,6 @@ def check_invariants(scheduler: "TPScheduler") -> None:
             f"the tree counts {tree.evictable_size} evictable and {tree.protected_size} protected slots, "
             f"its nodes hold {evictable} and {protected}"
         )
-    lost = sorted(set(range(pool.num_pages)) - owner.keys())
-    if lost:
-        raise InvariantError(f"{len(lost)} of {pool.num_pages} pages belong to nobody: {lost[:8]}")
-    for req in active:
-        _check_prefix(req, tree, rows)
-    _check_rows(scheduler, active)
 
 
 def _check_prefix(req, tree, rows) -> None:
@@ -88,22 +83,20 @@ def _check_prefix(req, tree, rows) -> None:
         )
 
 
-def _check_rows(scheduler: "TPScheduler", active: list) -> None:
+def _check_rows(state: SchedulerState, active: list) -> None:
     used = [req.row for req in active]
-    if len(set(used)) != len(used) or len(used) + scheduler.req_to_token.num_free != len(
-        scheduler.req_to_token.req_to_token
-    ):
+    if len(set(used)) != len(used) or len(used) + state.req_to_token.num_free != len(state.req_to_token.req_to_token):
         raise InvariantError(
-            f"{len(used)} requests hold rows {sorted(used)[:8]}, {scheduler.req_to_token.num_free} are free"
+            f"{len(used)} requests hold rows {sorted(used)[:8]}, {state.req_to_token.num_free} are free"
         )
     for req in active:
         if not req.prefix_len <= req.kv_len <= req.allocated_len:
             raise InvariantError(
                 f"request {req.rid}: prefix {req.prefix_len}, computed {req.kv_len}, allocated {req.allocated_len}"
             )
-        row = scheduler.req_to_token.req_to_token[req.row]
-        pages = row[: req.sent_len : scheduler.page_size] // scheduler.page_size
-        known = scheduler.wrapper.table.page_table[req.row, : len(pages)].cpu().numpy()
+        row = state.req_to_token.req_to_token[req.row]
+        pages = row[: req.sent_len : state.page_size] // state.page_size
+        known = state.wrapper.table.page_table[req.row, : len(pages)].cpu().numpy()
         wrong = np.nonzero(known != pages)[0]
         if len(wrong):
             raise InvariantError(

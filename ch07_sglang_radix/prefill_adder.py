@@ -3,7 +3,9 @@
 SGLang's PrefillAdder: one is made for each step and asked request by request, in the order of the schedule policy.
 """
 
+from collections.abc import Sequence
 from enum import Enum
+from typing import Protocol
 
 import numpy as np
 
@@ -22,24 +24,52 @@ class Answer(Enum):
     FULL = "full"  # nobody else either
 
 
+class Gate(Protocol):
+    """May a waiting request enter in this step? Asked before anything is reserved for it."""
+
+    def __call__(self, req: Req, matched: int) -> bool:
+        """`matched`: tokens of it that the tree has. False: not now, and the next one is asked."""
+        ...
+
+
+class InBatchPrefix:
+    """The first gate: who could share a prompt that this very step computes waits a step, and hits.
+
+    A tree of what the step computes, without pages behind it.
+    """
+
+    def __init__(self, page_size: int, disable: bool):
+        self._computing = RadixCache(TokenToKVPool(page_size=page_size), disable=disable)
+
+    def __call__(self, req: Req, matched: int) -> bool:
+        computed_now = len(self._computing.match_prefix(req.all_ids[:-1], req.extra_key).slots)
+        return computed_now - matched < IN_BATCH_PREFIX
+
+    def computes(self, req: Req, length: int) -> None:
+        """The step computes `req` up to there."""
+        known = req.all_ids[:length]
+        self._computing.insert(known, np.zeros(len(known), dtype=np.int64), req.extra_key)
+
+
 class PrefillAdder:
     """batch: [(request, tokens to compute)] so far; chunked: the one whose prompt is computed in part, if any.
 
     budget: tokens of the step. promised: slots that running requests will probably still need. small_share: so much of
-    the budget a long prompt's chunk leaves to waiting requests that fit into it as a whole.
+    the budget a long prompt's chunk leaves to waiting requests that fit into it as a whole. gates: who else is asked.
     """
 
     def __init__(
-        self, memory: RequestMemory, budget: int, promised: float, waiting: list[Req], small_share: float = 0.0
-    ):
+        self, memory: RequestMemory, budget: int, promised: float, waiting: list[Req], small_share: float = 0.0,
+        gates: Sequence[Gate] = (),
+    ):  # fmt: skip
         self.memory, self.tree, self.page_size = memory, memory.tree, memory.page_size
         self.budget, self.promised = budget, promised
         self.batch: list[tuple[Req, int]] = []
         self.chunked: Req | None = None
         share = int(budget * small_share)
         self._for_small = min(share, sum(req.seq_len for req in waiting if req.seq_len <= share)) if share else 0
-        # a tree of what this very step computes, without pages behind it
-        self._computing = RadixCache(TokenToKVPool(page_size=self.page_size), disable=self.tree.disable)
+        self._in_batch = InBatchPrefix(self.page_size, self.tree.disable)
+        self._gates = (*gates, self._in_batch)
 
     def add_chunk(self, req: Req) -> None:
         """The next part of a prompt that was begun before: it goes first.
@@ -58,8 +88,8 @@ class PrefillAdder:
         new = req.seq_len - len(match.slots)
         if self.chunked and new > self.budget:
             return Answer.LATER  # one prompt in parts is enough
-        if len(self._computing.match_prefix(ids, req.extra_key).slots) - len(match.slots) >= IN_BATCH_PREFIX:
-            return Answer.LATER  # another prompt of this step computes what it could share: let it hit in the next
+        if not all(gate(req, len(match.slots)) for gate in self._gates):
+            return Answer.LATER
         if new > self.budget and self.budget < self.page_size:
             return Answer.FULL  # not even a chunk of one page
         if not self._reserve(req, match):
@@ -97,5 +127,4 @@ class PrefillAdder:
         self.batch.append((req, n))
         self.budget -= n
         self.promised += req.max_len - req.seq_len
-        known = req.all_ids[: req.kv_len + n]
-        self._computing.insert(known, np.zeros(len(known), dtype=np.int64), req.extra_key)
+        self._in_batch.computes(req, req.kv_len + n)

@@ -61,6 +61,10 @@ class Req:
         return self._ids[: len(self.prompt_ids) + len(self.output_ids)]
 
     @property
+    def ended(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
     def seq_len(self) -> int:
         """Tokens it has, those included whose values nobody has looked at yet."""
         return len(self.prompt_ids) + len(self.output_ids) + self.pending

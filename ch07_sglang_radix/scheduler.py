@@ -14,48 +14,46 @@ looked at:
 The tokens themselves never leave the device in between: N+1 reads them where N left them. An end that its
 length tells is known ahead; a stop token is seen one step late, and that step's token is thrown away.
 
-What rank 0 decides here is written into a task and executed by all ranks (control_plane.py). On the other
-ranks a TPScheduler only follows. Who goes first is schedule_policy.py's business, who gets in prefill_adder.py's.
+What rank 0 decides is written into a task and executed by all ranks (control_plane.py). On the other ranks a TPScheduler only
+follows. This file is the loop; each of its questions has a place of its own:
+
+    what is known                     scheduler_state.py
+    may this request be queued        common/request/intake.py
+    who may enter, and who first      admission.py, schedule_policy.py, prefill_adder.py
+    what a step is made of            step_tasks.py, tasks.py
+    what comes back                   outcome.py, common/request/queued_step.py
+    no page left: who goes back       retraction.py
+    what a request holds              request_memory.py, radix_cache.py
+    is nothing lost                   invariants.py
 """
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from ch07_sglang_radix.control_plane import ControlPlane
+from ch07_sglang_radix.admission import Admission
 from ch07_sglang_radix.invariants import check_invariants
-from ch07_sglang_radix.memory_pool import ReqToTokenPool, TokenToKVPool
-from ch07_sglang_radix.prefill_adder import Answer, PrefillAdder
-from ch07_sglang_radix.radix_cache import RadixCache
+from ch07_sglang_radix.outcome import Outcome
 from ch07_sglang_radix.request import Req, RequestOutput, StopText
-from ch07_sglang_radix.request_memory import RequestMemory
-from ch07_sglang_radix.schedule_batch import ScheduleBatch
-from ch07_sglang_radix.schedule_policy import SchedulePolicy
-from ch07_sglang_radix.tasks import DecodeTask, PrefillSequence, PrefillTask, StopTask
+from ch07_sglang_radix.retraction import Retraction
+from ch07_sglang_radix.scheduler_state import SchedulerState
+from ch07_sglang_radix.step_tasks import StepTasks
+from ch07_sglang_radix.tasks import DecodeTask, PrefillTask, StopTask
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from ch07_sglang_radix.trace import Trace
 from common.distributed.messages import share
-from common.sampling.sampler import Drawn, SamplingBatch, SamplingParams, uniform
+from common.parallel_state import RankFailure
+from common.request.intake import Intake, Words
+from common.request.queued_step import QueuedStep
+from common.request.values import flag, shown, whole
+from common.sampling.sampler import SamplingParams, uniform
 
-RETRACT_DECODE_STEPS = 20  # after a retraction this many steps fit for everyone left
 NO_CHUNKS = -1
 DEFAULT_CHUNK = {"cpu": 1024, "cuda": 8192}  # tokens a step: on a CPU what its caches like, on a GPU SGLang's default
-MAX_BEST = 1024  # with a larger top_k every rank sends all its logits
-LAST_TOKEN = -1  # in a prefill task: the last token of the row, which may be known to the device only
-INIT_NEW_TOKEN_RATIO, MIN_NEW_TOKEN_RATIO, RATIO_DECAY_STEPS = 0.7, 0.1, 600
+WORDS = Words("max_new_tokens", "input_ids", "max_total_tokens")
 
 
-@dataclass(frozen=True)
-class _Queued:
-    """A step that all ranks have been told to do: who gets a token out of it, and the tokens."""
-
-    reqs: list[Req]
-    drawn: Drawn | None
-
-
-class TPScheduler:
+class TPScheduler(SchedulerState):
     """Requests in, tokens out, on as many ranks as the wrapper has.
 
     Every rank makes the same calls (`add_request`, `process_requests`); rank 0 keeps the queue, the others
@@ -70,6 +68,8 @@ class TPScheduler:
     gather_best: where all requests of a step are greedy or have a small top_k, every rank sends its best logits
     instead of all. seed: for requests that bring none. check: test the conservation of pages after every step.
     trace: a file to which every step writes a line (trace.py).
+
+    `after_step`: called after each step, in order; the check and the trace are its first users.
     """
 
     def __init__(
@@ -79,46 +79,47 @@ class TPScheduler:
         overlap: bool | None = None, gather_best: bool = False, seed: int = 0, check: bool = False,
         trace: str | Path | None = None,
     ):  # fmt: skip
-        if chunked_prefill_size is None:
-            default = DEFAULT_CHUNK[wrapper.tp.device.type]
-            chunked_prefill_size = max(default // wrapper.page_size, 1) * wrapper.page_size
-        _check_chunk(chunked_prefill_size, wrapper.page_size)
+        self.chunked_prefill_size = _chunk_size(chunked_prefill_size, wrapper)
         if not 0 <= small_request_share < 1:
             raise ValueError(f"small_request_share={small_request_share} must be in [0, 1); 0 reserves nothing")
-        self.wrapper, self.tp, self.page_size = wrapper, wrapper.tp, wrapper.page_size
-        self.control = ControlPlane(wrapper)
-        self.chunked_prefill_size, self.enable_mixed_chunk = chunked_prefill_size, enable_mixed_chunk
-        self.small_request_share, self.seed, self.check = small_request_share, seed, check
+        switches = {
+            "enable_mixed_chunk": enable_mixed_chunk, "disable_radix_cache": disable_radix_cache,
+            "radix_bigram": radix_bigram, "gather_best": gather_best, "check": check,
+        }  # fmt: skip
+        for name, value in switches.items():
+            flag(name, value)
+        whole("seed", seed)
+        super().__init__(
+            wrapper, schedule_policy=schedule_policy, disable_radix_cache=disable_radix_cache,
+            radix_eviction_policy=radix_eviction_policy, radix_bigram=radix_bigram, seed=seed,
+        )  # fmt: skip
         self.overlap = wrapper.tp.device.type == "cuda" if overlap is None else overlap
-        self.gather_best = gather_best
-        self.steps = {"prefill": 0, "decode": 0}
-        self.work = {"tokens": 0, "samplings": 0, "sampled": 0}  # rows fed in; steps that sampled; tokens they gave
-        self.retractions = self.num_finished = 0
-        self.served = {"prompt": 0, "cached": 0}  # tokens of the prompts admitted so far, and how many were in the tree
-        self.last_prefill: list[tuple[Req, int]] = []  # the newest prefill: who, and how many tokens computed
-        self.results: dict[int, RequestOutput] = {}
-        self._num_requests = 0
+        config = wrapper.config
+        self.intake = Intake(
+            wrapper.tokenizer, config.vocab_size, config.max_position_embeddings,
+            wrapper.kv_cache.num_pages * self.page_size, self.page_size, WORDS,
+        )  # fmt: skip
         self.trace: Trace | None = None
+        self.after_step: list[Callable[[], None]] = []
         if self.tp.rank > 0:
-            return  # rank 0 alone has a queue, a tree and pools
-        self.pool = TokenToKVPool(wrapper.kv_cache)
-        self.req_to_token = ReqToTokenPool(wrapper.max_running_requests, wrapper.max_context + self.page_size)
-        self.tree = RadixCache(self.pool, self.req_to_token, disable_radix_cache, radix_eviction_policy, radix_bigram)
-        self.policy = SchedulePolicy(schedule_policy, self.tree, seed)
-        self.waiting: list[Req] = []
-        self.running: list[Req] = []
-        self.grown: dict[int, Req] = {}  # who got a token since somebody has emptied this
-        self.memory = RequestMemory(self.pool, self.req_to_token, self.tree)
-        self.chunked: Req | None = None  # the one request whose prompt is computed in part
-        self.new_token_ratio = INIT_NEW_TOKEN_RATIO
-        self._queued: _Queued | None = None  # the step whose tokens nobody has looked at
-        self._decoding = self._empty_batch()
-        self.resumed: Req | None = None  # whose prompt the newest prefill step goes on with
-        self.held: dict[int, str] = {}  # who was asked for the newest prefill step and did not get in: later, full
-        self._mixed: list[Req] = []  # running requests that take part in the prefill step
+            return
+        self.outcome = Outcome(self)
+        self.retraction = Retraction(self, self._settle)
+        self.admission = Admission(
+            self,
+            self.chunked_prefill_size,
+            enable_mixed_chunk,
+            small_request_share,
+            self.retraction.make_room,
+        )
+        self.step_tasks = StepTasks(self, gather_best)
+        self._queued: QueuedStep[Req] | None = None  # the step whose tokens nobody has looked at
         self._owes_decode = False  # those that run have waited for a prefill step
+        if check:
+            self.after_step.append(partial(check_invariants, self))
         if trace:
             self.trace = Trace(trace, self)
+            self.after_step.append(self.trace.end)
 
     # --- for the user
 
@@ -128,26 +129,33 @@ class TPScheduler:
     ) -> int:  # fmt: skip
         """Queue one request, a text or token ids; returns its id.
 
-        `sampling_params`, if given, replaces max_new_tokens. Raises ValueError for an empty prompt, a token
-        id outside the vocabulary, and lengths that the model or the pool can never hold.
+        `sampling_params`, if given, replaces max_new_tokens. Raises ValueError, and nothing is queued, for an empty prompt, a
+        token id outside the vocabulary, lengths that the model or the pool can never hold, and values of a wrong kind.
         """
-        params = sampling_params or SamplingParams(max_new_tokens=max_new_tokens)
         if (text is None) == (input_ids is None):
             raise ValueError("give either text or input_ids")
-        ids = self.encode(text) if input_ids is None else list(map(int, input_ids))
-        self.check_request(ids, params)
-        return self.enqueue(text, ids, params)
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"text={shown(text)} must be a text; token ids go into input_ids")
+        if isinstance(input_ids, str):
+            raise ValueError(f"input_ids={shown(input_ids)} must be token ids; a text goes into text")
+        if sampling_params is None:
+            sampling_params = SamplingParams(max_new_tokens=max_new_tokens)
+        elif not isinstance(sampling_params, SamplingParams):
+            raise ValueError(f"sampling_params={shown(sampling_params)} must be a SamplingParams")
+        ids = self.intake.ids(input_ids if text is None else text)
+        self.intake.fits(ids, sampling_params.max_new_tokens)
+        return self.enqueue(text, ids, sampling_params)
 
     def enqueue(
         self, text: str | None, ids: list[int], params: SamplingParams, *, stop: Sequence[str] = (),
-        extra_key: Hashable = None, priority: int = 0,
+        extra_key: str | None = None, priority: int = 0,
     ) -> int:  # fmt: skip
-        """What add_request does once `check_request` has found nothing wrong; returns the id.
+        """What add_request does once the intake has found nothing wrong; returns the id.
 
         stop: strings that end the answer. extra_key: namespace of the radix tree. priority: for the schedule and the
         eviction policy of that name.
         """
-        rid, self._num_requests = self._num_requests, self._num_requests + 1
+        rid, self.num_requests = self.num_requests, self.num_requests + 1
         if self.tp.rank == 0:
             seed = params.seed if params.seed is not None else int(uniform(self.seed, rid) * (1 << 24))
             stops = frozenset(params.stop_token_ids + (() if params.ignore_eos else self.wrapper.config.eos_token_ids))
@@ -160,9 +168,6 @@ class TPScheduler:
             )  # fmt: skip
         return rid
 
-    def _empty_batch(self) -> ScheduleBatch:
-        return ScheduleBatch(self.memory, bool(self.wrapper.table.tile_members))
-
     def process_requests(self, arrivals: Callable[[int], bool] | None = None) -> dict[int, RequestOutput]:
         """Run until every request is done; returns {request id: output}, equal on all ranks.
 
@@ -173,16 +178,25 @@ class TPScheduler:
         if self.tp.rank > 0:
             self.control.follow()
         else:
-            refused = self._run_to_the_end(arrivals)
+            try:
+                refused = self._run_to_the_end(arrivals)
+            except BaseException as error:
+                self.drop_all()
+                if self.tp.size > 1 and not isinstance(error, RankFailure | KeyboardInterrupt):
+                    self.control.send_task(StopTask(self.step_number))
+                    share({"refused": f"rank 0 has stopped: {error}"}, self.tp)
+                raise
             self.control.send_task(StopTask(self.step_number))
         return self.share_results(refused)
 
     def share_results(self, refused: str | None = None) -> dict[int, RequestOutput]:
         """After rank 0 has sent a StopTask: what has finished, the same on all ranks."""
         outputs = [vars(r) for r in self.results.values()]
-        report = {"refused": refused, "next_id": self._num_requests, "steps": self.steps, "work": self.work}
+        report = {"refused": refused, "next_id": self.num_requests, "steps": self.steps, "work": self.work}
         report = share(report | {"outputs": outputs}, self.tp)
-        self._num_requests, self.steps, self.work = report["next_id"], report["steps"], report["work"]
+        if len(report) == 1:
+            raise ValueError(report["refused"])
+        self.num_requests, self.steps, self.work = report["next_id"], report["steps"], report["work"]
         self.grown = {}
         if report["refused"]:
             raise ValueError(report["refused"])
@@ -203,16 +217,7 @@ class TPScheduler:
     @property
     def busy(self) -> bool:
         """Is anything waiting, running or on its way?"""
-        return bool(self.waiting or self.running or self.chunked or self._queued)
-
-    @property
-    def decoding(self) -> list[Req]:
-        """The requests of the newest decode step."""
-        return self._decoding.reqs
-
-    @property
-    def step_number(self) -> int:
-        return self.steps["prefill"] + self.steps["decode"]
+        return bool(self.unfinished or self._queued)
 
     # --- one step (rank 0)
 
@@ -221,11 +226,12 @@ class TPScheduler:
         if self.trace:
             self.trace.begin()
         decoding = any(req.wanted for req in self.running)
-        batch = None if decoding and self._owes_decode else self._next_prefill()
-        if batch:
-            self.last_prefill = batch
-            self._owes_decode = not self.enable_mixed_chunk
-            queued = self._queue_prefill(batch)
+        batch = None if decoding and self._owes_decode else self.admission.next_prefill()
+        if batch and batch.reqs:
+            self._owes_decode = not self.admission.enable_mixed_chunk
+            task, emitting = self.step_tasks.prefill(batch)
+            reqs = [req for req, _ in batch.reqs] + batch.decodes
+            queued = self._queue(task, reqs, emitting, partial(self.step_tasks.prefill_queued, batch, emitting))
         elif decoding and any(req.wanted for req in self.running):
             self._owes_decode = False
             queued = self._queue_decode()
@@ -243,247 +249,79 @@ class TPScheduler:
         self._queued = queued
         if not self.overlap:
             self._settle()
-        if self.check:
-            check_invariants(self)
-        if self.trace:
-            self.trace.end()
+        for call in self.after_step:
+            call()
         return True
 
-    def _next_prefill(self) -> list[tuple[Req, int]]:
-        """[(request, tokens to compute)]: the chunked request first, then the queue in the policy's order."""
-        if not self.chunked and not (self.waiting and self.req_to_token.num_free):
-            return []
-        budget, self._mixed = self.chunked_prefill_size if self.chunked_prefill_size > 0 else 1 << 62, []
-        if self.enable_mixed_chunk and any(req.wanted for req in self.running):
-            self._make_room()  # decodes of the step come first
-            self._mixed = [req for req in self.running if req.wanted]
-            self.memory.grow_by_a_page([req for req in self._mixed if req.kv_len == req.allocated_len])
-            budget = max(budget - len(self._mixed), self.page_size)
-        promised = sum(req.max_len - req.seq_len for req in self.running) * self.new_token_ratio
-        adder = PrefillAdder(self.memory, budget, promised, self.waiting, self.small_request_share)
-        if self.chunked:
-            adder.add_chunk(self.chunked)
-        self.held, self.resumed = {}, self.chunked
-        for req in self.policy.order(self.waiting):
-            first = req.cached_tokens is None  # it has not been in before, and gone back
-            answer = adder.add(req)
-            if answer is not Answer.ADDED:
-                self.held[req.rid] = answer.value
-            if answer is Answer.FULL:
-                break
-            if answer is Answer.ADDED and first:
-                self.policy.admitted(req.kv_len, len(req.prompt_ids))
-                self.served["prompt"] += len(req.prompt_ids)
-                self.served["cached"] += req.kv_len
-        self.chunked = adder.chunked
-        if adder.batch:
-            added = {req for req, _ in adder.batch}
-            last = max((i for i, req in enumerate(self.waiting) if req in added), default=-1)
-            for req in self.waiting[: last + 1]:
-                req.passed_over += req not in added
-            self.waiting = [req for req in self.waiting if req not in added]
-        return adder.batch
-
-    def _queue_prefill(self, batch: list[tuple[Req, int]]) -> _Queued:
-        """A prefill step; with `enable_mixed_chunk` the running requests take part with a token each."""
-        decodes = self._mixed
-        sequences = [PrefillSequence(req.row, req.kv_len, n, int(req.kv_len + n == req.seq_len)) for req, n in batch]
-        sequences += [PrefillSequence(req.row, req.kv_len, 1, 1) for req in decodes]
-        tokens = [req.all_ids[req.kv_len : req.kv_len + n] for req, n in batch]
-        tokens += [np.full(len(decodes), LAST_TOKEN)]  # which may be known to the device only
-        done = [req for req, n in batch if req.kv_len + n == req.seq_len]
-        emitting = done + decodes
-        updates = self.memory.page_updates([*(req for req, _ in batch), *decodes])
-        token_ids = tuple(np.concatenate(tokens).tolist())
-        task = PrefillTask(self.step_number, updates, tuple(sequences), token_ids, self._best(emitting))
-        queued = self._queue(task, emitting)
-        self.work["tokens"] += len(token_ids)
-        self.steps["prefill"] += 1
-        for req, n in batch:
-            req.kv_len += n
-            self.tree.cache_unfinished_req(req)
-        for req in decodes:
-            req.kv_len += 1
-        self.running += done
-        if decodes:
-            self._decoding = self._empty_batch()  # its positions have moved on without it
-        return queued
-
-    def _queue_decode(self) -> _Queued:
-        self._make_room()
+    def _queue_decode(self) -> QueuedStep[Req]:
+        self.retraction.make_room()
         reqs = [req for req in self.running if req.wanted]
         if not reqs:  # room was made by looking at the last step's tokens, and they were the last
-            return _Queued([], None)
-        batch = self._decoding
-        batch.become(reqs)
-        self.memory.grow_by_a_page([req for req in batch.reqs if req.kv_len == req.allocated_len])
-        updates = self.memory.page_updates(batch.reqs)
-        rows, positions = tuple(batch.rows.tolist()), tuple(batch.positions.tolist())
-        task = DecodeTask(self.step_number, updates, rows, positions, self._best(batch.reqs), batch.alike)
-        queued = self._queue(task, batch.reqs)
-        self.work["tokens"] += self.wrapper.decode_rows(len(rows), bool(batch.alike))
-        self.steps["decode"] += 1
-        decay = (INIT_NEW_TOKEN_RATIO - MIN_NEW_TOKEN_RATIO) / RATIO_DECAY_STEPS
-        self.new_token_ratio = max(self.new_token_ratio - decay, MIN_NEW_TOKEN_RATIO)
-        batch.advance()
-        return queued
+            return QueuedStep()
+        task, emitting = self.step_tasks.decode(reqs)
+        return self._queue(task, reqs, emitting, self.step_tasks.decode_queued)
 
-    def _queue(self, task: PrefillTask | DecodeTask, emitting: list[Req]) -> _Queued:
+    def _queue(
+        self, task: PrefillTask | DecodeTask, reqs: Sequence[Req], emitting: Sequence[Req], queued: Callable[[], None]
+    ) -> QueuedStep[Req]:
+        """Have all ranks do it for `reqs`, and draw a token for each of `emitting`; `queued` moves the lengths on."""
         self.work["samplings"] += bool(emitting)
         self.work["sampled"] += len(emitting)
         if self.trace:
             self.trace.task(task)
-        logits = self.control.execute(task)
-        if not emitting:
-            return _Queued([], None)
+        try:
+            logits = self.control.execute(task)
+        except BaseException as error:
+            self.outcome.fail(reqs, error)
+            if self.tp.size > 1 or not isinstance(error, Exception):
+                raise  # the other ranks are somewhere in the middle of it; or somebody wants us to stop
+            return QueuedStep()
         for req in emitting:
             req.pending += 1
             req.wanted -= 1
-        if any(req.params.penalized for req in emitting):
-            self._settle()  # a penalty must know every token before the one it is for
-        if isinstance(task, DecodeTask):
-            sampling = self._decoding.next_sampling()
-        else:
-            sampling = SamplingBatch([req.sampling_row() for req in emitting])
-        return _Queued(list(emitting), self.control.sample(logits, sampling))
-
-    def _best(self, reqs: list[Req]) -> int:
-        """How many of its best logits each rank gives in this step; 0: all."""
-        params = [req.params for req in reqs]
-        if not self.gather_best or any(p.logprobs or p.penalized or not (p.greedy or p.top_k > 0) for p in params):
-            return 0
-        best = max((1 if p.greedy else p.top_k for p in params), default=0)
-        return best if best <= MAX_BEST else 0
+        drawn = None
+        if emitting:
+            if any(req.params.penalized for req in emitting):
+                self._settle()  # a penalty must know every token before the one it is for
+            drawn = self.control.sample(logits, self.step_tasks.sampling(task, emitting))
+        queued()
+        return QueuedStep(list(emitting), drawn)
 
     def _settle(self) -> None:
-        """Look at the tokens of the step that was queued last: append them, and end who has come to an end."""
+        """Look at the tokens of the step that was queued last."""
         step, self._queued = self._queued, None
-        if step is None or step.drawn is None:
-            return
-        tokens, logprobs = step.drawn.take()
-        ended = False
-        for i, req in enumerate(step.reqs):
-            req.pending -= 1
-            if req.finish_reason:  # it had ended when this step was on its way already
-                continue
-            req.take_token(tokens[i], logprobs[i] if logprobs else None)
-            self.grown[req.rid] = req
-            if req.finish_reason:
-                ended = True
-                self._end(req)
-        if ended:
-            self.running = [req for req in self.running if req.finish_reason is None]
-
-    def _end(self, req: Req) -> None:
-        """A running request has come to its end: leave to the tree what is known, take the rest back."""
-        # without what a step that is on its way still computes for it
-        req.kv_len = len(req.prompt_ids) + max(len(req.output_ids) - 1, 0)
-        self.memory.finish(req)
-        self._report(req)
-
-    def _report(self, req: Req) -> None:
-        self.num_finished += 1
-        self.grown[req.rid] = req
-        self.results[req.rid] = self.output_of(req)
+        if step:
+            self.outcome.take(step)
 
     def abort(self, rid: int) -> bool:
         """End a request wherever it is (rank 0, between two steps); its pages are free or in the tree at once.
 
         False if it is unknown or has ended.
         """
-        for req in [*self.waiting, *([self.chunked] if self.chunked else []), *self.running]:
-            if req.rid == rid:
-                break
-        else:
-            return False
-        req.finish_reason = {"type": "abort"}
-        if req in self.running:
-            self.running.remove(req)
-            self._end(req)
-            return True
-        if req is self.chunked:
-            self.chunked = None
-            self.memory.release(req)
-        else:
-            self.waiting.remove(req)
-        self._report(req)
-        return True
-
-    def _make_room(self) -> None:
-        """Before a decode step: if not every request can have its next slot, retract until they can.
-
-        Those with the fewest tokens out go first (ties: the longest prompt), until RETRACT_DECODE_STEPS more
-        steps fit for each of the others. The last one stays: alone it fits, or add_request had refused it.
-        """
-        if self.memory.obtainable_slots() >= len(self.running) * self.page_size or not self._lacks_room(1):
-            return
-        self._settle()  # requests may have ended, and those that go back to the queue need all their tokens
-        retracted = []
-        if self._lacks_room(1) and self.chunked:  # it has no outputs yet, and what it computed stays in the tree
-            self.memory.release(self.chunked)
-            retracted.append(self.chunked)
-            self.chunked = None
-        if not self._lacks_room(1):
-            self._retracted(retracted)
-            return
-        by_loss = sorted(self.running, key=lambda r: (len(r.output_ids), -len(r.prompt_ids)))
-        while len(self.running) > 1 and self._lacks_room(RETRACT_DECODE_STEPS):
-            req = by_loss.pop(0)
-            self.running.remove(req)
-            self.memory.release(req)
-            retracted.append(req)
-        self._retracted(retracted)
-        decoded = sum(len(r.output_ids) for r in self.running)
-        total = sum(r.params.max_new_tokens for r in self.running)
-        self.new_token_ratio = min(1.0, (decoded + RETRACT_DECODE_STEPS * len(self.running)) / total)
-
-    def _retracted(self, reqs: list[Req]) -> None:
-        """Back into the queue, in front: they came first."""
-        self.retractions += len(reqs)
-        self.waiting = sorted(reqs, key=lambda req: req.rid) + self.waiting
-
-    def _lacks_room(self, steps: int) -> bool:
-        return self.memory.slots_needed(self.running, steps) > self.memory.obtainable_slots()
-
-    # --- words in and out
-
-    def encode(self, text: str) -> list[int]:
-        if self.wrapper.tokenizer is None:
-            raise ValueError("this checkpoint has no tokenizer; give input_ids instead of text")
-        return self.wrapper.tokenizer.encode(text)
-
-    def check_request(self, ids: Sequence[int], params: SamplingParams) -> None:
-        """Raises ValueError for what add_request would refuse."""
-        vocab = self.wrapper.config.vocab_size
-        if not ids:
-            raise ValueError("the prompt is empty: there is no token to continue from")
-        if min(ids) < 0 or max(ids) >= vocab:
-            bad = next(i for i in ids if not 0 <= i < vocab)
-            raise ValueError(f"token id {bad} is outside the vocabulary 0..{vocab - 1}")
-        total, limit = len(ids) + params.max_new_tokens, self.wrapper.config.max_position_embeddings
-        said = f"prompt {len(ids)} + max_new_tokens {params.max_new_tokens} = {total} tokens"
-        if total > limit:
-            raise ValueError(
-                f"{said}, but the model ends at {limit}; shorten the prompt or ask for at most {max(limit - len(ids), 0)}"
-            )
-        pool = self.wrapper.kv_cache.num_pages * self.page_size
-        if -(-total // self.page_size) * self.page_size > pool:
-            raise ValueError(f"{said}, but the pool holds {pool}; shorten the request or raise max_total_tokens")
+        return self.outcome.abort(rid)
 
     def output_of(self, req: Req) -> RequestOutput:
         """What a request has so far; finish_reason is None while it runs."""
-        text = self.wrapper.tokenizer.decode(req.output_ids) if self.wrapper.tokenizer else ""
-        return RequestOutput(
-            request_id=req.rid, prompt=req.prompt, prompt_ids=req.prompt_ids,
-            text=req.stop_text.cut(text) if req.stop_text else text, output_ids=list(req.output_ids),
-            cached_tokens=req.cached_tokens or 0, finish_reason=req.finish_reason, logprobs=list(req.logprobs),
-        )  # fmt: skip
+        return self.outcome.output_of(req)
+
+    def drop_all(self) -> None:
+        """Forget every request and what is on its way (rank 0); their pages are free or in the tree at once."""
+        for req in self.unfinished:
+            self.abort(req.rid)
+        self._queued, self.batch = None, self.empty_batch()
+        self.results, self.grown = {}, {}
 
 
-def _check_chunk(size: int, page_size: int) -> None:
+def _chunk_size(size: int | None, wrapper: TPRadixAttentionModelWrapper) -> int:
+    """chunked_prefill_size, or the device's default in whole pages. ValueError for parts that are no whole pages."""
+    page_size = wrapper.page_size
+    if size is None:
+        return max(DEFAULT_CHUNK[wrapper.tp.device.type] // page_size, 1) * page_size
+    whole("chunked_prefill_size", size)
     if size < 1 and size != NO_CHUNKS:
         raise ValueError(f"chunked_prefill_size={size} must be at least 1, or {NO_CHUNKS} for no limit")
     if size > 0 and size % page_size:
         below, above = size // page_size * page_size, -(-size // page_size) * page_size
         way_out = f"{below} or {above}" if below else f"{above}"
         raise ValueError(f"page_size={page_size} does not divide chunked_prefill_size={size}; use {way_out}")
+    return size

@@ -18,22 +18,20 @@ Everything that counts up is counted anyway; a step's line is the difference. Co
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ch07_sglang_radix.request import Req
+from ch07_sglang_radix.scheduler_state import SchedulerState
 from ch07_sglang_radix.tasks import DecodeTask, PrefillTask, num_words
 from common.teaching.trace import StepLog
-
-if TYPE_CHECKING:
-    from ch07_sglang_radix.scheduler import TPScheduler
 
 
 class Trace(StepLog):
     """One line a step, written by rank 0 as the steps go."""
 
-    def __init__(self, path: str | Path, scheduler: "TPScheduler"):
-        super().__init__(path, scheduler.tp.ledger)
-        self._scheduler = scheduler
+    def __init__(self, path: str | Path, state: SchedulerState):
+        super().__init__(path, state.tp.ledger)
+        self._state = state
 
     def begin(self) -> None:
         super().begin()
@@ -46,7 +44,7 @@ class Trace(StepLog):
 
     def end(self) -> None:
         """After the step: write its line."""
-        s, counters = self._scheduler, self._counters()
+        s, counters = self._state, self._counters()
         change = {key: counters[key] - self._before[key] for key in counters}
         self.write({
             **self._scheduled(), "policy": s.policy.active, "waiting": len(s.waiting), "running": len(s.running),
@@ -60,7 +58,7 @@ class Trace(StepLog):
         })  # fmt: skip
 
     def _scheduled(self) -> dict[str, Any]:
-        task, s = self._task, self._scheduler
+        task, s = self._task, self._state
         if task is None:
             return {"step": s.step_number, "kind": "settle", "words": 0, "scheduled": []}
         facts = {"step": task.step, "words": num_words(task)}
@@ -75,10 +73,10 @@ class Trace(StepLog):
         return facts | {"kind": "prefill", "scheduled": rows, "held": s.held, "decodes": decodes}
 
     def _why(self, req: Req) -> str:
-        return "chunk" if req is self._scheduler.resumed else self._scheduler.policy.active
+        return "chunk" if req is self._state.resumed else self._state.policy.active
 
     def _counters(self) -> dict[str, int]:
-        s = self._scheduler
+        s = self._state
         return {
             "taken": s.pool.taken, "given": s.pool.given, "inserted": s.tree.inserted, "evicted": s.tree.evicted,
             "splits": s.tree.splits, "finished": s.num_finished, "retracted": s.retractions,

@@ -77,7 +77,7 @@ def measure_model(name: str, tp: TPGroup) -> list[dict]:
         how = "overlap" if overlap else "no overlap"
         note(f"64 running {how}", "us per decode step", step)
         note(f"64 running {how}", "us idle per decode step", idle)
-    engine.scheduler = engine.wrapper = work.engine = None  # the next model needs the room
+    engine = work.engine = None  # the next model needs the room
     gc.collect()
     torch.cuda.empty_cache()
     return rows

@@ -98,7 +98,7 @@ class Clients:
         for call in calls:
             seed = client.number * MAX_CALLS + client.calls_made
             params = SamplingParams(call.new_tokens, call.temperature, seed=seed, ignore_eos=True)
-            self.scheduler.check_request(call.ids, params)
+            self.scheduler.intake.fits(call.ids, params.max_new_tokens)
             rid = self.scheduler.enqueue(None, call.ids, params)
             client.calls_made += 1
             client.waits_for[rid] = None

@@ -11,14 +11,15 @@ from unittest.mock import patch
 
 import numpy as np
 
-from ch07_sglang_radix import scheduler as scheduler_module
+from ch07_sglang_radix import admission as admission_module
 from ch07_sglang_radix.memory_pool import ReqToTokenPool, TokenToKVPool
 from ch07_sglang_radix.prefill_adder import PrefillAdder
 from ch07_sglang_radix.radix_cache import RadixCache
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.request_memory import RequestMemory
+from ch07_sglang_radix.retraction import RETRACT_DECODE_STEPS
 from ch07_sglang_radix.schedule_policy import SchedulePolicy
-from ch07_sglang_radix.scheduler import RETRACT_DECODE_STEPS, TPScheduler
+from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tasks import HEADER, DecodeTask, PageUpdate, PrefillSequence, PrefillTask, encode
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from ch07_sglang_radix.tree_node import TreeNode
@@ -359,7 +360,7 @@ def check_5(m: ModuleType) -> None:
 
     prompts = _prompts(8, 16)
     want = _answers(_engine(), prompts, 12)
-    with patch.object(scheduler_module, "PrefillAdder", Adder):
+    with patch.object(admission_module, "PrefillAdder", Adder):
         engine = _engine(pool=64)
         _same(_answers(engine, prompts[:1], 12), want[:1])  # leaves the shared prefix in the tree
         _same(_answers(engine, prompts, 12), want)
@@ -466,14 +467,14 @@ def check_8(m: ModuleType) -> None:
             step, self._queued = self._queued, None
             if step is None or step.drawn is None:
                 return
-            for req in step.reqs:
+            for req in step.requests:
                 req.pending -= 1
-            m.settle(step.reqs, step.drawn.take()[0], self._finish)
+            m.settle(step.requests, step.drawn.take()[0], self._finish)
             self.running = [req for req in self.running if req.finish_reason is None]
 
         def _finish(self, req):
             self.memory.finish(req)
-            self._report(req)
+            self.outcome.report(req)
 
     prompts = _prompts(4, 10)
     free = _answers(_engine(), prompts, 16)
@@ -548,19 +549,20 @@ def check_10(m: ModuleType) -> None:
         assert left == [i for i in range(5) if i not in want], f"those who stay keep their order: {left}"
     assert play(reqs[:1], 999) == ([], [0]), "one alone stays in any case"
 
-    class Retracting(TPScheduler):
-        def _make_room(self):
-            if self._lacks_room(1):
-                self._settle()
-            if self._lacks_room(1):
-                gone = m.retract(self.running, lambda: self._lacks_room(RETRACT_DECODE_STEPS), self.memory.release)
-                self.retractions += len(gone)
-                self.waiting = sorted(gone, key=lambda req: req.rid) + self.waiting
-                self.new_token_ratio = 1.0
+    def make_room():
+        room = engine.retraction
+        if room.lacks_room(1):
+            engine._settle()
+        if room.lacks_room(1):
+            gone = m.retract(engine.running, lambda: room.lacks_room(RETRACT_DECODE_STEPS), engine.memory.release)
+            engine.retractions += len(gone)
+            engine.waiting = sorted(gone, key=lambda req: req.rid) + engine.waiting
+            engine.new_token_ratio = 1.0
 
     prompts = _prompts(5, 4)
     want = _answers(_engine(), prompts, 30)
-    engine = _engine(Retracting, pool=72)
+    engine = _engine(pool=72)
+    engine.retraction.make_room = make_room
     engine.new_token_ratio = 0.1  # admit too many
     _same(_answers(engine, prompts, 30), want)
     assert engine.retractions > 0, "the pool was too small, but nobody went back to the queue"

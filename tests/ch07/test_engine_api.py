@@ -3,11 +3,13 @@
 import asyncio
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from ch07_sglang_radix import Engine
+from ch07_sglang_radix.tasks import PrefillTask
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.oracle import greedy
 
@@ -140,8 +142,11 @@ def test_many_callers_at_once_run_together(question):
     asyncio.run(cancelled())
     asyncio.run(cancelled_at_once())
     at_rest(engine)
-    with pytest.raises(ValueError, match="async_generate has been called"):
-        engine.generate("What?")
+    assert engine.generate(input_ids=[[7, 8], [5, 6]], sampling_params={"max_new_tokens": 3})[1][
+        "output_ids"
+    ] == greedy(TINY_QWEN_PATH, [5, 6], 3)
+    chunks = list(engine.generate(input_ids=[7, 8], sampling_params={"max_new_tokens": 3}, stream=True))
+    assert chunks[-1]["output_ids"] == greedy(TINY_QWEN_PATH, [7, 8], 3)
     with pytest.raises(ValueError, match="the prompt is empty"):
         asyncio.run(engine.async_generate(input_ids=[]))
     assert engine.flush_cache()
@@ -155,11 +160,77 @@ def test_a_step_that_fails_reaches_whoever_waits():
         raise RuntimeError("the GPU is on fire")
 
     engine.scheduler.control.execute = broken
-    with pytest.raises(RuntimeError, match="on fire"):
-        asyncio.run(engine.async_generate(input_ids=[1, 2]))
-    with pytest.raises(RuntimeError, match="on fire"):
-        asyncio.run(engine.async_generate(input_ids=[1, 2]))
-    engine._loop = None
+    for _ in range(2):
+        result = asyncio.run(engine.async_generate(input_ids=[1, 2]))
+        assert result["meta_info"]["finish_reason"] == {
+            "type": "abort", "message": "RuntimeError: the GPU is on fire", "status_code": 500, "err_type": "RuntimeError",
+        }  # fmt: skip
+    at_rest(engine)
+    engine.shutdown()
+
+
+def test_a_step_that_fails_ends_its_requests_and_nobody_else(engine, question):
+    """The step that computes a prompt fails; those that decode go on, and every page comes back."""
+    scheduler, execute = engine.scheduler, engine.scheduler.control.execute
+
+    def fails_for_the_long_prompt(task):
+        if isinstance(task, PrefillTask) and len(task.token_ids) > 90:
+            raise RuntimeError("out of memory,\n  or so")
+        return execute(task)
+
+    rids = [scheduler.add_request(input_ids=[i, i + 1], max_new_tokens=9) for i in (3, 5)]
+    for _ in range(3):
+        scheduler.step()
+    rids.append(scheduler.add_request(input_ids=[7] * 100, max_new_tokens=9))
+    scheduler.control.execute = fails_for_the_long_prompt
+    try:
+        results = scheduler.process_requests()
+    finally:
+        del scheduler.control.execute
+    assert [results[rid].output_ids for rid in rids[:2]] == [greedy(TINY_QWEN_PATH, [i, i + 1], 9) for i in (3, 5)]
+    assert results[rids[2]].finish_reason["message"] == "RuntimeError: out of memory, or so"
+    at_rest(engine)
+
+
+def test_threads_wait_in_line(engine):
+    with ThreadPoolExecutor(4) as pool:
+        params = {"max_new_tokens": 6}
+        results = list(pool.map(lambda i: engine.generate(input_ids=[i, i + 1], sampling_params=params), range(12)))
+    assert [r["output_ids"] for r in results] == [greedy(TINY_QWEN_PATH, [i, i + 1], 6) for i in range(12)]
+
+
+def test_an_open_stream_keeps_everybody_else_out_at_the_call(engine):
+    stream = engine.generate(input_ids=[7, 8], sampling_params={"max_new_tokens": 3}, stream=True)  # unread
+    for call in (
+        lambda: engine.generate(input_ids=[1, 2], stream=True),
+        lambda: asyncio.run(engine.async_generate(input_ids=[1, 2])),
+    ):
+        with pytest.raises(ValueError, match="a stream of this engine is still open"):
+            call()
+    assert list(stream)[-1]["output_ids"] == greedy(TINY_QWEN_PATH, [7, 8], 3)
+
+
+def test_after_shutdown_every_call_says_so():
+    engine = Engine(device="cpu")
+    engine.shutdown()
+    engine.shutdown()
+    for call in (lambda: engine.generate("a"), engine.get_server_info, engine.flush_cache, lambda: engine.wrapper):
+        with pytest.raises(ValueError, match="this engine is shut down; make a new one"):
+            call()
+
+
+def test_an_interrupt_leaves_nothing_behind(engine):
+    def interrupted(task):
+        raise KeyboardInterrupt
+
+    engine.scheduler.control.execute = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(input_ids=[[1, 2], [3, 4]])
+    del engine.scheduler.control.execute
+    at_rest(engine)
+    assert engine.generate(input_ids=[7, 8], sampling_params={"max_new_tokens": 3})["output_ids"] == greedy(
+        TINY_QWEN_PATH, [7, 8], 3
+    )
 
 
 def test_flush_cache_forgets_and_refuses_while_something_runs(engine, question):
@@ -312,7 +383,7 @@ def test_bad_options_are_refused(options, complaint):
 
 @pytest.mark.parametrize(
     ("params", "complaint"),
-    [({"n": 0}, "n=0 must be a whole number"), ({"stop": [""]}, "none of them empty"), ({"stop": 3}, "stop")],
+    [({"n": 0}, "n=0 must be a whole number"), ({"stop": [""]}, "an empty text is none"), ({"stop": 3}, "stop")],
 )
 def test_bad_parameters_are_refused_before_anything_runs(engine, params, complaint):
     steps = dict(engine.scheduler.steps)

@@ -36,10 +36,10 @@ def test_requests_join_and_leave_at_any_step(scheduler, checkpoint):
     def arrive(step):
         running.append(len(scheduler.running))
         due = step // 2
-        while scheduler._num_requests <= min(due, 5):
-            i = scheduler._num_requests
+        while scheduler.num_requests <= min(due, 5):
+            i = scheduler.num_requests
             scheduler.add_request(input_ids=prompts[i], sampling_params=params(lengths[i]))
-        return scheduler._num_requests < 6
+        return scheduler.num_requests < 6
 
     results = scheduler.process_requests(arrivals=arrive)
     for i, prompt in enumerate(prompts):

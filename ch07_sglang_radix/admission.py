@@ -1,0 +1,83 @@
+"""Who may enter: the prompts that the next prefill step computes.
+
+The schedule policy says in which order to ask, the prefill adder whether there is room; a gate may say "not now" before either
+is asked, for a reason of its own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ch07_sglang_radix.prefill_adder import Answer, Gate, PrefillAdder
+from ch07_sglang_radix.request import Req
+from ch07_sglang_radix.scheduler_state import SchedulerState
+
+NO_LIMIT = 1 << 62  # tokens of a step
+
+
+@dataclass(frozen=True)
+class PrefillBatch:
+    """reqs: (request, prompt tokens to compute). decodes: running requests that take part with a token each."""
+
+    reqs: list[tuple[Req, int]] = field(default_factory=list)
+    decodes: list[Req] = field(default_factory=list)
+
+
+class Admission:
+    """chunked_prefill_size, enable_mixed_chunk, small_request_share: those of TPScheduler. make_room: sees to it that every
+    running request can have its next slot (retraction.py). gates: asked in order for each waiting request."""
+
+    def __init__(
+        self, state: SchedulerState, chunked_prefill_size: int, enable_mixed_chunk: bool, small_request_share: float,
+        make_room: Callable[[], None],
+    ):  # fmt: skip
+        self.state, self.make_room = state, make_room
+        self.budget = chunked_prefill_size if chunked_prefill_size > 0 else NO_LIMIT
+        self.enable_mixed_chunk, self.small_request_share = enable_mixed_chunk, small_request_share
+        self.gates: list[Gate] = []
+
+    def next_prefill(self) -> PrefillBatch:
+        """The chunked request first, then the queue in the policy's order; an empty batch if nobody can start."""
+        s = self.state
+        if not s.chunked and not (s.waiting and s.req_to_token.num_free):
+            return PrefillBatch()
+        decodes, budget = self._decodes()
+        promised = sum(req.max_len - req.seq_len for req in s.running) * s.new_token_ratio
+        adder = PrefillAdder(s.memory, budget, promised, s.waiting, self.small_request_share, self.gates)
+        if s.chunked:
+            adder.add_chunk(s.chunked)
+        s.held, s.resumed = {}, s.chunked
+        for req in s.policy.order(s.waiting):
+            first = req.cached_tokens is None  # it has not been in before, and gone back
+            answer = adder.add(req)
+            if answer is not Answer.ADDED:
+                s.held[req.rid] = answer.value
+            if answer is Answer.FULL:
+                break
+            if answer is Answer.ADDED and first:
+                s.policy.admitted(req.kv_len, len(req.prompt_ids))
+                s.served["prompt"] += len(req.prompt_ids)
+                s.served["cached"] += req.kv_len
+        s.chunked = adder.chunked
+        if not adder.batch:
+            return PrefillBatch()
+        self._leave_the_queue({req for req, _ in adder.batch})
+        s.last_prefill = adder.batch
+        return PrefillBatch(adder.batch, decodes)
+
+    def _decodes(self) -> tuple[list[Req], int]:
+        """(running requests that take part in the step, tokens left for prompts)."""
+        s, budget = self.state, self.budget
+        if not self.enable_mixed_chunk or not any(req.wanted for req in s.running):
+            return [], budget
+        self.make_room()  # decodes of the step come first
+        decodes = [req for req in s.running if req.wanted]
+        s.memory.grow_by_a_page([req for req in decodes if req.kv_len == req.allocated_len])
+        return decodes, max(budget - len(decodes), s.page_size)
+
+    def _leave_the_queue(self, added: set[Req]) -> None:
+        """And count for those in front of them that they have been passed over."""
+        waiting = self.state.waiting
+        last = max((i for i, req in enumerate(waiting) if req in added), default=-1)
+        for req in waiting[: last + 1]:
+            req.passed_over += req not in added
+        self.state.waiting = [req for req in waiting if req not in added]

@@ -1,0 +1,91 @@
+"""What comes back: tokens are appended, requests end, results are laid out for whoever waits."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ch07_sglang_radix.request import Req, RequestOutput
+from ch07_sglang_radix.scheduler_state import SchedulerState
+from common.request.queued_step import QueuedStep
+
+SERVER_ERROR = 500  # HTTP's, which SGLang puts into finish_reason
+
+
+class Outcome:
+    """Every way out of the scheduler: to the end, aborted, or with the step that failed."""
+
+    def __init__(self, state: SchedulerState):
+        self.state = state
+
+    def take(self, step: QueuedStep[Req]) -> None:
+        """Append a step's tokens, and end who has come to an end. Waits for the device."""
+        s, ended = self.state, False
+        for req, token, logprob in step.take():
+            req.take_token(token, logprob)
+            s.grown[req.rid] = req
+            if req.ended:
+                ended = True
+                self.end(req)
+        if ended:
+            s.running = [req for req in s.running if not req.ended]
+
+    def end(self, req: Req) -> None:
+        """A running request has come to its end: leave to the tree what is known, take the rest back."""
+        # without what a step that is on its way still computes for it
+        req.kv_len = len(req.prompt_ids) + max(len(req.output_ids) - 1, 0)
+        self.state.memory.finish(req)
+        self.report(req)
+
+    def report(self, req: Req) -> None:
+        s = self.state
+        s.num_finished += 1
+        s.grown[req.rid] = req
+        s.results[req.rid] = self.output_of(req)
+
+    def abort(self, rid: int) -> bool:
+        """End a request wherever it is; False if it is unknown or has ended."""
+        s = self.state
+        req = next((req for req in s.unfinished if req.rid == rid), None)
+        if req is None:
+            return False
+        req.finish_reason = {"type": "abort"}
+        if req in s.running:
+            s.running.remove(req)
+            self.end(req)
+            return True
+        if req is s.chunked:
+            s.chunked = None
+            s.memory.release(req)
+        else:
+            s.waiting.remove(req)
+        self.report(req)
+        return True
+
+    def fail(self, reqs: Sequence[Req], error: BaseException) -> None:
+        """A step could not be carried out: its requests end with the error, and nobody else."""
+        kind = type(error).__name__
+        reason = failure(f"{kind}: {error}" if str(error) else kind, kind)
+        s = self.state
+        s.batch = s.empty_batch()
+        for req in reqs:
+            req.finish_reason = reason
+            if req is s.chunked:
+                s.chunked = None
+            if req in s.running:
+                s.running.remove(req)
+            s.memory.release(req)  # nothing of it goes into the tree: who knows how far the step came
+            self.report(req)
+
+    def output_of(self, req: Req) -> RequestOutput:
+        """What a request has so far; finish_reason is None while it runs."""
+        tokenizer = self.state.wrapper.tokenizer
+        text = tokenizer.decode(req.output_ids) if tokenizer else ""
+        return RequestOutput(
+            request_id=req.rid, prompt=req.prompt, prompt_ids=req.prompt_ids,
+            text=req.stop_text.cut(text) if req.stop_text else text, output_ids=list(req.output_ids),
+            cached_tokens=req.cached_tokens or 0, finish_reason=req.finish_reason, logprobs=list(req.logprobs),
+        )  # fmt: skip
+
+
+def failure(message: str, kind: str) -> dict[str, Any]:
+    """SGLang's finish_reason of a request that an error has ended, in one line."""
+    return {"type": "abort", "message": " ".join(message.split()), "status_code": SERVER_ERROR, "err_type": kind}

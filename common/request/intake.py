@@ -1,0 +1,92 @@
+"""The door of both engines: what a user asks for -> a request that can run, or one ValueError before anything is queued.
+
+An engine that has let a request in must be able to end it. So everything that could go wrong because of a value is looked at
+here, once, for `LLM`, `LLMEngine`, `Engine` and `TPScheduler` alike: what is text and what is a token, lengths against the
+model and the pool, stop texts against a missing tokenizer, namespaces that must be comparable on every rank.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common.request.values import shown, text, token_ids, whole
+from common.text.tokenizer import Tokenizer
+
+PRIORITY_LIMIT = 1 << 31  # SGLang and vLLM send priorities as machine integers; so does a task
+
+
+@dataclass(frozen=True)
+class Words:
+    """How an engine calls things, so that an error says what its user can change."""
+
+    max_tokens: str  # max_tokens | max_new_tokens
+    token_ids: str  # prompt_token_ids | input_ids
+    pool: str  # the argument that makes the pool larger
+
+
+@dataclass(frozen=True)
+class Intake:
+    """vocab_size V; model_limit: positions of the model; pool_tokens: slots of the whole pool, by pages of page_size."""
+
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    model_limit: int
+    pool_tokens: int
+    page_size: int
+    words: Words
+
+    def ids(self, prompt: Any, name: str = "the prompt") -> list[int]:
+        """A text or token ids (a list, or an array or tensor of one dimension) -> token ids, all of them in the vocabulary."""
+        if isinstance(prompt, str):
+            text(name, prompt)
+            if self.tokenizer is None:
+                raise ValueError(f"this checkpoint has no tokenizer; give {self.words.token_ids} instead of text")
+            prompt = self.tokenizer.encode(prompt)
+        return token_ids(name, prompt, self.vocab_size)
+
+    def fits(self, ids: Sequence[int], max_tokens: int) -> None:
+        """Raises ValueError for a request that could never come to its end."""
+        if not ids:
+            raise ValueError("the prompt is empty: there is no token to continue from")
+        total = len(ids) + max_tokens
+        said = f"prompt {len(ids)} + {self.words.max_tokens} {max_tokens} = {total} tokens"
+        if total > self.model_limit:
+            left = self.model_limit - len(ids)
+            way_out = f" or ask for at most {left}" if left > 0 else f" to {self.model_limit - 1} or fewer"
+            raise ValueError(f"{said}, but the model ends at {self.model_limit}; shorten the prompt{way_out}")
+        if -(-total // self.page_size) * self.page_size > self.pool_tokens:
+            raise ValueError(
+                f"{said}, but the pool holds {self.pool_tokens}; shorten the request or raise {self.words.pool}"
+            )
+
+    def room_for(self, ids: Sequence[int]) -> int:
+        """The most tokens that can follow `ids`."""
+        whole_pages = self.pool_tokens // self.page_size * self.page_size
+        return max(1, min(self.model_limit, whole_pages) - len(ids))
+
+    def stops(self, stop: Sequence[str]) -> None:
+        """Raises ValueError if there is no text to find them in."""
+        if stop and self.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer, so no text to stop at; use stop_token_ids")
+
+    @staticmethod
+    def namespace(name: str, value: Any) -> str | None:
+        """A salt or an extra key: keeps what this request caches apart from what those of other keys cache."""
+        return text(name, value, empty=False, none=True)
+
+    @staticmethod
+    def priority(value: Any) -> int:
+        return whole("priority", value, -PRIORITY_LIMIT, PRIORITY_LIMIT - 1)
+
+
+def refuse_unknown(
+    what: str, given: Sequence[str], known: Sequence[str], elsewhere: dict[str, str] | None = None
+) -> None:
+    """Raises ValueError for names that nobody here would read; `elsewhere` says what to use instead of some."""
+    unknown = sorted(set(map(str, given)) - set(known))
+    if not unknown:
+        return
+    name = unknown[0]
+    hint = (elsewhere or {}).get(name)
+    said = f"unknown {what} {', '.join(shown(one) if not one.isidentifier() else one for one in unknown[:4])}"
+    raise ValueError(f"{said}: {hint}" if hint else f"{said}; known: {', '.join(sorted(known))}")
