@@ -298,16 +298,18 @@ SETTINGS = [
 @pytest.mark.parametrize("mixed", [False, True])
 def test_sampling_draws_the_tokens_of_the_plain_form(dtype, vocab, mixed):
     """The same random numbers give the same tokens; a draw that falls on a border may go to a neighbour."""
-    from common.sampling import sampler  # noqa: PLC0415
+    from common.sampling.batch import SamplingBatch, SamplingRow  # noqa: PLC0415
+    from common.sampling.params import SamplingParams  # noqa: PLC0415
+    from common.sampling.sampler import _sample, sample  # noqa: PLC0415
 
     torch.manual_seed(0)
     logits = (torch.randn(64, vocab, device="cuda") * 3).to(dtype)
     groups = [SETTINGS * 8] if mixed else [[one] * 64 for one in SETTINGS]
     for settings in groups:
-        params = [sampler.SamplingParams(**one) for one in settings]
-        batch = sampler.SamplingBatch([sampler.SamplingRow(p, seed, [], []) for seed, p in enumerate(params)])
-        got = sampler.sample(logits, batch)[0]
-        want = sampler._sample(logits.float(), batch)
+        params = [SamplingParams(**one) for one in settings]
+        batch = SamplingBatch([SamplingRow(p, seed, [], []) for seed, p in enumerate(params)])
+        got = sample(logits, batch).tokens
+        want, _ = _sample(logits.float(), batch)
         assert (got == want).sum() >= 62, settings[0]
         kept = logits.float().gather(1, got.unsqueeze(1))
         for i, p in enumerate(params):  # and every token is one that may be drawn

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.sampling.sampler import SamplingParams, SamplingRow, sample, uniform
+from common.sampling.batch import SamplingRow, uniform
+from common.sampling.params import SamplingParams
+from common.sampling.sampler import Drawn, sample
 
 
 def row(params, seed=0, prompt=(0,), output=()):
@@ -17,11 +19,11 @@ def row(params, seed=0, prompt=(0,), output=()):
 def draws(logits, params, count, prompt=(0,), output=()):
     """The tokens that `count` requests with seeds 0, 1, ... get from the same logits."""
     rows = [row(params, seed, prompt, output) for seed in range(count)]
-    return sample(torch.tensor(logits).expand(count, -1), rows)[0].tolist()
+    return sample(torch.tensor(logits).expand(count, -1), rows).tokens.tolist()
 
 
 def one(logits, params, **of_row):
-    return sample(torch.tensor([logits]), [row(params, **of_row)])[0].item()
+    return sample(torch.tensor([logits]), [row(params, **of_row)]).tokens.item()
 
 
 def log(*probs):
@@ -64,7 +66,7 @@ def random_logits(size, vocab, seed=0):
 
 def test_the_default_is_the_best_token():
     logits = random_logits(8, 50)
-    tokens, _ = sample(logits, [row(SamplingParams(), seed) for seed in range(8)])
+    tokens = sample(logits, [row(SamplingParams(), seed) for seed in range(8)]).tokens
     assert torch.equal(tokens, logits.argmax(dim=-1))
     assert tokens.dtype == torch.int64
 
@@ -80,15 +82,15 @@ def test_of_equal_logits_the_first_wins_alone_and_beside_a_drawing_row():
     logits = [1.0, 3.0, 3.0, 3.0]
     assert one(logits, SamplingParams()) == 1
     rows = [row(SamplingParams()), row(SamplingParams(temperature=1.0))]
-    assert sample(torch.tensor([logits, logits]), rows)[0][0] == 1
+    assert sample(torch.tensor([logits, logits]), rows).tokens[0] == 1
 
 
 def test_a_greedy_row_is_not_rounded_beside_a_drawing_row():
     """Two logits that differ, but whose probabilities are one float32."""
     logits = torch.tensor([[0.0, 1e-9], [0.0, 1.0]])
     greedy, drawing = row(SamplingParams()), row(SamplingParams(temperature=1.0))
-    assert sample(logits[:1], [greedy])[0].item() == 1
-    assert sample(logits, [greedy, drawing])[0][0] == 1
+    assert sample(logits[:1], [greedy]).tokens.item() == 1
+    assert sample(logits, [greedy, drawing]).tokens[0] == 1
 
 
 @pytest.mark.parametrize("temperature", [1e-2, 1e-6, 1e-20, 1e-38, 1e-40, 1e-60])
@@ -97,7 +99,7 @@ def test_a_temperature_near_0_is_greedy(temperature):
 
 
 def test_bfloat16_logits_are_taken():
-    assert sample(torch.tensor([[0.0, 2.0, 1.0]], dtype=torch.bfloat16), [row(SamplingParams())])[0].item() == 1
+    assert sample(torch.tensor([[0.0, 2.0, 1.0]], dtype=torch.bfloat16), [row(SamplingParams())]).tokens.item() == 1
 
 
 # --- what is drawn
@@ -127,7 +129,7 @@ def test_draws_of_one_request_follow_the_distribution_too():
     """One seed, 20 000 tokens: the numbers along a request are as good as those across requests."""
     params = SamplingParams(temperature=1.0)
     rows = [SamplingRow(params, 7, [0], range(n)) for n in range(20_000)]
-    tokens = sample(torch.tensor(LOGITS).expand(len(rows), -1), rows)[0].tolist()
+    tokens = sample(torch.tensor(LOGITS).expand(len(rows), -1), rows).tokens.tolist()
     assert_drawn_from(tokens, distribution(LOGITS, params))
 
 
@@ -169,14 +171,14 @@ def test_a_token_of_probability_0_is_never_drawn():
 @pytest.mark.parametrize(("u", "token"), [(0.0, 0), (0.25, 1), (0.5, 2), (1 - 2**-24, 3)])
 def test_a_number_on_a_border_belongs_to_the_next_token(u, token, monkeypatch):
     """Thus each token owns exactly its share of the numbers, and the last one still draws a kept token."""
-    monkeypatch.setattr("common.sampling.sampler.uniform", lambda seeds, counts: np.full(len(seeds), u))
+    monkeypatch.setattr("common.sampling.batch.uniform", lambda seeds, counts: np.full(len(seeds), u))
     assert one([1.0, 1.0, 1.0, 1.0, 0.0], SamplingParams(temperature=1.0, top_k=4)) == token
 
 
 def test_a_large_flat_vocabulary_is_drawn_from_end_to_end():
     vocab, count = 151_936, 64
     rows = [row(SamplingParams(temperature=1.0), seed) for seed in range(count)]
-    tokens = sample(torch.zeros(1, vocab).expand(count, -1), rows)[0].tolist()
+    tokens = sample(torch.zeros(1, vocab).expand(count, -1), rows).tokens.tolist()
     want = [math.floor(uniform(seed, 0) * vocab) for seed in range(count)]
     assert all(abs(t - w) <= 2 for t, w in zip(tokens, want, strict=True))
 
@@ -231,7 +233,7 @@ def test_presence_and_frequency_leave_the_prompt_alone():
 def test_a_penalty_of_one_row_leaves_the_others_alone():
     logits = torch.tensor([[1.0, 1.1], [1.0, 1.1]])
     rows = [row(SamplingParams(presence_penalty=2.0), output=[1]), row(SamplingParams(), output=[1])]
-    assert sample(logits, rows)[0].tolist() == [0, 1]
+    assert sample(logits, rows).tokens.tolist() == [0, 1]
 
 
 def test_logits_are_not_written_to():
@@ -262,11 +264,11 @@ def mixed_rows():
 
 def test_a_row_gets_the_same_token_in_every_batch():
     rows, logits = mixed_rows(), random_logits(7, 1000)
-    alone = [sample(logits[i : i + 1], rows[i : i + 1])[0].item() for i in range(len(rows))]
+    alone = [sample(logits[i : i + 1], rows[i : i + 1]).tokens.item() for i in range(len(rows))]
     rng = random.Random(0)
     for _ in range(20):
         batch = rng.sample(range(len(rows)), rng.randint(1, len(rows)))
-        tokens, _ = sample(logits[batch], [rows[i] for i in batch])
+        tokens = sample(logits[batch], [rows[i] for i in batch]).tokens
         assert tokens.tolist() == [alone[i] for i in batch]
 
 
@@ -294,7 +296,8 @@ def test_the_nth_token_depends_on_the_seed_and_n_alone():
 
 
 def test_no_logprobs_unless_asked():
-    assert sample(random_logits(2, 10), [row(SamplingParams()), row(SamplingParams(temperature=1.0))])[1] is None
+    drawn = Drawn(sample(random_logits(2, 10), [row(SamplingParams()), row(SamplingParams(temperature=1.0))]))
+    assert drawn.take().logprobs == [None, None]
 
 
 def test_logprobs_are_the_models_own():
@@ -305,16 +308,16 @@ def test_logprobs_are_the_models_own():
         row(SamplingParams(temperature=0.1, top_k=2, logprobs=True)),
         row(SamplingParams(repetition_penalty=2.0, logprobs=True), output=[1]),
     ]
-    tokens, logprobs = sample(logits, rows)
-    want = logits.log_softmax(dim=-1)[torch.arange(3), tokens]
-    torch.testing.assert_close(logprobs, want)
+    taken = Drawn(sample(logits, rows)).take()
+    want = logits.log_softmax(dim=-1)[torch.arange(3), taken.tokens]
+    torch.testing.assert_close(torch.tensor([told.logprob for told in taken.logprobs]), want)
 
 
 def test_logprobs_do_not_change_the_token():
     rows = mixed_rows()
     with_logprobs = [replace(r, params=replace(r.params, logprobs=True)) for r in rows]
     logits = random_logits(7, 1000)
-    assert torch.equal(sample(logits, rows)[0], sample(logits, with_logprobs)[0])
+    assert torch.equal(sample(logits, rows).tokens, sample(logits, with_logprobs).tokens)
 
 
 # --- parameters
