@@ -24,7 +24,8 @@ from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tasks import LEAVE, StopTask
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.parallel_state import initialize_tensor_parallel, shutdown_tensor_parallel
-from common.sampling.sampler import SamplingParams, uniform
+from common.sampling.batch import uniform
+from common.sampling.params import SamplingParams
 
 # SGLang's name -> ours; all other names are the same
 RENAMED = {"sampling_seed": "seed"}

@@ -37,7 +37,9 @@ from ch07_sglang_radix.tasks import DecodeTask, PrefillSequence, PrefillTask, St
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from ch07_sglang_radix.trace import Trace
 from common.distributed.messages import share
-from common.sampling.sampler import Drawn, SamplingBatch, SamplingParams, uniform
+from common.sampling.batch import SamplingBatch, uniform
+from common.sampling.params import SamplingParams
+from common.sampling.sampler import Drawn
 
 RETRACT_DECODE_STEPS = 20  # after a retraction this many steps fit for everyone left
 NO_CHUNKS = -1
@@ -339,8 +341,8 @@ class TPScheduler:
         for req in emitting:
             req.pending += 1
             req.wanted -= 1
-        if any(req.params.penalized for req in emitting):
-            self._settle()  # a penalty must know every token before the one it is for
+        if any(req.params.needs_last_token for req in emitting):
+            self._settle()  # a penalty, say, must know every token before the one it is for
         if isinstance(task, DecodeTask):
             sampling = self._decoding.next_sampling()
         else:
@@ -350,7 +352,7 @@ class TPScheduler:
     def _best(self, reqs: list[Req]) -> int:
         """How many of its best logits each rank gives in this step; 0: all."""
         params = [req.params for req in reqs]
-        if not self.gather_best or any(p.logprobs or p.penalized or not (p.greedy or p.top_k > 0) for p in params):
+        if not self.gather_best or any(p.logprobs or p.edits or not (p.greedy or p.top_k > 0) for p in params):
             return 0
         best = max((1 if p.greedy else p.top_k for p in params), default=0)
         return best if best <= MAX_BEST else 0
@@ -360,13 +362,14 @@ class TPScheduler:
         step, self._queued = self._queued, None
         if step is None or step.drawn is None:
             return
-        tokens, logprobs = step.drawn.take()
+        taken = step.drawn.take()
         ended = False
         for i, req in enumerate(step.reqs):
             req.pending -= 1
             if req.finish_reason:  # it had ended when this step was on its way already
                 continue
-            req.take_token(tokens[i], logprobs[i] if logprobs else None)
+            told = taken.logprobs[i]
+            req.take_token(taken.tokens[i], told.logprob if told else None)
             self.grown[req.rid] = req
             if req.finish_reason:
                 ended = True

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ch07_sglang_radix.benchmarks.workloads import Program
 from ch07_sglang_radix.request import RequestOutput
 from ch07_sglang_radix.scheduler import TPScheduler
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 
 MAX_CALLS = 1 << 12  # of one program: its calls draw with seeds of their own, in whatever order they run
 

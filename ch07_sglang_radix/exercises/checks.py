@@ -21,7 +21,7 @@ from ch07_sglang_radix.schedule_policy import SchedulePolicy
 from ch07_sglang_radix.scheduler import RETRACT_DECODE_STEPS, TPScheduler
 from ch07_sglang_radix.tasks import HEADER, DecodeTask, PageUpdate, PrefillSequence, PrefillTask, encode
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 
 MAX_STEPS = 400  # a wrong answer may keep an engine busy for ever
 
