@@ -5,13 +5,13 @@ When a request stops is not said here, but for the number of its tokens and the 
 detokenizer's.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from common.sampling.edits import AllowedTokens, BadWords, LogitBias, LogitsEdit, MinNewTokens, Penalties
-from common.sampling.values import flag, real, shown, token_ids, whole
+from common.sampling.values import flag, real, several, shown, token_ids, whole
 
 UNLIMITED_TOP_K = -1
 MASK64 = (1 << 64) - 1
@@ -24,7 +24,7 @@ _RANGES = {
     "presence_penalty": (-2, 2, "; 0 is none"),
     "frequency_penalty": (-2, 2, "; 0 is none"),
 }
-_MAX_BIAS = 100.0
+MAX_BIAS = 100.0  # OpenAI's range; vLLM cuts to it silently (sampling_params.py, from_optional), SGLang takes any
 
 
 @dataclass(frozen=True)
@@ -147,25 +147,25 @@ def _top_k(value: Any) -> int:
 
 def _biases(value: Any) -> tuple[tuple[int, float], ...]:
     """{id: bias}, the ids perhaps as texts as JSON has them, or pairs -> pairs."""
-    say = " must be {token id: a number}"
-    if value is None:
-        return ()
+    what = "{token id: a number}"
     try:
-        pairs = [(token, bias) for token, bias in (value.items() if isinstance(value, Mapping) else value)]
+        items = several("logit_bias", list(value.items()) if isinstance(value, Mapping) else value, what)
+        tokens, biases = zip(*((token, bias) for token, bias in items), strict=True) if items else ((), ())
     except Exception:
-        raise ValueError(f"logit_bias={shown(value)}{say}") from None
-    tokens = [int(t) if isinstance(t, str) and t.isascii() and t.isdecimal() and len(t) < 11 else t for t, _ in pairs]
-    ids = token_ids("logit_bias", tokens)
+        raise ValueError(f"logit_bias={shown(value)} must be {what}") from None
+    ids = token_ids("logit_bias", [_number_in_text(token) for token in tokens])
     if len(set(ids)) < len(ids):
         raise ValueError(f"logit_bias={shown(value)} names a token twice")
-    values = (real(f"logit_bias of token {token}", bias, -_MAX_BIAS, _MAX_BIAS) for token, (_, bias) in zip(ids, pairs))
-    return tuple(zip(ids, values, strict=True))
+    named = zip(ids, biases, strict=True)
+    return tuple((i, real(f"logit_bias of token {i}", bias, -MAX_BIAS, MAX_BIAS)) for i, bias in named)
+
+
+def _number_in_text(token: Any) -> Any:
+    return int(token) if isinstance(token, str) and token.isascii() and token.isdecimal() and len(token) < 11 else token
 
 
 def _sequences(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable) or not hasattr(value, "__len__"):
-        raise ValueError(f"{name}={shown(value)} must be sequences of token ids")
-    found = tuple(token_ids(name, one) for one in value)
+    found = tuple(token_ids(name, one) for one in several(name, value, "sequences of token ids"))
     if not all(found):
         raise ValueError(f"{name}={shown(value)}: an empty sequence forbids nothing; leave it out")
     return found

@@ -5,7 +5,7 @@ this line meets another kind. A bool is no number: `top_k=True` is a slip, not a
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from decimal import Decimal
 from numbers import Real
 from operator import index
@@ -67,25 +67,31 @@ def flag(name: str, value: Any) -> bool:
     return plain
 
 
-def token_ids(name: str, value: Any) -> tuple[int, ...]:
-    """Token ids from a list, tuple, set, range, NumPy array or tensor -> tuple. The vocabulary is not known here."""
-    say = " token ids, whole numbers from 0"
+def several(name: str, value: Any, what: str) -> list[Any]:
+    """The items of a list, tuple, set, range, NumPy array or tensor; a text is one value, and a generator may not end."""
     try:
-        known_kind = isinstance(value, Iterable) and not isinstance(value, str | bytes | bytearray | Mapping)
-        size = len(value) if known_kind else -1
-    except Exception:  # a generator, an array of no dimensions
-        size = -1
-    if size < 0:
-        raise ValueError(f"{name}={shown(value)} must be{say}")
-    if size > MAX_IDS:
-        raise ValueError(f"{name} has {size} token ids, and may have {MAX_IDS}")
-    try:
-        ids = tuple(index(_plain(one)) for one in value)
+        if isinstance(value, str | bytes | bytearray | Mapping):
+            raise TypeError
+        size = len(value)
+        items = list(value) if size <= MAX_IDS else None
     except Exception:
-        raise ValueError(f"{name}={shown(value)} must be{say}") from None
+        raise ValueError(f"{name}={shown(value)} must be {what}") from None
+    if items is None:
+        raise ValueError(f"{name} has {size} items, and may have {MAX_IDS}")
+    return items
+
+
+def token_ids(name: str, value: Any) -> tuple[int, ...]:
+    """Several token ids -> tuple. How large the vocabulary is, is not known here."""
+    what = "token ids, whole numbers from 0"
+    items = several(name, value, what)
+    try:
+        ids = tuple(index(_plain(one)) for one in items)
+    except Exception:
+        raise ValueError(f"{name}={shown(value)} must be {what}") from None
     for one in ids:
         if not 0 <= one <= MAX_INT:
-            raise ValueError(f"{name}={shown(value)} must be{say}; {shown(one)} is none")
+            raise ValueError(f"{name}={shown(value)} must be {what}; {shown(one)} is none")
     return ids
 
 

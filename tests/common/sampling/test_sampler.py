@@ -1,7 +1,6 @@
 import math
 import random
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,21 +8,8 @@ import torch
 
 from common.sampling.batch import SamplingRow, uniform
 from common.sampling.params import SamplingParams
-from common.sampling.sampler import Drawn, sample
-
-
-def row(params, seed=0, prompt=(0,), output=()):
-    return SamplingRow(params, seed, list(prompt), list(output))
-
-
-def draws(logits, params, count, prompt=(0,), output=()):
-    """The tokens that `count` requests with seeds 0, 1, ... get from the same logits."""
-    rows = [row(params, seed, prompt, output) for seed in range(count)]
-    return sample(torch.tensor(logits).expand(count, -1), rows).tokens.tolist()
-
-
-def one(logits, params, **of_row):
-    return sample(torch.tensor([logits]), [row(params, **of_row)]).tokens.item()
+from common.sampling.sampler import sample
+from tests.common.sampling.rows import draws, one, random_logits, row
 
 
 def log(*probs):
@@ -55,10 +41,6 @@ def assert_drawn_from(tokens, want):
     chi_square = sum((counts[t] - len(tokens) * p) ** 2 / (len(tokens) * p) for t, p in want.items())
     freedom = len(want) - 1
     assert chi_square <= freedom + 5 * math.sqrt(2 * freedom)
-
-
-def random_logits(size, vocab, seed=0):
-    return 2 * torch.randn(size, vocab, generator=torch.Generator().manual_seed(seed))
 
 
 # --- greedy
@@ -183,69 +165,6 @@ def test_a_large_flat_vocabulary_is_drawn_from_end_to_end():
     assert all(abs(t - w) <= 2 for t, w in zip(tokens, want, strict=True))
 
 
-# --- penalties
-
-
-def penalized(logits, params, prompt, output):
-    """From the definitions, token by token."""
-    out = []
-    for t, x in enumerate(logits):
-        if t in prompt or t in output:
-            x = x / params.repetition_penalty if x > 0 else x * params.repetition_penalty  # noqa: PLW2901
-        if t in output:
-            x = x - params.presence_penalty - params.frequency_penalty * output.count(t)  # noqa: PLW2901
-        out.append(x)
-    return out
-
-
-PENALTIES = [
-    {"repetition_penalty": 1.3},
-    {"repetition_penalty": 0.5},
-    {"presence_penalty": 1.5},
-    {"presence_penalty": -1.0},
-    {"frequency_penalty": 0.7},
-    {"frequency_penalty": -0.4},
-    {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3},
-]
-
-
-@pytest.mark.parametrize("penalty", PENALTIES, ids=str)
-@pytest.mark.parametrize(("prompt", "output"), [([1, 2], []), ([1, 2], [4, 4, 4, 3]), ([6], [6, 6, 1])])
-def test_penalties_are_applied_before_everything_else(penalty, prompt, output):
-    plain = SamplingParams(temperature=0.7, top_k=6)
-    params = replace(plain, **penalty)
-    with_penalty = draws(LOGITS, params, 3000, prompt, output)
-    assert with_penalty == draws(penalized(LOGITS, params, prompt, output), plain, 3000, prompt, output)
-
-
-@pytest.mark.parametrize("penalty", PENALTIES, ids=str)
-def test_greedy_is_penalized_too(penalty):
-    prompt, output = [1, 2], [4, 4, 3]
-    params = SamplingParams(**penalty)
-    want = penalized(LOGITS, params, prompt, output)
-    assert one(LOGITS, params, prompt=prompt, output=output) == want.index(max(want))
-
-
-def test_presence_and_frequency_leave_the_prompt_alone():
-    assert one([0.0, 1.0], SamplingParams(presence_penalty=2.0, frequency_penalty=2.0), prompt=[1, 1, 1]) == 1
-
-
-def test_a_penalty_of_one_row_leaves_the_others_alone():
-    logits = torch.tensor([[1.0, 1.1], [1.0, 1.1]])
-    rows = [row(SamplingParams(presence_penalty=2.0), output=[1]), row(SamplingParams(), output=[1])]
-    assert sample(logits, rows).tokens.tolist() == [0, 1]
-
-
-def test_logits_are_not_written_to():
-    logits = torch.tensor([LOGITS])
-    sample(logits, [row(SamplingParams(temperature=0.5, repetition_penalty=1.5), output=[1])])
-    assert torch.equal(logits, torch.tensor([LOGITS]))
-
-
-def test_a_request_without_prompt_and_output_has_nothing_to_penalize():
-    assert one(LOGITS, SamplingParams(repetition_penalty=1.5), prompt=[], output=[]) == 1
-
-
 # --- the batch does not matter, the seed does
 
 
@@ -290,80 +209,6 @@ def test_the_nth_token_depends_on_the_seed_and_n_alone():
     params = SamplingParams(temperature=1.0)
     assert one(LOGITS, params, seed=3, output=[1, 2, 3]) == one(LOGITS, params, seed=3, output=[7, 7, 7], prompt=[4])
     assert len({one(LOGITS, params, seed=3, output=[0] * n) for n in range(30)}) > 1
-
-
-# --- log-probabilities
-
-
-def test_no_logprobs_unless_asked():
-    drawn = Drawn(sample(random_logits(2, 10), [row(SamplingParams()), row(SamplingParams(temperature=1.0))]))
-    assert drawn.take().logprobs == [None, None]
-
-
-def test_logprobs_are_the_models_own():
-    """Of the raw logits: temperature, cuts and penalties choose the token but do not change its log-probability."""
-    logits = random_logits(3, 10)
-    rows = [
-        row(SamplingParams(logprobs=True)),
-        row(SamplingParams(temperature=0.1, top_k=2, logprobs=True)),
-        row(SamplingParams(repetition_penalty=2.0, logprobs=True), output=[1]),
-    ]
-    taken = Drawn(sample(logits, rows)).take()
-    want = logits.log_softmax(dim=-1)[torch.arange(3), taken.tokens]
-    torch.testing.assert_close(torch.tensor([told.logprob for told in taken.logprobs]), want)
-
-
-def test_logprobs_do_not_change_the_token():
-    rows = mixed_rows()
-    with_logprobs = [replace(r, params=replace(r.params, logprobs=True)) for r in rows]
-    logits = random_logits(7, 1000)
-    assert torch.equal(sample(logits, rows).tokens, sample(logits, with_logprobs).tokens)
-
-
-# --- parameters
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
-        ({"max_new_tokens": -1}, "max_new_tokens=-1 must be at least 1"),
-        ({"temperature": -0.1}, "temperature=-0.1 must be >= 0 (0 is greedy)"),
-        ({"temperature": math.inf}, "temperature=inf must be >= 0 (0 is greedy)"),
-        ({"temperature": math.nan}, "temperature=nan must be >= 0 (0 is greedy)"),
-        ({"top_k": 0}, "top_k=0 must be >= 1, or -1 for no limit"),
-        ({"top_k": -2}, "top_k=-2 must be >= 1, or -1 for no limit"),
-        ({"top_p": 0.0}, "top_p=0.0 must be in (0, 1]; 1 keeps every token"),
-        ({"top_p": 1.01}, "top_p=1.01 must be in (0, 1]; 1 keeps every token"),
-        ({"top_p": math.nan}, "top_p=nan must be in (0, 1]; 1 keeps every token"),
-        ({"min_p": -0.1}, "min_p=-0.1 must be in [0, 1]; 0 keeps every token"),
-        ({"min_p": 1.5}, "min_p=1.5 must be in [0, 1]; 0 keeps every token"),
-        ({"min_p": math.nan}, "min_p=nan must be in [0, 1]; 0 keeps every token"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be > 0; 1 is none"),
-        ({"repetition_penalty": -1.0}, "repetition_penalty=-1.0 must be > 0; 1 is none"),
-        ({"repetition_penalty": math.inf}, "repetition_penalty=inf must be > 0; 1 is none"),
-        ({"repetition_penalty": math.nan}, "repetition_penalty=nan must be > 0; 1 is none"),
-        ({"presence_penalty": 2.1}, "presence_penalty=2.1 must be in [-2, 2]; 0 is none"),
-        ({"presence_penalty": math.nan}, "presence_penalty=nan must be in [-2, 2]; 0 is none"),
-        ({"frequency_penalty": -2.1}, "frequency_penalty=-2.1 must be in [-2, 2]; 0 is none"),
-        ({"frequency_penalty": math.nan}, "frequency_penalty=nan must be in [-2, 2]; 0 is none"),
-    ],
-    ids=str,
-)
-def test_a_value_outside_its_range_is_refused(values, message):
-    with pytest.raises(ValueError) as error:  # noqa: PT011, the whole message is compared
-        SamplingParams(**values)
-    assert str(error.value) == message
-
-
-@pytest.mark.parametrize(
-    "values",
-    [{"max_new_tokens": 1}, {"temperature": 0.0}, {"top_k": 1}, {"top_k": -1}, {"top_p": 1.0}, {"min_p": 0.0},
-     {"min_p": 1.0}, {"presence_penalty": -2.0}, {"presence_penalty": 2.0}, {"frequency_penalty": 2.0}],
-    ids=str,
-)  # fmt: skip
-def test_the_ends_of_a_range_belong_to_it(values):
-    SamplingParams(**values)
 
 
 # --- uniform
