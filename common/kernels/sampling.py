@@ -75,7 +75,7 @@ def _scan(
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i = chunk * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(logits + row * stride + i, mask=i < vocab, other=-float("inf")).to(tl.float32)
-    x = tl.where(x == x, x, float("inf"))
+    x = tl.where(x != x, float("inf"), x)  # noqa: PLR0124, only a NaN differs from itself
     top, at = tl.max(x, 0, return_indices=True, return_indices_tie_break_left=True)
     here = row * chunks + chunk
     tl.store(best + here, top)
