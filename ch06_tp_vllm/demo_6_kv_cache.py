@@ -29,7 +29,7 @@ from common.attention.torch_native import TorchNativeAttention
 from common.distributed.launch import run_main
 from common.executor import Executor
 from common.parallel_state import initialize_tensor_parallel
-from common.sampling.sampler import SamplingParams as RowParams
+from common.sampling.params import SamplingParams as RowParams
 from common.teaching.report import csv_option, write_csv
 from common.teaching.show import check, heading, table
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from ch06_tp_vllm.block_manager import BlockManager
 from ch06_tp_vllm.request import Request
 from common.distributed.launch import run_main
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 from common.teaching.report import csv_option, write_csv
 from common.teaching.show import check, heading, table
 

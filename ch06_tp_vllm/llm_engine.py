@@ -26,7 +26,8 @@ from ch06_tp_vllm.scheduler import Scheduler, SchedulerOutput
 from ch06_tp_vllm.trace import Trace
 from common.distributed.messages import share
 from common.parallel_state import initialize_tensor_parallel
-from common.sampling.sampler import Drawn, SamplingBatch, uniform
+from common.sampling.batch import SamplingBatch, uniform
+from common.sampling.sampler import Drawn
 from common.text.tokenizer import IncrementalDetokenizer
 
 DEFAULT_BUDGET = {"cpu": 1024, "cuda": 8192}  # tokens a step: on a CPU what its caches like, on a GPU vLLM's own
@@ -300,10 +301,10 @@ class LLMEngine:
         if is_decode and self._decoding and self._decoding[0] == requests:
             self._decoding[1].advance()
             return self._decoding[1]
-        if any(request.params.penalized for request in requests):
-            self._settle()  # a penalty must know every token before the one it is for
+        if any(request.params.needs_last_token for request in requests):
+            self._settle()  # a penalty, say, must know every token before the one it is for
         batch = SamplingBatch([request.sampling_row() for request in requests])
-        self._decoding = (requests, batch) if is_decode and not batch.penalized else None
+        self._decoding = (requests, batch) if is_decode and not batch.needs_last_token else None
         return batch
 
     def _settle(self) -> None:
@@ -311,12 +312,13 @@ class LLMEngine:
         step, self._queued = self._queued, None
         if step is None or step.drawn is None:
             return
-        tokens, logprobs = step.drawn.take()
+        taken = step.drawn.take()
         for i, request in enumerate(step.requests):
             request.pending -= 1
             if request.status.finished:  # it had ended, or was aborted, when this step was on its way already
                 continue
-            request.append(tokens[i], logprobs[i] if logprobs else None)
+            told = taken.logprobs[i]
+            request.append(taken.tokens[i], told.logprob if told else None)
             if request.stop:
                 self._read(request)
             self._grown[request.group] = None

@@ -21,7 +21,8 @@ from common.distributed.messages import receive, send
 from common.executor import Executor
 from common.layers.vocab import gather_logits
 from common.parallel_state import broadcast
-from common.sampling.sampler import Drawn, SamplingBatch, sample
+from common.sampling.batch import SamplingBatch
+from common.sampling.sampler import Drawn, sample
 
 STOP, STEP = 0, 1
 STOP_MESSAGE = np.array([STOP], dtype=np.int64)
@@ -74,9 +75,9 @@ class ModelRunner(Executor):
 
     def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> Drawn:
         """Draw one token for each row of the last step's logits, and tell all ranks."""
-        tokens, logprobs = sample(logits, batch)
-        self._share_tokens(tokens)
-        return Drawn(tokens, logprobs)
+        sampled = sample(logits, batch)
+        self._share_tokens(sampled.tokens)
+        return Drawn(sampled)
 
     def stop(self) -> None:
         """Let the others out of `follow`."""

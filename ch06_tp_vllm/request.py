@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from common.sampling.sampler import SamplingParams as RowParams
-from common.sampling.sampler import SamplingRow
+from common.sampling.batch import SamplingRow
+from common.sampling.params import SamplingParams as RowParams
 from common.text.tokenizer import IncrementalDetokenizer
 
 

@@ -1,12 +1,12 @@
-"""vLLM's SamplingParams, for the names; what they mean is in common/sampling/sampler.py."""
+"""vLLM's SamplingParams, for the names; what they mean is in common/sampling/params.py."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-from common.sampling.sampler import SamplingParams as RowParams
-from common.sampling.sampler import check_numbers
+from common.sampling.params import SamplingParams as RowParams
+from common.values import whole
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,8 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self):
-        check_numbers(self, whole=("n", "max_tokens"))
-        if self.n < 1:
-            raise ValueError(f"n={self.n} must be at least 1")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
+        for name in ("n", "max_tokens"):
+            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
         # tuples from here on
         object.__setattr__(self, "stop", _several("stop", self.stop, str))
         object.__setattr__(self, "stop_token_ids", _several("stop_token_ids", self.stop_token_ids, Integral))

@@ -23,7 +23,8 @@ from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.distributed.messages import receive, send
 from common.layers.vocab import gather_best_logits, gather_logits
 from common.parallel_state import broadcast
-from common.sampling.sampler import Drawn, SamplingBatch, sample
+from common.sampling.batch import SamplingBatch
+from common.sampling.sampler import Drawn, sample
 
 
 class ControlPlane:
@@ -41,9 +42,9 @@ class ControlPlane:
 
     def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> Drawn:
         """Draw one token for each row of the last task's logits, and tell all ranks."""
-        tokens, logprobs = sample(logits, batch)
-        self._share_tokens(tokens)
-        return Drawn(tokens, logprobs)
+        sampled = sample(logits, batch)
+        self._share_tokens(sampled.tokens)
+        return Drawn(sampled)
 
     def send_task(self, task: Task) -> None:
         if self.tp.size > 1:

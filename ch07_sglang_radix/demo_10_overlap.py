@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.distributed.launch import run_main
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 from common.teaching.show import check, heading, table
 
 PROMPT, NEW = [100, 200, 300, 400], 8

@@ -11,7 +11,7 @@ from ch07_sglang_radix.memory_pool import ReqToTokenPool, TokenToKVPool
 from ch07_sglang_radix.radix_cache import RadixCache
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.request_memory import RequestMemory
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 from common.teaching.show import check, heading, table
 
 COMMON = list(range(100, 123))  # 23 tokens that all three prompts begin with

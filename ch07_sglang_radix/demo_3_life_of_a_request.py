@@ -14,7 +14,7 @@ from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tasks import DecodeTask, encode
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.distributed.launch import run_main
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 from common.teaching.show import check, heading
 from common.tiny_qwen.phrasings import SYSTEM_PROMPT
 

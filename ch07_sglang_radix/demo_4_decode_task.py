@@ -15,7 +15,7 @@ from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.request_memory import RequestMemory
 from ch07_sglang_radix.schedule_batch import ScheduleBatch
 from ch07_sglang_radix.tasks import DecodeTask, PageUpdate, decode, encode
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 from common.teaching.show import check, heading, table
 
 HEADER = (

@@ -17,7 +17,9 @@ from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.distributed.launch import run_main
 from common.layers.vocab import gather_logits
 from common.parallel_state import all_gather, broadcast, initialize_tensor_parallel
-from common.sampling.sampler import SamplingParams, SamplingRow, sample
+from common.sampling.batch import SamplingRow
+from common.sampling.params import SamplingParams
+from common.sampling.sampler import sample
 from common.teaching.show import check, heading, table
 from common.tiny_qwen.phrasings import SYSTEM_PROMPT
 
@@ -102,7 +104,7 @@ class Writer:
 
     def _draw(self, logits: torch.Tensor, seed: int, tokens: list[int]) -> torch.Tensor:
         """The n-th token takes the n-th random number of the seed."""
-        return sample(logits, [SamplingRow(PARAMS, seed, self.prompt, tokens)])[0]
+        return sample(logits, [SamplingRow(PARAMS, seed, self.prompt, tokens)]).tokens
 
 
 def differ_at(everyones: list[list[int]]) -> str:

@@ -16,7 +16,7 @@ from ch07_sglang_radix.schedule_policy import POLICIES
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.distributed.launch import run_main
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 from common.teaching.show import check, heading, table
 
 GROUPS, MEMBERS, SHARED, OWN, NEW = "abcde", 6, 96, 16, 4

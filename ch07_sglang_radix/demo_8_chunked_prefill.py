@@ -16,7 +16,7 @@ from typing import NamedTuple
 from ch07_sglang_radix.scheduler import NO_CHUNKS, TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.distributed.launch import run_main
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 from common.teaching.show import check, heading, table
 
 WRITERS, WRITES, LONG, CHUNK = 4, 24, 1500, 256

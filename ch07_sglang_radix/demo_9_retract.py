@@ -15,7 +15,7 @@ from ch07_sglang_radix.retraction import RETRACT_DECODE_STEPS
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.distributed.launch import run_main
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 from common.teaching.show import check, heading, table
 
 REQUESTS, IN, OUT, EVERY = 10, 16, 48, 2

@@ -19,7 +19,7 @@ from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.distributed.launch import run_main
 from common.parallel_state import TPGroup, initialize_tensor_parallel
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 from common.tiny_qwen.phrasings import SYSTEM_PROMPT
 
 QUESTIONS = [  # (arrives before step, question)

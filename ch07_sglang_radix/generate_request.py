@@ -10,8 +10,9 @@ from typing import Any
 
 from ch07_sglang_radix.request import RequestOutput
 from common.request.intake import Intake, refuse_unknown
-from common.request.values import flag, is_token_list, one_each, shown, texts, whole
-from common.sampling.sampler import SamplingParams, uniform
+from common.sampling.batch import uniform
+from common.sampling.params import SamplingParams
+from common.values import flag, is_one_prompt, one_each, shown, texts, whole
 
 RENAMED = {"sampling_seed": "seed"}  # SGLang's name -> ours; all other names are the same
 PARAM_NAMES = {field.name for field in fields(SamplingParams)} - {"logprobs", "seed"} | set(RENAMED) | {"n", "stop"}
@@ -55,7 +56,7 @@ class GenerateCall:
             ids = intake.ids(one)
             params, n, stop = _params(given, return_logprob)
             intake.stops(stop)
-            intake.fits(ids, params.max_new_tokens)
+            intake.fits(ids, params)
             single = single and n == 1
             requests += [GenerateRequest(ids, _sibling(params, i), stop, extra_key, priority) for i in range(n)]
         return cls(requests, single, return_logprob)
@@ -93,7 +94,7 @@ def _prompts(prompt: Any, input_ids: Any) -> tuple[list[Any], bool]:
         )
     if not hasattr(input_ids, "ndim"):
         input_ids = list(input_ids)
-    if is_token_list(input_ids):
+    if is_one_prompt(input_ids):
         return [input_ids], True
     several = list(input_ids)
     for one in several:

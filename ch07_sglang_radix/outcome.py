@@ -6,6 +6,7 @@ from typing import Any
 from ch07_sglang_radix.request import Req, RequestOutput
 from ch07_sglang_radix.scheduler_state import SchedulerState
 from common.request.queued_step import QueuedStep
+from common.sampling.sampler import problem
 
 SERVER_ERROR = 500  # HTTP's, which SGLang puts into finish_reason
 
@@ -19,8 +20,12 @@ class Outcome:
     def take(self, step: QueuedStep[Req]) -> None:
         """Append a step's tokens, and end who has come to an end. Waits for the device."""
         s, ended = self.state, False
-        for req, token, logprob in step.take():
-            req.take_token(token, logprob)
+        for req, token, told in step.take():
+            if (why := problem(token)) is not None:
+                s.running.remove(req)
+                self._fail(req, failure(why, "ValueError"))
+                continue
+            req.take_token(token, told.logprob if told else None)
             s.grown[req.rid] = req
             if req.ended:
                 ended = True
@@ -67,13 +72,17 @@ class Outcome:
         s = self.state
         s.batch = s.empty_batch()
         for req in reqs:
-            req.finish_reason = reason
             if req is s.chunked:
                 s.chunked = None
             if req in s.running:
                 s.running.remove(req)
-            s.memory.release(req)  # nothing of it goes into the tree: who knows how far the step came
-            self.report(req)
+            self._fail(req, reason)
+
+    def _fail(self, req: Req, reason: dict[str, Any]) -> None:
+        """It has left its list: what it holds comes back, and nothing of it goes into the tree, it may be wrong."""
+        req.finish_reason = reason
+        self.state.memory.release(req)
+        self.report(req)
 
     def output_of(self, req: Req) -> RequestOutput:
         """What a request has so far; finish_reason is None while it runs."""

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from ch07_sglang_radix.tree_node import TreeNode
-from common.sampling.sampler import SamplingParams, SamplingRow
+from common.sampling.batch import SamplingRow
+from common.sampling.params import SamplingParams
 
 
 @dataclass(eq=False)

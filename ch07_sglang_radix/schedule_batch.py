@@ -11,7 +11,7 @@ import numpy as np
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.request_memory import RequestMemory
 from ch07_sglang_radix.tasks import Alike
-from common.sampling.sampler import SamplingBatch
+from common.sampling.batch import SamplingBatch
 
 
 class ScheduleBatch:
@@ -61,7 +61,7 @@ class ScheduleBatch:
 
     def next_sampling(self) -> SamplingBatch:
         """The sampling parameters of the next step; they only move on while the batch stays the same."""
-        if self.sampling and not self.sampling.penalized:
+        if self.sampling and not self.sampling.needs_last_token:
             self.sampling.advance()
         else:
             self.sampling = SamplingBatch([req.sampling_row() for req in self.reqs])

@@ -45,8 +45,9 @@ from common.distributed.messages import share
 from common.parallel_state import RankFailure
 from common.request.intake import Intake, Words
 from common.request.queued_step import QueuedStep
-from common.request.values import flag, shown, whole
-from common.sampling.sampler import SamplingParams, uniform
+from common.sampling.batch import uniform
+from common.sampling.params import SamplingParams
+from common.values import flag, shown, whole
 
 NO_CHUNKS = -1
 DEFAULT_CHUNK = {"cpu": 1024, "cuda": 8192}  # tokens a step: on a CPU what its caches like, on a GPU SGLang's default
@@ -88,7 +89,7 @@ class TPScheduler(SchedulerState):
         }  # fmt: skip
         for name, value in switches.items():
             flag(name, value)
-        whole("seed", seed)
+        whole("seed", seed, -(1 << 63), (1 << 63) - 1)
         super().__init__(
             wrapper, schedule_policy=schedule_policy, disable_radix_cache=disable_radix_cache,
             radix_eviction_policy=radix_eviction_policy, radix_bigram=radix_bigram, seed=seed,
@@ -143,7 +144,7 @@ class TPScheduler(SchedulerState):
         elif not isinstance(sampling_params, SamplingParams):
             raise ValueError(f"sampling_params={shown(sampling_params)} must be a SamplingParams")
         ids = self.intake.ids(input_ids if text is None else text)
-        self.intake.fits(ids, sampling_params.max_new_tokens)
+        self.intake.fits(ids, sampling_params)
         return self.enqueue(text, ids, sampling_params)
 
     def enqueue(
@@ -281,8 +282,8 @@ class TPScheduler(SchedulerState):
             req.wanted -= 1
         drawn = None
         if emitting:
-            if any(req.params.penalized for req in emitting):
-                self._settle()  # a penalty must know every token before the one it is for
+            if any(req.params.needs_last_token for req in emitting):
+                self._settle()  # a penalty, say, must know every token before the one it is for
             drawn = self.control.sample(logits, self.step_tasks.sampling(task, emitting))
         queued()
         return QueuedStep(list(emitting), drawn)
@@ -317,7 +318,7 @@ def _chunk_size(size: int | None, wrapper: TPRadixAttentionModelWrapper) -> int:
     page_size = wrapper.page_size
     if size is None:
         return max(DEFAULT_CHUNK[wrapper.tp.device.type] // page_size, 1) * page_size
-    whole("chunked_prefill_size", size)
+    size = whole("chunked_prefill_size", size, NO_CHUNKS)
     if size < 1 and size != NO_CHUNKS:
         raise ValueError(f"chunked_prefill_size={size} must be at least 1, or {NO_CHUNKS} for no limit")
     if size > 0 and size % page_size:

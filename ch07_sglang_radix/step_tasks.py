@@ -12,7 +12,7 @@ from ch07_sglang_radix.admission import PrefillBatch
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.scheduler_state import INIT_NEW_TOKEN_RATIO, SchedulerState
 from ch07_sglang_radix.tasks import DecodeTask, PrefillSequence, PrefillTask
-from common.sampling.sampler import SamplingBatch
+from common.sampling.batch import SamplingBatch
 
 LAST_TOKEN = -1  # in a prefill task: the last token of the row, which may be known to the device only
 MAX_BEST = 1024  # with a larger top_k every rank sends all its logits
@@ -82,7 +82,7 @@ class StepTasks:
     def _best(self, reqs: Sequence[Req]) -> int:
         """How many of its best logits each rank gives in this step; 0: all."""
         params = [req.params for req in reqs]
-        if not self.gather_best or any(p.logprobs or p.penalized or not (p.greedy or p.top_k > 0) for p in params):
+        if not self.gather_best or any(p.logprobs or p.edits or not (p.greedy or p.top_k > 0) for p in params):
             return 0
         best = max((1 if p.greedy else p.top_k for p in params), default=0)
         return best if best <= MAX_BEST else 0

@@ -14,13 +14,17 @@ import torch
 from common.attention.backends import pick_attention
 from common.attention.kv_cache import PagedKVCache
 from common.attention.sequence_table import SequenceTable
-from common.distributed.transfer import upload_all
+from common.distributed.transfer import upload, upload_all
+from common.layers.vocab import gather_logits
 from common.models.config import ModelConfig
 from common.models.graph_runner import DecodeGraphs
 from common.models.hub import resolve_model
 from common.models.weights import load_model
 from common.parallel_state import TPGroup, all_gather, get_tensor_parallel, pick_device
-from common.sampling.sampler import SamplingParams, SamplingRow, sample
+from common.sampling.batch import SamplingRow
+from common.sampling.logprobs import Logprobs
+from common.sampling.params import SamplingParams
+from common.sampling.sampler import sample
 from common.text.tokenizer import Tokenizer
 from common.tiny_qwen import TINY_QWEN_PATH
 
@@ -29,6 +33,8 @@ CPU_CACHE_BYTES = 1 << 30  # over all ranks: they share one machine's memory
 GPU_CACHE_SHARE = 0.85  # of the memory that is free once the weights are there
 MAX_POOL_TOKENS_ON_CPU = 65_536
 WARM_UP_TOKENS = 8192
+SCORED_ROWS = 256  # tokens of a prompt whose logits are there at a time
+NO_TOKENS = np.zeros(0, dtype=np.int64)
 
 
 class Executor:
@@ -81,6 +87,7 @@ class Executor:
         alike = self.attention.tile_members(heads.num_q, heads.num_kv)
         self.table = SequenceTable(max_running_requests, pages, page_size, self.tp.device, alike)
         self._emitting: torch.Tensor | None = None  # rows that wait for a token
+        self._scored: torch.Tensor | None = None  # hidden states [S, D] that wait for `prompt_logprobs`
         self.graphs = None
         if self.attention.capturable and not disable_cuda_graph:
             batch = min(max_running_requests, num_pages)
@@ -92,19 +99,47 @@ class Executor:
 
     @torch.inference_mode()
     def ragged(
-        self, token_ids: np.ndarray, rows: np.ndarray, cached: np.ndarray, new: np.ndarray, emits: np.ndarray
+        self,
+        token_ids: np.ndarray,
+        rows: np.ndarray,
+        cached: np.ndarray,
+        new: np.ndarray,
+        emits: np.ndarray,
+        scored: np.ndarray = NO_TOKENS,
     ) -> torch.Tensor | None:
         """new[b] tokens of each sequence behind cached[b] known ones, end to end in token_ids [T]; any mix.
 
-        Returns this rank's logits [n, V/R] of the n sequences that emit a token, None if none does.
+        Returns this rank's logits [n, V/R] of the n sequences that emit a token, None if none does. scored: the
+        tokens, of these T, whose next ones `prompt_logprobs` is asked about afterwards.
         """
         step = self.table.prefill(token_ids, rows, cached, new)
         hidden = self.model(step.input_ids, step.positions, self.attention(self.kv_cache, step.meta))
+        if len(scored):
+            self._scored = hidden[upload(scored, self.tp.device)]  # [S, D]
         emitting = np.flatnonzero(emits)
         if len(emitting) == 0:
             return None
         last, self._emitting = upload_all(self.tp.device, np.cumsum(new)[emitting] - 1, rows[emitting])
         return self.model.compute_logits(hidden[last])
+
+    @torch.inference_mode()
+    def prompt_logprobs(
+        self, tokens: Sequence[int] = (), top: Sequence[int] = (), ids: Sequence[Sequence[int]] = ()
+    ) -> list[Logprobs]:
+        """Log-probabilities of the tokens that follow the `scored` ones [S] of the last ragged step.
+
+        All ranks call it; rank 0 says which tokens follow, how many of the best it wants beside each, and which ids,
+        and gets them SCORED_ROWS positions at a time, on their way to the CPU. All logits of a long prompt at once
+        would be [T, V]: 5 GB for 8,192 tokens of Qwen2.5.
+        """
+        hidden, self._scored, told = self._scored, None, []
+        for first in range(0, len(hidden), SCORED_ROWS):
+            some = slice(first, first + SCORED_ROWS)
+            logits = gather_logits(self.model.compute_logits(hidden[some]), self.config.vocab_size, self.tp)
+            if logits is not None:
+                told.append(Logprobs(logits, upload(np.array(tokens[some]), self.tp.device), top[some], ids[some]))
+                told[-1].download()
+        return told
 
     @torch.inference_mode()
     def decode(

@@ -2,9 +2,9 @@
 
 make bench-gpu PART=engines        # or: python figures/compare_engines.py
 
-Workload A of ch07_sglang_radix/benchmarks/bench_gpu.py, which is that of ch06_tp_vllm/bench_throughput.py:
-256 requests, prompts and answers of 100 to 1024 tokens, temperature 0.6. Each round runs chapter 6, then chapter 7; the median of five rounds counts. Writes
-figures/engines.csv; KV waste and the times are chapter 6's own, of the round in the middle.
+Workload A of ch07_sglang_radix/benchmarks/bench_gpu.py, which is that of ch06_tp_vllm/bench_throughput.py: 256 requests, prompts
+and answers of 100 to 1024 tokens, temperature 0.6. Each round runs chapter 6, then chapter 7; the median of five rounds counts.
+Writes figures/engines.csv; KV waste and the times are chapter 6's own, of the round in the middle.
 """
 
 import multiprocessing

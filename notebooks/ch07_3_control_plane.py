@@ -36,7 +36,7 @@ from ch07_sglang_radix.schedule_batch import ScheduleBatch
 from ch07_sglang_radix.tasks import DecodeTask, PageUpdate, encode
 from common.distributed.messages import FRAME
 from common.models.published_configs import published_config
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 
 folder = Path(tempfile.mkdtemp())
 command = [

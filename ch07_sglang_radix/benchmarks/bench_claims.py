@@ -21,7 +21,7 @@ from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.distributed.launch import run_main
 from common.parallel_state import initialize_tensor_parallel
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 from common.teaching.report import FIGURES, write_csv
 
 ROUNDS = 5

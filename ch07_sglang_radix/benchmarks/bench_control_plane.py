@@ -29,7 +29,7 @@ from common.distributed.launch import run_main
 from common.distributed.messages import share
 from common.models.published_configs import CONFIGS, shared_random_weights
 from common.parallel_state import gather, initialize_tensor_parallel
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 from common.teaching.report import FIGURES, write_csv
 
 CASES = [(1, 16), (8, 16), (8, 128), (8, 512), (64, 16), (256, 16)]  # running requests, context

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ch07_sglang_radix.benchmarks.workloads import Program
 from ch07_sglang_radix.request import RequestOutput
 from ch07_sglang_radix.scheduler import TPScheduler
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 
 MAX_CALLS = 1 << 12  # of one program: its calls draw with seeds of their own, in whatever order they run
 
@@ -98,7 +98,7 @@ class Clients:
         for call in calls:
             seed = client.number * MAX_CALLS + client.calls_made
             params = SamplingParams(call.new_tokens, call.temperature, seed=seed, ignore_eos=True)
-            self.scheduler.intake.fits(call.ids, params.max_new_tokens)
+            self.scheduler.intake.fits(call.ids, params)
             rid = self.scheduler.enqueue(None, call.ids, params)
             client.calls_made += 1
             client.waits_for[rid] = None

@@ -28,7 +28,7 @@ from ch07_sglang_radix.tasks import DecodeTask, StopTask, Task, encode
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.distributed.launch import run_main
 from common.parallel_state import initialize_tensor_parallel
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 
 ROUNDS = 6  # of the same scene; the first ones warm up
 PROMPTS, SHARED, LATE, LATE_AT = (96, 40, 20), 64, 24, 3  # tokens; a prompt that comes later begins like the first one

@@ -23,7 +23,7 @@ from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tasks import HEADER, DecodeTask, PageUpdate, PrefillSequence, PrefillTask, encode
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from ch07_sglang_radix.tree_node import TreeNode
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 
 MAX_STEPS = 400  # a wrong answer may keep an engine busy for ever
 
@@ -469,7 +469,7 @@ def check_8(m: ModuleType) -> None:
                 return
             for req in step.requests:
                 req.pending -= 1
-            m.settle(step.requests, step.drawn.take()[0], self._finish)
+            m.settle(step.requests, step.drawn.take().tokens, self._finish)
             self.running = [req for req in self.running if req.finish_reason is None]
 
         def _finish(self, req):

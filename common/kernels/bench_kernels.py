@@ -21,7 +21,9 @@ from common.attention.torch_native import TorchNativeAttention
 from common.kernels import fused, linear, sampling
 from common.kernels.paged_attention import TritonAttention
 from common.models.published_configs import published_config
-from common.sampling.sampler import SamplingBatch, SamplingParams, SamplingRow, _sample
+from common.sampling.batch import SamplingBatch, SamplingRow
+from common.sampling.params import SamplingParams
+from common.sampling.sampler import _sample
 from common.teaching.report import FIGURES, write_csv
 
 MODELS = ("Qwen2.5-0.5B", "Qwen3-0.6B", "Qwen2.5-7B")

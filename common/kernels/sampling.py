@@ -1,4 +1,4 @@
-"""Sampling without sorting: logits [B, V] -> tokens [B].
+"""Sampling without sorting: logits [B, V] -> tokens [B], and the same with the rows marked that have none.
 
     scan        one program a (row, chunk of the vocabulary): its best token, its mass of exp(x / temperature)
     pick        one program a row: the best of all chunks, or the chunk and then the token where the running
@@ -10,6 +10,8 @@ halving, twice a pass, the range of floats in their order: 8 passes over a row f
 the first from the L2 cache. A plain draw reads the logits once from memory, 2 B V bytes for bf16.
 
 The draw is inverse-CDF in the order of the vocabulary, with the same random numbers as on a CPU.
+
+To `scan` a NaN is +inf, so the best value of a row says whether it has a next token: not if it is an infinity.
 """
 
 import torch
@@ -22,12 +24,15 @@ CHUNK = 2048  # tokens a program of `scan` looks at
 BLOCK = 32_768  # and one of `threshold` in one go
 
 
-def sample(logits: torch.Tensor, batch) -> torch.Tensor:
-    """logits [B, V] of any float dtype, `batch` a SamplingBatch -> tokens [B] int64. Waits for nothing."""
+def sample(logits: torch.Tensor, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits [B, V] of any float dtype, `batch` a SamplingBatch -> tokens, drawn [B] int64. Waits for nothing.
+
+    Of a row without a token, tokens has 0 and drawn has NOT_FINITE or ALL_FORBIDDEN (common/sampling/sampler.py).
+    """
     rows, vocab = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     device, chunks = logits.device, triton.cdiv(vocab, CHUNK)
-    tokens = torch.empty(rows, dtype=torch.int64, device=device)
+    tokens = torch.empty(2, rows, dtype=torch.int64, device=device)
     best = torch.empty(rows, chunks, dtype=torch.float32, device=device)
     best_at = torch.empty(rows, chunks, dtype=torch.int32, device=device)
     mass, ties = torch.empty_like(best), torch.empty_like(best_at)
@@ -51,7 +56,7 @@ def sample(logits: torch.Tensor, batch) -> torch.Tensor:
         _pick, (rows,), logits, columns, numbers, limit, quota, best, best_at, mass, ties, tokens, rows, batch.advanced,
         vocab, chunks, logits.stride(0), CHUNKS=triton.next_power_of_2(chunks), **how,
     )  # fmt: skip
-    return tokens
+    return tokens[0], tokens[1]
 
 
 @triton.jit
@@ -70,6 +75,7 @@ def _scan(
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i = chunk * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(logits + row * stride + i, mask=i < vocab, other=-float("inf")).to(tl.float32)
+    x = tl.where(x != x, float("inf"), x)  # noqa: PLR0124, only a NaN differs from itself
     top, at = tl.max(x, 0, return_indices=True, return_indices_tie_break_left=True)
     here = row * chunks + chunk
     tl.store(best + here, top)
@@ -87,7 +93,7 @@ def _scan(
 
 @triton.jit
 def _uniform(seed, n):
-    """The n-th number in [0, 1) of a seed: `uniform` of common/sampling/sampler.py."""
+    """The n-th number in [0, 1) of a seed: `uniform` of common/sampling/batch.py."""
     x = seed.to(tl.uint64, bitcast=True) * 0x9E3779B97F4A7C15 + (n + 1).to(tl.uint64, bitcast=True) * 0xD1342543DE82EF95
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
@@ -138,7 +144,9 @@ def _pick(
             # rounding may leave the target behind the last token: then it is the last one that can be drawn
             last = tl.max(tl.where(weights > 0, i, 0), 0)
             token = (chunk * CHUNK + tl.where(first < CHUNK, first, last)).to(tl.int64)
-    tl.store(tokens + row, token)
+    bad = (top == float("inf")) | (top == -float("inf"))
+    tl.store(tokens + row, tl.where(bad, 0, token))
+    tl.store(tokens + rows + row, tl.where(top == float("inf"), -1, tl.where(bad, -2, token)))
 
 
 @triton.jit

@@ -93,12 +93,12 @@ def gather_best_logits(logits_local: torch.Tensor, best: int, vocab_size: int, t
 
 
 def first_best(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest of each row of x [B, n] and where they are, the first of equals."""
+    """The k largest of each row of x [B, n] and where they are, the first of equals; a NaN is larger than all."""
     if k == 1:
         at = x.argmax(dim=-1, keepdim=True)
         return x.gather(1, at), at
     # one sortable number from value and place: the bits of a float in the order of its values, then the place
-    bits = (x + 0.0).view(torch.int32).long()
+    bits = torch.where(x.isnan(), torch.nan, x + 0.0).view(torch.int32).long()  # a NaN has a sign too
     place = torch.arange(x.shape[1] - 1, -1, -1, device=x.device)
     at = ((torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32) + place).topk(k, dim=-1).indices
     return x.gather(1, at), at

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.request.values import shown, text, token_ids, whole
+from common.sampling.params import SamplingParams
 from common.text.tokenizer import Tokenizer
+from common.values import prompt_ids, shown, text, whole
 
 PRIORITY_LIMIT = 1 << 31  # SGLang and vLLM send priorities as machine integers; so does a task
 
@@ -42,10 +43,12 @@ class Intake:
             if self.tokenizer is None:
                 raise ValueError(f"this checkpoint has no tokenizer; give {self.words.token_ids} instead of text")
             prompt = self.tokenizer.encode(prompt)
-        return token_ids(name, prompt, self.vocab_size)
+        return prompt_ids(name, prompt, self.vocab_size)
 
-    def fits(self, ids: Sequence[int], max_tokens: int) -> None:
-        """Raises ValueError for a request that could never come to its end."""
+    def fits(self, ids: Sequence[int], params: SamplingParams) -> None:
+        """Raises ValueError for a request that could never come to its end, or speaks of tokens that are not there."""
+        max_tokens = params.max_new_tokens
+        params.check_vocabulary(self.vocab_size)
         if not ids:
             raise ValueError("the prompt is empty: there is no token to continue from")
         total = len(ids) + max_tokens

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from common.sampling.logprobs import TokenLogprobs
 from common.sampling.sampler import Drawn
 
 
@@ -26,16 +27,18 @@ class QueuedStep(Generic[R]):
     requests: Sequence[R] = ()
     drawn: Drawn | None = None
 
-    def take(self) -> Iterator[tuple[R, int, float | None]]:
-        """(request, token, its log-probability) of those who have not ended meanwhile. Waits for the device.
+    def take(self) -> Iterator[tuple[R, int, TokenLogprobs | None]]:
+        """(request, token, its log-probabilities if asked for) of those who have not ended meanwhile. Waits for the device.
+
+        A negative token is none: common.sampling.sampler.problem says why its row has no next one.
 
         A step that was queued before the last one's tokens were seen draws for requests that had come to their end: those
         tokens are thrown away here.
         """
         if self.drawn is None:
             return
-        tokens, logprobs = self.drawn.take()
+        taken = self.drawn.take()
         for i, request in enumerate(self.requests):
             request.pending -= 1
             if not request.ended:
-                yield request, tokens[i], logprobs[i] if logprobs else None
+                yield request, taken.tokens[i], taken.logprobs[i]

@@ -7,7 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from ch06_tp_vllm.block_manager import NO_PARENT, BlockManager, hash_block
 from ch06_tp_vllm.request import Request
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 
 
 def request(tokens, name="r", salt=None):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from ch06_tp_vllm.block_manager import BlockManager
 from ch06_tp_vllm.request import Request, RequestStatus
 from ch06_tp_vllm.scheduler import Scheduler
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 
 
 class Run:

@@ -177,7 +177,7 @@ def test_a_broken_model_is_one_line(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--temperature", -1], r"temperature=-1.0 must be >= 0"),
+        (["--temperature", -1], r"temperature=-1.0 must be in \[0, 1000\]"),
         (["--page-size", 0], "page_size=0 must be at least 1"),
         (["--max-new-tokens", 5000], r"= \d+ tokens, but the model ends at 2048"),
         (["--max-new-tokens", 0], "max_new_tokens=0 must be at least 1"),

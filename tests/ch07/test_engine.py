@@ -71,7 +71,7 @@ def test_an_end_of_text_stops_and_has_no_text(engine):
             {"prompt": "a", "sampling_params": {"temperture": 1}},
             "unknown sampling parameter temperture; known: .*temperature",
         ),
-        ({"prompt": "a", "sampling_params": {"temperature": -1}}, "temperature=-1 must be >= 0"),
+        ({"prompt": "a", "sampling_params": {"temperature": -1}}, r"temperature=-1 must be in \[0, 1000\]"),
         ({"prompt": "a", "sampling_params": {"top_p": 0}}, r"top_p=0 must be in \(0, 1\]"),
         ({"prompt": ["a", "b"], "sampling_params": [{}]}, "1 sampling_params for 2 prompts"),
         ({"prompt": ["a", ""]}, "prompt is empty"),

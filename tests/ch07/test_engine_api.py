@@ -383,7 +383,7 @@ def test_bad_options_are_refused(options, complaint):
 
 @pytest.mark.parametrize(
     ("params", "complaint"),
-    [({"n": 0}, "n=0 must be a whole number"), ({"stop": [""]}, "an empty text is none"), ({"stop": 3}, "stop")],
+    [({"n": 0}, "n=0 must be at least 1"), ({"stop": [""]}, "an empty text is none"), ({"stop": 3}, "stop")],
 )
 def test_bad_parameters_are_refused_before_anything_runs(engine, params, complaint):
     steps = dict(engine.scheduler.steps)

@@ -10,7 +10,7 @@ from ch07_sglang_radix.tasks import PageUpdate, PrefillSequence, PrefillTask
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.layers.vocab import gather_logits
 from common.parallel_state import get_tensor_parallel
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.oracle import greedy, reference_model, some_prompts
 

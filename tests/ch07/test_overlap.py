@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 from tests.ch07.test_scheduler import make
 from tests.oracle import greedy, some_prompts
 

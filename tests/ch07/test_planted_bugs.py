@@ -10,7 +10,7 @@ from ch07_sglang_radix.invariants import InvariantError
 from ch07_sglang_radix.memory_pool import ReqToTokenPool, TokenToKVPool
 from ch07_sglang_radix.radix_cache import RadixCache
 from ch07_sglang_radix.request_memory import RequestMemory
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.ch07.test_scheduler import make
 

@@ -14,7 +14,7 @@ from ch07_sglang_radix.eviction import STRATEGIES
 from ch07_sglang_radix.schedule_policy import POLICIES
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.oracle import greedy
 

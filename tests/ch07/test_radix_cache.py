@@ -7,7 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from ch07_sglang_radix.memory_pool import ReqToTokenPool, TokenToKVPool
 from ch07_sglang_radix.radix_cache import RadixCache
 from ch07_sglang_radix.request import Req
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 
 
 def tree_with(*keys, page_size=1, pages=64):

@@ -7,7 +7,7 @@ from ch07_sglang_radix.memory_pool import TokenToKVPool
 from ch07_sglang_radix.radix_cache import RadixCache
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.schedule_policy import LPM_QUEUE_LIMIT, STARVING, SchedulePolicy
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.ch07.test_scheduler import make, params
 from tests.oracle import greedy

@@ -7,7 +7,7 @@ from ch07_sglang_radix import invariants
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.parallel_state import get_tensor_parallel
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 from tests.oracle import greedy, some_prompts
 
 

@@ -298,16 +298,18 @@ SETTINGS = [
 @pytest.mark.parametrize("mixed", [False, True])
 def test_sampling_draws_the_tokens_of_the_plain_form(dtype, vocab, mixed):
     """The same random numbers give the same tokens; a draw that falls on a border may go to a neighbour."""
-    from common.sampling import sampler  # noqa: PLC0415
+    from common.sampling.batch import SamplingBatch, SamplingRow  # noqa: PLC0415
+    from common.sampling.params import SamplingParams  # noqa: PLC0415
+    from common.sampling.sampler import _sample, sample  # noqa: PLC0415
 
     torch.manual_seed(0)
     logits = (torch.randn(64, vocab, device="cuda") * 3).to(dtype)
     groups = [SETTINGS * 8] if mixed else [[one] * 64 for one in SETTINGS]
     for settings in groups:
-        params = [sampler.SamplingParams(**one) for one in settings]
-        batch = sampler.SamplingBatch([sampler.SamplingRow(p, seed, [], []) for seed, p in enumerate(params)])
-        got = sampler.sample(logits, batch)[0]
-        want = sampler._sample(logits.float(), batch)
+        params = [SamplingParams(**one) for one in settings]
+        batch = SamplingBatch([SamplingRow(p, seed, [], []) for seed, p in enumerate(params)])
+        got = sample(logits, batch).tokens
+        want, _ = _sample(logits.float(), batch)
         assert (got == want).sum() >= 62, settings[0]
         kept = logits.float().gather(1, got.unsqueeze(1))
         for i, p in enumerate(params):  # and every token is one that may be drawn
@@ -315,3 +317,62 @@ def test_sampling_draws_the_tokens_of_the_plain_form(dtype, vocab, mixed):
                 assert (logits[i].float() > kept[i]).sum() < p.top_k
             if p.greedy:
                 assert got[i] == logits[i].argmax()
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [50, 5000])
+def test_bad_rows_are_marked_as_on_a_cpu(dtype, vocab):
+    """Every kind of bad row and every way to draw in one batch, each beside a good row, and all alone in a greedy batch."""
+    from common.sampling.params import SamplingParams  # noqa: PLC0415
+    from common.sampling.sampler import Drawn, sample  # noqa: PLC0415
+    from tests.common.sampling.rows import row  # noqa: PLC0415
+    from tests.common.sampling.test_bad_rows import BAD, GOOD, WAYS  # noqa: PLC0415
+
+    ways = [SamplingParams(**way) for way in WAYS.values()]
+    ends = [(logits, mark) for logits, mark in BAD.values()]
+    logits = torch.tensor([one for bad, _ in ends for one in (bad, GOOD)] * len(ways))
+    filler = torch.full((len(logits), vocab - logits.shape[1]), -torch.inf)
+    filler[:, : filler.shape[1] // 2] = logits[:, -1:]
+    logits = torch.cat((filler, logits), dim=1).to(dtype)  # what is bad stands at the very end
+    rows = [row(params, seed, output=[1, 3]) for params in ways for seed in range(2 * len(ends))]
+    greedy = [row(SamplingParams())] * len(rows)
+    for batch in (rows, greedy):
+        here, there = sample(logits, batch), sample(logits.cuda(), batch)
+        taken = Drawn(there).take()
+        assert taken.tokens[::2] == [mark for _, mark in ends] * len(ways)
+        assert min(taken.tokens[1::2]) >= 0
+        assert there.tokens.min() >= 0
+        assert there.tokens.max() < vocab
+        assert sum(a == b for a, b in zip(taken.tokens, Drawn(here).take().tokens, strict=True)) >= len(rows) - 2
+
+
+@gpu
+@pytest.mark.parametrize("seed", range(10))
+def test_edits_and_log_probabilities_are_those_of_a_cpu(seed):
+    from common.sampling.batch import SamplingBatch  # noqa: PLC0415
+    from common.sampling.params import SamplingParams  # noqa: PLC0415
+    from common.sampling.sampler import Drawn, sample  # noqa: PLC0415
+    from tests.common.sampling.rows import random_logits, row  # noqa: PLC0415
+    from tests.common.sampling.test_edits import random_params  # noqa: PLC0415
+
+    rng, vocab = random.Random(seed), 14
+    outputs = [[rng.randrange(vocab) for _ in range(i)] for i in range(8)]
+    params = [
+        replace(random_params(rng, vocab), logprobs=rng.random() < 0.5) if i % 2 else SamplingParams()
+        for i in range(len(outputs))
+    ]
+    rows = [replace(row(p, i, end_ids={2, 5}), output_ids=outputs[i]) for i, p in enumerate(params)]
+    here, there = SamplingBatch(rows), SamplingBatch(rows)
+    for step in range(4):
+        logits = random_logits(len(rows), vocab, seed=step)
+        torch.testing.assert_close(there.edited(logits.cuda()).cpu(), here.edited(logits))
+        got, want = Drawn(sample(logits.cuda(), there)).take(), Drawn(sample(logits, here)).take()
+        assert got.tokens == want.tokens
+        for a, b in zip(got.logprobs, want.logprobs, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or (a.rank == b.rank and abs(a.logprob - b.logprob) < 1e-5)
+        here.advance()
+        there.advance()
+        for output in outputs:
+            output.append(rng.randrange(vocab))

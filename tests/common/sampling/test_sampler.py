@@ -1,27 +1,15 @@
 import math
 import random
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from common.sampling.sampler import SamplingParams, SamplingRow, sample, uniform
-
-
-def row(params, seed=0, prompt=(0,), output=()):
-    return SamplingRow(params, seed, list(prompt), list(output))
-
-
-def draws(logits, params, count, prompt=(0,), output=()):
-    """The tokens that `count` requests with seeds 0, 1, ... get from the same logits."""
-    rows = [row(params, seed, prompt, output) for seed in range(count)]
-    return sample(torch.tensor(logits).expand(count, -1), rows)[0].tolist()
-
-
-def one(logits, params, **of_row):
-    return sample(torch.tensor([logits]), [row(params, **of_row)])[0].item()
+from common.sampling.batch import SamplingRow, uniform
+from common.sampling.params import SamplingParams
+from common.sampling.sampler import sample
+from tests.common.sampling.rows import draws, one, random_logits, row
 
 
 def log(*probs):
@@ -55,16 +43,12 @@ def assert_drawn_from(tokens, want):
     assert chi_square <= freedom + 5 * math.sqrt(2 * freedom)
 
 
-def random_logits(size, vocab, seed=0):
-    return 2 * torch.randn(size, vocab, generator=torch.Generator().manual_seed(seed))
-
-
 # --- greedy
 
 
 def test_the_default_is_the_best_token():
     logits = random_logits(8, 50)
-    tokens, _ = sample(logits, [row(SamplingParams(), seed) for seed in range(8)])
+    tokens = sample(logits, [row(SamplingParams(), seed) for seed in range(8)]).tokens
     assert torch.equal(tokens, logits.argmax(dim=-1))
     assert tokens.dtype == torch.int64
 
@@ -80,15 +64,15 @@ def test_of_equal_logits_the_first_wins_alone_and_beside_a_drawing_row():
     logits = [1.0, 3.0, 3.0, 3.0]
     assert one(logits, SamplingParams()) == 1
     rows = [row(SamplingParams()), row(SamplingParams(temperature=1.0))]
-    assert sample(torch.tensor([logits, logits]), rows)[0][0] == 1
+    assert sample(torch.tensor([logits, logits]), rows).tokens[0] == 1
 
 
 def test_a_greedy_row_is_not_rounded_beside_a_drawing_row():
     """Two logits that differ, but whose probabilities are one float32."""
     logits = torch.tensor([[0.0, 1e-9], [0.0, 1.0]])
     greedy, drawing = row(SamplingParams()), row(SamplingParams(temperature=1.0))
-    assert sample(logits[:1], [greedy])[0].item() == 1
-    assert sample(logits, [greedy, drawing])[0][0] == 1
+    assert sample(logits[:1], [greedy]).tokens.item() == 1
+    assert sample(logits, [greedy, drawing]).tokens[0] == 1
 
 
 @pytest.mark.parametrize("temperature", [1e-2, 1e-6, 1e-20, 1e-38, 1e-40, 1e-60])
@@ -97,7 +81,7 @@ def test_a_temperature_near_0_is_greedy(temperature):
 
 
 def test_bfloat16_logits_are_taken():
-    assert sample(torch.tensor([[0.0, 2.0, 1.0]], dtype=torch.bfloat16), [row(SamplingParams())])[0].item() == 1
+    assert sample(torch.tensor([[0.0, 2.0, 1.0]], dtype=torch.bfloat16), [row(SamplingParams())]).tokens.item() == 1
 
 
 # --- what is drawn
@@ -127,7 +111,7 @@ def test_draws_of_one_request_follow_the_distribution_too():
     """One seed, 20 000 tokens: the numbers along a request are as good as those across requests."""
     params = SamplingParams(temperature=1.0)
     rows = [SamplingRow(params, 7, [0], range(n)) for n in range(20_000)]
-    tokens = sample(torch.tensor(LOGITS).expand(len(rows), -1), rows)[0].tolist()
+    tokens = sample(torch.tensor(LOGITS).expand(len(rows), -1), rows).tokens.tolist()
     assert_drawn_from(tokens, distribution(LOGITS, params))
 
 
@@ -169,79 +153,16 @@ def test_a_token_of_probability_0_is_never_drawn():
 @pytest.mark.parametrize(("u", "token"), [(0.0, 0), (0.25, 1), (0.5, 2), (1 - 2**-24, 3)])
 def test_a_number_on_a_border_belongs_to_the_next_token(u, token, monkeypatch):
     """Thus each token owns exactly its share of the numbers, and the last one still draws a kept token."""
-    monkeypatch.setattr("common.sampling.sampler.uniform", lambda seeds, counts: np.full(len(seeds), u))
+    monkeypatch.setattr("common.sampling.batch.uniform", lambda seeds, counts: np.full(len(seeds), u))
     assert one([1.0, 1.0, 1.0, 1.0, 0.0], SamplingParams(temperature=1.0, top_k=4)) == token
 
 
 def test_a_large_flat_vocabulary_is_drawn_from_end_to_end():
     vocab, count = 151_936, 64
     rows = [row(SamplingParams(temperature=1.0), seed) for seed in range(count)]
-    tokens = sample(torch.zeros(1, vocab).expand(count, -1), rows)[0].tolist()
+    tokens = sample(torch.zeros(1, vocab).expand(count, -1), rows).tokens.tolist()
     want = [math.floor(uniform(seed, 0) * vocab) for seed in range(count)]
     assert all(abs(t - w) <= 2 for t, w in zip(tokens, want, strict=True))
-
-
-# --- penalties
-
-
-def penalized(logits, params, prompt, output):
-    """From the definitions, token by token."""
-    out = []
-    for t, x in enumerate(logits):
-        if t in prompt or t in output:
-            x = x / params.repetition_penalty if x > 0 else x * params.repetition_penalty  # noqa: PLW2901
-        if t in output:
-            x = x - params.presence_penalty - params.frequency_penalty * output.count(t)  # noqa: PLW2901
-        out.append(x)
-    return out
-
-
-PENALTIES = [
-    {"repetition_penalty": 1.3},
-    {"repetition_penalty": 0.5},
-    {"presence_penalty": 1.5},
-    {"presence_penalty": -1.0},
-    {"frequency_penalty": 0.7},
-    {"frequency_penalty": -0.4},
-    {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3},
-]
-
-
-@pytest.mark.parametrize("penalty", PENALTIES, ids=str)
-@pytest.mark.parametrize(("prompt", "output"), [([1, 2], []), ([1, 2], [4, 4, 4, 3]), ([6], [6, 6, 1])])
-def test_penalties_are_applied_before_everything_else(penalty, prompt, output):
-    plain = SamplingParams(temperature=0.7, top_k=6)
-    params = replace(plain, **penalty)
-    with_penalty = draws(LOGITS, params, 3000, prompt, output)
-    assert with_penalty == draws(penalized(LOGITS, params, prompt, output), plain, 3000, prompt, output)
-
-
-@pytest.mark.parametrize("penalty", PENALTIES, ids=str)
-def test_greedy_is_penalized_too(penalty):
-    prompt, output = [1, 2], [4, 4, 3]
-    params = SamplingParams(**penalty)
-    want = penalized(LOGITS, params, prompt, output)
-    assert one(LOGITS, params, prompt=prompt, output=output) == want.index(max(want))
-
-
-def test_presence_and_frequency_leave_the_prompt_alone():
-    assert one([0.0, 1.0], SamplingParams(presence_penalty=2.0, frequency_penalty=2.0), prompt=[1, 1, 1]) == 1
-
-
-def test_a_penalty_of_one_row_leaves_the_others_alone():
-    logits = torch.tensor([[1.0, 1.1], [1.0, 1.1]])
-    rows = [row(SamplingParams(presence_penalty=2.0), output=[1]), row(SamplingParams(), output=[1])]
-    assert sample(logits, rows)[0].tolist() == [0, 1]
-
-
-def test_logits_are_not_written_to():
-    logits = torch.tensor([LOGITS])
-    sample(logits, [row(SamplingParams(temperature=0.5, repetition_penalty=1.5), output=[1])])
-    assert torch.equal(logits, torch.tensor([LOGITS]))
-
-
-def test_a_request_without_prompt_and_output_has_nothing_to_penalize():
-    assert one(LOGITS, SamplingParams(repetition_penalty=1.5), prompt=[], output=[]) == 1
 
 
 # --- the batch does not matter, the seed does
@@ -262,11 +183,11 @@ def mixed_rows():
 
 def test_a_row_gets_the_same_token_in_every_batch():
     rows, logits = mixed_rows(), random_logits(7, 1000)
-    alone = [sample(logits[i : i + 1], rows[i : i + 1])[0].item() for i in range(len(rows))]
+    alone = [sample(logits[i : i + 1], rows[i : i + 1]).tokens.item() for i in range(len(rows))]
     rng = random.Random(0)
     for _ in range(20):
         batch = rng.sample(range(len(rows)), rng.randint(1, len(rows)))
-        tokens, _ = sample(logits[batch], [rows[i] for i in batch])
+        tokens = sample(logits[batch], [rows[i] for i in batch]).tokens
         assert tokens.tolist() == [alone[i] for i in batch]
 
 
@@ -288,79 +209,6 @@ def test_the_nth_token_depends_on_the_seed_and_n_alone():
     params = SamplingParams(temperature=1.0)
     assert one(LOGITS, params, seed=3, output=[1, 2, 3]) == one(LOGITS, params, seed=3, output=[7, 7, 7], prompt=[4])
     assert len({one(LOGITS, params, seed=3, output=[0] * n) for n in range(30)}) > 1
-
-
-# --- log-probabilities
-
-
-def test_no_logprobs_unless_asked():
-    assert sample(random_logits(2, 10), [row(SamplingParams()), row(SamplingParams(temperature=1.0))])[1] is None
-
-
-def test_logprobs_are_the_models_own():
-    """Of the raw logits: temperature, cuts and penalties choose the token but do not change its log-probability."""
-    logits = random_logits(3, 10)
-    rows = [
-        row(SamplingParams(logprobs=True)),
-        row(SamplingParams(temperature=0.1, top_k=2, logprobs=True)),
-        row(SamplingParams(repetition_penalty=2.0, logprobs=True), output=[1]),
-    ]
-    tokens, logprobs = sample(logits, rows)
-    want = logits.log_softmax(dim=-1)[torch.arange(3), tokens]
-    torch.testing.assert_close(logprobs, want)
-
-
-def test_logprobs_do_not_change_the_token():
-    rows = mixed_rows()
-    with_logprobs = [replace(r, params=replace(r.params, logprobs=True)) for r in rows]
-    logits = random_logits(7, 1000)
-    assert torch.equal(sample(logits, rows)[0], sample(logits, with_logprobs)[0])
-
-
-# --- parameters
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
-        ({"max_new_tokens": -1}, "max_new_tokens=-1 must be at least 1"),
-        ({"temperature": -0.1}, "temperature=-0.1 must be >= 0 (0 is greedy)"),
-        ({"temperature": math.inf}, "temperature=inf must be >= 0 (0 is greedy)"),
-        ({"temperature": math.nan}, "temperature=nan must be >= 0 (0 is greedy)"),
-        ({"top_k": 0}, "top_k=0 must be >= 1, or -1 for no limit"),
-        ({"top_k": -2}, "top_k=-2 must be >= 1, or -1 for no limit"),
-        ({"top_p": 0.0}, "top_p=0.0 must be in (0, 1]; 1 keeps every token"),
-        ({"top_p": 1.01}, "top_p=1.01 must be in (0, 1]; 1 keeps every token"),
-        ({"top_p": math.nan}, "top_p=nan must be in (0, 1]; 1 keeps every token"),
-        ({"min_p": -0.1}, "min_p=-0.1 must be in [0, 1]; 0 keeps every token"),
-        ({"min_p": 1.5}, "min_p=1.5 must be in [0, 1]; 0 keeps every token"),
-        ({"min_p": math.nan}, "min_p=nan must be in [0, 1]; 0 keeps every token"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be > 0; 1 is none"),
-        ({"repetition_penalty": -1.0}, "repetition_penalty=-1.0 must be > 0; 1 is none"),
-        ({"repetition_penalty": math.inf}, "repetition_penalty=inf must be > 0; 1 is none"),
-        ({"repetition_penalty": math.nan}, "repetition_penalty=nan must be > 0; 1 is none"),
-        ({"presence_penalty": 2.1}, "presence_penalty=2.1 must be in [-2, 2]; 0 is none"),
-        ({"presence_penalty": math.nan}, "presence_penalty=nan must be in [-2, 2]; 0 is none"),
-        ({"frequency_penalty": -2.1}, "frequency_penalty=-2.1 must be in [-2, 2]; 0 is none"),
-        ({"frequency_penalty": math.nan}, "frequency_penalty=nan must be in [-2, 2]; 0 is none"),
-    ],
-    ids=str,
-)
-def test_a_value_outside_its_range_is_refused(values, message):
-    with pytest.raises(ValueError) as error:  # noqa: PT011, the whole message is compared
-        SamplingParams(**values)
-    assert str(error.value) == message
-
-
-@pytest.mark.parametrize(
-    "values",
-    [{"max_new_tokens": 1}, {"temperature": 0.0}, {"top_k": 1}, {"top_k": -1}, {"top_p": 1.0}, {"min_p": 0.0},
-     {"min_p": 1.0}, {"presence_penalty": -2.0}, {"presence_penalty": 2.0}, {"frequency_penalty": 2.0}],
-    ids=str,
-)  # fmt: skip
-def test_the_ends_of_a_range_belong_to_it(values):
-    SamplingParams(**values)
 
 
 # --- uniform

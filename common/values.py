@@ -1,0 +1,170 @@
+"""What a user typed -> plain Python values, or one ValueError that names the field, the value and what it may be.
+
+A number may come as NumPy's, as a torch scalar, as a Fraction: it becomes an int or a float here, so that nothing behind
+this line meets another kind. A bool is no number: `top_k=True` is a slip, not a 1.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
+from numbers import Real
+from operator import index
+from typing import Any
+
+MAX_IDS = 1 << 20  # token ids in one list: more than any vocabulary has
+MAX_INT = (1 << 31) - 1  # what a task's or a kernel's int32 holds
+
+
+def shown(value: Any) -> str:
+    """`value` in an error message: one short line, whatever it is."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # an int of 5,000 digits has no text, and other people's classes may do anything
+        return f"a {type(value).__name__} that cannot be printed"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def whole(name: str, value: Any, least: int, most: int = MAX_INT, say: str = "") -> int:
+    """An int from least to most; `say` is what the message adds."""
+    try:
+        number = index(_plain(value))
+    except Exception:
+        raise ValueError(f"{name}={shown(value)} must be a whole number{say}") from None
+    if number < least:
+        raise ValueError(f"{name}={shown(value)} must be at least {least}{say}")
+    if number > most:
+        raise ValueError(f"{name}={shown(value)} must be at most {most}{say}")
+    return number
+
+
+def real(name: str, value: Any, least: float, most: float, say: str = "", open_below: bool = False) -> float:
+    """A float from least to most (without least itself: `open_below`)."""
+    try:
+        plain = _plain(value)
+        if not isinstance(plain, Real | Decimal):
+            raise TypeError
+    except Exception:
+        raise ValueError(f"{name}={shown(value)} must be a number{say}") from None
+    try:
+        number = float(plain)
+    except OverflowError:  # 10**400
+        number = math.inf if plain > 0 else -math.inf
+    except Exception:  # Decimal("sNaN")
+        number = math.nan
+    if not (least < number <= most if open_below else least <= number <= most):
+        raise ValueError(f"{name}={shown(value)} must be in {'(' if open_below else '['}{least:g}, {most:g}]{say}")
+    return number
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False; "no" and 0 are neither."""
+    try:
+        plain = _plain_or_bool(value)
+    except Exception:
+        plain = None
+    if not isinstance(plain, bool):
+        raise ValueError(f"{name}={shown(value)} must be True or False")
+    return plain
+
+
+def several(name: str, value: Any, what: str) -> list[Any]:
+    """The items of a list, tuple, set, range, NumPy array or tensor; a text is one value, and a generator may not end."""
+    try:
+        if isinstance(value, str | bytes | bytearray | Mapping):
+            raise TypeError
+        size = len(value)
+        items = list(value) if size <= MAX_IDS else None
+    except Exception:
+        raise ValueError(f"{name}={shown(value)} must be {what}") from None
+    if items is None:
+        raise ValueError(f"{name} has {size} items, and may have {MAX_IDS}")
+    return items
+
+
+def token_ids(name: str, value: Any, least: int | None = 0) -> tuple[int, ...]:
+    """Several token ids -> tuple. How large the vocabulary is, is not known here."""
+    what = "token ids, whole numbers from 0"
+    items = several(name, value, what)
+    try:
+        ids = tuple(index(_plain(one)) for one in items)
+    except Exception:
+        raise ValueError(f"{name}={shown(value)} must be {what}") from None
+    for one in ids:
+        if least is not None and not least <= one <= MAX_INT:
+            raise ValueError(f"{name}={shown(value)} must be {what}; {shown(one)} is none")
+    return ids
+
+
+def prompt_ids(name: str, value: Any, vocab_size: int) -> list[int]:
+    """The token ids of a prompt, in a list or in an array or tensor of one dimension, all in 0..vocab_size - 1."""
+    if getattr(value, "ndim", 1) != 1:
+        raise ValueError(f"{name} has the shape {list(value.shape)}; token ids are a list of whole numbers")
+    if isinstance(value, list) and all(type(one) is int for one in value):  # as mostly, and may be long
+        ids = list(value)
+    else:
+        ids = list(token_ids(name, value.tolist() if hasattr(value, "tolist") else value, least=None))
+    if ids and (min(ids) < 0 or max(ids) >= vocab_size):
+        bad = next(i for i in ids if not 0 <= i < vocab_size)
+        raise ValueError(f"token id {shown(bad)} is outside the vocabulary 0..{vocab_size - 1}")
+    return ids
+
+
+def is_one_prompt(value: Any) -> bool:
+    """One list of token ids, and not a list of prompts: it is empty, has one dimension, or begins with no sequence."""
+    if hasattr(value, "ndim"):
+        return value.ndim <= 1
+    first = value[0] if len(value) else None
+    return not (isinstance(first, Mapping | Sequence) or getattr(first, "ndim", 0) > 0)
+
+
+def is_unicode(text: str) -> bool:
+    """Not so if it holds half a surrogate pair, as a damaged JSON string may: no encoder takes it."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def text(name: str, value: Any, *, empty: bool = True, none: bool = False) -> str | None:
+    """A text of whole characters; with `none`, None passes too."""
+    if value is None and none:
+        return None
+    if not isinstance(value, str):
+        raise ValueError(f"{name}={shown(value)} must be a text{' or None' if none else ''}")
+    if not value and not empty:
+        raise ValueError(f"{name}: an empty text is none; leave it out")
+    if not is_unicode(value):
+        raise ValueError(f"{name} holds half a surrogate pair, which is no character: {shown(value)}")
+    return value
+
+
+def texts(name: str, value: Any) -> tuple[str, ...]:
+    """None, one text, or several -> a tuple; none of them empty."""
+    given = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(given, list | tuple | set | frozenset):
+        raise ValueError(f"{name}={shown(value)} must be one text or several")
+    return tuple(text(name, one, empty=False) for one in given)
+
+
+def one_each(name: str, values: Any, n: int, kind: type, default: Any) -> list[Any]:
+    """One value for all, or one for each of n prompts; None is the default."""
+    if values is None or isinstance(values, kind):
+        return [default if values is None else values] * n
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise ValueError(f"{name}={shown(values)} must be a {kind.__name__}, or one for each prompt")
+    values = list(values)
+    if len(values) != n:
+        raise ValueError(f"{len(values)} {name} for {n} prompts; give one for all or one for each")
+    for one in values:
+        if one is not None and not isinstance(one, kind):
+            raise ValueError(f"{name} holds {shown(one)}, which is no {kind.__name__}")
+    return [default if one is None else one for one in values]
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of NumPy or torch as a Python number. Raises TypeError for bools."""
+    plain = _plain_or_bool(value)
+    if isinstance(plain, bool):
+        raise TypeError
+    return plain
+
+
+def _plain_or_bool(value: Any) -> Any:
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
