@@ -27,7 +27,7 @@ from ch06_tp_vllm.trace import Trace
 from common.distributed.messages import share
 from common.parallel_state import initialize_tensor_parallel
 from common.sampling.sampler import Drawn, SamplingBatch, uniform
-from common.text.tokenizer import IncrementalDetokenizer
+from common.text.detokenizer import IncrementalDetokenizer
 
 DEFAULT_BUDGET = {"cpu": 1024, "cuda": 8192}  # tokens a step: on a CPU what its caches like, on a GPU vLLM's own
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from common.sampling.sampler import SamplingParams as RowParams
 from common.sampling.sampler import SamplingRow
-from common.text.tokenizer import IncrementalDetokenizer
+from common.text.detokenizer import IncrementalDetokenizer
 
 
 class RequestStatus(Enum):
