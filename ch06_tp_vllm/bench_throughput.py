@@ -119,7 +119,7 @@ def serve(
             for name in [name for name, request in silent.items() if request.output_token_ids]:
                 first[name] = now
                 del silent[name]
-            for output in engine.take_outputs(only_finished=True):
+            for output in engine.outputs.take_outputs(only_finished=True):
                 last[output.request_id] = now
                 bar.update()
             if engine.num_steps % 8 == 0 and engine.scheduler.running:

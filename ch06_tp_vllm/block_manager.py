@@ -95,7 +95,7 @@ class BlockManager:
 
         At most (num_tokens - 1) // P: the last token must be computed in any case, to have logits from.
         """
-        if not self.enable_prefix_caching:
+        if not self.enable_prefix_caching or request.params.prompt_logprobs is not None:  # those need every logit
             return []
         found = []
         for block_hash in self._hashes(request, (request.num_tokens - 1) // self.block_size):

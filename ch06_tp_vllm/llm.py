@@ -7,48 +7,79 @@ for output in llm.generate(["What is a block table?"], SamplingParams(temperatur
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from tqdm import tqdm
 
-from ch06_tp_vllm.llm_engine import LLMEngine, Prompt
+from ch06_tp_vllm.engine_args import EngineArgs
+from ch06_tp_vllm.input_processor import Prompt
+from ch06_tp_vllm.llm_engine import LLMEngine
+from ch06_tp_vllm.metrics import Metric, engine_metrics
 from ch06_tp_vllm.outputs import RequestOutput
 from ch06_tp_vllm.sampling_params import SamplingParams
 from common.distributed.messages import share
+from common.models.generation_config import sampling_defaults
 from common.parallel_state import shutdown_tensor_parallel
+from common.values import is_one_prompt, one_each, shown
+
+Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 class LLM:
-    """A model behind one call; the arguments are those of LLMEngine. Under torchrun every rank makes the same calls."""
+    """A model behind one call; the arguments are those of EngineArgs. Under torchrun every rank makes the same calls."""
 
     def __init__(self, model: str | None = None, *, tensor_parallel_size: int | None = None, **engine_args):
-        self.llm_engine = LLMEngine(model, tensor_parallel_size=tensor_parallel_size, **engine_args)
+        self._engine = LLMEngine(model, tensor_parallel_size=tensor_parallel_size, **engine_args)
         self._next_id = 0
 
+    @classmethod
+    def from_engine_args(cls, args: EngineArgs) -> "LLM":
+        return cls(**vars(args))
+
+    @property
+    def llm_engine(self) -> LLMEngine:
+        """Raises ValueError once the LLM is shut down."""
+        if self._engine is None:
+            raise ValueError("this LLM is shut down; make a new one")
+        return self._engine
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What generate uses if it is given none: vLLM's defaults, and over them the model's generation_config.json."""
+        engine = self.llm_engine
+        if engine.args.generation_config == "vllm":
+            return SamplingParams()
+        found = sampling_defaults(engine.runner.folder)
+        if "max_new_tokens" in found:
+            found["max_tokens"] = found.pop("max_new_tokens")
+        return SamplingParams(**found)
+
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *, use_tqdm: bool = True,
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, *, use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:  # fmt: skip
-        """Answer all prompts; the outputs come in their order.
+        """Answer all prompts; the outputs come in their order. priority: one for each, lower goes first.
 
         Raises ValueError, and nothing runs, if one of them is refused, or if the engine's own loop has unfinished requests.
         """
-        engine, prompts = self._engine(), _as_list(prompts)
+        engine, prompts = self.llm_engine, _as_list(prompts)
         if engine.has_unfinished_requests():
             raise ValueError(
                 f"the engine has {len(engine.groups)} unfinished requests of add_request; step until they end, or abort them"
             )
-        params = _one_each(sampling_params, len(prompts))
-        ids = [engine.tokenize(prompt) for prompt in prompts]
-        for one, p in zip(ids, params, strict=True):
-            engine.check_request(one, p)
+        params = one_each("sampling_params", sampling_params, len(prompts), SamplingParams, None)
+        if None in params:
+            default = self.get_default_sampling_params()
+            params = [default if one is None else one for one in params]
+        priorities = one_each("priority", priority, len(prompts), int, 0)
+        for prompt, one, urgency in zip(prompts, params, priorities, strict=True):
+            engine.inputs.intake.priority(urgency)
+            engine.inputs.check(engine.inputs.read(prompt)[1], one)
         names = [str(self._next_id + i) for i in range(len(prompts))]
         self._next_id += len(prompts)
         try:
-            outputs = self._run(names, prompts, params, use_tqdm)
+            outputs = self._run(names, prompts, params, priorities, use_tqdm)
         except BaseException:  # Ctrl-C too: leave nothing behind that the next call would trip over
-            for name in names:
-                if name in engine.groups:
-                    engine.abort_request(name)
+            engine.abort_request(names)
             raise
         if engine.tp.size > 1:
             outputs = [RequestOutput.from_json(value) for value in share([o.to_json() for o in outputs], engine.tp)]
@@ -56,50 +87,56 @@ class LLM:
         return sorted(outputs, key=lambda output: int(output.request_id))
 
     def _run(
-        self, names: list[str], prompts: list[Prompt], params: list[SamplingParams], use_tqdm: bool
-    ) -> list[RequestOutput]:
+        self, names: list[str], prompts: list[Prompt], params: list[SamplingParams], priorities: list[int], use_tqdm: bool
+    ) -> list[RequestOutput]:  # fmt: skip
         """Queue and step to the end; the outputs on rank 0."""
         engine, outputs = self.llm_engine, []
-        for name, prompt, p in zip(names, prompts, params, strict=True):
-            engine.add_request(name, prompt, p)
+        for name, prompt, one, priority in zip(names, prompts, params, priorities, strict=True):
+            engine.add_request(name, prompt, one, priority=priority)
         if engine.tp.rank > 0:
             engine.runner.follow()
             return []
         with tqdm(total=len(prompts), desc="prompts", disable=None if use_tqdm else True, leave=False) as bar:
             while engine.has_unfinished_requests():
                 engine.run_step()
-                done = engine.take_outputs(only_finished=True)
+                done = engine.outputs.take_outputs(only_finished=True)
                 outputs += done
                 bar.update(len(done))
         engine.runner.stop()
         return outputs
 
-    def _engine(self) -> LLMEngine:
-        if self.llm_engine is None:
-            raise ValueError("this LLM is shut down; make a new one")
-        return self.llm_engine
-
     def chat(
-        self, messages: Sequence[dict[str, str]] | Sequence[Sequence[dict[str, str]]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, use_tqdm: bool = True,
+        self, messages: Sequence[dict[str, str]] | Sequence[Sequence[dict[str, str]]], sampling_params: Params = None,
+        *, use_tqdm: bool = True, chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:  # fmt: skip
-        """generate, for one conversation or several: lists of {"role": ..., "content": ...}."""
-        tokenizer = self._engine().runner.tokenizer
+        """generate, for one conversation or several: lists of {"role": ..., "content": ...}.
+
+        chat_template_kwargs: what the checkpoint's template knows besides the messages (`enable_thinking`).
+        """
+        tokenizer = self.llm_engine.runner.tokenizer
         if tokenizer is None:
             raise ValueError(
                 "this checkpoint has no tokenizer, so no chat template; use generate with prompt_token_ids"
             )
         if not isinstance(messages, list | tuple):
-            raise ValueError(f"messages={messages!r:.80} must be a list of messages, or of such lists")
+            raise ValueError(f"messages={shown(messages)} must be a list of messages, or of such lists")
         several = [messages] if messages and isinstance(messages[0], dict) else messages
-        prompts = [tokenizer.encode_chat(conversation) for conversation in several]
+        prompts = [tokenizer.encode_chat(conversation, **(chat_template_kwargs or {})) for conversation in several]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached blocks. False, and nothing is done, while requests hold some."""
+        return self.llm_engine.reset_prefix_cache()
+
+    def get_metrics(self) -> list[Metric]:
+        """What the engine has counted, under vLLM's names (rank 0's counts; of the others those they keep)."""
+        return engine_metrics(self.llm_engine)
+
     def shutdown(self) -> None:
-        """Let go of the model and leave the process group."""
-        if self.llm_engine and self.llm_engine.trace:
-            self.llm_engine.trace.close()
-        self.llm_engine = None
+        """Let go of the model and leave the process group. Safe to call twice."""
+        if self._engine and self._engine.trace:
+            self._engine.trace.close()
+        self._engine = None
         shutdown_tensor_parallel()
 
     def __enter__(self) -> "LLM":
@@ -109,22 +146,10 @@ class LLM:
         self.shutdown()
 
 
-def _as_list(prompts) -> list[Prompt]:
+def _as_list(prompts: Any) -> list[Prompt]:
     """One prompt (a text, ids, a dict) or several."""
     if isinstance(prompts, str | dict) or not isinstance(prompts, Iterable):
         return [prompts]
-    prompts = list(prompts)
-    single = prompts and hasattr(prompts[0], "__index__") and getattr(prompts[0], "ndim", 0) == 0  # token ids
-    return [prompts] if single else prompts
-
-
-def _one_each(params, n: int) -> list[SamplingParams]:
-    """One for all, or one for each."""
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * n
-    if isinstance(params, dict) or not isinstance(params, Iterable):
-        raise ValueError(f"sampling_params={params!r} must be a SamplingParams, or one for each prompt")
-    params = list(params)
-    if len(params) != n:
-        raise ValueError(f"{len(params)} sampling_params for {n} prompts; give one for all or one for each")
-    return params
+    if not hasattr(prompts, "ndim"):
+        prompts = list(prompts)
+    return [prompts] if len(prompts) > 0 and is_one_prompt(prompts) else list(prompts)

@@ -3,7 +3,8 @@
 Rank 0 schedules; all ranks get the same few integers and execute them, each on its own heads:
 
     per new piece of a block table    row, first block, n, n block ids
-    per sequence                      row, tokens computed, tokens new, emits
+    per sequence                      row, tokens computed, tokens new, emits, tokens scored (of the new ones, from the
+                                      first on: the next token's log-probability is asked for)
     token ids                         of all sequences, end to end; -1: the one drawn last, which every rank has
 
 What attention is told (slot_mapping, block tables, query_start, context_lens) follows from these on every rank by
@@ -17,6 +18,7 @@ from itertools import chain
 import numpy as np
 import torch
 
+from ch06_tp_vllm.scheduler import SchedulerOutput, num_scored
 from common.distributed.messages import receive, send
 from common.executor import Executor
 from common.layers.vocab import gather_logits
@@ -30,13 +32,14 @@ STOP_MESSAGE = np.array([STOP], dtype=np.int64)
 
 @dataclass(frozen=True)
 class StepMetadata:
-    """See the top of this file. rows, computed, new, emits [B]; token_ids [T], or [0] in a decode step."""
+    """See the top of this file. rows, computed, new, emits, scored [B]; token_ids [T], or [0] in a decode step."""
 
     updates: Sequence[tuple[int, int, Sequence[int]]]
     rows: np.ndarray
     computed: np.ndarray
     new: np.ndarray
     emits: np.ndarray
+    scored: np.ndarray
     token_ids: np.ndarray
 
     def encode(self) -> np.ndarray:
@@ -44,7 +47,9 @@ class StepMetadata:
         heads = chain.from_iterable((row, first, len(blocks), *blocks) for row, first, blocks in self.updates)
         updates = np.fromiter(heads, dtype=np.int64)
         counts = np.array([STEP, len(self.updates), len(self.rows), len(self.token_ids)], dtype=np.int64)
-        return np.concatenate((counts, updates, self.rows, self.computed, self.new, self.emits, self.token_ids))
+        return np.concatenate(
+            (counts, updates, self.rows, self.computed, self.new, self.emits, self.scored, self.token_ids)
+        )
 
     @staticmethod
     def decode(words: np.ndarray) -> "StepMetadata":
@@ -57,9 +62,9 @@ class StepMetadata:
             row, first, n = words[at : at + 3].tolist()
             updates.append((row, first, words[at + 3 : at + 3 + n].tolist()))
             at += 3 + n
-        if at + 4 * batch + tokens != len(words):
-            raise ValueError(f"a step of {len(words)} words announces {at + 4 * batch + tokens}")
-        return StepMetadata(updates, *words[at : at + 4 * batch].reshape(4, batch), words[at + 4 * batch :])
+        if at + 5 * batch + tokens != len(words):
+            raise ValueError(f"a step of {len(words)} words announces {at + 5 * batch + tokens}")
+        return StepMetadata(updates, *words[at : at + 5 * batch].reshape(5, batch), words[at + 5 * batch :])
 
 
 class ModelRunner(Executor):
@@ -79,6 +84,18 @@ class ModelRunner(Executor):
         self._share_tokens(sampled.tokens)
         return Drawn(sampled)
 
+    def score_prompts(self, output: SchedulerOutput) -> None:
+        """Log-probabilities of prompt tokens, for the requests of the step that ask for them. Waits for the device."""
+        asked = [(s.request, s.num_computed, n) for s in output.scheduled if (n := num_scored(s))]
+        if not asked:
+            return
+        nexts = [token for r, first, n in asked for token in r.prompt_token_ids[first + 1 : first + 1 + n]]
+        top = [r.params.prompt_logprobs for r, _, n in asked for _ in range(n)]
+        told = [one for part in self.prompt_logprobs(nexts, top, [()] * len(nexts)) for one in part.take()]
+        for request, first, n in asked:
+            mine, told = told[:n], told[n:]
+            request.prompt_logprobs += mine[len(request.prompt_logprobs) - first :]  # what was told before it went back
+
     def stop(self) -> None:
         """Let the others out of `follow`."""
         if self.tp.size > 1:
@@ -91,6 +108,8 @@ class ModelRunner(Executor):
         while (words := receive(self.tp, "step"))[0] != STOP:
             step = StepMetadata.decode(words)
             self._execute(step)
+            if step.scored.any():
+                self.prompt_logprobs()
             if emitting := int(step.emits.sum()):
                 self._share_tokens(torch.empty(emitting, dtype=torch.int64, device=self.tp.device))
 
@@ -101,7 +120,9 @@ class ModelRunner(Executor):
         if len(step.token_ids) == 0:
             logits = self.decode(step.rows, step.computed)
         else:
-            logits = self.ragged(step.token_ids, step.rows, step.computed, step.new, step.emits)
+            starts = np.cumsum(step.new) - step.new
+            scored = np.concatenate([start + np.arange(n) for start, n in zip(starts, step.scored, strict=True)])
+            logits = self.ragged(step.token_ids, step.rows, step.computed, step.new, step.emits, scored)
         return None if logits is None else gather_logits(logits, self.config.vocab_size, self.tp)
 
     def _share_tokens(self, tokens: torch.Tensor) -> None:

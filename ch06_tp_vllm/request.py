@@ -7,11 +7,12 @@ WAITING -> RUNNING -> FINISHED_*
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
+from common.request.answer import Answer, End
 from common.sampling.batch import SamplingRow
+from common.sampling.logprobs import TokenLogprobs
 from common.sampling.params import SamplingParams as RowParams
-from common.text.tokenizer import IncrementalDetokenizer
+from common.text.answer import AnswerText
 
 
 class RequestStatus(Enum):
@@ -21,9 +22,10 @@ class RequestStatus(Enum):
     FINISHED_STOPPED = "stop"
     FINISHED_LENGTH_CAPPED = "length"
     FINISHED_ABORTED = "abort"
+    FINISHED_ERROR = "error"
 
     def __init__(self, reason: str):
-        self.finished = reason in ("stop", "length", "abort")  # asked of every request in every step
+        self.finished = reason in ("stop", "length", "abort", "error")  # asked of every request in every step
 
 
 @dataclass(eq=False)
@@ -40,39 +42,41 @@ class Request:
     arrival: int = 0  # the n-th request
     extra_key: str | None = None  # keeps its blocks apart from those of other keys
     parent: "Request | None" = None  # of the n answers to one prompt, the first; the others wait for its blocks
+    stops: frozenset[int] = frozenset()
+    text: AnswerText | None = None
 
     # sampling
-    output_token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
     status: RequestStatus = RequestStatus.WAITING
     stop_reason: int | str | None = None  # which of the user's stop tokens or texts ended it
-    stops: frozenset[int] = frozenset()
-
-    # the engine, when somebody looks, or after each token if a text may end it
-    stop: tuple[str, ...] = ()
-    text: str = ""
-    detokenizer: IncrementalDetokenizer | None = None
-    num_decoded: int = 0  # tokens of the answer that the detokenizer has seen
-    told_logprobs: list[dict[int, Any]] = field(default_factory=list)  # `logprobs`, as the user sees them
-    text_is_whole: bool = False  # nothing comes any more
+    error: str | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt tokens but the first, so far
 
     # the scheduler, each step
     row: int = -1  # of every rank's sequence table
-    num_computed_tokens: int = 0  # K and V in the cache, or on their way there
-    num_cached_tokens: int | None = None  # found in the prefix cache when it was first scheduled
+    num_computed_tokens: int = 0  # whose K and V are in the cache, or on their way there
     pending: int = 0  # tokens that are drawn, or being drawn, and not yet in output_token_ids
-    drawn_here: bool = False  # its last token was drawn since it has this row: every rank's table knows it
+    drawn_here: bool = False  # the ranks have drawn a token of it since it was admitted, and know it
+    num_cached_tokens: int | None = None  # found in the prefix cache when it was first admitted
     num_preemptions: int = 0
 
     # the block manager
     block_table: list[int] = field(default_factory=list)
-    block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as anyone asked
+    block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as somebody needed them
     num_blocks_named: int = 0  # of its table, that others may find by their hash
     num_blocks_sent: int = 0  # that every rank's table knows
+
+    def __post_init__(self):
+        self.answer = Answer(self.params, self.stops, self.text or AnswerText(None))
+        self.output_token_ids = self.answer.output_ids  # the same list, under vLLM's name
+        self._ends = self.stops if self.params.min_new_tokens else ()
 
     @property
     def request_id(self) -> str:
         return f"{self.group}/{self.index}"
+
+    @property
+    def ended(self) -> bool:
+        return self.status.finished
 
     @property
     def all_token_ids(self) -> list[int]:
@@ -89,30 +93,18 @@ class Request:
 
     def sampling_row(self) -> SamplingRow:
         """For the newest of its pending tokens."""
-        return SamplingRow(self.params, self.seed, self.prompt_token_ids, self.output_token_ids, self.pending - 1)
+        return SamplingRow(
+            self.params, self.seed, self.prompt_token_ids, self.output_token_ids, self.pending - 1, end_ids=self._ends
+        )
 
-    def append(self, token: int, logprob: float | None) -> None:
+    def append(self, token: int, told: TokenLogprobs | None = None) -> None:
         """Take a sampled token and see whether it was the last."""
-        self.output_token_ids.append(token)
-        if logprob is not None and self.params.logprobs:
-            self.logprobs.append(logprob)
-        if token in self.stops:
-            self.status = RequestStatus.FINISHED_STOPPED
-            self.stop_reason = token if token in self.params.stop_token_ids else None
-        elif len(self.output_token_ids) >= self.params.max_new_tokens:
-            self.status = RequestStatus.FINISHED_LENGTH_CAPPED
+        self.answer.take(token, told)
+        if self.answer.end:
+            self.finish(self.answer.end)
 
-    def read(self, text: str) -> None:
-        """Take the text of the newest tokens; a stop text ends the request, and the text before it."""
-        start, self.text = len(self.text), self.text + text
-        found = [(at, stop) for stop in self.stop if (at := self.text.find(stop, max(0, start - len(stop) + 1))) >= 0]
-        if found:
-            at, self.stop_reason = min(found)
-            self.text, self.status = self.text[:at], RequestStatus.FINISHED_STOPPED
-        self.text_is_whole = self.status.finished
-
-    @property
-    def shown(self) -> str:
-        """The text that is certain: its end may be the beginning of a stop text."""
-        hidden = 0 if self.status.finished else max(map(len, self.stop), default=1) - 1
-        return self.text[: max(0, len(self.text) - hidden)]
+    def finish(self, end: End) -> None:
+        """It has come to its end. vLLM gives no stop_reason for the model's own end."""
+        self.answer.end, self.status, self.error = end, RequestStatus(end.kind), end.message
+        own = isinstance(end.matched, str) or end.matched in self.params.stop_token_ids
+        self.stop_reason = end.matched if own else None

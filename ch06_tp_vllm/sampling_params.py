@@ -1,25 +1,38 @@
 """vLLM's SamplingParams, for the names; what they mean is in common/sampling/params.py."""
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from enum import Enum
 from typing import Any
 
 from common.sampling.params import SamplingParams as RowParams
-from common.values import whole
+from common.text.tokenizer import Tokenizer
+from common.values import flag, shown, texts, token_ids, whole
+
+MAX_ANSWERS = 1024  # n
+
+
+class RequestOutputKind(Enum):
+    """What a step returns of a request: all it has so far, what is new, or nothing until it has ended."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How to answer one prompt: n answers of at most max_tokens each. As in vLLM the default draws (temperature 1).
 
-    top_k: 0 or -1 is no limit. stop: texts that end an answer, and are not in it. logprobs: None, or 1 for the
-    log-probability of each chosen token.
-    Raises ValueError for a value outside its range.
+    max_tokens: None is as many as the model and the pool allow. top_k: 0 or -1 is no limit. stop: texts that end an answer;
+    they are in it only with include_stop_str_in_output. bad_words: texts that are never completed. logit_bias: {token id: what is
+    added to its logit}. logprobs: None, or how many of the best beside each chosen token; prompt_logprobs the same for the tokens
+    of the prompt. detokenize=False leaves `text` empty. output_kind: see RequestOutputKind.
+    Raises ValueError for a value of a wrong kind or outside its range.
     """
 
     n: int = 1
-    max_tokens: int = 16
+    max_tokens: int | None = 16
+    min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -28,37 +41,69 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
+    stop: Any = ()
+    stop_token_ids: Any = ()
+    bad_words: Any = ()
+    logit_bias: Any = None
+    allowed_token_ids: Any = None
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self):
-        for name in ("n", "max_tokens"):
-            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
-        # tuples from here on
-        object.__setattr__(self, "stop", _several("stop", self.stop, str))
-        object.__setattr__(self, "stop_token_ids", _several("stop_token_ids", self.stop_token_ids, Integral))
-        if not all(self.stop):
-            raise ValueError("stop: an empty text would end every answer at once; leave it out")
-        if self.logprobs not in (None, 0, 1):
-            raise ValueError(f"logprobs={self.logprobs}: only the chosen token's is kept; use 1 or None")
-        self.row()  # the other ranges
+        kept = {
+            "n": whole("n", self.n, 1, MAX_ANSWERS),
+            "stop": texts("stop", self.stop), "bad_words": texts("bad_words", self.bad_words),
+            "stop_token_ids": token_ids("stop_token_ids", _several_ids(self.stop_token_ids)),
+        }  # fmt: skip
+        for name in (
+            "include_stop_str_in_output",
+            "detokenize",
+            "skip_special_tokens",
+            "spaces_between_special_tokens",
+        ):
+            flag(name, getattr(self, name))
+        if self.max_tokens is not None:
+            kept["max_tokens"] = whole("max_tokens", self.max_tokens, 1)
+            whole("min_tokens", self.min_tokens, 0, kept["max_tokens"], f" (max_tokens={kept['max_tokens']})")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                kept[name] = whole(name, getattr(self, name), 0)
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise ValueError(f"output_kind={shown(self.output_kind)} must be a RequestOutputKind")
+        if kept["stop"] and not self.detokenize:
+            raise ValueError("stop needs the text of the answer; leave detokenize=True, or use stop_token_ids")
+        for name, value in kept.items():
+            object.__setattr__(self, name, value)
+        self.row(self.max_tokens or max(1, self.min_tokens), None)  # the other ranges
 
-    def row(self) -> RowParams:
-        """The same in the sampler's terms."""
+    def row(self, max_tokens: int, tokenizer: Tokenizer | None) -> RowParams:
+        """The same in the sampler's terms, for an answer of at most so many tokens."""
+        words = tuple(ids for word in self.bad_words for ids in _spellings(word, tokenizer)) if tokenizer else ()
         return RowParams(
-            max_new_tokens=self.max_tokens, temperature=self.temperature, top_k=self.top_k or -1, top_p=self.top_p,
-            min_p=self.min_p, repetition_penalty=self.repetition_penalty, presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty, seed=self.seed, stop_token_ids=self.stop_token_ids,
-            ignore_eos=self.ignore_eos, logprobs=self.logprobs is not None,
+            max_new_tokens=max_tokens, temperature=self.temperature, top_k=-1 if self.top_k == 0 else self.top_k,
+            top_p=self.top_p, min_p=self.min_p, repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty, frequency_penalty=self.frequency_penalty, seed=self.seed,
+            stop_token_ids=self.stop_token_ids, ignore_eos=self.ignore_eos, min_new_tokens=self.min_tokens,
+            logit_bias=() if self.logit_bias is None else self.logit_bias, allowed_token_ids=self.allowed_token_ids,
+            bad_words_ids=words, logprobs=self.logprobs is not None, top_logprobs=self.logprobs or 0,
+            prompt_logprobs=self.prompt_logprobs,
         )  # fmt: skip
 
 
-def _several(name: str, given: Any, kind: type) -> tuple:
-    """None, one, or several -> a tuple. Raises ValueError for anything else."""
-    values = () if given is None else (given,) if isinstance(given, str | int) else given
-    values = tuple(values) if isinstance(values, Iterable) else (values,)
-    if not all(isinstance(value, kind) for value in values):
-        raise ValueError(f"{name}={given!r} must be {'texts' if kind is str else 'token ids, whole numbers'}")
-    return values
+def _several_ids(given: Any) -> Any:
+    """None, one id, or several."""
+    return () if given is None else (given,) if isinstance(given, int) else given
+
+
+def _spellings(word: str, tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of a word at the beginning of a text and behind a space, as vLLM forbids both
+    (SamplingParams.update_from_tokenizer).
+    """
+    bare, spaced = (tokenizer.encode_bare(text) for text in (word.lstrip(), " " + word.lstrip()))
+    return [bare] if bare == spaced or not spaced else [bare, spaced]

@@ -184,3 +184,14 @@ class Scheduler:
 def _importance(request: Request) -> tuple[int, int]:
     """Sorts the most important first."""
     return request.priority, request.arrival
+
+
+def num_scored(s: ScheduledRequest) -> int:
+    """Tokens of the step, from the request's first one on, whose next token's log-probability is asked for."""
+    request = s.request
+    if request.params.prompt_logprobs is None or request.index > 0:
+        return 0
+    asked = len(request.prompt_token_ids) - 1  # all tokens of the prompt but the last have a next one in it
+    if len(request.prompt_logprobs) == asked:  # told before it was preempted
+        return 0
+    return max(0, min(s.num_new, asked - s.num_computed))

@@ -14,22 +14,19 @@ Costs nothing when off.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ch06_tp_vllm.request import Request, RequestStatus
-from ch06_tp_vllm.scheduler import SchedulerOutput
+from ch06_tp_vllm.scheduler import Scheduler, SchedulerOutput
+from common.distributed.ledger import Ledger
 from common.teaching.trace import StepLog
-
-if TYPE_CHECKING:
-    from ch06_tp_vllm.llm_engine import LLMEngine
 
 
 class Trace(StepLog):
     """One line a step, written by rank 0 as the steps go."""
 
-    def __init__(self, path: str | Path, engine: "LLMEngine"):
-        super().__init__(path, engine.tp.ledger)
-        self._engine = engine
+    def __init__(self, path: str | Path, ledger: Ledger, scheduler: Scheduler):
+        super().__init__(path, ledger)
+        self._scheduler = scheduler
         self._aborted: list[str] = []
         self._holding: dict[Request, int] = {}  # blocks of those that ran in the last step, as far as they were told
 
@@ -49,15 +46,15 @@ class Trace(StepLog):
         self._aborted.append(request.request_id)
         self._holding.pop(request, None)
 
-    def end(self) -> None:
+    def end(self, step: int) -> None:
         """After the step: write its line."""
         left = [r for r in self._holding if r.status is not RequestStatus.RUNNING]
         for request in left:
             del self._holding[request]
-        scheduler = self._engine.scheduler
+        scheduler = self._scheduler
         self.write({
-            "step": self._engine.num_steps, "scheduled": self._rows, "blocks": self._blocks,
-            "free": self._engine.blocks.num_free_blocks, "aborted": self._aborted,
+            "step": step, "scheduled": self._rows, "blocks": self._blocks,
+            "free": scheduler.blocks.num_free_blocks, "aborted": self._aborted,
             "preempted": [r.request_id for r in left if r.status is RequestStatus.PREEMPTED],
             "finished": [r.request_id for r in left if r.status.finished],
             "waiting": len(scheduler.waiting), "running": len(scheduler.running),

@@ -46,6 +46,8 @@ class Executor:
     max_total_tokens: size of the pool in tokens; by default what memory allows, the same on every rank.
     mem_fraction_static: share of the device's memory for weights and pool together, as in SGLang; by default 0.85 of what
     the weights leave free on a GPU, and 1 GiB on a CPU. kv_cache_dtype: auto is the model's; a smaller one holds more.
+    tokenizer_path: another folder or Hub id for the tokenizer; skip_tokenizer_init: none. context_length: tokens of a request at
+    most, by default as many as the model has positions for.
     Raises ValueError or FileNotFoundError, on every rank alike, for what cannot be run.
     """
 
@@ -53,7 +55,8 @@ class Executor:
         self, model_name: str | None = None, device: str = "auto", page_size: int = 16, *,
         dtype: str | None = None, max_total_tokens: int | None = None, max_running_requests: int = 256,
         attention_backend: str = "auto", disable_cuda_graph: bool = False, mem_fraction_static: float | None = None,
-        kv_cache_dtype: str = "auto", tp: TPGroup | None = None,
+        kv_cache_dtype: str = "auto", tokenizer_path: str | None = None, skip_tokenizer_init: bool = False,
+        context_length: int | None = None, tp: TPGroup | None = None,
     ):  # fmt: skip
         self.tp = tp or get_tensor_parallel(device)
         if page_size < 1:
@@ -69,11 +72,15 @@ class Executor:
         if kv_cache_dtype != "auto" and kv_cache_dtype not in DTYPES:
             raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
         self.attention = pick_attention(self.tp.device, attention_backend)
-        folder = resolve_model(model_name or TINY_QWEN_PATH)
+        self.folder = folder = resolve_model(model_name or TINY_QWEN_PATH)
         self.dtype = self._pick_dtype(dtype)
         self.model, self.load_report = load_model(folder, self.tp, self.dtype)
         self.config: ModelConfig = self.model.config
-        self.tokenizer = Tokenizer(folder) if Tokenizer.lies_in(folder) else None  # token ids work without one
+        self.tokenizer = None  # token ids work without one
+        words = resolve_model(tokenizer_path) if tokenizer_path else folder
+        if not skip_tokenizer_init and (tokenizer_path or Tokenizer.lies_in(words)):
+            self.tokenizer = Tokenizer(words)
+        self.context_length = self._context_length(context_length)
         self.page_size, self.max_running_requests = page_size, max_running_requests
 
         self.kv_dtype = self.dtype if kv_cache_dtype == "auto" else DTYPES[kv_cache_dtype]
@@ -82,7 +89,7 @@ class Executor:
             self.config.num_layers, num_pages, page_size, self.model.heads.num_kv, self.config.head_dim,
             self.kv_dtype, self.tp.device,
         )  # fmt: skip
-        self.max_context = min(self.config.max_position_embeddings, num_pages * page_size)
+        self.max_context = min(self.context_length, num_pages * page_size)
         pages, heads = -(-self.max_context // page_size), self.model.heads
         alike = self.attention.tile_members(heads.num_q, heads.num_kv)
         self.table = SequenceTable(max_running_requests, pages, page_size, self.tp.device, alike)
@@ -200,6 +207,13 @@ class Executor:
             raise ValueError(f"dtype={name} is not for this attention_backend; use {known}, or another backend")
         return DTYPES[name]
 
+    def _context_length(self, wanted: int | None) -> int:
+        """Tokens that a request may have, prompt and answer."""
+        most = self.config.max_position_embeddings
+        if wanted is not None and not 1 <= wanted <= most:
+            raise ValueError(f"a context of {wanted} tokens is asked for, but the model has positions for {most}")
+        return most if wanted is None else wanted
+
     def _num_pages(self, max_total_tokens: int | None, fraction: float | None) -> int:
         """Pages in the pool, the same number on every rank: the poorest decides."""
         per_page = PagedKVCache.bytes_per_page(
@@ -219,14 +233,14 @@ class Executor:
                 room = int(fraction * _memory_of_the_machine() / self.tp.size) - weights
             most = MAX_POOL_TOKENS_ON_CPU
             if fraction is not None:
-                most = self.max_running_requests * self.config.max_position_embeddings
+                most = self.max_running_requests * self.context_length
             pages = min(room // per_page, most // self.page_size)
         else:
             free, total = torch.cuda.mem_get_info(self.tp.device)
             room = int(free * GPU_CACHE_SHARE) if fraction is None else free - int((1 - fraction) * total)
             pages = room // per_page
             # more than all requests at full length: only a tiny model gets there
-            pages = min(pages, self.max_running_requests * self.config.max_position_embeddings // self.page_size)
+            pages = min(pages, self.max_running_requests * self.context_length // self.page_size)
         mine = torch.tensor([pages])
         offers = all_gather(mine, self.tp, "pool size")  # COMM all-gather [1]: pages each rank has room for
         pages = min(int(offer) for offer in offers)

@@ -81,7 +81,7 @@ def several(name: str, value: Any, what: str) -> list[Any]:
     return items
 
 
-def token_ids(name: str, value: Any, least: int | None = 0) -> tuple[int, ...]:
+def token_ids(name: str, value: Any) -> tuple[int, ...]:
     """Several token ids -> tuple. How large the vocabulary is, is not known here."""
     what = "token ids, whole numbers from 0"
     items = several(name, value, what)
@@ -90,7 +90,7 @@ def token_ids(name: str, value: Any, least: int | None = 0) -> tuple[int, ...]:
     except Exception:
         raise ValueError(f"{name}={shown(value)} must be {what}") from None
     for one in ids:
-        if least is not None and not least <= one <= MAX_INT:
+        if not 0 <= one <= MAX_INT:
             raise ValueError(f"{name}={shown(value)} must be {what}; {shown(one)} is none")
     return ids
 
@@ -98,11 +98,15 @@ def token_ids(name: str, value: Any, least: int | None = 0) -> tuple[int, ...]:
 def prompt_ids(name: str, value: Any, vocab_size: int) -> list[int]:
     """The token ids of a prompt, in a list or in an array or tensor of one dimension, all in 0..vocab_size - 1."""
     if getattr(value, "ndim", 1) != 1:
-        raise ValueError(f"{name} has the shape {list(value.shape)}; token ids are a list of whole numbers")
+        raise ValueError(f"{name} has the shape {list(value.shape)}; token ids are whole numbers in a row")
     if isinstance(value, list) and all(type(one) is int for one in value):  # as mostly, and may be long
         ids = list(value)
     else:
-        ids = list(token_ids(name, value.tolist() if hasattr(value, "tolist") else value, least=None))
+        try:
+            items = value.tolist() if hasattr(value, "tolist") else several(name, value, "")
+            ids = [index(_plain(one)) for one in items]
+        except Exception:
+            raise ValueError(f"{name} is a text or token ids (whole numbers), not {shown(value)}") from None
     if ids and (min(ids) < 0 or max(ids) >= vocab_size):
         bad = next(i for i in ids if not 0 <= i < vocab_size)
         raise ValueError(f"token id {shown(bad)} is outside the vocabulary 0..{vocab_size - 1}")
@@ -111,8 +115,9 @@ def prompt_ids(name: str, value: Any, vocab_size: int) -> list[int]:
 
 def is_one_prompt(value: Any) -> bool:
     """One list of token ids, and not a list of prompts: it is empty, has one dimension, or begins with no sequence."""
-    if hasattr(value, "ndim"):
-        return value.ndim <= 1
+    dimensions = getattr(value, "ndim", None)
+    if dimensions is not None:
+        return dimensions <= 1
     first = value[0] if len(value) else None
     return not (isinstance(first, Mapping | Sequence) or getattr(first, "ndim", 0) > 0)
 
@@ -153,9 +158,9 @@ def one_each(name: str, values: Any, n: int, kind: type, default: Any) -> list[A
     if len(values) != n:
         raise ValueError(f"{len(values)} {name} for {n} prompts; give one for all or one for each")
     for one in values:
-        if one is not None and not isinstance(one, kind):
+        if not isinstance(one, kind):
             raise ValueError(f"{name} holds {shown(one)}, which is no {kind.__name__}")
-    return [default if one is None else one for one in values]
+    return values
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,108 @@
+"""vLLM's EngineArgs: what an engine is made with, under vLLM's names, and one line for a name that does not exist here."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ch06_tp_vllm.scheduler import POLICIES
+from common.request.intake import refuse_unknown
+from common.values import flag, real, shown, text, whole
+
+# what vLLM has and this engine has not: the way out
+ELSEWHERE = {
+    "quantization": "weights are read as float32, bfloat16 or float16; use dtype=",
+    "pipeline_parallel_size": "layers are not spread over ranks here; use tensor_parallel_size=",
+    "data_parallel_size": "one engine is one replica; start several",
+    "enable_expert_parallel": "mixtures of experts are not here",
+    "speculative_config": "one token a step here; leave it out",
+    "enable_lora": "adapters are not here; merge them into the weights",
+    "swap_space": "preempted requests are computed again, as in vLLM V1; leave it out",
+    "cpu_offload_gb": "weights stay on the device; use more ranks or a smaller dtype",
+    "max_logprobs": "any number up to the vocabulary is given; leave it out",
+    "disable_log_stats": "nothing is logged; see LLM.get_metrics() and trace=",
+    "hf_overrides": "edit the folder's config.json",
+    "revision": "give the Hub id alone, or a local folder",
+    "download_dir": "the Hub's own cache is used (HF_HOME)",
+    "distributed_executor_backend": "processes of torchrun, or started by the engine itself; leave it out",
+    "max_seq_len_to_capture": "CUDA graphs hold any length; leave it out, or enforce_eager=True",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EngineArgs:
+    """The arguments of LLM and LLMEngine.
+
+    model: a folder in Hugging Face layout, a Hub id, or None for the bundled tiny model. tokenizer: another folder for the
+    tokenizer; skip_tokenizer_init: none, token ids only. max_model_len: tokens of a request at most (prompt and answer).
+    max_num_batched_tokens: the budget of a step. num_gpu_blocks_override: blocks in the pool; by default what memory
+    allows, gpu_memory_utilization of the device's memory for weights and pool together. enforce_eager: no CUDA graphs.
+    async_scheduling: queue a step before the last one's tokens are seen; None: on a GPU. generation_config: "auto" takes
+    sampling defaults from the model's generation_config.json, "vllm" takes vLLM's own. check: test the conservation of
+    blocks after every step. trace: a file to which every step writes a line (trace.py).
+    Raises ValueError for a value of a wrong kind or outside its range.
+    """
+
+    model: str | None = None
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    trust_remote_code: bool = False
+    load_format: str = "auto"
+    tensor_parallel_size: int | None = None
+    dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    block_size: int = 16
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    num_gpu_blocks_override: int | None = None
+    gpu_memory_utilization: float | None = None
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    scheduling_policy: str = "fcfs"
+    seed: int = 0
+    enforce_eager: bool = False
+    async_scheduling: bool | None = None
+    attention_backend: str = "auto"
+    generation_config: str = "auto"
+    check: bool = False
+    trace: str | Path | None = None
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> "EngineArgs":
+        """Raises ValueError for a name that does not exist here, and says what to use instead."""
+        refuse_unknown("engine argument", list(given), [field.name for field in fields(cls)], ELSEWHERE)
+        return cls(**given)
+
+    def __post_init__(self):
+        for name in ("max_num_batched_tokens", "num_gpu_blocks_override", "tensor_parallel_size", "max_model_len"):
+            if getattr(self, name) is not None:
+                self._set(name, whole(name, getattr(self, name), 1))
+        for name in ("block_size", "max_num_seqs"):
+            self._set(name, whole(name, getattr(self, name), 1))
+        self._set("seed", whole("seed", self.seed, -(1 << 63), (1 << 63) - 1))
+        switches = (
+            "skip_tokenizer_init", "trust_remote_code", "enable_prefix_caching", "enable_chunked_prefill", "enforce_eager", "check",
+        )  # fmt: skip
+        for name in switches:
+            flag(name, getattr(self, name))
+        if self.async_scheduling is not None:
+            flag("async_scheduling", self.async_scheduling)
+        if self.gpu_memory_utilization is not None:
+            share = real("gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, "; a share", open_below=True)
+            self._set("gpu_memory_utilization", share)
+        for name in ("dtype", "kv_cache_dtype", "device", "attention_backend"):
+            text(name, getattr(self, name))
+        for name, allowed in (
+            ("load_format", ("auto", "safetensors")), ("generation_config", ("auto", "vllm")), ("scheduling_policy", POLICIES),
+        ):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={shown(getattr(self, name))} is unknown; use {' or '.join(allowed)}")
+        if self.trust_remote_code:
+            raise ValueError("trust_remote_code=True: a folder's Python is never run here; leave it out")
+        trace = self.trace
+        if trace is not None and not (isinstance(trace, str | Path) and Path(trace).absolute().parent.is_dir()):
+            raise ValueError(f"trace={shown(trace)} must be a file in a folder that exists")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)

@@ -1,0 +1,28 @@
+"""What the engine has counted, under the names of vLLM's metrics (v1/metrics/loggers.py; counters get _total when scraped)."""
+
+from dataclasses import dataclass
+
+from ch06_tp_vllm.llm_engine import LLMEngine
+
+
+@dataclass(frozen=True)
+class Metric:
+    """kind: gauge (as it is now) or counter (since the engine was made)."""
+
+    name: str
+    value: float
+    kind: str
+
+
+def engine_metrics(engine: LLMEngine) -> list[Metric]:
+    scheduler, blocks = engine.scheduler, engine.blocks
+    return [
+        Metric("vllm:num_requests_running", len(scheduler.running), "gauge"),
+        Metric("vllm:num_requests_waiting", len(scheduler.waiting), "gauge"),
+        Metric("vllm:kv_cache_usage_perc", blocks.usage, "gauge"),
+        Metric("vllm:prefix_cache_queries", blocks.stats.queries, "counter"),
+        Metric("vllm:prefix_cache_hits", blocks.stats.hits, "counter"),
+        Metric("vllm:num_preemptions", scheduler.num_preemptions, "counter"),
+        Metric("vllm:prompt_tokens", engine.outputs.prompt_tokens, "counter"),
+        Metric("vllm:generation_tokens", engine.outputs.generation_tokens, "counter"),
+    ]

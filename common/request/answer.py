@@ -1,0 +1,66 @@
+"""One answer while it grows: its tokens, what is told about them, its text, and how it comes to its end.
+
+Both engines take tokens the same way and differ in the words for the end: vLLM has a status and a stop_reason, SGLang a
+finish_reason object. `End` is what they translate.
+"""
+
+from dataclasses import dataclass, field
+
+from common.sampling.logprobs import TokenLogprobs
+from common.sampling.params import SamplingParams
+from common.text.answer import AnswerText
+
+
+@dataclass(frozen=True)
+class End:
+    """kind: stop (a token or a text said so), length, abort or error. matched: the stop token or stop text. message: of an
+    error.
+    """
+
+    kind: str
+    matched: int | str | None = None
+    message: str | None = None
+
+
+@dataclass(eq=False)
+class Answer:
+    """stops: tokens that end it."""
+
+    params: SamplingParams
+    stops: frozenset[int]
+    text: AnswerText
+    output_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    end: End | None = None
+
+    def take(self, token: int, told: TokenLogprobs | None) -> None:
+        """Append a sampled token and see whether it was the last."""
+        self.output_ids.append(token)
+        if told is not None:
+            self.logprobs.append(told)
+        if token in self.stops:
+            self.end = End("stop", token)
+        elif self.text.watches and self._finds_a_stop():
+            pass
+        elif len(self.output_ids) >= self.params.max_new_tokens:
+            self.end = End("length")
+
+    def _finds_a_stop(self) -> bool:
+        try:
+            matched = self.text.catch_up(self.output_ids)
+        except ValueError as error:  # a stop pattern that takes too long: this answer alone ends
+            self.end = End("error", message=str(error))
+            return True
+        if matched is not None:
+            self.end = End("stop", matched)
+        return self.end is not None
+
+    def shown(self) -> str:
+        """The text that is certain; all of it once the answer has ended."""
+        if self.end is None:
+            self.text.catch_up(self.output_ids)
+            return self.text.certain
+        if self.end.kind != "error":
+            by_token = self.end.kind == "stop" and isinstance(self.end.matched, int)
+            self.text.finish(self.output_ids, by_stop_token=by_token)
+        return self.text.text
