@@ -20,7 +20,7 @@ import torch
 
 from ch06_tp_vllm.scheduler import SchedulerOutput, num_scored
 from common.distributed.messages import receive, send
-from common.executor import Executor
+from common.executor import Executor, first_of_each
 from common.layers.vocab import gather_logits
 from common.parallel_state import broadcast
 from common.sampling.batch import SamplingBatch
@@ -120,8 +120,7 @@ class ModelRunner(Executor):
         if len(step.token_ids) == 0:
             logits = self.decode(step.rows, step.computed)
         else:
-            starts = np.cumsum(step.new) - step.new
-            scored = np.concatenate([start + np.arange(n) for start, n in zip(starts, step.scored, strict=True)])
+            scored = first_of_each(step.new, step.scored)
             logits = self.ragged(step.token_ids, step.rows, step.computed, step.new, step.emits, scored)
         return None if logits is None else gather_logits(logits, self.config.vocab_size, self.tp)
 

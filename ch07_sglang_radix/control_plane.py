@@ -16,6 +16,8 @@ This is the book's design. SGLang itself runs the same scheduler on every rank, 
 wire but needs all of them to decide alike, always; here only one can be wrong.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from ch07_sglang_radix.tasks import DecodeTask, PrefillTask, StopTask, Task, decode, encode
@@ -24,6 +26,7 @@ from common.distributed.messages import receive, send
 from common.layers.vocab import gather_best_logits, gather_logits
 from common.parallel_state import broadcast
 from common.sampling.batch import SamplingBatch
+from common.sampling.logprobs import TokenLogprobs
 from common.sampling.sampler import Drawn, sample
 
 
@@ -46,6 +49,12 @@ class ControlPlane:
         self._share_tokens(sampled.tokens)
         return Drawn(sampled)
 
+    def prompt_logprobs(
+        self, tokens: Sequence[int], top: Sequence[int], ids: Sequence[Sequence[int]]
+    ) -> list[TokenLogprobs]:
+        """Of the tokens behind the scored ones of the last prefill task. Waits for the device."""
+        return [one for part in self.wrapper.prompt_logprobs(tokens, top, ids) for one in part.take()]
+
     def send_task(self, task: Task) -> None:
         if self.tp.size > 1:
             send(encode(task), self.tp, "task")
@@ -56,6 +65,8 @@ class ControlPlane:
         """Execute what rank 0 sends until it says stop; returns how it said so."""
         while not isinstance(task := self.receive_task(), StopTask):
             self._execute(task)
+            if any(task.columns.get("scored", ())):
+                self.wrapper.prompt_logprobs()
             if emitting := task.num_emitting:
                 self._share_tokens(torch.empty(emitting, dtype=torch.int64, device=self.tp.device))
         return task

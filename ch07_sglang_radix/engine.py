@@ -10,15 +10,16 @@ Under torchrun every rank makes the same calls and gets the same results. Only a
 others call `engine.follow()`, which returns when rank 0 shuts down.
 """
 
+import secrets
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ch07_sglang_radix.async_loop import SchedulerLoop
-from ch07_sglang_radix.generate_request import GenerateCall, GenerateRequest
-from ch07_sglang_radix.scheduler import TPScheduler
+from ch07_sglang_radix.generate_request import GenerateCall, GenerateRequest, LogprobOptions, check_rid
+from ch07_sglang_radix.scheduler import DEFAULT_CHUNK, NO_CHUNKS, TPScheduler
+from ch07_sglang_radix.server_args import DEFAULT_PAGE, ServerArgs
 from ch07_sglang_radix.streams import Stream, listen, wait_for
 from ch07_sglang_radix.tasks import LEAVE
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
@@ -28,38 +29,31 @@ Answer = dict[str, Any]
 
 
 class Engine:
-    """A model behind one call.
-
-    model_path: a folder in Hugging Face layout, a Hub id, or None for the bundled tiny model.
-    tp_size: ranks; by default as many as torchrun started.
-    The other arguments are those of TPRadixAttentionModelWrapper and TPScheduler, under SGLang's names.
+    """A model behind one call. The arguments are those of ServerArgs (server_args.py), under SGLang's names.
 
     Threads may call it: they wait in line, or, once async_generate has been used, run together.
     """
 
-    def __init__(
-        self, model_path: str | None = None, *, tp_size: int | None = None, device: str = "auto",
-        dtype: str | None = None, page_size: int = 16, max_total_tokens: int | None = None,
-        mem_fraction_static: float | None = None, kv_cache_dtype: str = "auto", max_running_requests: int = 256,
-        chunked_prefill_size: int | None = None, enable_mixed_chunk: bool = False, small_request_share: float = 0.0,
-        schedule_policy: str = "fcfs", disable_radix_cache: bool = False, radix_eviction_policy: str = "lru",
-        disable_overlap_schedule: bool | None = None, gather_best: bool = False, disable_cuda_graph: bool = False,
-        disable_custom_all_reduce: bool = False, attention_backend: str = "auto", random_seed: int = 0,
-        check: bool = False, trace: str | Path | None = None,
-    ):  # fmt: skip
-        tp = initialize_tensor_parallel(tp_size, device, disable_custom_all_reduce=disable_custom_all_reduce)
+    def __init__(self, model_path: str | None = None, **server_args):
+        self.server_args = args = ServerArgs.of({"model_path": model_path} | server_args)
+        tp = initialize_tensor_parallel(
+            args.tp_size, args.device, disable_custom_all_reduce=args.disable_custom_all_reduce
+        )
+        page_size = args.page_size or DEFAULT_PAGE[tp.device.type]
         self._wrapper: TPRadixAttentionModelWrapper | None = TPRadixAttentionModelWrapper(
-            model_path, device, page_size, dtype=dtype, max_total_tokens=max_total_tokens,
-            max_running_requests=max_running_requests, attention_backend=attention_backend,
-            disable_cuda_graph=disable_cuda_graph, mem_fraction_static=mem_fraction_static,
-            kv_cache_dtype=kv_cache_dtype, tp=tp,
+            args.model_path, args.device, page_size, dtype=args.dtype, max_total_tokens=args.max_total_tokens,
+            max_running_requests=args.max_running_requests, attention_backend=args.attention_backend,
+            disable_cuda_graph=args.disable_cuda_graph, mem_fraction_static=args.mem_fraction_static,
+            kv_cache_dtype=args.kv_cache_dtype, tokenizer_path=args.tokenizer_path,
+            skip_tokenizer_init=args.skip_tokenizer_init, context_length=args.context_length, tp=tp,
         )  # fmt: skip
+        overlap = None if args.disable_overlap_schedule is None else not args.disable_overlap_schedule
         self._scheduler: TPScheduler | None = TPScheduler(
-            self._wrapper, chunked_prefill_size=chunked_prefill_size, enable_mixed_chunk=enable_mixed_chunk,
-            small_request_share=small_request_share, schedule_policy=schedule_policy,
-            disable_radix_cache=disable_radix_cache, radix_eviction_policy=radix_eviction_policy,
-            overlap=None if disable_overlap_schedule is None else not disable_overlap_schedule, gather_best=gather_best,
-            seed=random_seed, check=check, trace=trace,
+            self._wrapper, chunked_prefill_size=_prefill_tokens(args, tp.device.type, page_size),
+            enable_mixed_chunk=args.enable_mixed_chunk, small_request_share=args.small_request_share,
+            schedule_policy=args.schedule_policy, disable_radix_cache=args.disable_radix_cache,
+            radix_eviction_policy=args.radix_eviction_policy, overlap=overlap, gather_best=args.gather_best,
+            seed=_seed(args), schedule_conservativeness=args.schedule_conservativeness, check=args.check, trace=args.trace,
         )  # fmt: skip
         self._loop: SchedulerLoop | None = None  # from the first async_generate on
         self._stream: Callable[[], Stream | None] = lambda: None  # the open one; not held: who drops it, closes it
@@ -82,18 +76,23 @@ class Engine:
         self, prompt: str | Sequence[str] | None = None,
         sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None, return_logprob: bool = False,
-        stream: bool = False, *, extra_key: str | None = None, priority: int = 0,
+        logprob_start_len: int | None = None, top_logprobs_num: int | None = None,
+        token_ids_logprob: Sequence[int] | None = None, stream: bool = False, *, rid: str | Sequence[str] | None = None,
+        extra_key: str | None = None, priority: int = 0,
     ) -> Answer | list[Answer] | Iterator[Answer]:  # fmt: skip
         """One prompt -> one result, a list -> a list in the same order; with n > 1 a list, n results a prompt.
 
         A result has `text`, `output_ids` and `meta_info`: id, prompt_tokens, cached_tokens,
-        completion_tokens, finish_reason and, if asked for, output_token_logprobs. Without
+        completion_tokens, finish_reason and, with return_logprob, output_token_logprobs: (log-probability, token id, None) for
+        each token; top_logprobs_num and token_ids_logprob add lists of others, logprob_start_len >= 0 the same for the prompt from
+        there on. Without
         `temperature` the answer is greedy (SGLang's own default is 1). `stop`, a string or several, ends an answer
         and is not part of it. With `stream` an iterator comes back: of each answer that has grown, all it has so
         far, and `index`, which of the answers it is; on ranks other than 0 only the whole answers, at the end. Who leaves
         the iterator early ends what still runs. Nothing runs if any prompt or parameter is refused (ValueError).
         """
-        call = self._call(prompt, sampling_params, input_ids, return_logprob, extra_key, priority)
+        logprobs = LogprobOptions.of(return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob)
+        call = self._call(prompt, sampling_params, input_ids, logprobs, rid, extra_key, priority)
         with self._turn:
             self._no_stream_is_open()
             if not self._loop:
@@ -114,7 +113,9 @@ class Engine:
         self, prompt: str | Sequence[str] | None = None,
         sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None, return_logprob: bool = False,
-        stream: bool = False, *, extra_key: str | None = None, priority: int = 0,
+        logprob_start_len: int | None = None, top_logprobs_num: int | None = None,
+        token_ids_logprob: Sequence[int] | None = None, stream: bool = False, *, rid: str | Sequence[str] | None = None,
+        extra_key: str | None = None, priority: int = 0,
     ) -> Answer | list[Answer] | AsyncIterator[Answer]:  # fmt: skip
         """`generate` for many callers at once: their requests run together. With `stream`, an async iterator.
 
@@ -122,7 +123,8 @@ class Engine:
         """
         if self.scheduler.tp.rank > 0:
             raise ValueError("async_generate is rank 0's; the other ranks call engine.follow()")
-        call = self._call(prompt, sampling_params, input_ids, return_logprob, extra_key, priority)
+        logprobs = LogprobOptions.of(return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob)
+        call = self._call(prompt, sampling_params, input_ids, logprobs, rid, extra_key, priority)
         with self._turn:
             self._no_stream_is_open()
             self._loop = self._loop or SchedulerLoop(self.scheduler)
@@ -141,8 +143,13 @@ class Engine:
 
     # --- control
 
-    def abort_request(self, rid: int | None = None, abort_all: bool = False) -> int:
-        """End a request, or all; returns how many were there to end. What they had comes back with finish_reason abort."""
+    def abort_request(self, rid: int | str | None = None, abort_all: bool = False) -> int:
+        """End a request, or all; returns how many were there to end. What they had comes back with finish_reason abort.
+
+        rid: the id that its result tells, or the user's own.
+        """
+        if not abort_all:
+            rid = check_rid(rid)
 
         def abort() -> int:
             every = [req.rid for req in self.scheduler.unfinished]
@@ -193,13 +200,13 @@ class Engine:
 
     # --- inside
 
-    def _call(self, prompt, sampling_params, input_ids, return_logprob, extra_key, priority) -> GenerateCall:
+    def _call(self, prompt, sampling_params, input_ids, logprobs, rid, extra_key, priority) -> GenerateCall:
         intake = self.scheduler.intake
-        return GenerateCall.of(intake, prompt, input_ids, sampling_params, return_logprob, extra_key, priority)
+        return GenerateCall.of(intake, prompt, input_ids, sampling_params, logprobs, rid, extra_key, priority)
 
     def _enqueue(self, one: GenerateRequest) -> int:
         return self.scheduler.enqueue(
-            None, one.ids, one.params, stop=one.stop, extra_key=one.extra_key, priority=one.priority
+            None, one.ids, one.params, words=one.words, extra_key=one.extra_key, priority=one.priority, name=one.name
         )
 
     def _no_stream_is_open(self) -> None:
@@ -234,3 +241,17 @@ def _without_index(call: GenerateCall, last: dict[int, Answer]) -> Answer | list
     """The last chunk of each answer, in order, as `generate` returns them."""
     answers = [{key: value for key, value in last[i].items() if key != "index"} for i in range(len(call.requests))]
     return answers[0] if call.single else answers
+
+
+def _prefill_tokens(args: ServerArgs, device: str, page_size: int) -> int | None:
+    """Prompt tokens of a step: chunked_prefill_size, and no more than max_prefill_tokens in whole pages."""
+    if args.max_prefill_tokens is None:
+        return args.chunked_prefill_size
+    most = max(args.max_prefill_tokens // page_size, 1) * page_size
+    chunk = DEFAULT_CHUNK[device] if args.chunked_prefill_size is None else args.chunked_prefill_size
+    return most if chunk == NO_CHUNKS else min(most, chunk)
+
+
+def _seed(args: ServerArgs) -> int:
+    """Rank 0 alone draws, so the others need not know the number."""
+    return secrets.randbits(32) if args.random_seed is None else args.random_seed

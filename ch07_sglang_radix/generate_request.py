@@ -4,30 +4,75 @@ A prompt with n = 3 is three requests, each with a seed of its own. Everything i
 SGLang keeps the same in managers/io_struct.py (GenerateReqInput).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ch07_sglang_radix.request import RequestOutput
 from common.request.intake import Intake, refuse_unknown
 from common.sampling.batch import uniform
+from common.sampling.logprobs import TokenLogprobs
 from common.sampling.params import SamplingParams
-from common.values import flag, is_one_prompt, one_each, shown, texts, whole
+from common.text.answer import compiled
+from common.text.tokenizer import Tokenizer
+from common.values import flag, is_one_prompt, one_each, shown, text, texts, token_ids, whole
 
 RENAMED = {"sampling_seed": "seed"}  # SGLang's name -> ours; all other names are the same
-PARAM_NAMES = {field.name for field in fields(SamplingParams)} - {"logprobs", "seed"} | set(RENAMED) | {"n", "stop"}
+SAMPLING = (
+    "max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "sampling_seed", "stop_token_ids", "ignore_eos", "logit_bias",
+)  # fmt: skip
+TEXT_FLAGS = {"no_stop_trim": False, "skip_special_tokens": True, "spaces_between_special_tokens": True}
+PARAM_NAMES = (*SAMPLING, *TEXT_FLAGS, "n", "stop", "stop_regex")
+ELSEWHERE = {
+    "max_tokens": "SGLang calls it max_new_tokens", "seed": "SGLang calls it sampling_seed",
+    "json_schema": "structured output is not here", "regex": "structured output is not here",
+    "ebnf": "structured output is not here", "structural_tag": "structured output is not here",
+    "custom_params": "custom logit processors are not here",
+}  # fmt: skip
 MAX_ANSWERS = 1024  # n
+OUTPUTS_ONLY = -1  # logprob_start_len
+
+assert {RENAMED.get(name, name) for name in SAMPLING} <= {field.name for field in fields(SamplingParams)}
 
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """One answer that is wanted."""
+    """One answer that is wanted. words: how its text is made and what ends it, AnswerText's arguments. name: the user's rid."""
 
     ids: list[int]
     params: SamplingParams
-    stop: tuple[str, ...]
+    words: Mapping[str, Any]
     extra_key: str | None
     priority: int
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class LogprobOptions:
+    """What is told about log-probabilities; start: first prompt token of which, -1 is none."""
+
+    wanted: bool = False
+    start: int = OUTPUTS_ONLY
+    top: int = 0
+    ids: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, wanted: Any, start: Any, top: Any, ids: Any) -> "LogprobOptions":
+        flag("return_logprob", wanted)
+        start = OUTPUTS_ONLY if start is None else whole("logprob_start_len", start, OUTPUTS_ONLY)
+        top = whole("top_logprobs_num", 0 if top is None else top, 0)
+        ids = token_ids("token_ids_logprob", () if ids is None else ids)
+        if not wanted and (start != OUTPUTS_ONLY or top or ids):
+            raise ValueError("logprob_start_len, top_logprobs_num and token_ids_logprob need return_logprob=True")
+        return cls(wanted, start, top, ids)
+
+    def params(self) -> dict[str, Any]:
+        """The same in the sampler's terms."""
+        if not self.wanted:
+            return {}
+        told = {"logprobs": True, "top_logprobs": self.top, "token_ids_logprob": self.ids}
+        return told if self.start == OUTPUTS_ONLY else told | {"prompt_logprobs": self.top, "logprob_start": self.start}
 
 
 @dataclass(frozen=True)
@@ -36,43 +81,58 @@ class GenerateCall:
 
     requests: list[GenerateRequest]
     single: bool
-    return_logprob: bool
+    logprobs: LogprobOptions
+    tokenizer: Tokenizer | None
 
     @classmethod
     def of(
-        cls, intake: Intake, prompt: Any, input_ids: Any, sampling_params: Any, return_logprob: Any, extra_key: Any,
-        priority: Any,
+        cls, intake: Intake, prompt: Any, input_ids: Any, sampling_params: Any, logprobs: LogprobOptions, rid: Any,
+        extra_key: Any, priority: Any,
     ) -> "GenerateCall":  # fmt: skip
         """Raises ValueError, in one line, for whatever cannot run."""
         if (prompt is None) == (input_ids is None):
             raise ValueError("give either prompt or input_ids")
-        flag("return_logprob", return_logprob)
         extra_key, priority = intake.namespace("extra_key", extra_key), intake.priority(priority)
         prompts, single = _prompts(prompt, input_ids)
+        given = one_each("sampling_params", sampling_params, len(prompts), Mapping, {})
         requests: list[GenerateRequest] = []
-        for one, given in zip(
-            prompts, one_each("sampling_params", sampling_params, len(prompts), Mapping, {}), strict=True
-        ):
+        for one, values, name in zip(prompts, given, _names(rid, len(prompts), single), strict=True):
             ids = intake.ids(one)
-            params, n, stop = _params(given, return_logprob)
-            intake.stops(stop)
+            params, n, words = _params(values, logprobs)
+            intake.stops((*words["stop"], *words["stop_regex"]))
             intake.fits(ids, params)
             single = single and n == 1
-            requests += [GenerateRequest(ids, _sibling(params, i), stop, extra_key, priority) for i in range(n)]
-        return cls(requests, single, return_logprob)
+            requests += [
+                GenerateRequest(ids, _sibling(params, i), words, extra_key, priority, name and (name if n == 1 else f"{name}_{i}"))
+                for i in range(n)
+            ]  # fmt: skip
+        return cls(requests, single, logprobs, intake.tokenizer)
 
-    def result(self, out: RequestOutput) -> dict[str, Any]:
-        """What SGLang's Engine returns for one answer."""
+    def result(self, out: RequestOutput, i: int) -> dict[str, Any]:
+        """What SGLang's Engine returns for the i-th answer."""
         meta = {
-            "id": out.request_id, "prompt_tokens": out.prompt_tokens, "cached_tokens": out.cached_tokens,
-            "completion_tokens": out.completion_tokens, "finish_reason": out.finish_reason,
+            "id": self.requests[i].name or out.request_id, "prompt_tokens": out.prompt_tokens,
+            "cached_tokens": out.cached_tokens, "completion_tokens": out.completion_tokens,
+            "finish_reason": out.finish_reason,
         }  # fmt: skip
-        if self.return_logprob:
-            meta["output_token_logprobs"] = list(zip(out.logprobs, out.output_ids, strict=True))
+        if self.logprobs.wanted:
+            meta |= self._told("output", out.logprobs)
+            if self.logprobs.start != OUTPUTS_ONLY:
+                first = [] if self.logprobs.start else [TokenLogprobs(out.prompt_ids[0], None, 0)]
+                meta |= self._told("input", [*first, *out.prompt_logprobs])
         return {"text": out.text, "output_ids": out.output_ids, "meta_info": meta}
 
+    def _told(self, which: str, told: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """[(log-probability, token id, its text or None)], and lists of such for the best ones and for those asked for."""
+        lists = {f"{which}_token_logprobs": [(one.logprob, one.token, None) for one in told]}
+        if self.logprobs.top:
+            lists[f"{which}_top_logprobs"] = [[(p, token, None) for token, p in one.top] for one in told]
+        if self.logprobs.ids:
+            lists[f"{which}_token_ids_logprobs"] = [[(p, token, None) for token, p in one.wanted] for one in told]
+        return lists
+
     def results(self, outputs: list[RequestOutput]) -> dict[str, Any] | list[dict[str, Any]]:
-        answers = [self.result(out) for out in outputs]
+        answers = [self.result(out, i) for i, out in enumerate(outputs)]
         return answers[0] if self.single else answers
 
 
@@ -103,18 +163,43 @@ def _prompts(prompt: Any, input_ids: Any) -> tuple[list[Any], bool]:
     return several, False
 
 
-def _params(given: Mapping[str, Any], logprobs: bool) -> tuple[SamplingParams, int, tuple[str, ...]]:
-    """SGLang's dictionary -> our parameters, n, stop strings."""
-    refuse_unknown("sampling parameter", list(given), sorted(PARAM_NAMES))
-    known = {RENAMED.get(key, key): value for key, value in given.items()}
-    n, stop = whole("n", known.pop("n", 1), 1, MAX_ANSWERS), texts("stop", known.pop("stop", None))
-    if known.get("stop_token_ids", ()) is None:
-        del known["stop_token_ids"]
-    if isinstance(known.get("stop_token_ids"), list | set):
-        known["stop_token_ids"] = tuple(known["stop_token_ids"])
-    return SamplingParams(**known, logprobs=logprobs), n, stop
+def _names(rid: Any, n: int, single: bool) -> list[str | None]:
+    """The user's rids, one a prompt."""
+    if rid is None:
+        return [None] * n
+    if isinstance(rid, str):
+        if not single:
+            raise ValueError(f"rid={shown(rid)} for {n} prompts; give a list of {n}")
+        rid = [rid]
+    names = list(texts("rid", rid))
+    if len(names) != n or len(set(names)) != n:
+        raise ValueError(f"{len(set(names))} different rids for {n} prompts; give one for each")
+    return names
+
+
+def _params(given: Mapping[str, Any], logprobs: LogprobOptions) -> tuple[SamplingParams, int, dict[str, Any]]:
+    """SGLang's dictionary -> our parameters, n, AnswerText's arguments."""
+    refuse_unknown("sampling parameter", list(given), PARAM_NAMES, ELSEWHERE)
+    known = {RENAMED.get(key, key): value for key, value in given.items() if value is not None}
+    n = whole("n", known.pop("n", 1), 1, MAX_ANSWERS)
+    flags = {name: flag(name, known.pop(name, default)) for name, default in TEXT_FLAGS.items()}
+    stop, patterns = (texts(name, known.pop(name, None)) for name in ("stop", "stop_regex"))
+    for pattern in patterns:
+        compiled(pattern)
+    params = SamplingParams(**known, **logprobs.params())
+    words = {
+        "stop": stop, "stop_regex": patterns, "include_stop": flags["no_stop_trim"], "not_before": params.min_new_tokens,
+        "skip_special_tokens": flags["skip_special_tokens"],
+        "spaces_between_special_tokens": flags["spaces_between_special_tokens"],
+    }  # fmt: skip
+    return params, n, words
 
 
 def _sibling(params: SamplingParams, i: int) -> SamplingParams:
     """The i-th of n answers draws with a seed of its own."""
     return params if i == 0 or params.seed is None else replace(params, seed=int(uniform(params.seed, i) * (1 << 24)))
+
+
+def check_rid(rid: Any) -> int | str:
+    """An id that `generate` has told, or the user's own."""
+    return text("rid", rid, empty=False) if isinstance(rid, str) else whole("rid", rid, 0)

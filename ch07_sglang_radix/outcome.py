@@ -1,14 +1,12 @@
 """What comes back: tokens are appended, requests end, results are laid out for whoever waits."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from ch07_sglang_radix.request import Req, RequestOutput
 from ch07_sglang_radix.scheduler_state import SchedulerState
+from common.request.answer import End
 from common.request.queued_step import QueuedStep
 from common.sampling.sampler import problem
-
-SERVER_ERROR = 500  # HTTP's, which SGLang puts into finish_reason
 
 
 class Outcome:
@@ -23,9 +21,9 @@ class Outcome:
         for req, token, told in step.take():
             if (why := problem(token)) is not None:
                 s.running.remove(req)
-                self._fail(req, failure(why, "ValueError"))
+                self._fail(req, why)
                 continue
-            req.take_token(token, told.logprob if told else None)
+            req.take_token(token, told)
             s.grown[req.rid] = req
             if req.ended:
                 ended = True
@@ -52,7 +50,7 @@ class Outcome:
         req = next((req for req in s.unfinished if req.rid == rid), None)
         if req is None:
             return False
-        req.finish_reason = {"type": "abort"}
+        req.finish(End("abort"))
         if req in s.running:
             s.running.remove(req)
             self.end(req)
@@ -67,8 +65,7 @@ class Outcome:
 
     def fail(self, reqs: Sequence[Req], error: BaseException) -> None:
         """A step could not be carried out: its requests end with the error, and nobody else."""
-        kind = type(error).__name__
-        reason = failure(f"{kind}: {error}" if str(error) else kind, kind)
+        reason = " ".join((f"{type(error).__name__}: {error}" if str(error) else type(error).__name__).split())
         s = self.state
         s.batch = s.empty_batch()
         for req in reqs:
@@ -78,23 +75,16 @@ class Outcome:
                 s.running.remove(req)
             self._fail(req, reason)
 
-    def _fail(self, req: Req, reason: dict[str, Any]) -> None:
+    def _fail(self, req: Req, why: str) -> None:
         """It has left its list: what it holds comes back, and nothing of it goes into the tree, it may be wrong."""
-        req.finish_reason = reason
+        req.finish(End("error", message=why))
         self.state.memory.release(req)
         self.report(req)
 
     def output_of(self, req: Req) -> RequestOutput:
         """What a request has so far; finish_reason is None while it runs."""
-        tokenizer = self.state.wrapper.tokenizer
-        text = tokenizer.decode(req.output_ids) if tokenizer else ""
         return RequestOutput(
-            request_id=req.rid, prompt=req.prompt, prompt_ids=req.prompt_ids,
-            text=req.stop_text.cut(text) if req.stop_text else text, output_ids=list(req.output_ids),
-            cached_tokens=req.cached_tokens or 0, finish_reason=req.finish_reason, logprobs=list(req.logprobs),
+            request_id=req.rid, prompt=req.prompt, prompt_ids=req.prompt_ids, text=req.answer.shown(),
+            output_ids=list(req.output_ids), cached_tokens=req.cached_tokens or 0, finish_reason=req.finish_reason,
+            logprobs=list(req.answer.logprobs), prompt_logprobs=list(req.prompt_logprobs),
         )  # fmt: skip
-
-
-def failure(message: str, kind: str) -> dict[str, Any]:
-    """SGLang's finish_reason of a request that an error has ended, in one line."""
-    return {"type": "abort", "message": " ".join(message.split()), "status_code": SERVER_ERROR, "err_type": kind}

@@ -83,8 +83,7 @@ class PrefillAdder:
         """Admit `req` if a place, tokens of the budget and, probably, the pages for its whole answer are there."""
         if self.budget <= 0 or self.memory.rows.num_free == 0:
             return Answer.FULL
-        ids = req.all_ids[:-1]
-        match = self.tree.match_prefix(ids, req.extra_key)
+        match = self.tree.match_prefix(req.matchable_ids, req.extra_key)
         new = req.seq_len - len(match.slots)
         if self.chunked and new > self.budget:
             return Answer.LATER  # one prompt in parts is enough

@@ -5,15 +5,20 @@ waiting -> (prefill, perhaps in chunks) -> running -> finished
    `---------------- retracted ---------------'   out of pages: outputs kept, K and V computed again later
 """
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ch07_sglang_radix.tree_node import TreeNode
+from common.request.answer import Answer, End
 from common.sampling.batch import SamplingRow
+from common.sampling.logprobs import TokenLogprobs
 from common.sampling.params import SamplingParams
+from common.text.answer import AnswerText
+
+SERVER_ERROR = 500  # HTTP's, which SGLang puts into finish_reason
 
 
 @dataclass(eq=False)
@@ -28,13 +33,15 @@ class Req:
     seed: int
     extra_key: Hashable = None  # namespace in the tree
     priority: int = 0  # higher is sooner
+    name: str | None = None  # the user's own
+
+    stops: frozenset[int] = frozenset()  # tokens that end it
+    text: AnswerText | None = None  # what ends it as text; without it the answer has none
 
     # sampling, one token a step
     output_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
     finish_reason: dict[str, Any] | None = None
-    stops: frozenset[int] = frozenset()  # tokens that end it
-    stop_text: "StopText | None" = None  # strings that end it
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from params.logprob_start on, so far
 
     # admission: a row of req_to_token and a locked path in the tree
     row: int = -1
@@ -53,6 +60,8 @@ class Req:
     passed_over: int = 0  # prefill steps that took later requests and not this one
 
     def __post_init__(self):
+        self.answer = Answer(self.params, self.stops, self.text or AnswerText(None), self.output_ids)
+        self._ends = self.stops if self.params.min_new_tokens else ()
         self._ids = np.zeros(self.max_len, dtype=np.int64)
         self._ids[: len(self.prompt_ids)] = self.prompt_ids
 
@@ -60,6 +69,13 @@ class Req:
     def all_ids(self) -> np.ndarray:
         """Prompt and output [n]: what a prefill must cover, also after a retraction."""
         return self._ids[: len(self.prompt_ids) + len(self.output_ids)]
+
+    @property
+    def matchable_ids(self) -> np.ndarray:
+        """What the cache may give it: never the last token, which must be computed to have logits from."""
+        ids = self.all_ids
+        asks = self.first_scored < len(self.prompt_ids) - 1
+        return ids[: self.first_scored] if asks else ids[:-1]
 
     @property
     def ended(self) -> bool:
@@ -77,39 +93,37 @@ class Req:
 
     def sampling_row(self) -> SamplingRow:
         """For the newest of its pending tokens."""
-        return SamplingRow(self.params, self.seed, self.prompt_ids, self.output_ids, self.pending - 1)
+        return SamplingRow(
+            self.params, self.seed, self.prompt_ids, self.output_ids, self.pending - 1, end_ids=self._ends
+        )
 
-    def take_token(self, token: int, logprob: float | None) -> None:
+    @property
+    def first_scored(self) -> int:
+        """The first prompt token whose next one's log-probability is still to be told: from here on the cache is no help."""
+        if self.params.prompt_logprobs is None:
+            return len(self.prompt_ids) - 1
+        return min(max(self.params.logprob_start - 1, 0) + len(self.prompt_logprobs), len(self.prompt_ids) - 1)
+
+    def take_token(self, token: int, told: TokenLogprobs | None = None) -> None:
         """Append a sampled token and see whether it was the last."""
         self._ids[len(self.prompt_ids) + len(self.output_ids)] = token
-        self.output_ids.append(token)
-        if logprob is not None and self.params.logprobs:
-            self.logprobs.append(logprob)
-        if token in self.stops:
-            self.finish_reason = {"type": "stop", "matched": token}
-        elif self.stop_text and (matched := self.stop_text.found(self.output_ids)) is not None:
-            self.finish_reason = {"type": "stop", "matched": matched}
-        elif len(self.output_ids) >= self.params.max_new_tokens:
+        self.answer.take(token, told)
+        if self.answer.end:
+            self.finish(self.answer.end)
+
+    def finish(self, end: End) -> None:
+        """It has come to its end, in SGLang's words."""
+        self.answer.end = end
+        if end.kind == "stop":
+            self.finish_reason = {"type": "stop", "matched": end.matched}
+        elif end.kind == "length":
             self.finish_reason = {"type": "length", "length": self.params.max_new_tokens}
-
-
-class StopText:
-    """Strings that end an answer, wherever tokens cut them."""
-
-    def __init__(self, strings: tuple[str, ...], decode: Callable[[Sequence[int]], str]):
-        self.strings, self._decode = strings, decode
-        # a token is at least a byte, a character at most four: so many tokens hold the longest of them, and one more
-        self._window = 4 * max(map(len, strings)) + 1
-
-    def found(self, output_ids: list[int]) -> str | None:
-        """The string that the newest token has completed, if any."""
-        text = self._decode(output_ids[-self._window :])
-        return next((string for string in self.strings if string in text), None)
-
-    def cut(self, text: str) -> str:
-        """The answer without what ended it."""
-        ends = [at for string in self.strings if (at := text.find(string)) >= 0]
-        return text[: min(ends)] if ends else text
+        elif end.kind == "abort":
+            self.finish_reason = {"type": "abort"}
+        else:
+            self.finish_reason = {
+                "type": "abort", "message": end.message, "status_code": SERVER_ERROR, "err_type": "InternalServerError",
+            }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,7 +137,16 @@ class RequestOutput:
     output_ids: list[int]
     cached_tokens: int
     finish_reason: dict[str, Any] | None  # None while it runs
-    logprobs: list[float]
+    logprobs: list[TokenLogprobs]
+    prompt_logprobs: list[TokenLogprobs]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> "RequestOutput":
+        told = {name: [_told(one) for one in value[name]] for name in ("logprobs", "prompt_logprobs")}
+        return RequestOutput(**value | told)
 
     @property
     def prompt_tokens(self) -> int:
@@ -132,3 +155,9 @@ class RequestOutput:
     @property
     def completion_tokens(self) -> int:
         return len(self.output_ids)
+
+
+def _told(one: dict[str, Any]) -> TokenLogprobs:
+    """Behind a trip through JSON: its tuples are lists."""
+    pairs = {name: tuple(tuple(pair) for pair in one[name]) for name in ("top", "wanted")}
+    return TokenLogprobs(**one | pairs)

@@ -27,14 +27,15 @@ follows. This file is the loop; each of its questions has a place of its own:
     is nothing lost                   invariants.py
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ch07_sglang_radix.admission import Admission
 from ch07_sglang_radix.invariants import check_invariants
 from ch07_sglang_radix.outcome import Outcome
-from ch07_sglang_radix.request import Req, RequestOutput, StopText
+from ch07_sglang_radix.request import Req, RequestOutput
 from ch07_sglang_radix.retraction import Retraction
 from ch07_sglang_radix.scheduler_state import SchedulerState
 from ch07_sglang_radix.step_tasks import StepTasks
@@ -47,6 +48,7 @@ from common.request.intake import Intake, Words
 from common.request.queued_step import QueuedStep
 from common.sampling.batch import uniform
 from common.sampling.params import SamplingParams
+from common.text.answer import AnswerText
 from common.values import flag, shown, whole
 
 NO_CHUNKS = -1
@@ -67,7 +69,8 @@ class TPScheduler(SchedulerState):
     eviction.py. radix_bigram: see RadixCache.
     overlap: queue a step before the last one's tokens are seen; None: on a GPU, where queueing is not doing.
     gather_best: where all requests of a step are greedy or have a small top_k, every rank sends its best logits
-    instead of all. seed: for requests that bring none. check: test the conservation of pages after every step.
+    instead of all. seed: for requests that bring none. schedule_conservativeness: times the share of its worst case that
+    a running request is expected to need, when others ask to enter. check: test the conservation of pages after every step.
     trace: a file to which every step writes a line (trace.py).
 
     `after_step`: called after each step, in order; the check and the trace are its first users.
@@ -77,8 +80,8 @@ class TPScheduler(SchedulerState):
         self, wrapper: TPRadixAttentionModelWrapper, *, chunked_prefill_size: int | None = None,
         enable_mixed_chunk: bool = False, small_request_share: float = 0.0, schedule_policy: str = "fcfs",
         disable_radix_cache: bool = False, radix_eviction_policy: str = "lru", radix_bigram: bool = False,
-        overlap: bool | None = None, gather_best: bool = False, seed: int = 0, check: bool = False,
-        trace: str | Path | None = None,
+        overlap: bool | None = None, gather_best: bool = False, seed: int = 0, schedule_conservativeness: float = 1.0,
+        check: bool = False, trace: str | Path | None = None,
     ):  # fmt: skip
         self.chunked_prefill_size = _chunk_size(chunked_prefill_size, wrapper)
         if not 0 <= small_request_share < 1:
@@ -93,11 +96,12 @@ class TPScheduler(SchedulerState):
         super().__init__(
             wrapper, schedule_policy=schedule_policy, disable_radix_cache=disable_radix_cache,
             radix_eviction_policy=radix_eviction_policy, radix_bigram=radix_bigram, seed=seed,
+            schedule_conservativeness=schedule_conservativeness,
         )  # fmt: skip
         self.overlap = wrapper.tp.device.type == "cuda" if overlap is None else overlap
         config = wrapper.config
         self.intake = Intake(
-            wrapper.tokenizer, config.vocab_size, config.max_position_embeddings,
+            wrapper.tokenizer, config.vocab_size, wrapper.context_length,
             wrapper.kv_cache.num_pages * self.page_size, self.page_size, WORDS,
         )  # fmt: skip
         self.trace: Trace | None = None
@@ -148,23 +152,22 @@ class TPScheduler(SchedulerState):
         return self.enqueue(text, ids, sampling_params)
 
     def enqueue(
-        self, text: str | None, ids: list[int], params: SamplingParams, *, stop: Sequence[str] = (),
-        extra_key: str | None = None, priority: int = 0,
+        self, text: str | None, ids: list[int], params: SamplingParams, *, words: Mapping[str, Any] | None = None,
+        extra_key: str | None = None, priority: int = 0, name: str | None = None,
     ) -> int:  # fmt: skip
         """What add_request does once the intake has found nothing wrong; returns the id.
 
-        stop: strings that end the answer. extra_key: namespace of the radix tree. priority: for the schedule and the
-        eviction policy of that name.
+        words: AnswerText's arguments: what ends the answer, and how its text is made. extra_key: namespace of the radix tree.
+        priority: for the schedule and the eviction policy of that name. name: the user's own, to abort it by.
         """
         rid, self.num_requests = self.num_requests, self.num_requests + 1
         if self.tp.rank == 0:
             seed = params.seed if params.seed is not None else int(uniform(self.seed, rid) * (1 << 24))
             stops = frozenset(params.stop_token_ids + (() if params.ignore_eos else self.wrapper.config.eos_token_ids))
-            stop_text = StopText(tuple(stop), self.wrapper.tokenizer.decode) if stop else None
             self.waiting.append(
                 Req(
-                    rid, text, ids, params, seed, extra_key, priority, stops=stops, stop_text=stop_text,
-                    wanted=params.max_new_tokens,
+                    rid, text, ids, params, seed, extra_key, priority, name, stops=stops,
+                    text=AnswerText(self.wrapper.tokenizer, ids, **(words or {})), wanted=params.max_new_tokens,
                 )
             )  # fmt: skip
         return rid
@@ -192,7 +195,7 @@ class TPScheduler(SchedulerState):
 
     def share_results(self, refused: str | None = None) -> dict[int, RequestOutput]:
         """After rank 0 has sent a StopTask: what has finished, the same on all ranks."""
-        outputs = [vars(r) for r in self.results.values()]
+        outputs = [r.to_json() for r in self.results.values()]
         report = {"refused": refused, "next_id": self.num_requests, "steps": self.steps, "work": self.work}
         report = share(report | {"outputs": outputs}, self.tp)
         if len(report) == 1:
@@ -202,7 +205,10 @@ class TPScheduler(SchedulerState):
         if report["refused"]:
             raise ValueError(report["refused"])
         self.results = {}
-        return {r["request_id"]: RequestOutput(**r) for r in sorted(report["outputs"], key=lambda r: r["request_id"])}
+        return {
+            r["request_id"]: RequestOutput.from_json(r)
+            for r in sorted(report["outputs"], key=lambda r: r["request_id"])
+        }
 
     def _run_to_the_end(self, arrivals: Callable[[int], bool] | None) -> str | None:
         """Rank 0: step until nothing is left and nothing more comes; returns why `arrivals` gave up, if it did."""
@@ -277,6 +283,8 @@ class TPScheduler(SchedulerState):
             if self.tp.size > 1 or not isinstance(error, Exception):
                 raise  # the other ranks are somewhere in the middle of it; or somebody wants us to stop
             return QueuedStep()
+        if "scored" in task.columns:
+            self.step_tasks.score_prompts(task, reqs)
         for req in emitting:
             req.pending += 1
             req.wanted -= 1
@@ -294,12 +302,13 @@ class TPScheduler(SchedulerState):
         if step:
             self.outcome.take(step)
 
-    def abort(self, rid: int) -> bool:
+    def abort(self, rid: int | str) -> int:
         """End a request wherever it is (rank 0, between two steps); its pages are free or in the tree at once.
 
-        False if it is unknown or has ended.
+        Returns how many there were to end. A text is the user's own name of a request, and of all its n answers.
         """
-        return self.outcome.abort(rid)
+        ours = [r.rid for r in self.unfinished if rid in (r.rid, r.name) or (r.name or "").startswith(f"{rid}_")]
+        return sum(self.outcome.abort(one) for one in ours)
 
     def output_of(self, req: Req) -> RequestOutput:
         """What a request has so far; finish_reason is None while it runs."""

@@ -30,6 +30,7 @@ class SchedulerState:
     def __init__(
         self, wrapper: TPRadixAttentionModelWrapper, *, schedule_policy: str = "fcfs", disable_radix_cache: bool = False,
         radix_eviction_policy: str = "lru", radix_bigram: bool = False, seed: int = 0,
+        schedule_conservativeness: float = 1.0,
     ):  # fmt: skip
         self.wrapper, self.tp, self.page_size, self.seed = wrapper, wrapper.tp, wrapper.page_size, seed
         self.control = ControlPlane(wrapper)
@@ -59,7 +60,8 @@ class SchedulerState:
         self.policy = SchedulePolicy(schedule_policy, self.tree, seed)
         self.waiting: list[Req] = []
         self.chunked: Req | None = None  # the one request whose prompt is computed in part
-        self.new_token_ratio = INIT_NEW_TOKEN_RATIO
+        self.init_new_token_ratio = min(INIT_NEW_TOKEN_RATIO * schedule_conservativeness, 1.0)
+        self.new_token_ratio = self.init_new_token_ratio
         self.resumed: Req | None = None  # whose prompt the newest prefill step goes on with
         self.held: dict[int, str] = {}  # who was asked for the newest prefill step and did not get in: later, full
 

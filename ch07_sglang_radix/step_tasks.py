@@ -10,7 +10,7 @@ import numpy as np
 
 from ch07_sglang_radix.admission import PrefillBatch
 from ch07_sglang_radix.request import Req
-from ch07_sglang_radix.scheduler_state import INIT_NEW_TOKEN_RATIO, SchedulerState
+from ch07_sglang_radix.scheduler_state import SchedulerState
 from ch07_sglang_radix.tasks import DecodeTask, PrefillSequence, PrefillTask
 from common.sampling.batch import SamplingBatch
 
@@ -37,7 +37,10 @@ class StepTasks:
         emitting = [req for req, n in reqs if _completes(req, n)] + decodes
         updates = s.memory.page_updates([*(req for req, _ in reqs), *decodes])
         token_ids = tuple(np.concatenate(tokens).tolist())
-        return PrefillTask(s.step_number, updates, tuple(sequences), token_ids, self._best(emitting)), emitting
+        scored = tuple(num_scored(req, n) for req, n in reqs) + (0,) * len(decodes)
+        columns = {"scored": scored} if any(scored) else {}
+        task = PrefillTask(s.step_number, updates, tuple(sequences), token_ids, self._best(emitting), columns)
+        return task, emitting
 
     def prefill_queued(self, batch: PrefillBatch, emitting: list[Req]) -> None:
         s = self.state
@@ -67,9 +70,22 @@ class StepTasks:
         s = self.state
         s.work["tokens"] += s.wrapper.decode_rows(len(s.batch.reqs), bool(s.batch.alike))
         s.steps["decode"] += 1
-        decay = (INIT_NEW_TOKEN_RATIO - MIN_NEW_TOKEN_RATIO) / RATIO_DECAY_STEPS
+        decay = max(s.init_new_token_ratio - MIN_NEW_TOKEN_RATIO, 0) / RATIO_DECAY_STEPS
         s.new_token_ratio = max(s.new_token_ratio - decay, MIN_NEW_TOKEN_RATIO)
         s.batch.advance()
+
+    def score_prompts(self, task: PrefillTask, reqs: Sequence[Req]) -> None:
+        """Log-probabilities of prompt tokens, for those of `reqs` that ask for them. Waits for the device."""
+        asked = [
+            (req, s.cached, n) for req, s, n in zip(reqs, task.sequences, task.columns["scored"], strict=True) if n
+        ]
+        tokens = [token for req, first, n in asked for token in req.prompt_ids[first + 1 : first + 1 + n]]
+        top = [req.params.prompt_logprobs for req, _, n in asked for _ in range(n)]
+        ids = [req.params.token_ids_logprob for req, _, n in asked for _ in range(n)]
+        told = self.state.control.prompt_logprobs(tokens, top, ids)
+        for req, first, n in asked:
+            mine, told = told[:n], told[n:]
+            req.prompt_logprobs += mine[req.first_scored - first :]  # those before were not asked for, or told already
 
     # --- both
 
@@ -86,6 +102,12 @@ class StepTasks:
             return 0
         best = max((1 if p.greedy else p.top_k for p in params), default=0)
         return best if best <= MAX_BEST else 0
+
+
+def num_scored(req: Req, n: int) -> int:
+    """Of the next n tokens, from the first on, so many whose next token's log-probability is asked for."""
+    last = len(req.prompt_ids) - 1  # the prompt's last token has no next one in it
+    return max(0, min(n, last - req.kv_len)) if req.first_scored < last else 0
 
 
 def _completes(req: Req, n: int) -> bool:

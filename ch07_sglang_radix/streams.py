@@ -64,7 +64,7 @@ class Stream(Iterator[Answer]):
 
     def _hand_out(self, rid: int, output: RequestOutput) -> None:
         if rid in self._index:
-            self._ready.append(self._call.result(output) | {"index": self._index[rid]})
+            self._ready.append(self._call.result(output, self._index[rid]) | {"index": self._index[rid]})
 
     def close(self) -> None:
         """End what still runs and give everything back; safe to call twice."""
@@ -100,7 +100,7 @@ def wait_for(loop: SchedulerLoop, call: GenerateCall, enqueue: Enqueue) -> Itera
                 if isinstance(output, BaseException):
                     raise output
                 missing -= output.finish_reason is not None
-                yield call.result(output) | {"index": i}
+                yield call.result(output, i) | {"index": i}
         finally:
             if missing:
                 loop.abort(rids)
@@ -125,7 +125,7 @@ async def listen(loop: SchedulerLoop, call: GenerateCall, enqueue: Enqueue) -> A
             if isinstance(output, BaseException):
                 raise output
             missing -= output.finish_reason is not None
-            yield call.result(output) | {"index": i}
+            yield call.result(output, i) | {"index": i}
     finally:
         if missing:
             loop.abort(rids)  # it comes after `_enqueue`

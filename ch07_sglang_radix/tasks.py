@@ -12,18 +12,23 @@ On the wire a task is a flat int64 tensor:
 
     word 0   magic and version           5   sequences
          1   kind (1 stop, 2 prefill,    6   page updates
-             3 decode)                   7   token ids
+             3 decode), columns << 8     7   token ids
          2   step                        8   best: logits a rank gives (0: all)
          3   length in words             9   groups of sequences that begin alike
          4   CRC-32 of all the others    then, in this order:
                                          per update:    row, first page index, n, n page ids
                                          prefill: (row, cached, new, emits) per sequence, then token ids
                                          decode:  the rows, their positions, (first, count, pages) of those alike
+                                         per column: its number in COLUMNS, a value for each sequence
+
+A column is one more number a sequence, for a capability that has to tell the ranks something about its rows (an adapter, a
+stage, what to score). A rank that does not know a column refuses the task: to ignore it would be to compute something else.
 
 No pickle: a rank that reads a task can come to no other harm than ValueError.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
 from zlib import crc32
@@ -31,10 +36,13 @@ from zlib import crc32
 import numpy as np
 
 MAGIC = 0x5A11_0000
-VERSION = 1
+VERSION = 2
 HEADER = 10
 STOP, PREFILL, DECODE = 1, 2, 3
 LEAVE = -1
+# name -> number on the wire. scored: of a prefill sequence's new tokens, from the first on, so many whose next token's
+# log-probability is asked for
+COLUMNS = {"scored": 1}
 
 
 class PageUpdate(NamedTuple):
@@ -69,6 +77,7 @@ class PrefillTask:
     sequences: tuple[PrefillSequence, ...]
     token_ids: tuple[int, ...]  # of all sequences, end to end
     best: int = 0  # every rank gives its `best` best logits a sequence; 0: all of them
+    columns: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # see COLUMNS; a value for each sequence
 
     @property
     def num_emitting(self) -> int:
@@ -86,6 +95,7 @@ class DecodeTask:
     positions: tuple[int, ...]
     best: int = 0
     alike: tuple[Alike, ...] = ()
+    columns: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def num_emitting(self) -> int:
@@ -109,18 +119,20 @@ KINDS = {StopTask: STOP, PrefillTask: PREFILL, DecodeTask: DECODE}
 
 def encode(task: Task) -> np.ndarray:
     """Task -> int64 [length]."""
-    updates, num_sequences, num_alike, best, tokens, sequences = (), 0, 0, 0, (), ()
+    updates, num_sequences, num_alike, best, tokens, sequences, columns = (), 0, 0, 0, (), (), {}
     if not isinstance(task, StopTask):
-        updates, best = task.updates, task.best
+        updates, best, columns = task.updates, task.best, task.columns
     if isinstance(task, PrefillTask):
         num_sequences, sequences, tokens = len(task.sequences), chain(*task.sequences), task.token_ids
     elif isinstance(task, DecodeTask):
         num_sequences, num_alike = len(task.rows), len(task.alike)
         sequences = chain(task.rows, task.positions, *task.alike)
     heads = ((u.row, u.first, len(u.pages), *u.pages) for u in updates)
-    body = np.fromiter(chain(*heads, sequences, tokens), dtype=np.int64)
+    extra = ((COLUMNS[name], *values) for name, values in columns.items())
+    body = np.fromiter(chain(*heads, sequences, tokens, *extra), dtype=np.int64)
     counts = (num_sequences, len(updates), len(tokens))
-    header = (MAGIC | VERSION, KINDS[type(task)], task.step, HEADER + len(body), 0, *counts, best, num_alike)
+    kind = KINDS[type(task)] | len(columns) << 8
+    header = (MAGIC | VERSION, kind, task.step, HEADER + len(body), 0, *counts, best, num_alike)
     words = np.concatenate((np.array(header, dtype=np.int64), body))
     words[4] = _checksum(words)
     return words
@@ -131,9 +143,10 @@ def num_words(task: Task) -> int:
     if isinstance(task, StopTask):
         return HEADER
     updates = sum(3 + len(update.pages) for update in task.updates)
+    columns = sum(1 + len(values) for values in task.columns.values())
     if isinstance(task, PrefillTask):
-        return HEADER + updates + 4 * len(task.sequences) + len(task.token_ids)
-    return HEADER + updates + 2 * len(task.rows) + 3 * len(task.alike)
+        return HEADER + updates + columns + 4 * len(task.sequences) + len(task.token_ids)
+    return HEADER + updates + columns + 2 * len(task.rows) + 3 * len(task.alike)
 
 
 def _checksum(words: np.ndarray) -> int:
@@ -154,6 +167,7 @@ def decode(words: np.ndarray) -> Task:
         raise ValueError(
             f"task of step {step} is damaged: {len(words)} words of {length}, CRC {_checksum(words)}, not {check}"
         )
+    kind, num_columns = kind & 0xFF, kind >> 8
     reader = _Reader(words[HEADER:].tolist())
     updates = tuple(PageUpdate(*reader.take(2), tuple(reader.take(reader.take(1)[0]))) for _ in range(num_updates))
     width = {STOP: 0, PREFILL: 4, DECODE: 2}.get(kind)
@@ -162,19 +176,28 @@ def decode(words: np.ndarray) -> Task:
     sequences = reader.take(width * num_sequences)
     tokens = tuple(reader.take(num_tokens))
     alike = tuple(Alike(*reader.take(3)) for _ in range(num_alike))
+    columns = dict(_column(reader, num_sequences, step) for _ in range(num_columns))
     if reader.left:
         raise ValueError(f"task of step {step} has {reader.left} words too many")
     if kind == STOP:
         return StopTask(step)
     if kind == DECODE:
         return DecodeTask(
-            step, updates, tuple(sequences[:num_sequences]), tuple(sequences[num_sequences:]), best, alike
+            step, updates, tuple(sequences[:num_sequences]), tuple(sequences[num_sequences:]), best, alike, columns
         )
     sequences = tuple(PrefillSequence(*sequences[i : i + width]) for i in range(0, len(sequences), width))
-    task = PrefillTask(step, updates, sequences, tokens, best)
+    task = PrefillTask(step, updates, sequences, tokens, best, columns)
     if sum(s.new for s in task.sequences) != num_tokens:
         raise ValueError(f"task of step {step}: {num_tokens} token ids for {sum(s.new for s in task.sequences)} tokens")
     return task
+
+
+def _column(reader: "_Reader", num_sequences: int, step: int) -> tuple[str, tuple[int, ...]]:
+    (number,) = reader.take(1)
+    name = next((name for name, known in COLUMNS.items() if known == number), None)
+    if name is None:
+        raise ValueError(f"task of step {step} has the column {number}, which this rank does not know")
+    return name, tuple(reader.take(num_sequences))
 
 
 class _Reader:

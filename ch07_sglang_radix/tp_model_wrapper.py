@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ch07_sglang_radix.tasks import DecodeTask, PrefillTask
-from common.executor import Executor
+from common.executor import Executor, first_of_each
 
 
 class TPRadixAttentionModelWrapper(Executor):
@@ -21,7 +21,8 @@ class TPRadixAttentionModelWrapper(Executor):
         """
         self.table.set_pages(task.updates)
         rows, cached, new, emits = np.array(task.sequences, dtype=np.int64).T
-        return self.ragged(np.array(task.token_ids, dtype=np.int64), rows, cached, new, emits)
+        scored = first_of_each(new, np.array(task.columns.get("scored", 0 * new), dtype=np.int64))
+        return self.ragged(np.array(task.token_ids, dtype=np.int64), rows, cached, new, emits, scored)
 
     def execute_decode_task(self, task: DecodeTask) -> torch.Tensor:
         """One more token for each running row: feed in its last token. Returns logits [B, V/R] of this rank."""

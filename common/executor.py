@@ -255,3 +255,11 @@ class Executor:
 def _memory_of_the_machine() -> int:
     """Bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def first_of_each(new: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Where the first counts[b] of the new[b] tokens of each sequence lie in a ragged step: [sum(counts)]."""
+    if not counts.any():
+        return NO_TOKENS
+    starts = np.cumsum(new) - new
+    return np.concatenate([start + np.arange(n) for start, n in zip(starts, counts, strict=True)])

@@ -41,9 +41,9 @@ def test_a_repeat_is_cached(engine):
 
 def test_logprobs_come_with_their_tokens(engine):
     result = engine.generate("What is a page?", {"max_new_tokens": 4}, return_logprob=True)
-    pairs = result["meta_info"]["output_token_logprobs"]
-    assert [token for _, token in pairs] == result["output_ids"]
-    assert all(logprob <= 0 for logprob, _ in pairs)
+    told = result["meta_info"]["output_token_logprobs"]
+    assert [token for _, token, _ in told] == result["output_ids"]
+    assert all(logprob <= 0 for logprob, _, _ in told)
 
 
 def test_sampling_seed_repeats(engine):

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ch07_sglang_radix.tasks import (
+    COLUMNS,
     HEADER,
     Alike,
     DecodeTask,
@@ -24,14 +25,20 @@ updates = st.lists(st.builds(PageUpdate, small, small, st.lists(small, max_size=
 def decodes(draw):
     rows = draw(st.lists(small, max_size=6).map(tuple))
     alike = tuple(draw(st.lists(st.builds(Alike, small, small, small), max_size=3)))
-    return DecodeTask(draw(small), draw(updates), rows, tuple(draw(small) for _ in rows), draw(small), alike)
+    positions = tuple(draw(small) for _ in rows)
+    return DecodeTask(draw(small), draw(updates), rows, positions, draw(small), alike, draw(columns(len(rows))))
+
+
+def columns(n):
+    return st.dictionaries(st.sampled_from(sorted(COLUMNS)), st.tuples(*[small] * n))
 
 
 @st.composite
 def prefills(draw):
     new = draw(st.lists(st.integers(1, 5), max_size=4))
     sequences = tuple(PrefillSequence(draw(small), draw(small), n, draw(st.integers(0, 1))) for n in new)
-    return PrefillTask(draw(small), draw(updates), sequences, tuple(draw(small) for _ in range(sum(new))), draw(small))
+    tokens = tuple(draw(small) for _ in range(sum(new)))
+    return PrefillTask(draw(small), draw(updates), sequences, tokens, draw(small), draw(columns(len(new))))
 
 
 tasks = st.one_of(decodes(), prefills(), st.builds(StopTask, small))
@@ -59,7 +66,16 @@ def test_any_cut_or_changed_word_is_refused(task, data):
 def test_another_version_is_refused_by_number():
     words = encode(StopTask(3))
     words[0] += 1
-    with pytest.raises(ValueError, match="version 2, this rank speaks 1"):
+    with pytest.raises(ValueError, match="version 3, this rank speaks 2"):
+        decode(words)
+
+
+def test_a_column_that_a_rank_does_not_know_is_refused(monkeypatch):
+    monkeypatch.setitem(COLUMNS, "adapter", 77)
+    words = encode(DecodeTask(4, (), (1, 2), (5, 6), columns={"adapter": (0, 3)}))
+    assert decode(words).columns == {"adapter": (0, 3)}
+    monkeypatch.delitem(COLUMNS, "adapter")
+    with pytest.raises(ValueError, match="task of step 4 has the column 77, which this rank does not know"):
         decode(words)
 
 

@@ -1,0 +1,113 @@
+"""SGLang's ServerArgs: what an engine is made with, under SGLang's names, and one line for a name that does not exist here."""
+
+import logging
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from common.request.intake import refuse_unknown
+from common.values import flag, real, shown, text, whole
+
+LEVELS = ("critical", "error", "warning", "info", "debug")
+HALF = {"half": "float16", "float": "float32", "auto": None}  # SGLang's other names of dtypes; auto is the device's own
+DEFAULT_PAGE = {"cpu": 16, "cuda": 16}
+
+# what SGLang has and this engine has not: the way out
+ELSEWHERE = {
+    "quantization": "weights are read as float32, bfloat16 or float16; use dtype=",
+    "pp_size": "layers are not spread over ranks here; use tp_size=",
+    "dp_size": "one engine is one replica; start several",
+    "ep_size": "mixtures of experts are not here",
+    "speculative_algorithm": "one token a step here; leave it out",
+    "enable_lora": "adapters are not here; merge them into the weights",
+    "lora_paths": "adapters are not here; merge them into the weights",
+    "grammar_backend": "structured output is not here",
+    "disaggregation_mode": "prefill and decode run in one engine here",
+    "max_queued_requests": "the queue has no end here; leave it out",
+    "trust_remote_code": "a folder's Python is never run here; leave it out",
+    "stream_interval": "a stream tells of every token; leave it out",
+    "watchdog_timeout": "a rank that does not answer ends the others after 60 s (300 s on GPUs); leave it out",
+}
+
+
+@dataclass(frozen=True)
+class ServerArgs:
+    """The arguments of Engine.
+
+    model_path: a folder in Hugging Face layout, a Hub id, or None for the bundled tiny model; tokenizer_path: another one for the
+    tokenizer; skip_tokenizer_init: none, token ids only. tp_size: ranks; by default as many as torchrun started.
+    context_length: tokens of a request at most. random_seed: None draws one. log_level: of this project's loggers, and
+    whether a bar shows that weights are read (info and debug). schedule_conservativeness: more than 1 admits fewer requests
+    at a time, and retracts fewer. max_prefill_tokens: of a step, if chunked_prefill_size allows more. The others are those
+    of TPRadixAttentionModelWrapper and TPScheduler.
+    Raises ValueError for a value of a wrong kind or outside its range.
+    """
+
+    model_path: str | None = None
+    tokenizer_path: str | None = None
+    skip_tokenizer_init: bool = False
+    tp_size: int | None = None
+    device: str = "auto"
+    dtype: str | None = "auto"
+    kv_cache_dtype: str = "auto"
+    context_length: int | None = None
+    page_size: int | None = None
+    max_total_tokens: int | None = None
+    mem_fraction_static: float | None = None
+    max_running_requests: int = 256
+    chunked_prefill_size: int | None = None
+    max_prefill_tokens: int | None = None
+    enable_mixed_chunk: bool = False
+    small_request_share: float = 0.0
+    schedule_policy: str = "fcfs"
+    schedule_conservativeness: float = 1.0
+    disable_radix_cache: bool = False
+    radix_eviction_policy: str = "lru"
+    disable_overlap_schedule: bool | None = None
+    gather_best: bool = False
+    disable_cuda_graph: bool = False
+    disable_custom_all_reduce: bool = False
+    attention_backend: str = "auto"
+    random_seed: int | None = 0
+    log_level: str = "error"
+    check: bool = False
+    trace: str | Path | None = None
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> "ServerArgs":
+        """Raises ValueError for a name that does not exist here, and says what to use instead."""
+        refuse_unknown("engine argument", list(given), [field.name for field in fields(cls)], ELSEWHERE)
+        return cls(**given)
+
+    def __post_init__(self):
+        for name in ("tp_size", "context_length", "page_size", "max_total_tokens", "max_prefill_tokens"):
+            if getattr(self, name) is not None:
+                self._set(name, whole(name, getattr(self, name), 1))
+        self._set("max_running_requests", whole("max_running_requests", self.max_running_requests, 1))
+        switches = (
+            "skip_tokenizer_init", "enable_mixed_chunk", "disable_radix_cache", "gather_best", "disable_cuda_graph",
+            "disable_custom_all_reduce", "check",
+        )  # fmt: skip
+        for name in switches:
+            flag(name, getattr(self, name))
+        if self.disable_overlap_schedule is not None:
+            flag("disable_overlap_schedule", self.disable_overlap_schedule)
+        if self.random_seed is not None:
+            self._set("random_seed", whole("random_seed", self.random_seed, -(1 << 63), (1 << 63) - 1))
+        for name, least, most in (
+            ("mem_fraction_static", 0, 1), ("schedule_conservativeness", 0, 10), ("small_request_share", 0, 1),
+        ):  # fmt: skip
+            if getattr(self, name) is not None:
+                value = real(name, getattr(self, name), least, most, open_below=name != "small_request_share")
+                self._set(name, value)
+        for name in ("device", "kv_cache_dtype", "schedule_policy", "radix_eviction_policy", "attention_backend"):
+            text(name, getattr(self, name))
+        text("dtype", self.dtype, none=True)
+        self._set("dtype", HALF.get(self.dtype, self.dtype))
+        if self.log_level not in LEVELS:
+            raise ValueError(f"log_level={shown(self.log_level)} is unknown; use {', '.join(LEVELS)}")
+        for name in ("common", "ch07_sglang_radix"):
+            logging.getLogger(name).setLevel(self.log_level.upper())
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
