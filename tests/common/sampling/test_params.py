@@ -220,7 +220,7 @@ def assert_plain(params):
         assert plain(value), f"{name}={value!r}"
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(st.dictionaries(names, st.one_of(plausible, scalars, collections), min_size=1, max_size=3))
 def test_any_value_is_taken_or_refused_in_one_line(values):
     try:
