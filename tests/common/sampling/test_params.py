@@ -113,7 +113,9 @@ def test_numbers_of_other_libraries_become_plain_ones():
     assert_plain(params)
 
 
-@pytest.mark.parametrize("seed", [-1, 1 << 64, 10**400, -(10**400), 10**5000])
+@pytest.mark.parametrize(
+    "seed", [-1, 1 << 64, 10**400, -(10**400), 10**5000], ids=["-1", "2^64", "large", "-large", "no text"]
+)
 def test_of_a_seed_the_lowest_64_bits_count(seed):
     assert SamplingParams(seed=seed).seed == seed & MASK64
 
