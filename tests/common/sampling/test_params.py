@@ -97,6 +97,16 @@ def test_the_ends_of_a_range_belong_to_it(values):
         assert getattr(params, name) == (tuple(value.items()) if name == "logit_bias" else value)
 
 
+def test_the_defaults_are_a_plain_greedy_request():
+    assert SamplingParams() == SamplingParams(
+        max_new_tokens=128, temperature=0, top_k=-1, top_p=1, min_p=0, repetition_penalty=1, presence_penalty=0,
+        frequency_penalty=0, seed=None, stop_token_ids=(), ignore_eos=False, min_new_tokens=0, logit_bias=(),
+        allowed_token_ids=None, bad_words_ids=(), logprobs=False, top_logprobs=0, token_ids_logprob=(),
+        prompt_logprobs=None, logprob_start=0,
+    )  # fmt: skip
+    assert SamplingParams().edits == ()
+
+
 def test_numbers_of_other_libraries_become_plain_ones():
     params = SamplingParams(
         max_new_tokens=np.int64(5), temperature=Fraction(1, 2), top_k=torch.tensor(3), top_p=Decimal("0.5"),
