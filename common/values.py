@@ -24,7 +24,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
-def whole(name: str, value: Any, least: int, most: int = MAX_INT, say: str = "") -> int:
+def whole(name: str, value: Any, least: float, most: float = MAX_INT, say: str = "") -> int:
     """An int from least to most; `say` is what the message adds."""
     try:
         number = index(_plain(value))

@@ -19,10 +19,9 @@ A capability with a mask of its own (a grammar) gives it to the request's rows: 
 first, as vLLM's grammar mask does, so that a bias cannot bring back what a grammar forbids.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -180,31 +179,42 @@ class Penalties:
 
 
 class _Penalties:
-    """Keeps, for each row, how often a token was put out; a step adds the tokens that are new."""
-
     def __init__(self, members: Sequence[Member]):
         self._rows = [row for row, _, _ in members]
         self._outputs = [history.output_ids for _, _, history in members]
-        self._counts = [
-            Counter(dict.fromkeys(history.prompt_ids, 0) if edit.repetition != 1 else ())
-            for _, edit, history in members
-        ]
-        self._known = [0] * len(members)
+        self._seen = [_Seen(history.prompt_ids if edit.repetition != 1 else ()) for _, edit, history in members]
         self._factors = np.array([(e.repetition, e.presence, e.frequency) for _, e, _ in members], dtype=np.float32)
 
     def apply(self, logits: torch.Tensor, advanced: int) -> None:
-        for i, output in enumerate(self._outputs):
-            self._counts[i].update(output[self._known[i] :])
-            self._known[i] = len(output)
-        seen = [np.fromiter(counts, np.int64, len(counts)) for counts in self._counts]
-        times = [np.fromiter(counts.values(), np.float32, len(counts)) for counts in self._counts]
-        rows, tokens = upload_all(logits.device, *_flat(list(zip(self._rows, seen, strict=True))))
-        repetition, presence, frequency = self._factors.repeat([len(ids) for ids in seen], axis=0).T
-        times = np.concatenate(times)
-        lost = np.where(times > 0, presence + frequency * times, np.float32(0))
-        repetition, lost = upload(np.stack((repetition, lost)), logits.device)
+        for seen, output in zip(self._seen, self._outputs, strict=True):
+            seen.read(output)
+        at = _flat([(row, seen.ids) for row, seen in zip(self._rows, self._seen, strict=True)])
+        factors = self._factors.repeat([len(seen.ids) for seen in self._seen], axis=0).T
+        times = np.concatenate([seen.times for seen in self._seen])
+        rows, tokens = upload_all(logits.device, *at)
+        repetition, presence, frequency, times = upload(np.stack((*factors, times)), logits.device)
         x = logits[rows, tokens]
-        logits[rows, tokens] = torch.where(x > 0, x / repetition, x * repetition) - lost
+        x = torch.where(x > 0, x / repetition, x * repetition)
+        logits[rows, tokens] = x - torch.where(times > 0, presence + frequency * times, 0)
+
+
+class _Seen:
+    """The tokens of one request, each once (ids [n]), and how often it was put out (times [n]). It reads a token once."""
+
+    def __init__(self, prompt_ids: Sequence[int]):
+        self.ids = np.unique(np.array(prompt_ids, dtype=np.int64))
+        self.times = np.zeros(len(self.ids), dtype=np.float32)
+        self._place = {token: place for place, token in enumerate(self.ids.tolist())}
+        self._num_read = 0
+
+    def read(self, output_ids: Sequence[int]) -> None:
+        new = output_ids[self._num_read :]
+        self._num_read += len(new)
+        places = [self._place.setdefault(token, len(self._place)) for token in new]
+        if missing := len(self._place) - len(self.ids):
+            self.ids = np.concatenate((self.ids, list(self._place)[-missing:]))
+            self.times = np.concatenate((self.times, np.zeros(missing, dtype=np.float32)))
+        np.add.at(self.times, places, 1)
 
 
 def gather_edits(rows: Iterable[tuple[int, Sequence[LogitsEdit], History]]) -> list[AppliedEdits]:
@@ -222,13 +232,13 @@ BUILT_IN = (AllowedTokens, BadWords, MinNewTokens, LogitBias, Penalties)
 
 def _flat(pieces: Sequence[tuple[int, Sequence[int]]]) -> tuple[np.ndarray, np.ndarray]:
     """[(row, token ids)] -> rows [n], token ids [n], for logits[rows, ids]."""
-    heads = np.array([(row, len(ids)) for row, ids in pieces], dtype=np.int64).reshape(-1, 2)
-    rows = heads[:, 0].repeat(heads[:, 1])
-    return rows, np.fromiter(chain.from_iterable(ids for _, ids in pieces), np.int64, len(rows))
+    ids = [np.asarray(own, dtype=np.int64) for _, own in pieces]
+    rows = np.array([row for row, _ in pieces], dtype=np.int64).repeat([len(own) for own in ids])
+    return rows, np.concatenate(ids)
 
 
 def _forbid(logits: torch.Tensor, pieces: Sequence[tuple[int, Sequence[int]]]) -> None:
     """To -inf: the token ids of each row."""
-    rows, tokens = _flat(pieces)
+    rows, tokens = _flat(pieces) if pieces else ((), ())
     if len(rows):
         logits[tuple(upload_all(logits.device, rows, tokens))] = -torch.inf

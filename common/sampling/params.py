@@ -5,9 +5,11 @@ When a request stops is not said here, but for the number of its tokens and the 
 detokenizer's.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from common.sampling.edits import AllowedTokens, BadWords, LogitBias, LogitsEdit, MinNewTokens, Penalties
@@ -50,9 +52,7 @@ class SamplingParams:
     min_new_tokens: int = 0  # so many come before a token may end the answer
     logit_bias: tuple[tuple[int, float], ...] = ()  # {token id: what is added to its logit}
     allowed_token_ids: tuple[int, ...] | None = None  # nothing else may be drawn
-    bad_words_ids: tuple[
-        tuple[int, ...], ...
-    ] = ()  # of a sequence that stands in the output but for its last token, that
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()  # a token that would complete one of these is not drawn
 
     # log-probabilities, all under the model's own distribution: before edits and temperature
     logprobs: bool = False  # of each chosen token, with its rank
@@ -78,7 +78,7 @@ class SamplingParams:
         for name in ("top_logprobs", "logprob_start"):
             kept[name] = whole(name, getattr(self, name), 0)
         if self.seed is not None:
-            kept["seed"] = whole("seed", self.seed, -(1 << 4096), 1 << 4096) & MASK64
+            kept["seed"] = whole("seed", self.seed, -math.inf, math.inf) & MASK64
         if self.prompt_logprobs is not None:
             kept["prompt_logprobs"] = whole("prompt_logprobs", self.prompt_logprobs, 0)
         if self.allowed_token_ids is not None:
@@ -98,7 +98,7 @@ class SamplingParams:
             "stop_token_ids": self.stop_token_ids,
             "logit_bias": tuple(token for token, _ in self.logit_bias),
             "allowed_token_ids": self.allowed_token_ids or (),
-            "bad_words_ids": sum(self.bad_words_ids, ()),
+            "bad_words_ids": tuple(chain.from_iterable(self.bad_words_ids)),
             "token_ids_logprob": self.token_ids_logprob,
         }
         for name, ids in lists.items():

@@ -270,3 +270,14 @@ def test_seeds_are_not_one_sequence_shifted():
         for n in range(200):
             seen.setdefault(tuple(uniform(seed, n + i) for i in range(3)), []).append((seed, n))
     assert max(map(len, seen.values())) == 1
+
+
+def test_the_numbers_of_a_seed_stay_the_same():
+    """Another constant would be as good, but every text that was drawn with a seed would be another one."""
+    known = {
+        (0, 0): 0.6770604252815247, (0, 1): 0.7411795854568481, (1, 0): 0.9557037949562073,
+        (12345, 678): 0.007584273815155029, (2**64 - 1, 2**20): 0.9292557239532471,
+    }  # fmt: skip
+    assert {key: uniform(*key) for key in known} == known
+    seeds, counts = (np.array(column, dtype=np.uint64) for column in zip(*known, strict=True))
+    assert uniform(seeds, counts).tolist() == list(known.values())
