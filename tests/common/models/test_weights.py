@@ -287,26 +287,12 @@ def test_a_checkpoint_in_several_files_is_the_same_checkpoint(loaded, name, tmp_
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), want.parameters(), strict=True))
 
 
-def test_files_that_the_index_does_not_name_are_left_alone(tmp_path):
-    folder = save_random("llama", tmp_path, max_shard_size="200KB")
-    save_file({"consolidated": torch.ones(1)}, folder / "consolidated.safetensors")
-    assert "consolidated" not in load_model(folder, TPGroup())[1].tensors
-
-
 def test_without_an_index_all_safetensors_count(tmp_path):
     folder = save_random("llama", tmp_path, max_shard_size="200KB")
     want = tensors(folder).keys()
     (folder / "model.safetensors.index.json").unlink()
     assert load_model(folder, TPGroup())[1].tensors != []
     assert set(load_model(folder, TPGroup())[1].tensors) == set(want)
-
-
-def test_a_tied_checkpoint_may_store_its_lm_head_too(copy, loaded):
-    folder = copy("qwen2")
-    rewrite(folder, lambda x: x.update({"lm_head.weight": x["model.embed_tokens.weight"].clone()}))
-    model, report = load_model(folder, TPGroup(0, 2))
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert report.bytes_read == loaded("qwen2", 2)[0][1].bytes_read, "and it is not read"
 
 
 def test_stored_inverse_frequencies_are_tolerated(copy):
@@ -439,6 +425,7 @@ def test_a_folder_without_weights_is_refused(copy):
 
 def test_a_tensor_in_two_files_is_named(copy):
     folder = copy("llama")
+    (folder / "model.safetensors").rename(folder / "all.safetensors")
     save_file({NORM: torch.ones(128)}, folder / "more.safetensors")
     refuse(folder, ValueError, f"{NORM} stands in two files of {folder}")
 
