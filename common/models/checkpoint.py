@@ -114,7 +114,7 @@ def open_tensors(files: list[Path], stack: ExitStack) -> dict[str, Stored]:
     for path in files:
         try:
             file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, MemoryError) as error:  # MemoryError: it could not be mapped
             raise ValueError(
                 f"{path} ({path.stat().st_size} bytes) is truncated or damaged: {_first_line(error)}; fetch it again"
             ) from None

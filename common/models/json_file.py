@@ -34,6 +34,8 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: not UTF-8 at byte {error.start}") from None
     except RecursionError:
         raise ValueError(f"{path} is not JSON that anybody needs: nested too deeply") from None
+    except KeyTwiceError as error:
+        raise ValueError(f"{path}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(raw, dict):
@@ -41,11 +43,15 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     return raw
 
 
+class KeyTwiceError(ValueError):
+    pass
+
+
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique: dict[str, Any] = {}
     for key, value in pairs:
         if key in unique and unique[key] != value:
-            raise ValueError(f"{shown(key)} stands twice, as {shown(unique[key])} and as {shown(value)}")
+            raise KeyTwiceError(f"{shown(key)} stands twice, as {shown(unique[key])} and as {shown(value)}")
         unique[key] = value
     return unique
 

@@ -67,7 +67,7 @@ def number(
     null: bool = False,
 ) -> Field:
     """From `low`, or more than `above`, to `high`; never NaN, infinite, or an integer that no float can hold."""
-    floor, word = (low, "at least") if above is None else (above, "above")
+    floor, word = (low, "of at least") if above is None else (above, "above")
 
     def fits(x):
         if type(x) not in (int, float):
@@ -108,9 +108,9 @@ def one_of(*values: Any, default: Any, older: str | None = None) -> Field:
     return Field(fits, f"is not supported; supported: {allowed}", default, older)
 
 
-def empty(reason: str) -> Field:
+def empty(rule: str) -> Field:
     """Missing, null, or an empty object."""
-    return Field(lambda x: not x, f"is not supported{reason}", None)
+    return Field(lambda x: not x, rule, None)
 
 
 def _at_most(high: float) -> str:
@@ -132,7 +132,7 @@ class Architecture:
     qk_norm: bool = False  # RMSNorm on each q and k head
 
 
-QUANTIZED = ": quantized checkpoints are not supported; use the float16, bfloat16 or float32 one"
+QUANTIZED = "is not read: quantized checkpoints are not supported; use the float16, bfloat16 or float32 one"
 
 EVERY_DECODER = {
     "vocab_size": integer(),
@@ -157,8 +157,10 @@ EVERY_DECODER = {
     "is_causal": one_of(True, default=True),
     "quantization_config": empty(QUANTIZED),
     "compression_config": empty(QUANTIZED),
-    "per_layer_config": empty("; the layers of this decoder are alike"),
-    "transformers_weights": empty("; the weights are read from model.safetensors or what its index names"),
+    "per_layer_config": empty("is not supported; the layers of this decoder are alike"),
+    "transformers_weights": empty(
+        "is not supported; the weights are read from model.safetensors or what its index names"
+    ),
 }
 QWEN = {
     **EVERY_DECODER,
@@ -196,8 +198,8 @@ ROPE_TYPES = {
     "llama3": {
         **ANY_ROPE,
         "factor": number(above=0),
-        "low_freq_factor": number(),
-        "high_freq_factor": number(),
+        "low_freq_factor": number(above=0),
+        "high_freq_factor": number(above=0),
         "original_max_position_embeddings": integer(None, high=MAX_POSITIONS),
     },
     "yarn": {

@@ -208,9 +208,7 @@ def test_a_config_without_architecture_is_refused(named):
 
 
 def test_an_incomplete_config_is_refused_with_all_that_is_missing():
-    with pytest.raises(
-        ValueError, match="a config of Qwen2ForCausalLM needs vocab_size, num_hidden_layers"
-    ):
+    with pytest.raises(ValueError, match="a config of Qwen2ForCausalLM needs vocab_size, num_hidden_layers"):
         ModelConfig.from_dict(
             {key: value for key, value in QWEN2_5_05B.items() if key not in ("vocab_size", "num_hidden_layers")}
         )
