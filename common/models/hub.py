@@ -52,4 +52,4 @@ def _is_folder(text: str) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
+    return (str(error).strip() or repr(error)).splitlines()[0][:200]

@@ -57,7 +57,7 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _OneLine(reprlib.Repr):
-    """Values as they stand in the file, cut to what fits into a line; bounded for values of any size and depth."""
+    """Python's repr, but for the words of JSON; looks at no more of a value than it shows."""
 
     def __init__(self):
         super().__init__()
@@ -70,7 +70,13 @@ class _OneLine(reprlib.Repr):
         return "null"
 
 
-shown = _OneLine().repr
+_one_line = _OneLine().repr
+
+
+def shown(value: Any) -> str:
+    """Any JSON value, of any size and depth, in one line of at most 200 characters."""
+    text = _one_line(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def name_shown(name: str) -> str:

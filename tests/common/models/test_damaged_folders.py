@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from common.models.weights import load_model
 from common.parallel_state import TPGroup
-from tests.common.models.damage import save_base
+from tests.common.models.damage import edit, save_base
 from tests.common.models.damages import DAMAGES
 from tests.common.models.dense import logits_of
 
@@ -109,3 +109,16 @@ def test_undamaged_they_are_right(bases, base):
 
 def test_there_are_many_of_them():
     assert len(CASES) >= 1000
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "custom"])
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "CustomForCausalLM"])
+def test_python_in_the_folder_never_runs(bases, tmp_path, model_type, architecture):
+    folder = Path(shutil.copytree(bases["qwen2"], tmp_path / "model"))
+    (folder / "custom.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    auto_map = {"AutoConfig": "custom.Config", "AutoModelForCausalLM": "custom.Model"}
+    edit("config.json", model_type=model_type, architectures=[architecture], auto_map=auto_map)(folder)
+    model, error = load(folder)
+    assert (model is None) == ((model_type, architecture) != ("qwen2", "Qwen2ForCausalLM"))
+    assert error is None or str(error).startswith(f"{folder / 'config.json'}: ")
+    assert not (tmp_path / "ran").exists()
