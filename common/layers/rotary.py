@@ -23,9 +23,12 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim: int, max_positions: int, theta: float, scaling: dict[str, Any] | None = None):
         super().__init__()
+        if torch.get_default_device().type == "meta":
+            return  # asked for names and shapes of parameters: it has none, and torch imports for seconds to pretend
         angles = torch.outer(torch.arange(max_positions).float(), inverse_frequencies(head_dim, theta, scaling))
-        self.register_buffer("cos", angles.cos(), persistent=False)  # [max_position, d/2], float32 in any model
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        length = attention_factor(scaling)
+        self.register_buffer("cos", angles.cos().mul_(length), persistent=False)  # [max_position, d/2], always float32
+        self.register_buffer("sin", angles.sin_().mul_(length), persistent=False)
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """positions [T] -> cos, sin [T, 1, d]: each angle serves feature i and feature i + d/2."""
@@ -63,15 +66,56 @@ class Turning(NamedTuple):
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | None = None) -> torch.Tensor:
-    """theta^(-2i/d) for i < d/2 -> [d/2], rescaled for long contexts if the checkpoint says so."""
+    """theta^(-2i/d) for i < d/2 -> [d/2], rescaled for long contexts if the checkpoint says so.
+
+    A frequency that turns often within the context of training tells neighbours apart and is kept; one that does not
+    get around once would meet angles it never saw, and is stretched by `factor`. The scalings differ in what lies
+    between: `linear` stretches all, `llama3` and `yarn` (Peng et al. 2023) blend, over turns and over i.
+    """
     i = torch.arange(0, head_dim, 2, dtype=torch.int64).float()
     inv_freq = 1.0 / theta ** (i / head_dim)
     if scaling is None:
         return inv_freq
     if scaling["rope_type"] == "linear":
         return inv_freq / scaling["factor"]
-    # llama3: long waves are stretched by `factor`, short ones kept, those in between blended
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)  # turns within the old context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: stretch, 1: keep
+    if scaling["rope_type"] == "yarn":
+        keep = _kept_by_yarn(head_dim, theta, scaling)
+    else:
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - keep) * inv_freq / scaling["factor"] + keep * inv_freq
+
+
+def attention_factor(scaling: dict[str, Any] | None) -> float:
+    """What cos and sin are multiplied by: q and k grow by it, scores by its square. More keys flatten the softmax.
+
+    As transformers 5.23: 0.1 ln(factor) + 1 unless the checkpoint gives it, or the two numbers of DeepSeek for it.
+    """
+    if scaling is None or scaling["rope_type"] != "yarn":
+        return 1.0
+    if scaling["attention_factor"] is not None:
+        return scaling["attention_factor"]
+
+    def grown(by: float) -> float:
+        return 0.1 * by * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
+
+    if scaling["mscale"] and scaling["mscale_all_dim"]:
+        return grown(scaling["mscale"]) / grown(scaling["mscale_all_dim"])
+    return grown(1)
+
+
+def _kept_by_yarn(head_dim: int, theta: float, scaling: dict[str, Any]) -> torch.Tensor:
+    """[d/2], 1: keep, 0: stretch; a ramp between the i that turns beta_fast times and the one that turns beta_slow."""
+
+    def turning(times: float) -> float:  # the i, not rounded, whose frequency does so within the context of training
+        context = scaling["original_max_position_embeddings"]
+        return head_dim * math.log(context / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = turning(scaling["beta_fast"] or 32), turning(scaling["beta_slow"] or 1)
+    if scaling["truncate"]:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    if first == last:
+        last += 0.001  # a step
+    return 1 - ((torch.arange(head_dim // 2).float() - first) / (last - first)).clamp(0, 1)

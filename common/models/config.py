@@ -5,18 +5,31 @@ One decoder serves the models that differ only in these facts:
     Qwen2ForCausalLM (Qwen2, Qwen2.5)   bias on q, k, v
     Qwen3ForCausalLM                    RMSNorm on each q and k head, head_dim given
     LlamaForCausalLM                    neither; llama3 rope scaling
+
+schema.py says what may stand under each key. Many facts stand in a checkpoint twice; which one counts is what
+transformers 5.23 does, found by trying, or the checkpoint is refused:
+
+    dtype | torch_dtype                               the first
+    rope_parameters | rope_scaling                    rope_scaling, whole, unless it is empty
+    rope_theta in it | beside it                      the one inside; not that of the other object
+    rope_type | type                                  the first
+    original_max_position_embeddings in it | beside   the one beside; neither: max_position_embeddings
+    head_dim | hidden_size / num_attention_heads      the first; weights.py compares it with the weights
+    eos_token_id in generation_config | config        the first, if the key is there. The tokenizer's is not asked
+    architectures | model_type                        refused unless they agree
+    layer_types | num_hidden_layers, sliding_window   refused unless they agree
+    one key twice in an object                        refused unless the values agree
+    tie_word_embeddings | a stored lm_head            the stored one (weights.py)
+    all sizes | shapes of the tensors                 refused unless they agree (weights.py)
 """
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
-ROPE_KEYS = {
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+from common.models.json_file import name_shown, read_json, shown
+from common.models.schema import ARCHITECTURES, GENERATION, MAX_POSITIONS, ROPE_TYPES, read_fields
 
 
 @dataclass(frozen=True)
@@ -29,10 +42,10 @@ class ModelConfig:
     num_heads: int  # Hq
     num_kv_heads: int  # Hkv
     head_dim: int  # d
-    max_position_embeddings: int
+    max_position_embeddings: int  # the longest context; with yarn the stretched one
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling: dict[str, Any] | None
+    rope_scaling: dict[str, Any] | None  # rope_type and all that belongs to it; see layers/rotary.py
     tie_word_embeddings: bool
     qkv_bias: bool
     o_bias: bool
@@ -44,54 +57,49 @@ class ModelConfig:
     def from_folder(cls, folder: str | Path) -> "ModelConfig":
         """Read config.json (and generation_config.json for the end-of-text tokens).
 
-        Raises FileNotFoundError without a config, ValueError for a model this decoder cannot run.
+        Raises FileNotFoundError without a config, ValueError for a model this decoder cannot run, each in one line
+        with file, key, value and what is allowed.
         """
         path = Path(folder) / "config.json"
-        if not path.is_file():
+        try:
+            raw = read_json(path)
+        except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{path} is missing; give a folder in Hugging Face layout (config.json, *.safetensors)"
-            )
-        raw = read_json(path)
-        generation = path.with_name("generation_config.json")
-        eos = raw.get("eos_token_id")
-        if generation.is_file():
-            eos = read_json(generation).get("eos_token_id", eos)
-        return cls.from_dict(raw, eos, where=str(path))
+                f"{error}; give a folder in Hugging Face layout (config.json, *.safetensors)"
+            ) from None
+        beside, generation = path.with_name("generation_config.json"), {}
+        if os.path.lexists(beside):
+            generation = read_json(beside)
+            read_fields(generation, GENERATION, str(beside), "a generation config")
+        return cls.from_dict(raw, generation, where=str(path))
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any], eos: Any = None, where: str = "config") -> "ModelConfig":
-        architecture = (raw.get("architectures") or ["none named"])[0]
-        if architecture not in ARCHITECTURES:
-            raise ValueError(
-                f"{where}: architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}"
-            )
-        missing = [k for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-                   if k not in raw]  # fmt: skip
-        if missing:
-            raise ValueError(f"{where}: {', '.join(missing)} missing; this is not a complete {architecture} config")
-        _refuse_what_would_be_wrong(raw, where)
-        heads = raw["num_attention_heads"]
-        qwen2 = architecture == "Qwen2ForCausalLM"
-        theta, scaling = _rope(raw, where)
+    def from_dict(
+        cls, raw: dict[str, Any], generation: dict[str, Any] | None = None, where: str = "config"
+    ) -> "ModelConfig":
+        """The same from what the files hold."""
+        name = _architecture(raw, where)
+        architecture = ARCHITECTURES[name]
+        read = read_fields(raw, architecture.fields, where, f"a config of {name}")
+        _refuse_sliding_windows(read, where)
+        theta, scaling, longest = _rope(read, where)
         return cls(
-            architecture=architecture,
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_layers=raw["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            max_position_embeddings=raw.get("max_position_embeddings", 2048),
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            architecture=name,
+            vocab_size=read["vocab_size"],
+            hidden_size=read["hidden_size"],
+            intermediate_size=read["intermediate_size"],
+            num_layers=read["num_hidden_layers"],
+            **_heads(read, where),
+            max_position_embeddings=longest,
+            rms_norm_eps=float(read["rms_norm_eps"]),
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            qkv_bias=qwen2 or raw.get("attention_bias", False),
-            o_bias=not qwen2 and raw.get("attention_bias", False),
-            qk_norm=architecture == "Qwen3ForCausalLM",
-            dtype=raw.get("dtype") or raw.get("torch_dtype") or "float32",  # transformers 5 says dtype, 4 torch_dtype
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            tie_word_embeddings=read["tie_word_embeddings"],
+            qkv_bias=read["attention_bias"] if architecture.qkv_bias is None else architecture.qkv_bias,
+            o_bias=architecture.qkv_bias is None and read["attention_bias"],
+            qk_norm=architecture.qk_norm,
+            dtype=read["dtype"] or "float32",
+            eos_token_ids=_end_tokens({**read, **(generation or {})}["eos_token_id"], read["vocab_size"]),
         )
 
     @property
@@ -103,39 +111,98 @@ class ModelConfig:
         }  # fmt: skip
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError, naming the file, for anything else."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds a {type(raw).__name__}, not an object")
-    return raw
+def _architecture(raw: dict[str, Any], where: str) -> str:
+    """The first of `architectures`; model_type, if it is given, must name the same model."""
+    names = raw.get("architectures") or ["none named"]
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise ValueError(f"{where}: architectures={shown(names)} must be a list of texts")
+    if names[0] not in ARCHITECTURES:
+        raise ValueError(
+            f"{where}: architecture {name_shown(names[0])} is not supported; supported: {', '.join(ARCHITECTURES)}"
+        )
+    want = ARCHITECTURES[names[0]].model_type
+    given = raw.get("model_type", want)
+    if given != want:
+        raise ValueError(f"{where}: model_type={shown(given)} is not that of {names[0]}, which is {want!r}")
+    return names[0]
 
 
-def _rope(raw: dict[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
-    """(theta, scaling): transformers 5 writes both into rope_parameters, 4 wrote rope_theta and rope_scaling."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+def _heads(read: dict[str, Any], where: str) -> dict[str, int]:
+    heads = read["num_attention_heads"]
+    kv_heads = read["num_key_value_heads"] or heads
+    if heads % kv_heads:
+        raise ValueError(
+            f"{where}: num_attention_heads={shown(heads)} is not a multiple of num_key_value_heads={shown(kv_heads)}"
+        )
+    head_dim = read["head_dim"] or read["hidden_size"] // heads
+    if head_dim < 2 or head_dim % 2:
+        origin = "" if read["head_dim"] else (
+            f" (hidden_size={shown(read['hidden_size'])} over num_attention_heads={shown(heads)})"
+        )  # fmt: skip
+        raise ValueError(
+            f"{where}: head_dim={shown(head_dim)}{origin} must be even and at least 2; rotary pairs its halves"
+        )
+    return {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
+
+
+def _refuse_sliding_windows(read: dict[str, Any], where: str) -> None:
+    """Attention here is always full. A Qwen config may speak of windows that no layer has."""
+    layers, types = read["num_hidden_layers"], read["layer_types"]
+    if types is None:
+        if read.get("use_sliding_window") and read["sliding_window"] and read["max_window_layers"] < layers:
+            raise ValueError(f"{where}: use_sliding_window=true is not supported; attention here is always full")
+        return
+    if len(types) != layers:
+        raise ValueError(f"{where}: layer_types has {len(types)} entries, num_hidden_layers={shown(layers)}")
+    other = next((kind for kind in types if kind != "full_attention"), None)
+    if other is not None:
+        raise ValueError(f"{where}: {shown(other)} in layer_types is not supported; supported: full_attention")
+
+
+def _end_tokens(eos: Any, vocab_size: int) -> tuple[int, ...]:
+    """Those that can be sampled: some configs say -1 for none, and whoever masks an end token indexes logits by it."""
+    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    return tuple(token for token in eos if 0 <= token < vocab_size)
+
+
+def _rope(read: dict[str, Any], where: str) -> tuple[float, dict[str, Any] | None, int]:
+    """(theta, scaling, longest context)."""
+    key = "rope_scaling" if read["rope_scaling"] else "rope_parameters"
+    rope, longest = read[key] or {}, read["max_position_embeddings"]
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        raise ValueError(f"{where}: rope_type={shown(kind)} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    nested = next((name for name, value in rope.items() if isinstance(value, dict)), None)
+    if nested is not None:
+        raise ValueError(
+            f"{where}: {key} has an object of its own for {shown(nested)}; one for all layers is supported"
+        )
+    # whose theta: rope_scaling takes the place of rope_parameters with all that is in it
+    scaling = read_fields(rope, ROPE_TYPES[kind], f"{where}: {key}", f"rope_type={kind!r}")
+    theta = scaling.pop("rope_theta") or read["rope_theta"]
+    if theta is None:
+        raise ValueError(f"{where}: rope_theta=null, and {key} has none; it must be a number")
+    del scaling["partial_rotary_factor"]
     if kind == "default":
-        return theta, None
-    if kind not in ROPE_KEYS:
-        raise ValueError(f"{where}: rope_type={kind!r} is not supported; supported: default, {', '.join(ROPE_KEYS)}")
-    absent = [key for key in ROPE_KEYS[kind] if key not in rope]
-    if absent:
-        raise ValueError(f"{where}: rope_type={kind!r} needs {', '.join(absent)}")
-    return theta, {"rope_type": kind, **{key: rope[key] for key in ROPE_KEYS[kind]}}
-
-
-def _refuse_what_would_be_wrong(raw: dict[str, Any], where: str) -> None:
-    """Features that would change the numbers silently if they were ignored."""
-    if raw.get("use_sliding_window"):
-        raise ValueError(f"{where}: use_sliding_window=true is not supported; attention here is always full")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{where}: hidden_act={raw['hidden_act']!r} is not supported; supported: silu")
-    if raw.get("mlp_bias"):
-        raise ValueError(f"{where}: mlp_bias=true is not supported")
-    if raw.get("quantization_config"):
-        raise ValueError(f"{where}: quantized checkpoints are not supported; use the float16, bfloat16 or float32 one")
+        return float(theta), None, longest
+    if "original_max_position_embeddings" in scaling:
+        original = read["original_max_position_embeddings"] or scaling["original_max_position_embeddings"] or longest
+        scaling["original_max_position_embeddings"] = original
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise ValueError(
+            f"{where}: {key}: high_freq_factor={shown(scaling['high_freq_factor'])} must be above "
+            f"low_freq_factor={shown(scaling['low_freq_factor'])}"
+        )
+    if kind == "yarn":
+        if theta <= 1:
+            raise ValueError(f"{where}: rope_theta={shown(theta)} must be above 1 for rope_type='yarn'")
+        if scaling["factor"] is None:
+            scaling["factor"] = longest / original
+        # Qwen's recipe for long contexts leaves max_position_embeddings as it was trained
+        longest = max(longest, int(original * scaling["factor"]))
+        if longest > MAX_POSITIONS:
+            raise ValueError(
+                f"{where}: {key}: {shown(original)} original positions stretched by factor={shown(scaling['factor'])} "
+                f"are more than the {MAX_POSITIONS} that are supported"
+            )
+    return float(theta), {"rope_type": kind, **scaling}, longest

@@ -1,23 +1,27 @@
 """safetensors -> this rank's slice, and nothing else.
 
-`load_model` reads the headers of all files first and compares names and shapes with what the model
-needs; only when everything fits does it read a byte of a weight. Each rank then reads the rows or columns
-it holds (`safe_open(...).get_slice`), each once: about 1/R of the checkpoint plus the replicated norms.
+`load_model` reads the headers of all files first (checkpoint.py) and compares names, shapes and types with what the
+model needs; only when everything fits does it take memory for it and read a byte of a weight. Each rank then reads the
+rows or columns it holds (`safe_open(...).get_slice`), each once: about 1/R of the checkpoint plus the replicated norms.
 
 `load_then_shard` is the old way, kept for comparison: the whole checkpoint in memory, then slices of it.
 """
 
+import math
+import re
+import warnings
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
-from common.models.config import ModelConfig, read_json
+from common.models.checkpoint import Stored, checkpoint_files, left_alone, open_tensors
+from common.models.config import ModelConfig
 from common.models.decoder import CausalLM
+from common.models.json_file import names_shown, shown
 from common.parallel_state import TPGroup
 
 # Hugging Face's module -> (ours, shard id): merged so that one GEMM does the work of two or three
@@ -28,6 +32,10 @@ MERGED = {
     "gate_proj": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1),
 }
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+QUICKLY_BUILT = 1 << 16
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
+WEIGHT_DTYPES = ("F32", "F16", "BF16", "F64")  # integers, truth values and fp8 mean something else than their numbers
 
 
 @dataclass
@@ -37,6 +45,7 @@ class LoadReport:
     bytes_read: int = 0  # of tensor data, from the files
     held_bytes: int = 0  # the most that was held beside the parameters
     tensors: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # decisions the reader should know of; rank 0 warns of each
 
 
 class CheckpointTensor:
@@ -78,27 +87,33 @@ class TensorSource:
 
 
 def load_model(
-    folder: str | Path, tp: TPGroup, dtype: torch.dtype = torch.float32, source: type = CheckpointTensor
-) -> tuple[CausalLM, LoadReport]:
+    folder: str | Path, tp: TPGroup, dtype: torch.dtype = torch.float32, source: type = CheckpointTensor, *,
+    check_finite: bool = False,
+) -> tuple[CausalLM, LoadReport]:  # fmt: skip
     """Build this rank's part of the model on `tp.device` and fill it.
 
-    Raises FileNotFoundError (no config, no weights, a shard missing) and ValueError (damaged file, or
-    missing, unexpected and wrongly shaped tensors, all by name) before any weight is read.
+    check_finite: look for NaN and infinity first, which costs every rank a pass over all weights.
+    Raises FileNotFoundError (no config, no weights, a shard missing) and ValueError (damaged file, or missing,
+    unexpected, wrongly shaped and wrongly typed tensors, all by name), the same on every rank, before memory is taken
+    and weights are read (but for a tied LM head that is stored: it is compared with the embedding first).
     """
     config = ModelConfig.from_folder(folder)
-    with tp.device:
-        previous = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            model = CausalLM(config, tp)
-        finally:
-            torch.set_default_dtype(previous)
-    model.eval()
     report = LoadReport()
     with ExitStack() as stack:
-        found = _tensors(folder, stack)
+        files = checkpoint_files(folder)
+        found = open_tensors(files, stack)
+        others = left_alone(folder, files)
+        if others:
+            report.notes.append(f"{folder}: {names_shown(others)} left alone; not part of this checkpoint")
+        config = _settle_the_head(config, found, report, where=str(folder))
+        _refuse_sizes_beyond_the_files(config, found, where=str(folder))
+        with torch.device("meta"):  # shapes without memory
+            _plan(CausalLM(config, tp), found, where=str(folder))
+        if check_finite:
+            _refuse_what_is_not_finite(found, dtype, report, where=str(folder))
+        model = _build(config, tp, dtype)
         todo = _plan(model, found, where=str(folder))
-        sources = {name: source(found[name], name, report) for name, _, _ in todo}
+        sources = {stored.name: source(stored.file, stored.name, report) for stored, _, _ in todo}
         bar = tqdm(
             todo,
             desc=f"loading {Path(folder).name}",
@@ -106,9 +121,12 @@ def load_model(
             disable=None if tp.rank == 0 else True,
             leave=False,
         )
-        for name, param, shard_id in bar:
-            param.weight_loader(sources[name], shard_id)
-            report.tensors.append(name)
+        for stored, param, shard_id in bar:
+            param.weight_loader(sources[stored.name], shard_id)
+            report.tensors.append(stored.name)
+    if tp.rank == 0:
+        for note in report.notes:
+            warnings.warn(note, stacklevel=2)
     return model, report
 
 
@@ -117,68 +135,120 @@ def load_then_shard(folder: str | Path, tp: TPGroup, dtype: torch.dtype = torch.
     return load_model(folder, tp, dtype, source=WholeTensor)
 
 
-def _tensors(folder: str | Path, stack: ExitStack) -> dict[str, object]:
-    """{name: open file} of every tensor in the folder. ValueError for a damaged file or a name met twice."""
-    found: dict[str, object] = {}
-    for path in checkpoint_files(folder):
-        try:
-            file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} ({path.stat().st_size} bytes) is truncated or damaged: {error}; fetch it again"
-            ) from None
-        for name in file.keys():  # noqa: SIM118, not a dict
-            if name in found:
-                raise ValueError(f"{name} stands in two files of {folder}; keep the weights of one checkpoint there")
-            found[name] = file
-    return found
+def _build(config: ModelConfig, tp: TPGroup, dtype: torch.dtype) -> CausalLM:
+    """This rank's modules, zero where nothing will be loaded."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with tp.device:
+            return CausalLM(config, tp).eval()
+    finally:
+        torch.set_default_dtype(previous)
 
 
-def checkpoint_files(folder: str | Path) -> list[Path]:
-    """The weight files: those the index names, else every *.safetensors. FileNotFoundError if any is missing."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ValueError(f"{index} has no weight_map from tensor to file name; fetch it again")
-        names = sorted(set(weight_map.values()))
-        absent = [name for name in names if not (folder / name).is_file()]
-        if absent:
-            raise FileNotFoundError(
-                f"{len(absent)} of {len(names)} weight files named by {index} are missing: {', '.join(absent)}; fetch them again"
-            )
-        return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no *.safetensors; other weight formats are not read")
-    return files
+def _settle_the_head(config: ModelConfig, found: dict[str, Stored], report: LoadReport, where: str) -> ModelConfig:
+    """One LM head where the config says that it is the embedding and the files have an lm_head.weight as well.
+
+    As transformers 5.23: equal ones are one; if they differ, the file knows better than the config, and both are used;
+    an lm_head.weight alone is both. Every rank compares all of both, or ranks could come to different models.
+    """
+    if not config.tie_word_embeddings or HEAD not in found:
+        return config
+    if EMBEDDING not in found:
+        found[EMBEDDING] = found.pop(HEAD)
+        return config
+    if _equal(found[HEAD], found[EMBEDDING], report):
+        return config
+    report.notes.append(
+        f"{where}: config.json says tie_word_embeddings=true, but {HEAD} is not {EMBEDDING}; both are used"
+    )
+    return replace(config, tie_word_embeddings=False)
 
 
-def _plan(model: CausalLM, found: dict[str, object], where: str) -> list[tuple[str, nn.Parameter, object]]:
-    """[(checkpoint name, parameter, shard id)]: every parameter filled, every tensor used, or ValueError."""
+def _equal(a: Stored, b: Stored, report: LoadReport) -> bool:
+    if (a.shape, a.dtype) != (b.shape, b.dtype) or a.dtype not in WEIGHT_DTYPES:
+        return False
+    for x, y in zip(a.windows(), b.windows(), strict=True):
+        _count(report, x.nbytes + y.nbytes)
+        if not torch.equal(x, y):
+            return False
+    return True
+
+
+def _refuse_sizes_beyond_the_files(config: ModelConfig, found: dict[str, Stored], where: str) -> None:
+    """Sizes with which even a model without memory would not be built in time; `_plan` compares the others exactly."""
+    layers = len({match[1] for match in map(LAYER.match, found) if match})
+    widest = max((max(stored.shape, default=1) for stored in found.values() if 0 not in stored.shape), default=0)
+    claims = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads * head_dim": config.num_heads * config.head_dim,
+    }
+    for name, size in claims.items():
+        if size > max(widest, QUICKLY_BUILT):
+            raise ValueError(_beyond(where, name, size, f"have no tensor longer than {widest}"))
+    if config.num_layers > len(found):
+        raise ValueError(_beyond(where, "num_hidden_layers", config.num_layers, f"have {layers} layers"))
+
+
+def _beyond(where: str, name: str, size: int, have: str) -> str:
+    return (
+        f"{where}: config.json says {name}={shown(size)}, but the weight files {have}; "
+        f"use the config and the weights of one checkpoint"
+    )
+
+
+def _plan(model: CausalLM, found: dict[str, Stored], where: str) -> list[tuple[Stored, nn.Parameter, object]]:
+    """[(tensor, parameter, shard id)]: every parameter filled, every tensor used, or ValueError."""
     needed = {}
     for name, param in model.named_parameters():  # a tied weight comes once
         for shard_id, shape in param.shard_shapes.items():
             needed[_checkpoint_name(name, shard_id)] = (param, shard_id, shape)
     missing = sorted(needed.keys() - found.keys())
     extra = sorted(name for name in found.keys() - needed.keys() if not _redundant(name))
-    wrong = []
+    wrong_shape, wrong_dtype = [], []
     for name in sorted(needed.keys() & found.keys()):
-        shape, want = tuple(found[name].get_slice(name).get_shape()), needed[name][2]
+        shape, dtype, want = found[name].shape, found[name].dtype, needed[name][2]
         if shape != want:
-            wrong.append(f"{name} is {list(shape)}, not {list(want)}")
+            wrong_shape.append(f"{name} is {shown(list(shape))}, not {list(want)}")
+        elif dtype not in WEIGHT_DTYPES:
+            wrong_dtype.append(f"{name} is {dtype}, not {', '.join(WEIGHT_DTYPES)}")
     problems = [
-        f"{len(names)} {what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
-        for what, names in (("missing", missing), ("unexpected", extra), ("of wrong shape", wrong))
+        f"{len(names)} {what}: {names_shown(names)}"
+        for what, names in (("missing", missing), ("unexpected", extra), ("of wrong shape", wrong_shape),
+                            ("of wrong type", wrong_dtype))
         if names
-    ]
+    ]  # fmt: skip
     if problems:
         raise ValueError(
             f"{where}: the weights do not fit {model.config.architecture} as config.json describes it; "
             f"tensors {'; '.join(problems)}; use the config and the weights of one checkpoint"
         )
-    return [(name, *needed[name][:2]) for name in needed]
+    return [(found[name], *needed[name][:2]) for name in needed]
+
+
+def _refuse_what_is_not_finite(found: dict[str, Stored], dtype: torch.dtype, report: LoadReport, where: str) -> None:
+    """Names every tensor with a number that is NaN or infinite in the files, or becomes so in `dtype`."""
+    bad = []
+    for name, stored in found.items():
+        count = 0
+        for window in stored.windows():
+            _count(report, window.nbytes)
+            count += int((~window.to(dtype).isfinite()).sum())
+        if count:
+            bad.append(f"{name} ({count} of {math.prod(stored.shape)})")
+    if bad:
+        raise ValueError(
+            f"{where}: NaN or infinity as {str(dtype).removeprefix('torch.')} in {len(bad)} tensors: "
+            f"{names_shown(bad)}; fetch them again, or load them as float32"
+        )
+
+
+def _count(report: LoadReport, nbytes: int) -> None:
+    """Bytes that were read, looked at and let go."""
+    report.bytes_read += nbytes
+    report.held_bytes = max(report.held_bytes, nbytes)
 
 
 def _checkpoint_name(name: str, shard_id) -> str:
@@ -191,4 +261,4 @@ def _checkpoint_name(name: str, shard_id) -> str:
 
 def _redundant(name: str) -> bool:
     """Tensors that some checkpoints carry although the config says how to make them (lm_head: if it is tied)."""
-    return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
+    return name == HEAD or name.endswith("rotary_emb.inv_freq")

@@ -8,7 +8,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 
 from common.layers.activation import SiluAndMul
 from common.layers.norm import RMSNorm
-from common.layers.rotary import RotaryEmbedding, apply_rotary, inverse_frequencies
+from common.layers.rotary import RotaryEmbedding, apply_rotary, attention_factor, inverse_frequencies
 from common.models.config import ModelConfig
 from common.models.decoder import SelfAttention
 from common.parallel_state import TPGroup
@@ -16,12 +16,24 @@ from tests.common.in_memory import InMemory
 
 LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192}  # fmt: skip
+YARN = {"rope_type": "yarn", "original_max_position_embeddings": 4096}
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 10_000.0},
     "default, theta 1e6": {"rope_type": "default", "rope_theta": 1_000_000.0},
     "linear": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0},
     "llama3.2": {**LLAMA3, "rope_theta": 500_000.0},
     "llama3.1": {**LLAMA3, "factor": 8.0, "rope_theta": 500_000.0},
+    "yarn of Qwen2.5": {**YARN, "factor": 4.0, "rope_theta": 1_000_000.0},
+    "yarn of DeepSeek": {**YARN, "factor": 40.0, "rope_theta": 10_000.0, "mscale": 1.0, "mscale_all_dim": 0.707},
+    "yarn of gpt-oss": {
+        **YARN,
+        "factor": 32.0,
+        "rope_theta": 150_000.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+    },
+    "yarn with its factor": {**YARN, "factor": 2.0, "rope_theta": 10_000.0, "attention_factor": 1.25},
 }
 POSITIONS = torch.tensor([0, 1, 2, 17, 999, 9_999, 3, 3])
 
@@ -49,14 +61,22 @@ def test_inverse_frequencies_are_those_of_transformers(rope, head_dim):
     torch.testing.assert_close(frequencies(config), theirs.inv_freq, rtol=1e-6, atol=0)
 
 
-def test_the_llama3_scaling_keeps_some_stretches_some_and_blends_some():
+@pytest.mark.parametrize(("rope", "factor"), [("llama3.2", 32.0), ("yarn of Qwen2.5", 4.0), ("yarn of gpt-oss", 32.0)])
+def test_a_blending_scaling_keeps_some_stretches_some_and_blends_some(rope, factor):
     """That the comparison above meets all three cases."""
-    config, _ = rope_pair(ROPES["llama3.2"])
+    config, _ = rope_pair(ROPES[rope])
     ratio = frequencies(dataclasses.replace(config, rope_scaling=None)) / frequencies(config)
-    kept, stretched = torch.isclose(ratio, torch.ones(())), torch.isclose(ratio, torch.tensor(32.0))
+    kept, stretched = torch.isclose(ratio, torch.ones(())), torch.isclose(ratio, torch.tensor(factor))
     assert kept.any()
     assert stretched.any()
     assert (~kept & ~stretched).any()
+
+
+@every_rope
+def test_the_attention_factor_is_that_of_transformers(rope):
+    config, theirs = rope_pair(rope)
+    assert attention_factor(config.rope_scaling) == pytest.approx(theirs.attention_scaling)
+    assert (attention_factor(config.rope_scaling) == 1) == (rope["rope_type"] != "yarn")
 
 
 @every_rope

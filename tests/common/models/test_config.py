@@ -77,7 +77,7 @@ def test_qwen2_5_0_5b():
         architecture="Qwen2ForCausalLM", vocab_size=151936, hidden_size=896, intermediate_size=4864, num_layers=24,
         num_heads=14, num_kv_heads=2, head_dim=64, max_position_embeddings=32768, rms_norm_eps=1e-6,
         rope_theta=1e6, rope_scaling=None, tie_word_embeddings=True, qkv_bias=True, o_bias=False, qk_norm=False,
-        dtype="bfloat16", eos_token_ids=(),
+        dtype="bfloat16", eos_token_ids=(151645,),
     )  # fmt: skip
 
 
@@ -208,9 +208,7 @@ def test_a_config_without_architecture_is_refused(named):
 
 
 def test_an_incomplete_config_is_refused_with_all_that_is_missing():
-    with pytest.raises(
-        ValueError, match="vocab_size, num_hidden_layers missing; this is not a complete Qwen2ForCausalLM"
-    ):
+    with pytest.raises(ValueError, match="a config of Qwen2ForCausalLM needs vocab_size, num_hidden_layers"):
         ModelConfig.from_dict(
             {key: value for key, value in QWEN2_5_05B.items() if key not in ("vocab_size", "num_hidden_layers")}
         )
@@ -223,13 +221,18 @@ def test_an_incomplete_config_is_refused_with_all_that_is_missing():
         ({"mlp_bias": True}, "mlp_bias=true is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; supported: silu"),
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantized checkpoints are not supported"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type='yarn' is not supported; supported: default, "),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn' is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_type='yarn' is not supported"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic' is not supported"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+         "rope_type='dynamic' is not supported; supported: default, linear, llama3, yarn"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_type='longrope' is not supported"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_type='yarn' needs factor"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "an object of its own for 'full_attention'"),
         ({"rope_scaling": {"type": "linear"}}, "rope_type='linear' needs factor"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}},
-         "rope_type='llama3' needs high_freq_factor, original_max_position_embeddings"),
+         "rope_type='llama3' needs high_freq_factor"),
+        ({"is_causal": False}, "is_causal=false is not supported; supported: true"),
+        ({"per_layer_config": {"0": {"num_attention_heads": 2}}}, "per_layer_config={'0': {'num_attention_heads': 2}} is not"),
+        ({"transformers_weights": "other.safetensors"}, "transformers_weights='other.safetensors' is not supported"),
     ],
 )  # fmt: skip
 def test_what_would_change_the_numbers_is_refused(change, words):

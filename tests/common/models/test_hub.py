@@ -1,3 +1,5 @@
+import fnmatch
+import json
 from pathlib import Path
 
 import httpx2  # the HTTP client of huggingface_hub
@@ -31,6 +33,18 @@ def test_what_can_be_neither_folder_nor_hub_id_is_refused_by_name(name, monkeypa
     with pytest.raises(FileNotFoundError) as error:
         resolve_model(name)
     assert str(error.value) == f"{name} is no folder and no Hub id (owner/model); give one of the two"
+
+
+@pytest.mark.parametrize("name", ["a\nb/c", "a\0b", "x" * 5000, "y" * 300 + "/z", "~nobody-of-that-name/x", 5, "a\\b"])
+def test_no_name_breaks_the_line_or_raises_anything_else(name):
+    with pytest.raises(FileNotFoundError) as error:
+        resolve_model(name)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 400
+
+
+def test_python_in_a_checkpoint_is_not_even_fetched():
+    assert not any(fnmatch.fnmatch("modeling_custom.py", pattern) for pattern in hub.FILES)
 
 
 def test_an_empty_name_is_not_the_current_folder():
@@ -92,6 +106,20 @@ def test_a_cache_without_weights_is_not_taken_for_the_model(model_folder, tmp_pa
     (config_only / "config.json").write_text("{}")
     monkeypatch.setattr(hub, "snapshot_download", Hub(config_only, model_folder))
     assert resolve_model("owner/model") == model_folder
+
+
+def test_a_cache_that_lacks_a_file_of_the_index_is_not_taken_either(model_folder, tmp_path_factory, monkeypatch):
+    broken = tmp_path_factory.mktemp("snapshot")
+    (broken / "a.safetensors").write_bytes(b"")
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    monkeypatch.setattr(hub, "snapshot_download", Hub(broken, model_folder))
+    assert resolve_model("owner/model") == model_folder
+    monkeypatch.setattr(hub, "snapshot_download", Hub(broken, OSError("no network")))
+    with pytest.raises(
+        FileNotFoundError, match=r"is not in the cache as a whole, and the Hub did not give it \(no network"
+    ):
+        resolve_model("owner/model")
 
 
 @pytest.mark.parametrize("reason", [OSError("disk full"), OSError(), httpx2.ProxyError("407")], ids=repr)

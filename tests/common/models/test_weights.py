@@ -1,18 +1,23 @@
 import json
 import math
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from common.layers.heads import HeadLayout, split_evenly
+from common.models.checkpoint import checkpoint_files
 from common.models.config import ModelConfig
-from common.models.weights import CheckpointTensor, LoadReport, checkpoint_files, load_model, load_then_shard
+from common.models.weights import CheckpointTensor, LoadReport, load_model, load_then_shard
 from common.parallel_state import TPGroup
+from tests.common.models.dense import logits_of
 from tests.oracle import save_random
 
+NORM, UP, BIAS = "model.norm.weight", "model.layers.1.mlp.up_proj.weight", "model.layers.2.self_attn.k_proj.bias"
 MODELS = ["qwen2", "qwen3", "llama"]  # 14/2 heads tied and biased; 16/8 with head norms; 8/2 untied
 over_models = pytest.mark.parametrize("name", MODELS)
 over_ranks = pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -287,12 +292,6 @@ def test_a_checkpoint_in_several_files_is_the_same_checkpoint(loaded, name, tmp_
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), want.parameters(), strict=True))
 
 
-def test_files_that_the_index_does_not_name_are_left_alone(tmp_path):
-    folder = save_random("llama", tmp_path, max_shard_size="200KB")
-    save_file({"consolidated": torch.ones(1)}, folder / "consolidated.safetensors")
-    assert "consolidated" not in load_model(folder, TPGroup())[1].tensors
-
-
 def test_without_an_index_all_safetensors_count(tmp_path):
     folder = save_random("llama", tmp_path, max_shard_size="200KB")
     want = tensors(folder).keys()
@@ -301,12 +300,83 @@ def test_without_an_index_all_safetensors_count(tmp_path):
     assert set(load_model(folder, TPGroup())[1].tensors) == set(want)
 
 
-def test_a_tied_checkpoint_may_store_its_lm_head_too(copy, loaded):
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+PROMPT = [5, 1000, 0, 333, 8, 8, 21]
+
+
+def with_head(x, head):
+    x[HEAD] = head(x[EMBEDDING])
+
+
+def alone(x):
+    x[HEAD] = x.pop(EMBEDDING)
+
+
+HEADS = {  # how the file says it, and whether head and embedding are one in transformers 5.23
+    "no head": (lambda x: None, True),
+    "an equal head": (lambda x: with_head(x, torch.clone), True),
+    "another head": (lambda x: with_head(x, lambda e: e.flip(0).contiguous()), False),
+    "a head with another last number": (lambda x: with_head(x, lambda e: torch.cat((e[:-1], e[-1:] + 1))), False),
+    "a rounded head": (lambda x: with_head(x, torch.Tensor.bfloat16), False),
+    "a head alone": (alone, True),
+}
+
+
+@pytest.mark.parametrize(("change", "tied"), HEADS.values(), ids=HEADS)
+def test_a_tied_checkpoint_with_a_stored_head_is_what_transformers_makes_of_it(copy, change, tied):
     folder = copy("qwen2")
-    rewrite(folder, lambda x: x.update({"lm_head.weight": x["model.embed_tokens.weight"].clone()}))
-    model, report = load_model(folder, TPGroup(0, 2))
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert report.bytes_read == loaded("qwen2", 2)[0][1].bytes_read, "and it is not read"
+    rewrite(folder, change)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert (theirs.lm_head.weight is theirs.model.embed_tokens.weight) == tied
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        model, report = load_model(folder, TPGroup())
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied == model.config.tie_word_embeddings
+    with torch.inference_mode():
+        want = theirs(torch.tensor([PROMPT])).logits[0]
+    torch.testing.assert_close(logits_of(model, PROMPT), want, rtol=1e-4, atol=1e-4)
+    said = [str(w.message) for w in warned]
+    assert said == report.notes == ([] if tied else [
+        f"{folder}: config.json says tie_word_embeddings=true, but {HEAD} is not {EMBEDDING}; both are used"
+    ])  # fmt: skip
+
+
+def test_an_equal_head_is_compared_once_and_not_kept(copy, loaded):
+    folder = copy("qwen2")
+    rewrite(folder, lambda x: with_head(x, torch.clone))
+    compared = 2 * tensors(folder)[EMBEDDING].nbytes
+    for rank in range(2):
+        report = load_model(folder, TPGroup(rank, 2))[1]
+        assert report.bytes_read == loaded("qwen2", 2)[rank][1].bytes_read + compared
+        assert HEAD not in report.tensors
+
+
+def test_every_rank_comes_to_the_same_head(copy):
+    """The heads differ in a row of the last rank alone; each rank could only see its own rows."""
+    folder = copy("qwen2")
+    rewrite(folder, lambda x: with_head(x, lambda e: torch.cat((e[:-1], e[-1:] + 1))))
+    with pytest.warns(UserWarning, match="both are used"):
+        models = [load_model(folder, TPGroup(rank, 3))[0] for rank in range(3)]
+    assert [model.config.tie_word_embeddings for model in models] == [False] * 3
+    assert torch.equal(put_together(models)[HEAD], tensors(folder)[HEAD])
+
+
+@pytest.mark.parametrize("stray", ["adapter_model.safetensors", "consolidated.safetensors", "other.safetensors"])
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "200KB"}], ids=["one file", "an index"])
+def test_other_files_beside_the_checkpoint_are_left_alone_and_named(tmp_path, stray, shards):
+    folder = save_random("llama", tmp_path, **shards)
+    save_file({NORM: torch.ones(1)}, folder / stray)
+    with pytest.warns(UserWarning, match=f"{stray} left alone; not part of this checkpoint"):
+        model, report = load_model(folder, TPGroup())
+    assert report.notes == [f"{folder}: {stray} left alone; not part of this checkpoint"]
+    assert len(model.model.norm.weight) == 128
+
+
+def test_only_rank_0_says_it(copy, recwarn):
+    folder = copy("llama")
+    save_file({"lora": torch.ones(1)}, folder / "adapter_model.safetensors")
+    assert load_model(folder, TPGroup(1, 2))[1].notes
+    assert not recwarn.list
 
 
 def test_stored_inverse_frequencies_are_tolerated(copy):
@@ -336,9 +406,6 @@ def test_the_tests_below_would_notice_a_read(checkpoint):
         load_model(checkpoint("llama"), TPGroup(), source=Untouchable)
 
 
-NORM, UP, BIAS = "model.norm.weight", "model.layers.1.mlp.up_proj.weight", "model.layers.2.self_attn.k_proj.bias"
-
-
 @pytest.mark.parametrize(
     ("name", "gone"), [("llama", NORM), ("qwen2", UP), ("qwen2", BIAS), ("llama", "lm_head.weight")]
 )
@@ -346,6 +413,88 @@ def test_a_missing_tensor_is_named(copy, name, gone):
     folder = copy(name)
     rewrite(folder, lambda x: x.pop(gone))
     refuse(folder, ValueError, folder, f"tensors 1 missing: {gone};")
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint8", "bool", "float8_e4m3fn", "complex64"])
+@pytest.mark.parametrize("name", [NORM, UP, "lm_head.weight"])
+def test_numbers_that_are_no_weights_are_refused_by_name_and_type(copy, name, dtype):
+    folder = copy("llama")
+    rewrite(folder, lambda x: x.update({name: x[name].to(getattr(torch, dtype))}))
+    stored = {"int64": "I64", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "complex64": "C64"}[dtype]
+    refuse(folder, ValueError, folder, f"tensors 1 of wrong type: {name} is {stored}, not F32, F16, BF16, F64;")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_every_floating_type_is_a_weight(copy, dtype):
+    folder = copy("llama")
+    rewrite(folder, lambda x: x.update({name: y.to(getattr(torch, dtype)) for name, y in x.items()}))
+    want = tensors(folder)[NORM].float()
+    assert torch.equal(load_model(folder, TPGroup())[0].model.norm.weight, want)
+
+
+# --- sizes that no file has
+
+
+@pytest.mark.parametrize(
+    ("change", "says", "have"),
+    [
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000", "have 3 layers"),
+        ({"num_attention_heads": 10**12}, "num_attention_heads * head_dim=16000000000000", "longer than 1009"),
+        ({"vocab_size": 10**12}, "vocab_size=1000000000000", "longer than 1009"),
+        ({"hidden_size": 10**12}, "hidden_size=1000000000000", "longer than 1009"),
+        ({"intermediate_size": 10**12}, "intermediate_size=1000000000000", "longer than 1009"),
+    ],
+)
+def test_a_size_without_end_is_refused_before_anything_is_built(copy, change, says, have, monkeypatch):
+    folder = copy("llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    monkeypatch.setattr("common.models.weights.CausalLM", None)
+    refuse(folder, ValueError, f"{folder}: config.json says {says}, but the weight files ", have)
+
+
+def test_nothing_is_allocated_for_a_model_that_does_not_fit(copy, monkeypatch):
+    folder = copy("llama")
+    rewrite(folder, lambda x: x.pop(NORM))
+    monkeypatch.setattr("common.models.weights._build", None)
+    refuse(folder, ValueError, f"1 missing: {NORM}")
+
+
+# --- numbers that are no numbers
+
+
+def spoil(folder, *values, name=UP):
+    def change(x):
+        x[name].view(-1)[100 : 100 + len(values)] = torch.tensor(values)
+
+    rewrite(folder, change)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_nan_and_infinity_are_named_on_request_by_every_rank(copy, value, rank):
+    folder = copy("llama")
+    spoil(folder, value, value)
+    with pytest.raises(ValueError, match="NaN or infinity as float32 in 1 tensors") as error:
+        load_model(folder, TPGroup(rank, 2), check_finite=True)
+    assert f"{UP} (2 of {176 * 128})" in str(error.value)
+    load_model(folder, TPGroup(rank, 2))
+
+
+def test_a_number_too_large_for_the_dtype_counts_too(copy):
+    folder = copy("llama")
+    spoil(folder, 1e30)
+    load_model(folder, TPGroup(), torch.bfloat16, check_finite=True)
+    with pytest.raises(ValueError, match="NaN or infinity as float16 in 1 tensors"):
+        load_model(folder, TPGroup(), torch.float16, check_finite=True)
+
+
+def test_looking_for_them_is_one_pass_and_changes_nothing(checkpoint, loaded):
+    model, report = load_model(checkpoint("llama"), TPGroup(1, 2), check_finite=True)
+    want, want_report = loaded("llama", 2)[1]
+    total = sum(x.nbytes for x in tensors(checkpoint("llama")).values())
+    assert report.bytes_read == want_report.bytes_read + total
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), want.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("extra", ["model.layers.3.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias", "lora"])
@@ -439,6 +588,7 @@ def test_a_folder_without_weights_is_refused(copy):
 
 def test_a_tensor_in_two_files_is_named(copy):
     folder = copy("llama")
+    (folder / "model.safetensors").rename(folder / "all.safetensors")
     save_file({NORM: torch.ones(128)}, folder / "more.safetensors")
     refuse(folder, ValueError, f"{NORM} stands in two files of {folder}")
 
