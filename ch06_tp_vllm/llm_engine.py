@@ -28,7 +28,7 @@ from common.distributed.messages import share
 from common.parallel_state import initialize_tensor_parallel
 from common.sampling.batch import SamplingBatch, uniform
 from common.sampling.sampler import Drawn
-from common.text.tokenizer import IncrementalDetokenizer
+from common.text.detokenizer import IncrementalDetokenizer
 
 DEFAULT_BUDGET = {"cpu": 1024, "cuda": 8192}  # tokens a step: on a CPU what its caches like, on a GPU vLLM's own
 

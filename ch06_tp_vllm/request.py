@@ -11,7 +11,7 @@ from typing import Any
 
 from common.sampling.batch import SamplingRow
 from common.sampling.params import SamplingParams as RowParams
-from common.text.tokenizer import IncrementalDetokenizer
+from common.text.detokenizer import IncrementalDetokenizer
 
 
 class RequestStatus(Enum):

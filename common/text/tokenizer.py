@@ -1,11 +1,9 @@
-"""Text <-> token ids, the chat template, and text that grows token by token."""
+"""Text <-> token ids, and the chat template."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import AutoTokenizer
-
-REPLACEMENT = "�"  # what a decoder shows for bytes that are not yet a character
 
 
 class Tokenizer:
@@ -21,6 +19,7 @@ class Tokenizer:
             raise ValueError(
                 f"{folder}: no usable tokenizer (tokenizer.json, tokenizer_config.json): {reason}"
             ) from None
+        self._special = {i: added.content for i, added in self.hf.added_tokens_decoder.items() if added.special}
 
     @staticmethod
     def lies_in(folder: str | Path) -> bool:
@@ -51,39 +50,22 @@ class Tokenizer:
         text = self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return self.hf.encode(text, add_special_tokens=False)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids, without special tokens."""
-        return self.hf.decode(list(ids), skip_special_tokens=True)
+    def decode(
+        self, ids: Sequence[int], skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
+    ) -> str:
+        """The text of the ids. Only the tokenizers that are written in Python ever put spaces between special tokens."""
+        return self.hf.decode(
+            list(ids),
+            skip_special_tokens=skip_special_tokens,
+            spaces_between_special_tokens=spaces_between_special_tokens,
+        )
 
+    def special_text(self, token: int) -> str:
+        """How a special token is written, "" for all others."""
+        return self._special.get(token, "")
 
-class IncrementalDetokenizer:
-    """Turns a growing list of tokens into growing text, never showing half a character.
-
-    A token of a byte-level vocabulary can end inside a UTF-8 character. Decoding token by token would give
-    replacement marks; decoding everything each time costs O(n^2). So: decode a short window twice, with and
-    without the new tokens, and hand out the difference once it ends in a whole character (the scheme of vLLM
-    and SGLang).
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._window = 0  # where the window starts: enough context for spaces to come out right
-        self._shown = 0  # tokens whose text is out
-
-    def add(self, *ids: int) -> str:
-        """Take new tokens, return the text that became certain; "" while a character is incomplete."""
-        self._ids.extend(ids)
-        before = self._tokenizer.decode(self._ids[self._window : self._shown])
-        after = self._tokenizer.decode(self._ids[self._window :])
-        if len(after) <= len(before) or after.endswith(REPLACEMENT):
-            return ""
-        self._window, self._shown = self._shown, len(self._ids)
-        return after[len(before) :]
-
-    def finish(self) -> str:
-        """What is left at the end, replacement marks and all."""
-        before = self._tokenizer.decode(self._ids[self._window : self._shown])
-        after = self._tokenizer.decode(self._ids[self._window :])
-        self._window = self._shown = len(self._ids)
-        return after[len(before) :]
+    def has_text(self, token: int, skip_special_tokens: bool = True) -> bool:
+        """Not so for special tokens that are left out, and for ids that only pad the model's vocabulary."""
+        if token in self._special:
+            return not skip_special_tokens
+        return self.hf.convert_ids_to_tokens(token) is not None

@@ -8,7 +8,7 @@ import torch
 
 from ch06_tp_vllm import LLM, LLMEngine, SamplingParams
 from common.parallel_state import get_tensor_parallel
-from common.text.tokenizer import IncrementalDetokenizer
+from common.text.detokenizer import IncrementalDetokenizer
 from tests.oracle import greedy, some_prompts
 
 

@@ -1,0 +1,94 @@
+"""Token ids -> text that grows: each piece is shown once, when it is certain, and nothing is taken back."""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from common.text.tokenizer import Tokenizer
+
+REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are no character, or not yet one
+HALF = 3  # tokens that the beginning of a character can have: it has four bytes at most, of which the last is missing
+PATIENCE = 2 * HALF  # tokens that may wait for the end of a character; a window of so many has context for the last
+BULK = 32  # tokens decoded together when nobody looked at them one by one
+CONTEXT = 5  # prompt tokens in front of the answer, as in SGLang (INIT_INCREMENTAL_DETOKENIZATION_OFFSET) ...
+MOST_CONTEXT = 24  # ... and up to so many, to find a place that is no character's middle, as in vLLM
+
+
+class IncrementalDetokenizer:
+    """Turns a growing list of tokens into growing text, never showing half a character.
+
+    Decoding token by token would give replacement marks, as a token can end inside a UTF-8 character, and would lose
+    spaces, as SentencePiece decoders drop the one in front of a text. Decoding everything each time costs O(n^2) and
+    takes back what it showed. So a short window is decoded twice, with and without the new token, and the difference
+    is the new text (vLLM `vllm/v1/engine/detokenizer.py`, SGLang `managers/detokenizer_manager.py`). The first window
+    is the end of the prompt: an answer is the continuation of a text, not a text of its own.
+
+    In the end the pieces together are what the whole answer, decoded behind the whole prompt, adds to it. There is one
+    difference: a byte-fallback decoder (Llama 2's `<0xE9>` tokens) turns a whole run of byte tokens into replacement
+    marks if one of them is wrong; characters of the run that were complete before are out by then, and stay.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+    ):  # fmt: skip
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._spaces = spaces_between_special_tokens
+        self._window = self._end_of(prompt_ids)
+        self._clean = len(self._window)  # tokens of the window that end where a character ends
+        self._out = self._decode(self._window)  # text of the window that is out, or is the prompt's
+
+    def add(self, *ids: int) -> str:
+        """Take new tokens, return the text that became certain; "" while a character is incomplete."""
+        new = [token for token in ids if self._tokenizer.has_text(token, self._skip)]
+        return "".join([self._take(new[at : at + BULK]) for at in range(0, len(new), BULK)])
+
+    def finish(self) -> str:
+        """What is left at the end, replacement marks and all."""
+        return self._hand_out(self._decode(self._window))
+
+    def _take(self, new: list[int]) -> str:
+        text = self._decode(self._window + new)
+        if len(new) > 1 and REPLACEMENT in text:  # somewhere in there: what comes out may not depend on who looks when
+            return "".join([self._take([token]) for token in new])
+        self._window += new
+        piece = self._hand_out(text.rstrip(REPLACEMENT))
+        if not text.endswith(REPLACEMENT):
+            self._slide(text, self._clean)
+            self._clean = len(self._window)
+        elif len(self._window) - self._clean > PATIENCE:
+            # most of what waits is no character, or tokens never end where characters do
+            piece += self._hand_out(self._decode(self._window[:-HALF]))
+            self._slide(text, len(self._window) - PATIENCE)
+        return piece
+
+    def _hand_out(self, text: str) -> str:
+        """What is new in the text of the window."""
+        # where the prompt ended inside a character that the answer completes, the character is the answer's
+        start = len(self._out if text.startswith(self._out) else self._out.rstrip(REPLACEMENT))
+        if len(text) <= start:
+            return ""
+        self._out = text
+        return text[start:]
+
+    def _slide(self, text: str, start: int) -> None:
+        """Let the window begin later, where it makes no difference to what is still to come of its text."""
+        waiting, shorter = text[len(self._out) :], self._decode(self._window[start:])
+        if shorter.endswith(waiting):
+            self._window = self._window[start:]
+            self._clean = max(0, self._clean - start)
+            self._out = shorter[: len(shorter) - len(waiting)]
+
+    def _end_of(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The last tokens of the prompt, from a place where a character begins."""
+        tail = list(islice(self._with_text(reversed(prompt_ids)), MOST_CONTEXT))[::-1]
+        for length in range(CONTEXT, len(tail)):
+            if REPLACEMENT not in self._decode(tail[-length:]):
+                return tail[-length:]
+        return tail
+
+    def _with_text(self, ids: Iterator[int]) -> Iterator[int]:
+        return (token for token in ids if self._tokenizer.has_text(token, self._skip))
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, self._skip, self._spaces)
