@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from common.request import values
+from common import values
 from common.text.chat_template import TemplateRenderer
 
 OPEN_END = "\ue000the end\ue001"  # where the last message ends, if it is to go on; characters that no text has
@@ -29,6 +29,9 @@ class Tokenizer:
                 f"{folder}: no usable tokenizer (tokenizer.json, tokenizer_config.json): {reason}"
             ) from None
         self._special = {i: added.content for i, added in self.hf.added_tokens_decoder.items() if added.special}
+        # hf.decode does no more than this, and takes three times as long to find out what kind of ids it was given
+        same = getattr(type(self.hf), "_decode", None) is PreTrainedTokenizerFast._decode
+        self._backend = self.hf.backend_tokenizer if same and not self.hf.clean_up_tokenization_spaces else None
         self._renderer = TemplateRenderer()
 
     @staticmethod
@@ -111,6 +114,8 @@ class Tokenizer:
         self, ids: Sequence[int], skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
     ) -> str:
         """The text of the ids. Only the tokenizers that are written in Python ever put spaces between special tokens."""
+        if self._backend:
+            return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return self.hf.decode(
             list(ids),
             skip_special_tokens=skip_special_tokens,
