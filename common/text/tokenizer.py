@@ -2,24 +2,37 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from common import values
+from common.text.chat_template import TemplateRenderer
+
+OPEN_END = "\ue000the end\ue001"  # where the last message ends, if it is to go on; characters that no text has
 
 
 class Tokenizer:
-    """The checkpoint's own tokenizer (Hugging Face), always from a local folder."""
+    """The checkpoint's own tokenizer (Hugging Face), always from a local folder, whose Python code is never run."""
 
     def __init__(self, folder: str | Path):
         if not self.lies_in(folder):
             raise ValueError(f"{folder}: no usable tokenizer, neither tokenizer.json nor tokenizer_config.json")
         try:
-            self.hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            # said explicitly: left open, transformers asks on the terminal whether it may run the folder's code
+            self.hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # a damaged file can make the library raise anything
             reason = (str(error).strip() or repr(error)).splitlines()[0]
+            if "trust_remote_code" in str(error):
+                reason = "it is Python code (auto_map), never run here; use a folder without"
             raise ValueError(
                 f"{folder}: no usable tokenizer (tokenizer.json, tokenizer_config.json): {reason}"
             ) from None
         self._special = {i: added.content for i, added in self.hf.added_tokens_decoder.items() if added.special}
+        # hf.decode does no more than this, and takes three times as long to find out what kind of ids it was given
+        same = getattr(type(self.hf), "_decode", None) is PreTrainedTokenizerFast._decode
+        self._backend = self.hf.backend_tokenizer if same and not self.hf.clean_up_tokenization_spaces else None
+        self._renderer = TemplateRenderer()
 
     @staticmethod
     def lies_in(folder: str | Path) -> bool:
@@ -29,8 +42,14 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """The text as it stands: no template, no special token added that the tokenizer does not add itself."""
-        return self.hf.encode(text)
+        """The text as it stands: no template, and what the tokenizer itself adds, such as a first token (BOS).
+
+        A text that begins with the first token's text, as a rendered chat does, gets no second one. Raises ValueError
+        for half a surrogate pair.
+        """
+        ids = self.hf.encode(values.text("the text", text))
+        bos = self.hf.bos_token_id
+        return ids[1:] if ids[:2] == [bos, bos] and text.startswith(self.hf.bos_token) else ids
 
     def encode_bare(self, text: str) -> list[int]:
         """The text alone, without what the tokenizer puts around a prompt."""
@@ -40,29 +59,76 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self.hf.chat_template)
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """[{"role": "system" | "user" | "assistant", "content": ...}] -> prompt ids, up to the assistant's turn.
+    def render_chat(
+        self, messages: Sequence[dict[str, str]], /, *, chat_template: str | None = None,
+        tools: list[dict] | None = None, documents: list[dict] | None = None, add_generation_prompt: bool = True,
+        continue_final_message: bool = False, **chat_template_kwargs: Any,
+    ) -> str:  # fmt: skip
+        """[{"role": "system" | "user" | "assistant", "content": ...}] -> the text that the checkpoint's template makes.
 
-        Raises ValueError if the checkpoint has no chat template (a base model), and for what is no message.
+        By default up to the assistant's turn; with `continue_final_message` the last message is left open instead.
+        `chat_template` replaces the checkpoint's own or names one of several; every further argument is a variable of
+        the template, such as `enable_thinking`.
+
+        Raises ValueError if the checkpoint has no chat template (a base model), for what is no message, and for a
+        template that fails, refuses the messages or takes too long (chat_template.py).
         """
+        if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+            raise ValueError(f"a conversation is one message or several, in a list, not {values.shown(messages)}")
         for message in messages:
             texts = isinstance(message, dict) and [message.get(key) for key in ("role", "content")]
             if not texts or not all(isinstance(text, str) for text in texts):
-                raise ValueError(f'a message is {{"role": text, "content": text}}, not {message!r:.80}')
-        if not self.has_chat_template:
+                raise ValueError(f'a message is {{"role": text, "content": text}}, not {values.shown(message)}')
+        if "messages" in chat_template_kwargs:
+            raise ValueError("chat_template_kwargs: the template's `messages` are the conversation itself")
+        variables = {
+            **self.hf.special_tokens_map,
+            **chat_template_kwargs,
+            "messages": [{key: value for key, value in message.items() if value is not None} for message in messages],
+            "tools": tools,
+            "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        template = self._template(chat_template, tools)
+        if not continue_final_message:
+            return self._renderer.render(template, variables)
+        if add_generation_prompt:
+            raise ValueError("continue_final_message=True needs add_generation_prompt=False: no new turn begins")
+        variables["messages"][-1]["content"] += OPEN_END + " "
+        text, found, behind = self._renderer.render(template, variables).rpartition(OPEN_END)
+        if not found:
+            raise ValueError("continue_final_message: the chat template leaves the last message out, or changes it")
+        return text if behind.startswith(" ") else text.rstrip()  # a template that trims messages trims this one too
+
+    def encode_chat(self, messages: Sequence[dict[str, str]], /, **chat_template_kwargs: Any) -> list[int]:
+        """Prompt ids of a conversation; the arguments, and what is raised, are those of `render_chat`."""
+        text = values.text("the chat", self.render_chat(messages, **chat_template_kwargs))
+        return self.hf.encode(text, add_special_tokens=False)  # the template writes what the model wants to see
+
+    def _template(self, chosen: str | None, tools: list[dict] | None) -> str:
+        if chosen is None and not self.has_chat_template:
             raise ValueError("this checkpoint has no chat template; send plain text instead of messages")
-        text = self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return self.hf.encode(text, add_special_tokens=False)
+        try:
+            template = self.hf.get_chat_template(chosen, tools)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(" ".join(str(error).split())) from None
+        return values.text("the chat template", template)
 
     def decode(
         self, ids: Sequence[int], skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
     ) -> str:
         """The text of the ids. Only the tokenizers that are written in Python ever put spaces between special tokens."""
+        if self._backend:
+            return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return self.hf.decode(
             list(ids),
             skip_special_tokens=skip_special_tokens,
             spaces_between_special_tokens=spaces_between_special_tokens,
         )
+
+    def token_text(self, token: int) -> str:
+        """One token as it reads in the middle of a text: with its space, and special tokens as they are written."""
+        return self.decode([token, token], False)[len(self.decode([token], False)) :]
 
     def special_text(self, token: int) -> str:
         """How a special token is written, "" for all others."""

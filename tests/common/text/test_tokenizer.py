@@ -1,9 +1,12 @@
+import io
+import json
 import shutil
+import sys
 
 import pytest
 
 from common.text.tokenizer import Tokenizer
-from tests.common.text.kinds import CHAT_TEMPLATE, SPECIAL, TEXTS, byte_level
+from tests.common.text.kinds import CHAT_TEMPLATE, SPECIAL, TEXTS, byte_level, llama
 from tests.oracle import save_random
 
 
@@ -37,7 +40,40 @@ def test_nothing_is_added_to_plain_text(tokenizer):
     assert tokenizer.encode("") == []
 
 
-# --- the chat template
+def test_half_a_surrogate_pair_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="half a surrogate pair"):
+        tokenizer.encode("the \ud83d pages")
+    with pytest.raises(ValueError, match="half a surrogate pair"):
+        tokenizer.encode_chat([{"role": "user", "content": "\udc00"}])
+
+
+def test_a_text_that_begins_with_the_first_token_gets_no_second(tmp_path):
+    """As a rendered chat does."""
+    tokenizer = Tokenizer(llama(tmp_path))
+    bos = tokenizer.hf.bos_token_id
+    assert tokenizer.encode("the")[0] == bos
+    for text in ("<s>the pages", "<s> the", "<s>", "the", "", "the <s>", "<s><s>the"):
+        ids = tokenizer.encode(text)
+        assert ids.count(bos) == max(1, text.count("<s>") + (not text.startswith("<s>")))
+        assert ids[0] == bos
+    assert tokenizer.encode("<s>the pages") == [bos, *tokenizer.hf.encode("<s>the pages", add_special_tokens=False)[1:]]
+
+
+def test_nothing_is_taken_from_a_text_where_no_token_is_added(tokenizer):
+    text = "<|im_start|><|im_start|>the"
+    assert tokenizer.encode(text) == tokenizer.hf.encode(text)
+
+
+def test_a_token_reads_as_it_does_inside_a_text(tokenizer, tmp_path):
+    for made in (tokenizer, Tokenizer(llama(tmp_path))):
+        ids = made.hf.encode("the pages hold", add_special_tokens=False)
+        assert "".join(made.token_text(i) for i in ids).strip() == "the pages hold"
+        assert "".join(made.token_text(i) for i in ids[1:]) == made.decode(ids)[len(made.decode(ids[:1])) :]
+    assert tokenizer.token_text(tokenizer.hf.convert_tokens_to_ids("<|im_end|>")) == "<|im_end|>"
+    assert tokenizer.token_text(len(tokenizer.hf)) == ""
+
+
+# --- the chat template (more in test_chat_template.py)
 
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "页表是什么？"}]
 
@@ -52,6 +88,13 @@ def test_a_chat_becomes_the_templates_text_up_to_the_assistants_turn(tokenizer):
 def test_the_templates_marks_are_single_tokens(tokenizer):
     ids = tokenizer.encode_chat(MESSAGES)
     assert [ids.count(tokenizer.hf.convert_tokens_to_ids(token)) for token in SPECIAL] == [0, 3, 2]
+
+
+def test_a_chat_whose_template_writes_the_first_token_has_one(tmp_path):
+    tokenizer = Tokenizer(llama(tmp_path, chat_template="{{ bos_token }}{{ messages[0].content }}"))
+    ids = tokenizer.encode_chat([{"role": "user", "content": "the pages"}])
+    assert ids == tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": "the pages"}]))
+    assert ids.count(tokenizer.hf.bos_token_id) == 1
 
 
 def test_a_checkpoint_without_chat_template_says_so(tmp_path):
@@ -98,3 +141,23 @@ def test_a_damaged_tokenizer_is_refused(folder, tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(ValueError, match="no usable tokenizer"):
         Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("config", [{"model_type": "odd"}, {"model_type": "odd", "auto_map": {"AutoConfig": "tok.C"}}])
+def test_the_folders_python_is_never_run_and_nobody_is_asked(tmp_path, monkeypatch, config):
+    """Left to itself, transformers asks on stdin, and "y" runs the file."""
+    folder, ran = byte_level(tmp_path), tmp_path / "ran"
+    (folder / "tok.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\nfrom transformers import PreTrainedTokenizerFast, PretrainedConfig\n"
+        "class Tok(PreTrainedTokenizerFast): pass\nclass C(PretrainedConfig): pass\n"
+    )
+    auto_map = {"AutoTokenizer": ["tok.Tok", None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Tok", "auto_map": auto_map}))
+    (folder / "config.json").write_text(json.dumps(config))
+    answers = io.StringIO("y\n" * 9)
+    monkeypatch.setattr(sys, "stdin", answers)
+    with pytest.raises(ValueError, match=r"it is Python code \(auto_map\), never run here") as error:
+        Tokenizer(folder)
+    assert "\n" not in str(error.value)
+    assert answers.tell() == 0
+    assert not ran.exists()
