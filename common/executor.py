@@ -15,6 +15,7 @@ from common.attention.backends import pick_attention
 from common.attention.kv_cache import PagedKVCache
 from common.attention.sequence_table import SequenceTable
 from common.distributed.transfer import upload_all
+from common.layers.cpu_linear import choose_forms
 from common.models.config import ModelConfig
 from common.models.graph_runner import DecodeGraphs
 from common.models.hub import resolve_model
@@ -66,6 +67,7 @@ class Executor:
         folder = resolve_model(model_name or TINY_QWEN_PATH)
         self.dtype = self._pick_dtype(dtype)
         self.model, self.load_report = load_model(folder, self.tp, self.dtype)
+        self.linear_forms = choose_forms(self.model)
         self.config: ModelConfig = self.model.config
         self.tokenizer = Tokenizer(folder) if Tokenizer.lies_in(folder) else None  # token ids work without one
         self.page_size, self.max_running_requests = page_size, max_running_requests
