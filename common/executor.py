@@ -15,6 +15,7 @@ from common.attention.backends import pick_attention
 from common.attention.kv_cache import PagedKVCache
 from common.attention.sequence_table import SequenceTable
 from common.distributed.transfer import upload, upload_all
+from common.layers.cpu_linear import choose_forms
 from common.layers.vocab import gather_logits
 from common.models.config import ModelConfig
 from common.models.graph_runner import DecodeGraphs
@@ -75,6 +76,7 @@ class Executor:
         self.folder = folder = resolve_model(model_name or TINY_QWEN_PATH)
         self.dtype = self._pick_dtype(dtype)
         self.model, self.load_report = load_model(folder, self.tp, self.dtype)
+        self.linear_forms = choose_forms(self.model)
         self.config: ModelConfig = self.model.config
         self.tokenizer = None  # token ids work without one
         words = resolve_model(tokenizer_path) if tokenizer_path else folder

@@ -51,33 +51,32 @@ def loadable(values: torch.Tensor, loader: Callable, shard_shapes: dict) -> nn.P
     return param
 
 
-def zero_matrix(rows: int, columns: int) -> torch.Tensor:
-    """[rows, columns] of zeros, stored column by column for float32 on a CPU.
-
-    x W^T is then a product of two row-major matrices, which MKL does up to twice as fast for a few rows of x.
-    """
-    if torch.get_default_dtype() == torch.float32 and torch.get_default_device().type == "cpu":
-        return torch.zeros(columns, rows).t()
-    return torch.zeros(rows, columns)
-
-
 def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, in], weight [out, in] -> x W^T (+ bias) [T, out]; a few rows on a GPU have their own kernel."""
+    """x [T, in], weight [out, in] in any form -> x W^T (+ bias) [T, out]; a few rows on a GPU have their own kernel."""
+    if weight.is_mkldnn:  # packed, see cpu_linear.py
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     if fused and x.is_cuda and fused.wanted(x, weight):
         return fused.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
+def multiply_apart(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sizes: Sequence[int]) -> torch.Tensor:
+    """The same, a product for each `sizes` rows of weight."""
+    biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+    return torch.cat([multiply(x, w, b) for w, b in zip(weight.split(sizes), biases, strict=True)], dim=-1)
+
+
 class LinearBase(nn.Module):
     """y = x W^T + b with this rank's W [out_local, in_local]; zero where nothing is loaded (padding).
 
-    `full` is the shape [out, in] of each checkpoint tensor by shard id, to refuse a wrong one early.
+    `full` is the shape [out, in] of each checkpoint tensor by shard id, to refuse a wrong one early. A finished model on
+    a CPU may store W in another form of the same shape (cpu_linear.py); `row_major` there gives its numbers back.
     """
 
     def __init__(self, out_local: int, in_local: int, bias: bool, tp: TPGroup, name: str, full: dict):
         super().__init__()
-        self.tp, self.name = tp, name
-        self.weight = loadable(zero_matrix(out_local, in_local), self.load_weight, full)
+        self.tp, self.name, self.dtype = tp, name, torch.get_default_dtype()
+        self.weight = loadable(torch.zeros(out_local, in_local), self.load_weight, full)
         self.bias = None
         if bias:
             self.bias = loadable(torch.zeros(out_local), self.load_bias, {k: shape[:1] for k, shape in full.items()})
@@ -114,13 +113,15 @@ class ColumnParallelLinear(LinearBase):
 
     def __init__(self, in_features: int, out_features: int, tp: TPGroup, bias: bool = False, name: str = ""):
         local, pieces = split_evenly(out_features, tp.rank, tp.size)
-        self._init(in_features, local, {None: (out_features, pieces)}, tp, bias, name)
+        self._init(in_features, (local,), {None: (out_features, pieces)}, tp, bias, name)
 
-    def _init(self, in_features: int, local: int, shards: dict, tp: TPGroup, bias: bool, name: str) -> None:
-        """shards: shard id -> (rows of the full checkpoint tensor, pieces of it that this rank holds)."""
+    def _init(self, in_features: int, sizes: tuple, shards: dict, tp: TPGroup, bias: bool, name: str) -> None:
+        """sizes: rows on this rank of each layer in it; shards: shard id -> (rows of the full checkpoint tensor,
+        pieces of it that this rank holds)."""
         full = {key: (rows, in_features) for key, (rows, _) in shards.items()}
-        super().__init__(local, in_features, bias, tp, name, full)
+        super().__init__(sum(sizes), in_features, bias, tp, name, full)
         self.pieces = {key: pieces for key, (_, pieces) in shards.items()}
+        self.sizes, self.apart = sizes, False  # apart: not merged after all, see cpu_linear.py
 
     def load_weight(self, source, shard_id=None) -> None:
         load_pieces(self.weight, source, 0, self.pieces[shard_id])
@@ -129,6 +130,8 @@ class ColumnParallelLinear(LinearBase):
         load_pieces(self.bias, source, 0, self.pieces[shard_id])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.apart:
+            return multiply_apart(x, self.weight, self.bias, self.sizes)  # [T, out/R]
         return multiply(x, self.weight, self.bias)  # [T, out/R]
 
 
@@ -140,12 +143,12 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
     """
 
     def __init__(self, in_features: int, out_sizes: Sequence[int], tp: TPGroup, bias: bool = False, name: str = ""):
-        shards, offset = {}, 0
+        shards, sizes = {}, ()
         for i, size in enumerate(out_sizes):
             local, pieces = split_evenly(size, tp.rank, tp.size)
-            shards[i] = (size, [Piece(offset + dst, src, n) for dst, src, n in pieces])
-            offset += local
-        self._init(in_features, offset, shards, tp, bias, name)
+            shards[i] = (size, [Piece(sum(sizes) + dst, src, n) for dst, src, n in pieces])
+            sizes += (local,)
+        self._init(in_features, sizes, shards, tp, bias, name)
 
 
 class QKVParallelLinear(ColumnParallelLinear):
@@ -167,8 +170,8 @@ class QKVParallelLinear(ColumnParallelLinear):
             "k": (num_kv_heads * head_dim, [Piece(q_local + dst, src, n) for dst, src, n in kv]),
             "v": (num_kv_heads * head_dim, [Piece(q_local + kv_local + dst, src, n) for dst, src, n in kv]),
         }
-        self._init(hidden_size, q_local + 2 * kv_local, shards, tp, bias, name)
-        self.heads, self.sizes = heads, (q_local, kv_local, kv_local)
+        self._init(hidden_size, (q_local, kv_local, kv_local), shards, tp, bias, name)
+        self.heads = heads
 
     def split(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """y [T, (Hq + 2 Hkv)/R * d] -> q [T, Hq/R * d], k and v [T, Hkv/R * d]."""

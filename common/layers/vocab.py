@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.layers.heads import split_evenly
-from common.layers.linear import ColumnParallelLinear, load_pieces, loadable, zero_matrix
+from common.layers.linear import ColumnParallelLinear, load_pieces, loadable, multiply
 from common.parallel_state import TPGroup, all_reduce, gather
 
 try:  # a CPU build of torch comes without Triton
@@ -26,7 +26,8 @@ class VocabParallelEmbedding(nn.Module):
         self.tp, self.name = tp, name
         local, self.pieces = split_evenly(vocab_size, tp.rank, tp.size)
         self.first, self.last = tp.rank * local, (tp.rank + 1) * local - 1
-        self.weight = loadable(zero_matrix(local, hidden_size), self.load_weight, {None: (vocab_size, hidden_size)})
+        self.weight = loadable(torch.zeros(local, hidden_size), self.load_weight, {None: (vocab_size, hidden_size)})
+        self.dtype = self.weight.dtype  # of hidden
 
     def load_weight(self, source, shard_id=None) -> None:
         load_pieces(self.weight, source, 0, self.pieces)
@@ -35,10 +36,10 @@ class VocabParallelEmbedding(nn.Module):
         if fused and input_ids.is_cuda:
             x = fused.embed(input_ids, self.weight, self.first)
         elif self.tp.size == 1:
-            x = F.embedding(input_ids, self.weight)
+            x = F.embedding(input_ids, self.weight).to(self.dtype)
         else:
             mine = (input_ids >= self.first) & (input_ids <= self.last)  # [T]
-            x = F.embedding((input_ids - self.first) * mine, self.weight) * mine.unsqueeze(-1)  # [T, D]
+            x = F.embedding((input_ids - self.first) * mine, self.weight).to(self.dtype) * mine.unsqueeze(-1)  # [T, D]
         x = all_reduce(x, self.tp, self.name)  # COMM all-reduce [T, D]: one rank's row + zeros -> the row
         return x
 
@@ -46,14 +47,19 @@ class VocabParallelEmbedding(nn.Module):
 class ParallelLMHead(ColumnParallelLinear):
     """hidden [B, D] -> logits of this rank's slice of the vocabulary [B, V/R]; no communication.
 
-    Tied models hand in the embedding's weight: the same cut, the same memory, read once.
+    Tied models hand in the embedding's weight: the same cut, the same memory, read once. If another form of the matrix
+    is faster to multiply by (cpu_linear.py), `copy` is that one: rows cannot be looked up in it.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, tp: TPGroup, tied_to: VocabParallelEmbedding | None = None):
         super().__init__(hidden_size, vocab_size, tp, name="lm_head")
-        self.vocab_size = vocab_size
+        self.vocab_size, self.tied = vocab_size, tied_to is not None
+        self.register_buffer("copy", None, persistent=False)
         if tied_to is not None:
             self.weight = tied_to.weight
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden) if self.copy is None else multiply(hidden, self.copy)
 
 
 def gather_logits(logits_local: torch.Tensor, vocab_size: int, tp: TPGroup) -> torch.Tensor | None:

@@ -9,6 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from common.parallel_state import TPGroup, broadcast
 
 CONFIGS = {
+    "SmolLM2-135M": dict(
+        model_type="llama", vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
+        rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+    ),
     "Qwen2.5-0.5B": dict(
         model_type="qwen2", vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
         num_attention_heads=14, num_key_value_heads=2, max_position_embeddings=32_768, tie_word_embeddings=True,
