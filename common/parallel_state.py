@@ -173,9 +173,8 @@ def _dismiss(spawned: SpawnedRanks, tp: TPGroup | None) -> None:
     try:
         if spawned.broken or tp is None:
             raise RankFailure("out of step")
-        left = dist.broadcast(
-            frame, group_src=0, group=tp.control_group, async_op=True
-        )  # COMM broadcast [FRAME]: leave
+        group = tp.control_group
+        left = dist.broadcast(frame, group_src=0, group=group, async_op=True)  # COMM broadcast [FRAME]: no more work
         left.wait(timedelta(seconds=LEAVE_S))
     except RuntimeError:  # dead, or in the middle of a step that this process was torn out of
         spawned.kill()
@@ -226,7 +225,7 @@ def _store(rank: int, timeout: timedelta) -> dist.Store:
     """
     global _torchruns_store, _starts
     if _spawned:
-        return _spawned.meet(rank)
+        return dist.FileStore(_spawned.meet(rank), _spawned.size)
     if _torchruns_store is None:
         _torchruns_store, _, _ = next(rendezvous("env://", timeout=timeout))
     _starts += 1

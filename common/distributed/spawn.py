@@ -24,8 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from common.distributed.processes import RankFailure
 
 FRAME = 256  # words of the message that a rank without work waits for (messages.py); the first is how many are meant
@@ -61,13 +59,13 @@ class SpawnedRanks:
         self.broken = False  # the ranks are out of step: nobody will hear a "leave"
         self.ended = False
 
-    def meet(self, rank: int) -> dist.Store:
-        """The store over which all ranks can join now: nobody is left to wait for one that has died before."""
+    def meet(self, rank: int) -> str:
+        """The file over which all ranks can join now: nobody is left to wait for one that has died before."""
         if rank > 0:
             self._ready_file(rank).touch()
         else:
             self._wait_until_ready()
-        return dist.FileStore(str(self.folder / "store"), self.size)
+        return str(self.folder / "store")
 
     def _ready_file(self, rank: int) -> Path:
         return self.folder / f"{rank}.ready"
