@@ -10,7 +10,8 @@ import time
 import traceback
 from pathlib import Path
 
-LOOK_FOR_RANK_0_EVERY_S = 0.5
+LOOK_FOR_RANK_0_EVERY_S = 0.2
+RANK_0_IS_SEEN_TO_BE_GONE_S = 0.5
 RANK_0_SPEAKS_FIRST_S = 5.0
 
 
@@ -42,8 +43,11 @@ def _follow(job: dict) -> int:
     except RankZeroLeft:
         shutdown_tensor_parallel()
         return 0
-    except RankFailure:  # rank 0 will hear of it too, perhaps only because this one hangs up
-        return BEREAVED
+    except RankFailure:
+        time.sleep(
+            RANK_0_IS_SEEN_TO_BE_GONE_S
+        )  # if it was rank 0 that died, this is the end, and files are cleared away
+        return BEREAVED  # else rank 0 will hear of it too, perhaps only because this one hangs up
     except (ValueError, OSError) as error:
         # most likely rank 0 meets the same error; if this rank went at once, rank 0 would hear of a dead peer first
         _say(ranks.last_words_file(rank), error)

@@ -51,6 +51,10 @@ def gone(processes: list[int], within_s: float = 10.0) -> bool:
     return False
 
 
+def temporary(folder: Path) -> dict[str, str]:
+    return {"TMPDIR": str(folder), "TEMP": str(folder)}
+
+
 # --- who starts them
 
 
@@ -61,7 +65,7 @@ def test_a_bare_script_gets_its_ranks_and_leaves_none_behind(how, tmp_path):
         argv, text = [str(tmp_path / "bare.py")], None
     else:
         argv, text = (["-c", SCRIPT], None) if how == "python -c" else (["-"], SCRIPT)
-    env = ENV | {"TMPDIR": str(tmp_path), "TEMP": str(tmp_path)}
+    env = ENV | temporary(tmp_path)
     done = subprocess.run(
         [sys.executable, *argv],
         input=text,
@@ -234,26 +238,29 @@ def test_a_rank_that_stays_away_is_ended_with_the_others(tmp_path):
 # --- rank 0 goes
 
 
-def working() -> tuple[subprocess.Popen, list[int]]:
+def working(folder: Path) -> tuple[subprocess.Popen, list[int]]:
     """A script in a session of its own whose three ranks work, and the pids of ranks 1 and 2."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.common.distributed.followers", "work for ever"], cwd=ROOT, env=ENV,
+        [sys.executable, "-m", "tests.common.distributed.followers", "work for ever"], cwd=ROOT, env=ENV | temporary(folder),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     return process, [int(word) for word in process.stdout.readline().split()[2:]]
 
 
-def test_ranks_end_with_a_rank_0_that_is_killed():
-    process, children = working()
+def test_ranks_end_with_a_rank_0_that_is_killed(tmp_path):
+    process, children = working(tmp_path)
     assert len(children) == 2
     process.kill()
     assert process.communicate(timeout=20) == ("", "")
     assert gone(children)
+    assert not list(tmp_path.glob("ranks-*"))
 
 
-def test_ranks_end_with_a_rank_0_that_is_killed_before_they_can_hear_it():
+def test_ranks_end_with_a_rank_0_that_is_killed_before_they_can_hear_it(tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.common.distributed.followers", "load for ever"], cwd=ROOT, env=ENV
+        [sys.executable, "-m", "tests.common.distributed.followers", "load for ever"],
+        cwd=ROOT,
+        env=ENV | temporary(tmp_path),
     )
     children = []
     while len(children) < 2:  # they sleep, and no socket connects them with anybody
@@ -263,13 +270,14 @@ def test_ranks_end_with_a_rank_0_that_is_killed_before_they_can_hear_it():
     process.kill()
     process.wait()
     assert gone(children)
+    assert not list(tmp_path.glob("ranks-*"))
 
 
 @POSIX
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("to", ["all", "rank 0"])
-def test_ctrl_c_ends_all_in_one_line(name, to):
-    process, children = working()
+def test_ctrl_c_ends_all_in_one_line(name, to, tmp_path):
+    process, children = working(tmp_path)
     number = signal.Signals[name]
     if to == "all" and name == "SIGINT":  # what a terminal does
         os.killpg(process.pid, number)
@@ -278,3 +286,4 @@ def test_ctrl_c_ends_all_in_one_line(name, to):
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err) == (1, "", f"stopped ({name})\n")
     assert gone(children)
+    assert not list(tmp_path.glob("ranks-*"))
