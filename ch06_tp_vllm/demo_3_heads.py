@@ -15,6 +15,7 @@ import torch
 from common.attention.contract import AttentionMetadata
 from common.attention.kv_cache import PagedKVCache
 from common.attention.torch_native import TorchNativeAttention
+from common.distributed.launch import run_main
 from common.layers.heads import HeadLayout
 from common.layers.rotary import RotaryEmbedding
 from common.models.config import ModelConfig
@@ -170,4 +171,4 @@ def rotary_knows_the_position() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -15,13 +15,12 @@ Each rank is a process of its own that loads its part of R, first in the old way
 
 import argparse
 import multiprocessing
-import resource
-import sys
 import tempfile
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import psutil
 import torch
 
 from common.distributed.launch import run_main
@@ -118,12 +117,10 @@ class PeakMemory:
             self.peak = max(self.peak, self._now() - self._before)
 
     def _now(self) -> int:
-        status = Path("/proc/self/status")
-        if status.exists():
-            (line,) = (line for line in status.read_text().splitlines() if line.startswith("RssAnon:"))
-            return int(line.split()[1]) * 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        memory = psutil.Process().memory_info()
+        return memory.rss - getattr(
+            memory, "shared", 0
+        )  # without the pages of files, where the system tells them apart
 
 
 def show(rows: list[dict]) -> None:

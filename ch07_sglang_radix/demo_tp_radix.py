@@ -9,7 +9,6 @@ every page against conservation.
 """
 
 import argparse
-import json
 import textwrap
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.distributed.launch import run_main
 from common.parallel_state import TPGroup, initialize_tensor_parallel
 from common.sampling.params import SamplingParams
+from common.teaching.report import write_json
 from common.tiny_qwen.phrasings import SYSTEM_PROMPT
 
 QUESTIONS = [  # (arrives before step, question)
@@ -63,7 +63,7 @@ def main() -> None:
         broken = conservation_broken(scheduler)
         print_summary(scheduler, tp, results, broken)
         if args.json:
-            args.json.write_text(json.dumps(report(scheduler, tp, args, visitor.asked, results, broken), indent=1))
+            write_json(report(scheduler, tp, args, visitor.asked, results, broken), args.json)
         if broken:
             raise ValueError(broken)
 

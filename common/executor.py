@@ -5,10 +5,10 @@ sequence. It has no queue, no cache of prefixes and no sampler: whoever schedule
 and gets this rank's logits. Both chapters put their brain on it.
 """
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
+import psutil
 import torch
 
 from common.attention.backends import pick_attention
@@ -256,7 +256,7 @@ class Executor:
 
 def _memory_of_the_machine() -> int:
     """Bytes."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return psutil.virtual_memory().total
 
 
 def first_of_each(new: np.ndarray, counts: np.ndarray) -> np.ndarray:

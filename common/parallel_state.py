@@ -15,11 +15,10 @@ Vocabulary and semantics: Megatron-LM (Shoeybi et al. 2019); vLLM and SGLang kee
 file of this name.
 """
 
-import ctypes
+import atexit
 import gc
 import os
 import platform
-import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -29,19 +28,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from common.distributed.ledger import Ledger
+from common.distributed.processes import RankFailure, fate, keep_freed_memory
+from common.distributed.spawn import FRAME, LEAVE, LEAVE_S, Follower, SpawnedRanks, start_ranks
 from common.distributed.symmetric_memory import SymmetricAllReduce
 
 CPU_TIMEOUT_S = 60.0
 CPU = torch.device("cpu")
 GPU_TIMEOUT_S = 300.0  # the first NCCL call sets up rings, the first kernels are compiled
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt's, from glibc's malloc.h
-KEPT_BYTES = 256 << 20  # of freed memory, that stay with the process
-
-
-class RankFailure(RuntimeError):
-    """A collective could not finish because another rank died, stopped or stayed away."""
+FOREVER = timedelta(days=365)  # that a follower waits for work: rank 0 may sit in a notebook overnight
 
 
 @dataclass(frozen=True)
@@ -59,6 +56,7 @@ class TPGroup:
     control_group: Any = None
     peers: tuple[tuple[int, int], ...] = ()  # (host, pid) of each rank, to name the one that died
     fast_all_reduce: SymmetricAllReduce | None = None  # for small messages between GPUs of one host
+    spawned: SpawnedRanks | None = None  # rank 0 started the others: only it runs a script, they follow
     ledger: Ledger = field(default_factory=Ledger, compare=False)
 
     def __post_init__(self):
@@ -67,56 +65,73 @@ class TPGroup:
 
 
 _tp: TPGroup | None = None  # the process's own group; read at the outer API only, never inside a layer
+_spawned: SpawnedRanks | None = None  # of the group there is now, if rank 0 started its ranks
+_torchruns_store: dist.Store | None = None  # kept for the life of the process: a second one could meet a port in use
+_starts = 0  # of a world over that store
+_own_world = False  # torch.distributed was initialized here, and not by whoever uses this module
 
 
 def initialize_tensor_parallel(
     tensor_parallel_size: int | None = None, device: str = "auto", timeout_s: float | None = None,
-    disable_custom_all_reduce: bool = False,
+    disable_custom_all_reduce: bool = False, follower: Follower | None = None,
 ) -> TPGroup:  # fmt: skip
     """Join the group of `tensor_parallel_size` ranks (default: as many as torchrun started).
 
-    Without torchrun there is one rank, no process group and no communication. The address and the port
-    come from torchrun's environment, never from here. A collective that a peer does not answer within
-    `timeout_s` (default 60 s on CPU) raises RankFailure. Between GPUs of one host small all-reduces go through
-    symmetric memory (symmetric_memory.py), unless `disable_custom_all_reduce`; all others through NCCL.
+    Without torchrun there is one rank, no process group and no communication, unless a `follower` says what other ranks
+    would do: then they are started here (spawn.py), and end with this process or when others are started. The address
+    and the port come from torchrun's environment, never from here. A collective that a peer does not answer within
+    `timeout_s` (default 60 s on CPU) raises RankFailure. Between GPUs of one host small all-reduces go through symmetric
+    memory (symmetric_memory.py), unless `disable_custom_all_reduce`; all others through NCCL.
 
     Raises ValueError if the size is not the number of processes that run.
     """
-    global _tp
-    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    global _tp, _spawned
+    leading = _spawned is not None and bool(_spawned.processes)  # ranks of an earlier start follow this process
+    joined = dist.is_initialized() and not leading
+    world = dist.get_world_size() if joined else int(os.environ.get("WORLD_SIZE", "1"))
     size = world if tensor_parallel_size is None else tensor_parallel_size
-    if size != world:
+    alone = not joined and "WORLD_SIZE" not in os.environ
+    spawning = follower is not None and alone and isinstance(size, int) and size > 1
+    if size != world and not spawning:
         raise ValueError(
             f"tensor_parallel_size={size} but {world} process(es) run; start the script with "
             f"torchrun --nproc_per_node={size}, or ask for tensor_parallel_size={world}"
         )
     rank = int(os.environ.get("RANK", "0"))
-    where = pick_device(device, int(os.environ.get("LOCAL_RANK", rank)))
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    where = pick_device(device, int(os.environ.get("LOCAL_RANK", rank)), ranks_here)
     if where.type == "cpu":
         # R ranks x several threads on the same cores made each collective 20 to 45 times slower
         torch.set_num_threads(1)
-        _keep_freed_memory()
+        keep_freed_memory()
     else:
         torch.cuda.set_device(where)
-    if size > 1:
-        _tp = _join(
-            where, timeout_s or (CPU_TIMEOUT_S if where.type == "cpu" else GPU_TIMEOUT_S), disable_custom_all_reduce
-        )
-    else:
+    if leading and not spawning:  # one rank beside them, which talks to nobody
+        return TPGroup(device=where)
+    timeout = timedelta(seconds=timeout_s or (CPU_TIMEOUT_S if where.type == "cpu" else GPU_TIMEOUT_S))
+    if spawning:
+        shutdown_tensor_parallel()
+        _spawned = start_ranks(follower, size)
+        atexit.register(shutdown_tensor_parallel)
+    if size == 1:
         _tp = TPGroup(device=where)
+        return _tp
+    try:
+        _tp = _join(rank, size, where, timeout, disable_custom_all_reduce)
+    except BaseException:  # Ctrl-C too: nobody would end the ranks that wait
+        if spawning:
+            shutdown_tensor_parallel()
+        raise
     return _tp
 
 
-def _keep_freed_memory() -> None:
-    """Tell glibc not to give memory back to the system that the next step asks for again.
-
-    A CPU step allocates and frees megabytes of activations; page faults for them took 4 to 14 % of a run.
-    vLLM's CPU backend advises another allocator for the same reason. Elsewhere than on glibc nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+def become_follower(ranks: SpawnedRanks, rank: int) -> None:
+    """In a process that rank 0 has started: initialize_tensor_parallel will join these ranks, as it joins torchrun's."""
+    global _spawned
+    _spawned = ranks
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks.size), LOCAL_WORLD_SIZE=str(ranks.size)
+    )
 
 
 def get_tensor_parallel(device: str = "auto") -> TPGroup:
@@ -124,41 +139,81 @@ def get_tensor_parallel(device: str = "auto") -> TPGroup:
     return _tp or initialize_tensor_parallel(device=device)
 
 
-def shutdown_tensor_parallel() -> None:
-    """Leave the group; safe to call twice. Drop the engine first: its CUDA graphs use the group."""
-    global _tp
-    on_gpu, _tp = _tp is not None and _tp.device.type == "cuda", None
-    if dist.is_initialized():
-        if on_gpu:
-            # NCCL waits for captured graphs that hold its communicator, so what is garbage must go first
-            gc.collect()
-            torch.cuda.synchronize()
+def shutdown_tensor_parallel(tp: TPGroup | None = None) -> None:
+    """Leave the group; safe to call twice. Drop the engine first: its CUDA graphs use the group.
+
+    With `tp` only if the process is in that one: a later start has a group of its own. Ranks that were started here
+    end. A world that somebody else initialized stays.
+    """
+    global _tp, _spawned, _own_world
+    if tp is not None and tp is not _tp:
+        return
+    tp, _tp = _tp, None
+    spawned, _spawned = (_spawned, None) if _spawned and _spawned.processes else (None, _spawned)
+    if spawned:
+        _dismiss(spawned, tp)
+    if tp is not None and tp.device.type == "cuda" and dist.is_initialized():
+        # NCCL waits for captured graphs that hold its communicator, so what is garbage must go first
+        gc.collect()
+        torch.cuda.synchronize()
+    if _own_world and dist.is_initialized():
         dist.destroy_process_group()
+        _own_world = False
+    elif tp is not None and tp.size > 1 and dist.is_initialized():
+        dist.destroy_process_group(tp.device_group)
+        dist.destroy_process_group(tp.control_group)
+    if spawned:
+        spawned.close()
 
 
-def pick_device(device: str, local_rank: int = 0) -> torch.device:
-    """auto | cpu | cuda -> this rank's device. Raises ValueError if there is no such GPU."""
+def end_followers() -> None:
+    """At once, for a rank 0 that leaves without a word."""
+    if _spawned and _spawned.processes:
+        _spawned.kill()
+        _spawned.close()
+
+
+def _dismiss(spawned: SpawnedRanks, tp: TPGroup | None) -> None:
+    """Tell the followers to leave; end those that cannot hear it."""
+    frame = torch.zeros(FRAME, dtype=torch.int64)
+    frame[0] = LEAVE
+    try:
+        if spawned.broken or tp is None:
+            raise RankFailure("out of step")
+        group = tp.control_group
+        left = dist.broadcast(frame, group_src=0, group=group, async_op=True)  # COMM broadcast [FRAME]: no more work
+        left.wait(timedelta(seconds=LEAVE_S))
+    except RuntimeError:  # dead, or in the middle of a step that this process was torn out of
+        spawned.kill()
+
+
+def pick_device(device: str, local_rank: int = 0, ranks: int = 1) -> torch.device:
+    """auto | cpu | cuda -> this rank's device. Raises ValueError if there is no such GPU.
+
+    `ranks` on this host must all land on the same kind: auto takes GPUs only if there is one for each.
+    """
     if device == "auto":
-        device = "cuda" if torch.cuda.device_count() > local_rank else "cpu"
+        device = "cuda" if torch.cuda.device_count() >= max(ranks, local_rank + 1) else "cpu"
     if device == "cpu":
         return torch.device("cpu")
     if device != "cuda":
         raise ValueError(f"device={device!r} is unknown; use auto, cpu or cuda")
-    if torch.cuda.device_count() <= local_rank:
+    if torch.cuda.device_count() < max(ranks, local_rank + 1):
         raise ValueError(
-            f"device=cuda but local rank {local_rank} finds {torch.cuda.device_count()} GPU(s); one process "
-            f"drives one GPU: start fewer ranks or use the CPU (--force-cpu, device=cpu)"
+            f"device=cuda but local rank {local_rank} finds {torch.cuda.device_count()} GPU(s) for {ranks} "
+            f"rank(s); one process drives one GPU: start fewer ranks or use the CPU (--force-cpu, device=cpu)"
         )
     return torch.device("cuda", local_rank)
 
 
-def _join(device: torch.device, timeout_s: float, disable_custom_all_reduce: bool) -> TPGroup:
-    timeout = timedelta(seconds=timeout_s)
+def _join(rank: int, size: int, device: torch.device, timeout: timedelta, disable_custom_all_reduce: bool) -> TPGroup:
+    global _own_world
     backend = "gloo" if device.type == "cpu" else "nccl"
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, store=_store(rank, timeout), rank=rank, world_size=size, timeout=timeout)
+        _own_world = True
     device_group = dist.new_group(backend=backend, timeout=timeout)
-    control_group = dist.new_group(backend="gloo", timeout=timeout)
+    control_group = dist.new_group(backend="gloo", timeout=FOREVER if _spawned and rank > 0 else timeout)
     me = torch.tensor([zlib.crc32(platform.node().encode()), os.getpid()])
     everyone = [torch.empty_like(me) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, me, group=control_group)  # COMM all-gather [2]: host and pid, to name a rank that dies
@@ -166,7 +221,22 @@ def _join(device: torch.device, timeout_s: float, disable_custom_all_reduce: boo
     fast = None
     if device.type == "cuda" and not disable_custom_all_reduce:
         fast = _connect(device, device_group, control_group, peers)
-    return TPGroup(dist.get_rank(), len(peers), device, device_group, control_group, peers, fast)
+    return TPGroup(dist.get_rank(), len(peers), device, device_group, control_group, peers, fast, _spawned)
+
+
+def _store(rank: int, timeout: timedelta) -> dist.Store:
+    """Where the ranks of this start meet: nothing in it is left over from an earlier start.
+
+    torchrun's store outlives a process group, and so do the addresses that the ranks of the last one left in it: gloo
+    would wait for peers that are gone (pytorch#114585). So each start has names of its own.
+    """
+    global _torchruns_store, _starts
+    if _spawned:
+        return dist.FileStore(_spawned.meet(rank), _spawned.size)
+    if _torchruns_store is None:
+        _torchruns_store, _, _ = next(rendezvous("env://", timeout=timeout))
+    _starts += 1
+    return dist.PrefixStore(f"start {_starts}", _torchruns_store)
 
 
 def _connect(device: torch.device, device_group, control_group, peers) -> SymmetricAllReduce | None:
@@ -230,10 +300,14 @@ def _communicate(op: str, x: torch.Tensor, tp: TPGroup, label: str, call: Callab
             f"{op} {label!r}: rank {tp.rank} of {tp.size} has no process group; start with torchrun and "
             f"initialize_tensor_parallel({tp.size}), or add up the partial results by hand (reduce_results=False)"
         )
+    if tp.spawned and tp.spawned.ended:
+        raise RankFailure(f"rank {tp.rank}: {op} {label!r}: the other ranks have ended; make a new engine")
     tp.ledger.record(op, label, x)
     try:
         return call(group)
     except RuntimeError as error:
+        if tp.spawned:
+            tp.spawned.broken = True
         raise RankFailure(f"rank {tp.rank}: {op} {label!r} {list(x.shape)} failed: {_blame(tp, error)}") from error
 
 
@@ -251,21 +325,8 @@ def lost_peer(tp: TPGroup | None = None) -> str | None:
     """ "rank 1 (pid 4711) has died", if a peer on this host has; None if all of them run."""
     tp = tp or _tp
     for rank, (host, pid) in enumerate(tp.peers if tp else ()):
-        if rank != tp.rank and host == tp.peers[tp.rank][0] and (fate := _fate(pid)):
-            return f"rank {rank} (pid {pid}) {fate}"
+        if rank != tp.rank and host == tp.peers[tp.rank][0] and (what := fate(pid)):
+            if tp.spawned and tp.spawned.died_of_another(rank):  # whose end may take the system longer
+                continue
+            return f"rank {rank} (pid {pid}) {what}{tp.spawned.last_words(rank) if tp.spawned else ''}"
     return None
-
-
-def _fate(pid: int) -> str | None:
-    """None while the process runs, else what became of it."""
-    try:
-        os.kill(pid, 0)
-        with open(f"/proc/{pid}/stat") as stat:  # a killed child is a zombie until torchrun has reaped it
-            state = stat.read().rpartition(")")[2].split()[0]
-        return {"Z": "has died", "X": "has died", "T": "is stopped (SIGSTOP)"}.get(state)
-    except ProcessLookupError:
-        return "has died"
-    except FileNotFoundError:  # gone in between, or a system without /proc, where it does run
-        return "has died" if os.path.isdir("/proc/self") else None
-    except PermissionError:
-        return None

@@ -38,7 +38,7 @@ command = [
 ]
 subprocess.run([*command, str(out)], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 steps = {}
-for row in csv.DictReader(out.read_text().splitlines()):
+for row in csv.DictReader(out.read_text(encoding="utf-8").splitlines()):
     message = row | {"shape": json.loads(row["shape"]), "bytes": int(row["bytes"])}
     steps.setdefault(row["step"], []).append(message)
 for name, entries in steps.items():

@@ -41,7 +41,7 @@ while step < 5 or engine.has_unfinished_requests():
             engine.add_request(name, prompts[name], params)
     engine.step()
     step += 1
-lines = [json.loads(line) for line in trace.read_text().splitlines()]
+lines = [json.loads(line) for line in trace.read_text(encoding="utf-8").splitlines()]
 found = f"{engine.blocks.stats.hits} of {engine.blocks.stats.queries} prompt tokens were there"
 print(f"{len(lines)} steps; prefix cache: {found}")
 for line in lines[:3]:

@@ -49,7 +49,7 @@ command = [
     "ch07_sglang_radix.benchmarks.record_steps",
 ]
 subprocess.run([*command, str(folder)], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+ranks = [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
 
 # the same scene was played several times: the quickest is the one that other programs disturbed least
 rounds = [round[-1]["spans"][-1][2] - round[0]["spans"][0][1] for round in ranks[0]["scene"]]

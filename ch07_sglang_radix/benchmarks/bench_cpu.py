@@ -37,6 +37,7 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 
 from ch07_sglang_radix import Engine
 from common.distributed.launch import run_main
+from common.teaching.report import output_file
 from common.teaching.transformers_peer import NEVER, Request, generate_runner
 from common.tiny_qwen import TINY_QWEN_PATH
 
@@ -130,7 +131,7 @@ def main() -> None:
         rows += [row(name, requests, who, times, seconds["this engine"]) for who, times in seconds.items()]
     bar.close()
     args.out.parent.mkdir(exist_ok=True)
-    with args.out.open("w", newline="") as file:
+    with output_file(args.out) as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)

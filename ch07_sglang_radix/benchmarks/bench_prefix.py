@@ -23,7 +23,6 @@ the model's own time, which the cache does not touch there, varies by more than 
 """
 
 import argparse
-import json
 import statistics
 import time
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.distributed.launch import run_main
 from common.models.published_configs import CONFIGS, shared_random_weights
 from common.parallel_state import initialize_tensor_parallel
-from common.teaching.report import FIGURES, write_csv
+from common.teaching.report import FIGURES, write_csv, write_json
 from common.tiny_qwen import TINY_QWEN_PATH
 
 LIMITED = 0.4  # of the pages that all distinct tokens need
@@ -104,7 +103,7 @@ def simulate_trace(args: argparse.Namespace) -> None:
     print(f"{len(requests) / seconds * 60:,.0f} requests a minute")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
+        write_json(counts, args.json)
 
 
 def show(rows: list[dict]) -> None:

@@ -15,7 +15,6 @@ draws it.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -29,6 +28,7 @@ from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.distributed.launch import run_main
 from common.parallel_state import initialize_tensor_parallel
 from common.sampling.params import SamplingParams
+from common.teaching.report import write_json
 
 ROUNDS = 6  # of the same scene; the first ones warm up
 PROMPTS, SHARED, LATE, LATE_AT = (96, 40, 20), 64, 24, 3  # tokens; a prompt that comes later begins like the first one
@@ -54,7 +54,7 @@ def main() -> None:
         scheduler.process_requests()
     args.folder.mkdir(parents=True, exist_ok=True)
     steps = {"scene": scene, "contexts": recorder.take()}
-    (args.folder / f"rank{tp.rank}.json").write_text(json.dumps(steps), encoding="utf-8")
+    write_json(steps, args.folder / f"rank{tp.rank}.json")
 
 
 def play_scene(scheduler: TPScheduler, source: Source) -> None:

@@ -6,13 +6,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.distributed.spawn import FRAME, LEAVE, RankZeroLeft
 from common.parallel_state import TPGroup, broadcast
-
-FRAME = 256  # words of a first message; a decode step of 60 sequences and its page updates fit
 
 
 def send(words: np.ndarray, tp: TPGroup, label: str) -> None:
-    """int64 [n] to all ranks: one message of FRAME words that begins with n, and a second one if that is too short."""
+    """int64 [n] to all ranks: one message of FRAME words that begins with n, and a second one if that is too short.
+
+    A decode step of 60 sequences and its page updates fit into one.
+    """
     if tp.size == 1:
         return
     frame = np.zeros(FRAME, dtype=np.int64)
@@ -25,10 +27,12 @@ def send(words: np.ndarray, tp: TPGroup, label: str) -> None:
 
 
 def receive(tp: TPGroup, label: str) -> np.ndarray:
-    """The other end of `send`: int64 [n]."""
+    """The other end of `send`: int64 [n]. Raises RankZeroLeft, on a rank that rank 0 has started, when there is no more."""
     frame = torch.empty(FRAME, dtype=torch.int64)
     broadcast(frame, tp, label)  # COMM broadcast [FRAME]: what to do in this step
     length, words = int(frame[0]), frame[1:].numpy()
+    if length == LEAVE:
+        raise RankZeroLeft
     if length <= len(words):
         return words[:length]
     rest = torch.empty(length - len(words), dtype=torch.int64)
@@ -37,8 +41,11 @@ def receive(tp: TPGroup, label: str) -> np.ndarray:
 
 
 def share(value: Any, tp: TPGroup) -> Any:
-    """Rank 0's value, as JSON, to every rank: the script on each can go on with the same results."""
-    if tp.size == 1:
+    """Rank 0's value, as JSON, to every rank: the script on each can go on with the same results.
+
+    Ranks that rank 0 has started run no script, and are sent nothing.
+    """
+    if tp.size == 1 or tp.spawned:
         return value
     data = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8).copy() if tp.rank == 0 else None
     size = torch.tensor([len(data) if data is not None else 0])

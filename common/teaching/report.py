@@ -1,16 +1,34 @@
-"""Rows -> a CSV. What was measured says where and when; what was counted is the same everywhere."""
+"""Files that a user names: rows -> a CSV, values -> JSON. What was measured says where and when; what was counted does not."""
 
 import argparse
 import csv
+import json
+import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 FIGURES = Path(__file__).parents[2] / "figures"
+
+
+@contextmanager
+def output_file(path: str | os.PathLike) -> Iterator[TextIO]:
+    """`path`, open for writing. OSError names the file, whatever fails: a disk is full in `write` or only in `close`."""
+    try:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+
+
+def write_json(value: Any, path: Path) -> None:
+    with output_file(path) as file:
+        file.write(json.dumps(value, indent=1) + "\n")
 
 
 def write_csv(rows: Sequence[dict[str, Any]], path: Path, measured: bool = True) -> None:
@@ -18,7 +36,7 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path, measured: bool = True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     facts = {"device": device, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")} if measured else {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with output_file(path) as file:
         out = csv.DictWriter(file, [*rows[0], *facts])
         out.writeheader()
         out.writerows(row | facts for row in rows)

@@ -20,6 +20,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from common.distributed.launch import run_main
+from common.teaching.report import output_file
 from common.tiny_qwen import TINY_QWEN_PATH
 from common.tiny_qwen.corpus import (
     LANGUAGES,
@@ -155,7 +157,7 @@ def run(folder: Path, dtypes: list[str], show_wrong: int = 0) -> list[dict]:
             print(f"[{case.split}] ...{case.prompt[-160:]!r}\n  wrote {text!r}")
     for row in rows:
         print("{dtype:9} {split:26} {language}  {exact:5}/{asked:5}  {share}".format(**row))
-    with (folder / "evaluation.csv").open("w", newline="") as file:
+    with output_file(folder / "evaluation.csv") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -174,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

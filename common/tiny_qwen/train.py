@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
+from common.distributed.launch import run_main
 from common.tiny_qwen import TINY_QWEN_PATH, evaluate
 from common.tiny_qwen.corpus import BARE_SEPARATOR, Conversation, ConversationSampler, load_glossary
 from common.tiny_qwen.phrasings import SYSTEM_PROMPT
@@ -185,9 +186,9 @@ def save_model(model: Qwen2ForCausalLM, folder: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
     # Loaders written for transformers 4 look for these two under their older names.
     path = folder / "config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     config |= {"torch_dtype": "bfloat16", "rope_theta": config["rope_parameters"]["rope_theta"]}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -213,4 +214,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -1,6 +1,5 @@
 import os
 import platform
-import resource
 import signal
 import time
 from pathlib import Path
@@ -40,6 +39,8 @@ def no_torchrun(monkeypatch):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep freed memory")
 def test_a_step_finds_the_memory_that_the_last_one_freed(no_torchrun):
+    import resource  # noqa: PLC0415, where glibc is, it is
+
     def step():
         return (torch.ones(3 << 20) + 1)[0].item()  # two tensors of 12 MiB, some 3,000 pages each
 
@@ -228,6 +229,29 @@ def test_get_makes_the_group_once(no_torchrun):
     assert get_tensor_parallel("cpu") is get_tensor_parallel("cpu")
 
 
+def start_between_two_uses_of_a_world():
+    """This test's ranks have a world of torch.distributed that is not ours: what starts in it ends alone."""
+    seen = []
+    for i in range(3):
+        tp = initialize_tensor_parallel(2, device="cpu")
+        seen.append(all_reduce(torch.tensor([i + tp.rank]), tp, "x").tolist())
+        shutdown_tensor_parallel()
+    world = torch.distributed.is_initialized()
+    initialize_tensor_parallel(2, device="cpu")
+    return seen, world
+
+
+def test_shutdown_leaves_a_world_that_was_there_before(ranks):
+    assert ranks(2).run(start_between_two_uses_of_a_world) == [([[1], [3], [5]], True)] * 2
+
+
+def test_shutdown_of_an_earlier_group_does_not_end_the_present_one(no_torchrun):
+    first = initialize_tensor_parallel(device="cpu")
+    second = initialize_tensor_parallel(device="cpu")
+    shutdown_tensor_parallel(first)
+    assert get_tensor_parallel("cpu") is second
+
+
 def test_shutdown_can_be_called_twice(no_torchrun):
     tp = initialize_tensor_parallel(device="cpu")
     shutdown_tensor_parallel()
@@ -264,6 +288,12 @@ def test_every_rank_says_so_if_the_size_is_wrong(ranks):
 def test_auto_takes_the_gpu_of_the_local_rank_if_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [str(pick_device("auto", rank)) for rank in range(3)] == ["cuda:0", "cuda:1", "cpu"]
+
+
+def test_auto_never_puts_some_ranks_on_gpus_and_some_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(pick_device("auto", rank, 3)) for rank in range(3)] == ["cpu"] * 3
+    assert [str(pick_device("auto", rank, 2)) for rank in range(2)] == ["cuda:0", "cuda:1"]
 
 
 def test_cpu_is_the_cpu_even_beside_a_gpu(monkeypatch):

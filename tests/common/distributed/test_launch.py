@@ -1,0 +1,58 @@
+"""How scripts end: ten starts under one torchrun, Ctrl-C, a full disk, a reader that has seen enough."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+MODULE = "tests.common.distributed.under_torchrun"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", MODULE]
+
+
+def script(name: str, *, torchrun: bool, stdout=subprocess.PIPE, unbuffered: bool = False) -> subprocess.Popen:
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | ({"PYTHONUNBUFFERED": "1"} if unbuffered else {})
+    argv = [*TORCHRUN, name] if torchrun else [sys.executable, "-m", MODULE, name]
+    return subprocess.Popen(argv, cwd=ROOT, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True)
+
+
+def test_torchrun_s_ranks_start_and_shut_down_ten_times():
+    out, err = script("start_and_shut_down_ten_times", torchrun=True).communicate(timeout=200)
+    assert out == "ten times\n" * 2, err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_to_torchrun_is_one_line_a_rank(name):
+    """What else is printed is torchrun's own: that it got the signal, and where in its own code."""
+    process = script("talk_for_ever", torchrun=True)
+    assert [process.stdout.readline() for _ in range(2)] == ["talking\n"] * 2
+    process.send_signal(signal.Signals[name])
+    out, err = process.communicate(timeout=60)
+    ours, _, torchruns = err.partition("Traceback (most recent call last):\n")
+    ours = sorted(line for line in ours.splitlines() if "torch/distributed/elastic" not in line and line.strip())
+    assert (out, ours) == ("", [f"rank {rank}: stopped ({name})" for rank in range(2)])
+    assert "Traceback" not in torchruns
+    assert "common/" not in torchruns
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no file that is always full")
+@pytest.mark.parametrize("unbuffered", [False, True])
+@pytest.mark.parametrize("name", ["print_much", "print_little"])
+def test_a_full_standard_output_is_named(name, unbuffered):
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        process = script(name, torchrun=False, stdout=full, unbuffered=unbuffered)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (1, "error: standard output: No space left on device\n")
+
+
+def test_a_reader_that_closes_the_pipe_is_no_error():
+    process = script("print_much", torchrun=False)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.wait(timeout=60)

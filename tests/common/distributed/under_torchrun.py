@@ -1,0 +1,42 @@
+"""Scripts of test_launch.py, by the name of a function: what a reader might start with torchrun, or alone."""
+
+import sys
+import time
+
+import torch
+
+from common.distributed.launch import run_main
+from common.parallel_state import all_reduce, broadcast, initialize_tensor_parallel, shutdown_tensor_parallel
+
+
+def start_and_shut_down_ten_times() -> None:
+    for i in range(10):
+        tp = initialize_tensor_parallel(2, device="cpu", timeout_s=30)
+        summed = all_reduce(torch.full((3,), float(tp.rank + i)), tp, "x").tolist()
+        told = broadcast(torch.tensor([i if tp.rank == 0 else -1]), tp, "b").tolist()
+        if (summed, told) != ([2 * i + 1] * 3, [i]):
+            raise SystemExit(f"start {i}: {summed} {told}")
+        if i % 3 == tp.rank:
+            time.sleep(0.2)  # one leaves late, one comes early
+        shutdown_tensor_parallel()
+    print("ten times\n", end="")
+
+
+def talk_for_ever() -> None:
+    tp = initialize_tensor_parallel(device="cpu")
+    print("talking\n", end="", flush=True)
+    while True:
+        all_reduce(torch.ones(4), tp, "x")
+
+
+def print_much() -> None:
+    for i in range(10_000):
+        print(i)
+
+
+def print_little() -> None:
+    print(1)
+
+
+if __name__ == "__main__":
+    run_main(globals()[sys.argv[1]])
