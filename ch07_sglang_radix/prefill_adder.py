@@ -96,7 +96,6 @@ class PrefillAdder:
             return Answer.FULL
         if req.cached_tokens is None:  # not again after a retraction: it would find its own tokens
             req.cached_tokens = len(match.slots)
-            self.tree.count_hit(match.last_node, req.priority)
         self._take(req)
         return Answer.ADDED
 

@@ -40,6 +40,7 @@ class Req:
     row: int = -1
     last_node: TreeNode | None = None
     prefix_len: int = 0  # slots of the row that belong to the tree
+    cache_inserted_len: int = 0  # tokens it has inserted into the tree itself
     cached_tokens: int | None = None  # prompt tokens found in the tree when it was first admitted
 
     # each step
