@@ -28,6 +28,7 @@ class Req:
     seed: int
     extra_key: Hashable = None  # namespace in the tree
     priority: int = 0  # higher is sooner
+    routing_key: str | None = None  # for the policy of that name
 
     # sampling, one token a step
     output_ids: list[int] = field(default_factory=list)

@@ -265,8 +265,20 @@ def check_4(m: ModuleType) -> None:
             [0, 2, 1, 3],
             "with 20 in the tree they do, even behind those with a shorter match",
         ),
-        ([a[:33], a[:33], b[:9]], [], [0, 2, 1], "32 tokens before the last one are shared: one waits"),
-        ([a[:32], a[:32], b[:9]], [], [0, 1, 2], "31 tokens before the last one are shared: the last never counts"),
+        (
+            [a[:60] + tails[0], b[:60] + tails[0], b[:60] + tails[1], a[:60] + tails[1]],
+            [a[:20], b[:10]],
+            [0, 1, 2, 3],
+            "those at the back keep the order of the queue, however much they find",
+        ),
+        (
+            [a[:33], a[:33], a[:33] + tails[0]],
+            [a[:40]],
+            [2, 0, 1],
+            "a prompt that is in the tree as a whole has found one token less: its last is computed",
+        ),
+        ([a[:32], a[:32], b[:9]], [], [0, 2, 1], "equal prompts of 32 tokens share 32"),
+        ([a[:31], a[:31], b[:9]], [], [0, 1, 2], "equal prompts of 31 tokens do not"),
         ([*([n] for n in range(128)), a[:9]], [a[:8]], list(range(129)), "129 requests wait: as they came"),
     ):
         got = order(prompts, cached)
