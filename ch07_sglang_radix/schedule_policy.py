@@ -19,7 +19,8 @@ Ours:
 
 The four that look into the tree work with it as it is now: of waiting requests that share something which nobody has
 computed yet, one should go ahead and the others follow and hit. So lpm, hrrn and shortest-prefill-first put those others
-at the back (SGLang's in-batch rule; all of them get the same last rank, and keep the order of the queue).
+at the back (SGLang's in-batch rule). Under lpm and hrrn all of them get the same last rank, and keep the order of the
+queue.
 
 lpm and its like can pass a request over again and again. One that has been passed over STARVING times goes first: that is
 ours. SGLang has hrrn for it, which ages.
@@ -135,14 +136,16 @@ class SchedulePolicy:
         return self._by(waiting, rank, again=True)
 
     def _shortest_prefill(self, waiting: list[Req], running: Sequence[Req]) -> list[Req]:
-        return self._by(waiting, lambda req, matched: req.seq_len - matched, limit=math.inf)
+        return self._by(waiting, lambda req, matched: req.seq_len - matched, limit=math.inf, sort_last=True)
 
     def _by(
-        self, waiting: list[Req], rank: Callable[[Req, int], float], limit: float = LPM_QUEUE_LIMIT, again: bool = False
-    ) -> list[Req]:
+        self, waiting: list[Req], rank: Callable[[Req, int], float], *, limit: float = LPM_QUEUE_LIMIT,
+        again: bool = False, sort_last: bool = False,
+    ) -> list[Req]:  # fmt: skip
         """Sorted by `rank(request, tokens in the tree)`, those that follow another one of the queue last.
 
-        again: the rank changes although queue and tree have not.
+        limit: a longer queue stays as it is. again: the rank changes although queue and tree have not. sort_last: those
+        at the back are sorted too.
         """
         if len(waiting) > limit or self.tree.disable:
             return waiting
@@ -150,15 +153,16 @@ class SchedulePolicy:
         if state == self._last[0] and not again:  # steps go by in which nobody gets in
             return self._last[1]
         ahead = RadixCache(TokenToKVPool(page_size=self.tree.page_size))  # of requests that go before
-        ranks: dict[Req, float] = {}
+        ranks: dict[Req, tuple[bool, float]] = {}
         for req in waiting:
             ids, found = req.all_ids, len(self._match(req).slots)
-            ranks[req] = rank(req, min(found, len(ids) - 1))  # one token at least is computed
+            follows = False
             if found <= IN_BATCH_MATCH:
-                if len(ahead.match_prefix(ids, req.extra_key).slots) >= IN_BATCH_PREFIX:
-                    ranks[req] = math.inf
-                else:
+                follows = len(ahead.match_prefix(ids, req.extra_key).slots) >= IN_BATCH_PREFIX
+                if not follows:
                     ahead.insert(ids, np.zeros(len(ids), dtype=np.int64), req.extra_key)
+            matched = min(found, len(ids) - 1)  # one token at least is computed
+            ranks[req] = follows, 0 if follows and not sort_last else rank(req, matched)
         ordered = sorted(waiting, key=ranks.__getitem__)  # a stable sort: equals as they came
         # what is needed first was used last: else looking at the queue would make LRU evict just that
         for req in reversed(ordered):
