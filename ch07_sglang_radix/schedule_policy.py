@@ -91,6 +91,24 @@ class SchedulePolicy:
         """What a prefill step has computed."""
         self._computed += tokens
 
+    def chunk_limit(self, chunked: Req, ordered: Sequence[Req], budget: int) -> int | None:
+        """Of a step's budget, what the next part of a long prompt may take; None: all of it.
+
+        shortest-prefill-first leaves room for those that have less to compute than the rest of that prompt, and a page
+        for the prompt itself.
+        """
+        page_size = self.tree.page_size
+        if self.name != "shortest-prefill-first" or budget < 2 * page_size:
+            return None
+        reserved = 0
+        for req in ordered:
+            work = req.seq_len - min(len(self._match(req).slots), req.seq_len - 1)
+            charge = -(-work // page_size) * page_size
+            if work >= chunked.seq_len - chunked.kv_len or reserved + charge > budget - page_size:
+                break
+            reserved += charge
+        return (budget - reserved) // page_size * page_size if reserved else None
+
     @property
     def hit_rate(self) -> float:
         """Of the last admissions; 1 while they are too few to judge."""

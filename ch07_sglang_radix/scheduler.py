@@ -149,12 +149,12 @@ class TPScheduler(SchedulerState):
 
     def enqueue(
         self, text: str | None, ids: list[int], params: SamplingParams, *, stop: Sequence[str] = (),
-        extra_key: str | None = None, priority: int = 0,
+        extra_key: str | None = None, priority: int = 0, routing_key: str | None = None,
     ) -> int:  # fmt: skip
         """What add_request does once the intake has found nothing wrong; returns the id.
 
         stop: strings that end the answer. extra_key: namespace of the radix tree. priority: for the schedule and the
-        eviction policy of that name.
+        eviction policy of that name. routing_key: for the schedule policy of that name.
         """
         rid, self.num_requests = self.num_requests, self.num_requests + 1
         if self.tp.rank == 0:
@@ -163,7 +163,7 @@ class TPScheduler(SchedulerState):
             stop_text = StopText(tuple(stop), self.wrapper.tokenizer.decode) if stop else None
             self.waiting.append(
                 Req(
-                    rid, text, ids, params, seed, extra_key, priority, stops=stops, stop_text=stop_text,
+                    rid, text, ids, params, seed, extra_key, priority, routing_key, stops=stops, stop_text=stop_text,
                     wanted=params.max_new_tokens,
                 )
             )  # fmt: skip

@@ -211,24 +211,40 @@ def test_nobody_starves_behind_a_stream_of_better_matches():
     assert done_at, "never served"
 
 
-def test_a_long_prompt_leaves_room_for_short_ones():
-    """With small_request_share a short prompt does not wait until the long one is through; the answers are the same."""
+@pytest.mark.parametrize(
+    ("option", "through_at"), [({"small_request_share": 0.25}, 4), ({"schedule_policy": "shortest-prefill-first"}, 2)]
+)
+def test_a_long_prompt_leaves_room_for_short_ones(option, through_at):
+    """Short prompts do not wait until the long one that has begun is through; the answers are the same."""
     long, short = [i % 700 for i in range(300)], [[i] * 8 for i in range(1, 4)]
-    steps = {}
-    for share in (0.0, 0.25):
-        scheduler = make(TINY_QWEN_PATH, page_size=4, chunked_prefill_size=64, small_request_share=share)
-        rids = [scheduler.add_request(input_ids=p, sampling_params=params(3)) for p in (long, *short)]
-        first = {}
+    steps = []
+    for options in ({}, option):
+        scheduler = make(TINY_QWEN_PATH, page_size=4, chunked_prefill_size=64, **options)
+        rids, first = [scheduler.add_request(input_ids=long, sampling_params=params(3))], {}
 
-        def arrivals(step, scheduler=scheduler, first=first):
+        def arrivals(step, scheduler=scheduler, rids=rids, first=first):
+            if step == 1 and len(rids) == 1:  # the long one has begun
+                rids += [scheduler.add_request(input_ids=p, sampling_params=params(3)) for p in short]
             for req in scheduler.running:
                 first.setdefault(req.rid, step)
-            return False
+            return step < 1
 
         results = scheduler.process_requests(arrivals)
         assert [results[rid].output_ids for rid in rids] == [greedy(TINY_QWEN_PATH, p, 3) for p in (long, *short)]
-        steps[share] = max(first[rid] for rid in rids[1:])
-    assert steps[0.25] < steps[0.0]
+        steps.append(max(first[rid] for rid in rids[1:]))
+    assert steps == [7, through_at], "behind the long prompt, or beside its next parts"
+
+
+def test_shortest_prefill_first_limits_the_part_of_a_long_prompt_by_what_is_shorter():
+    """Whole pages for each that waits, as long as a page is left: SGLang 0.5.23, shortest_prefill_chunk_limit."""
+    tree = RadixCache(TokenToKVPool(num_pages=100, page_size=4))
+    policy = SchedulePolicy("shortest-prefill-first", tree)
+    long, five, eight, longer = reqs([1] * 100, [2] * 5, [3] * 8, [4] * 101)
+    assert policy.chunk_limit(long, [five, eight, longer], 64) == 64 - 8 - 8
+    assert policy.chunk_limit(long, [longer], 64) is None, "nobody has less to do"
+    assert policy.chunk_limit(long, [five, eight], 12) == 12 - 8, "the second would leave it no page"
+    assert policy.chunk_limit(long, [five], 4) is None
+    assert SchedulePolicy("lpm", tree).chunk_limit(long, [five], 64) is None
 
 
 @pytest.mark.parametrize("mixed", [False, True])
