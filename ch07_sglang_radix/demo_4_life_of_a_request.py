@@ -1,6 +1,6 @@
 """The life of one request, from the queue back to the tree, in eight steps.
 
-    python ch07_sglang_radix/demo_3_life_of_a_request.py
+    python ch07_sglang_radix/demo_4_life_of_a_request.py
 
 The real scheduler with the bundled model on one rank. One question has been answered before; now a second one with the
 same system prompt comes. Nothing is acted out: the scheduler's own calls are watched, and after each of them the

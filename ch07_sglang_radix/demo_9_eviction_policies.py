@@ -1,6 +1,6 @@
 """Eviction strategies side by side: which one is right depends on who comes back.
 
-    python ch07_sglang_radix/demo_7_eviction_policies.py
+    python ch07_sglang_radix/demo_9_eviction_policies.py
 
 Prompts of 4 pages, a cache that holds 8 of them, no model. Three patterns of use:
 

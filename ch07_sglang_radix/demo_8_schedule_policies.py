@@ -1,6 +1,6 @@
 """Schedule policies side by side: who goes first decides how much of the cache is used.
 
-    python ch07_sglang_radix/demo_6_schedule_policies.py
+    python ch07_sglang_radix/demo_8_schedule_policies.py
 
 30 requests from 5 groups; a group shares its first 96 tokens. All of them wait from the beginning, in mixed order, and
 a small pool forgets a group unless its members come close to each other. The real scheduler with the bundled model
