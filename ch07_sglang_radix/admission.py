@@ -43,10 +43,11 @@ class Admission:
         decodes, budget = self._decodes()
         promised = sum(req.max_len - req.seq_len for req in s.running) * s.new_token_ratio
         adder = PrefillAdder(s.memory, budget, promised, s.waiting, self.small_request_share, self.gates)
+        ordered = s.policy.order(s.waiting, s.running)
         if s.chunked:
-            adder.add_chunk(s.chunked)
+            adder.add_chunk(s.chunked, s.policy.chunk_limit(s.chunked, ordered, budget))
         s.held, s.resumed = {}, s.chunked
-        for req in s.policy.order(s.waiting):
+        for req in ordered:
             first = req.cached_tokens is None  # it has not been in before, and gone back
             answer = adder.add(req)
             if answer is not Answer.ADDED:
@@ -60,6 +61,7 @@ class Admission:
         s.chunked = adder.chunked
         if not adder.batch:
             return PrefillBatch()
+        s.policy.computed(sum(n for _, n in adder.batch))
         self._leave_the_queue({req for req, _ in adder.batch})
         s.last_prefill = adder.batch
         return PrefillBatch(adder.batch, decodes)

@@ -161,6 +161,12 @@ def print_header(wrapper: TPRadixAttentionModelWrapper, tp: TPGroup) -> None:
         f"each rank: {heads.num_q} query and {heads.num_kv} KV heads, {mine:,} parameters; rank 0 read "
         f"{wrapper.load_report.bytes_read:,} bytes of weights"
     )
+    if (zeros := heads.num_q * tp.size - c.num_heads) > 0:
+        print(
+            f"{heads.num_q} x {tp.size} = {c.num_heads} + {zeros}: {zeros} query heads are zeros, so that groups come out even"
+        )
+    if (copies := heads.num_kv * tp.size // c.num_kv_heads) > 1:
+        print(f"{heads.num_kv} x {tp.size} = {copies} x {c.num_kv_heads}: each KV head is held {copies} times")
     print(
         f"pool: {wrapper.kv_cache.num_pages} pages of {wrapper.page_size} tokens on {tp.device.type}, "
         f"{str(wrapper.dtype).removeprefix('torch.')}\n"

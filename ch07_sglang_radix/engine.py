@@ -78,7 +78,7 @@ class Engine:
         input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None, return_logprob: bool = False,
         logprob_start_len: int | None = None, top_logprobs_num: int | None = None,
         token_ids_logprob: Sequence[int] | None = None, stream: bool = False, *, rid: str | Sequence[str] | None = None,
-        extra_key: str | None = None, priority: int = 0,
+        extra_key: str | None = None, priority: int = 0, routing_key: str | None = None,
     ) -> Answer | list[Answer] | Iterator[Answer]:  # fmt: skip
         """One prompt -> one result, a list -> a list in the same order; with n > 1 a list, n results a prompt.
 
@@ -92,7 +92,7 @@ class Engine:
         the iterator early ends what still runs. Nothing runs if any prompt or parameter is refused (ValueError).
         """
         logprobs = LogprobOptions.of(return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob)
-        call = self._call(prompt, sampling_params, input_ids, logprobs, rid, extra_key, priority)
+        call = self._call(prompt, sampling_params, input_ids, logprobs, rid, extra_key, priority, routing_key)
         with self._turn:
             self._no_stream_is_open()
             if not self._loop:
@@ -115,7 +115,7 @@ class Engine:
         input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None, return_logprob: bool = False,
         logprob_start_len: int | None = None, top_logprobs_num: int | None = None,
         token_ids_logprob: Sequence[int] | None = None, stream: bool = False, *, rid: str | Sequence[str] | None = None,
-        extra_key: str | None = None, priority: int = 0,
+        extra_key: str | None = None, priority: int = 0, routing_key: str | None = None,
     ) -> Answer | list[Answer] | AsyncIterator[Answer]:  # fmt: skip
         """`generate` for many callers at once: their requests run together. With `stream`, an async iterator.
 
@@ -124,7 +124,7 @@ class Engine:
         if self.scheduler.tp.rank > 0:
             raise ValueError("async_generate is rank 0's; the other ranks call engine.follow()")
         logprobs = LogprobOptions.of(return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob)
-        call = self._call(prompt, sampling_params, input_ids, logprobs, rid, extra_key, priority)
+        call = self._call(prompt, sampling_params, input_ids, logprobs, rid, extra_key, priority, routing_key)
         with self._turn:
             self._no_stream_is_open()
             self._loop = self._loop or SchedulerLoop(self.scheduler)
@@ -200,13 +200,24 @@ class Engine:
 
     # --- inside
 
-    def _call(self, prompt, sampling_params, input_ids, logprobs, rid, extra_key, priority) -> GenerateCall:
+    def _call(
+        self, prompt, sampling_params, input_ids, logprobs, rid, extra_key, priority, routing_key
+    ) -> GenerateCall:
         intake = self.scheduler.intake
-        return GenerateCall.of(intake, prompt, input_ids, sampling_params, logprobs, rid, extra_key, priority)
+        return GenerateCall.of(
+            intake, prompt, input_ids, sampling_params, logprobs, rid, extra_key, priority, routing_key
+        )
 
     def _enqueue(self, one: GenerateRequest) -> int:
         return self.scheduler.enqueue(
-            None, one.ids, one.params, words=one.words, extra_key=one.extra_key, priority=one.priority, name=one.name
+            None,
+            one.ids,
+            one.params,
+            words=one.words,
+            extra_key=one.extra_key,
+            priority=one.priority,
+            name=one.name,
+            routing_key=one.routing_key,
         )
 
     def _no_stream_is_open(self) -> None:

@@ -1,7 +1,8 @@
 """Eviction strategies: of the leaves that nobody uses, which goes first?
 
-Each is a function node -> number or tuple; the leaf with the smallest goes. (FCFS, LPM and their like are schedule
-policies, which order requests and not leaves: schedule_policy.py.)
+Each is a function node -> number or tuple; the leaf with the smallest goes, as in SGLang 0.5.23,
+srt/mem_cache/evict_policy.py. (FCFS, LPM and their like are schedule policies, which order requests and not leaves:
+schedule_policy.py.)
 """
 
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 
 from ch07_sglang_radix.tree_node import TreeNode
 
-PROTECTED_HITS = 2  # SLRU: so many requests have used a node before it counts as one that is used again and again
+PROTECTED_HITS = 2  # SLRU: the request that computed a node, and one that came back for it
 
 
 def lru(node: TreeNode) -> Any:
@@ -23,8 +24,13 @@ def mru(node: TreeNode) -> Any:
 
 
 def fifo(node: TreeNode) -> Any:
-    """Oldest first, used or not."""
+    """First in, first out: the oldest first, used or not."""
     return node.creation_time
+
+
+def filo(node: TreeNode) -> Any:
+    """First in, last out: the newest first."""
+    return -node.creation_time
 
 
 def lfu(node: TreeNode) -> Any:
@@ -33,7 +39,7 @@ def lfu(node: TreeNode) -> Any:
 
 
 def slru(node: TreeNode) -> Any:
-    """Segmented LRU: first those on trial, used by few, then the protected ones; each part by recency."""
+    """Segmented LRU: first those on trial, that nobody has come back for, then the protected ones; each part by recency."""
     return node.hit_count >= PROTECTED_HITS, node.last_access_time
 
 
@@ -43,7 +49,7 @@ def priority(node: TreeNode) -> Any:
 
 
 STRATEGIES: dict[str, Callable[[TreeNode], Any]] = {
-    "lru": lru, "lfu": lfu, "fifo": fifo, "mru": mru, "slru": slru, "priority": priority,
+    "lru": lru, "lfu": lfu, "fifo": fifo, "filo": filo, "mru": mru, "slru": slru, "priority": priority,
 }  # fmt: skip
 
 

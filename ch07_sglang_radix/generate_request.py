@@ -46,6 +46,7 @@ class GenerateRequest:
     extra_key: str | None
     priority: int
     name: str | None = None
+    routing_key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,13 @@ class GenerateCall:
     @classmethod
     def of(
         cls, intake: Intake, prompt: Any, input_ids: Any, sampling_params: Any, logprobs: LogprobOptions, rid: Any,
-        extra_key: Any, priority: Any,
+        extra_key: Any, priority: Any, routing_key: Any,
     ) -> "GenerateCall":  # fmt: skip
         """Raises ValueError, in one line, for whatever cannot run."""
         if (prompt is None) == (input_ids is None):
             raise ValueError("give either prompt or input_ids")
         extra_key, priority = intake.namespace("extra_key", extra_key), intake.priority(priority)
+        routing_key = text("routing_key", routing_key, empty=False, none=True)
         prompts, single = _prompts(prompt, input_ids)
         given = one_each("sampling_params", sampling_params, len(prompts), Mapping, {})
         requests: list[GenerateRequest] = []
@@ -102,10 +104,9 @@ class GenerateCall:
             intake.stops((*words["stop"], *words["stop_regex"]))
             intake.fits(ids, params)
             single = single and n == 1
-            requests += [
-                GenerateRequest(ids, _sibling(params, i), words, extra_key, priority, name and (name if n == 1 else f"{name}_{i}"))
-                for i in range(n)
-            ]  # fmt: skip
+            for i in range(n):
+                own = f"{name}_{i}" if name and n > 1 else name
+                requests.append(GenerateRequest(ids, _sibling(params, i), words, extra_key, priority, own, routing_key))
         return cls(requests, single, logprobs, intake.tokenizer)
 
     def result(self, out: RequestOutput, i: int) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def _check_nodes(state: SchedulerState) -> None:
         name = f"node {node.key[:4].tolist()}..."
         if len(node.key) != len(node.value) or len(node.key) % page_size or not len(node.key):
             raise InvariantError(f"{name}: {len(node.key)} tokens, {len(node.value)} slots, page size {page_size}")
-        if node.parent.children.get(tree.child_key(node.key)) is not node:
+        if node.parent.children.get(tree.name_of(node)) is not node:
             raise InvariantError(f"{name} is not where its first page says")
         if node.lock_ref != locks.get(id(node), 0):
             raise InvariantError(

@@ -71,13 +71,13 @@ class PrefillAdder:
         self._in_batch = InBatchPrefix(self.page_size, self.tree.disable)
         self._gates = (*gates, self._in_batch)
 
-    def add_chunk(self, req: Req) -> None:
-        """The next part of a prompt that was begun before: it goes first.
+    def add_chunk(self, req: Req, limit: int | None = None) -> None:
+        """The next part of a prompt that was begun before, `limit` tokens at most: it goes first.
 
         Its place was reserved then, but against a share of what others might need only. Where they took more, the part is
         as long as there are pages, perhaps nothing: the others go on, and leave.
         """
-        self._take(req)
+        self._take(req, limit)
 
     def add(self, req: Req) -> Answer:
         """Admit `req` if a place, tokens of the budget and, probably, the pages for its whole answer are there."""
@@ -95,7 +95,6 @@ class PrefillAdder:
             return Answer.FULL
         if req.cached_tokens is None:  # not again after a retraction: it would find its own tokens
             req.cached_tokens = len(match.slots)
-            self.tree.count_hit(match.last_node, req.priority)
         self._take(req)
         return Answer.ADDED
 
@@ -113,11 +112,13 @@ class PrefillAdder:
         self.memory.admit(req, match)
         return True
 
-    def _take(self, req: Req) -> None:
+    def _take(self, req: Req, limit: int | None = None) -> None:
         """Slots for the next part of its prompt. A chunk ends at a page's end and leaves room for small requests."""
         n, room = req.seq_len - req.kv_len, self.memory.obtainable_slots() + req.allocated_len - req.kv_len
-        if n > min(self.budget, room):
-            n = min(max(self.budget - self._for_small, self.page_size), room) // self.page_size * self.page_size
+        most = self.budget if limit is None else limit
+        if n > min(most, room):
+            most = min(most, max(self.budget - self._for_small, self.page_size))
+            n = min(most, room) // self.page_size * self.page_size
             self.chunked = req
         if n == 0:
             self.budget = 0

@@ -10,7 +10,9 @@ A request that starts with a path from the root needs none of that path computed
 running requests are locked (lock_ref > 0); the others are a cache and are evicted leaf by leaf, in the
 order of a strategy (eviction.py). RadixAttention, Zheng et al. 2024 (SGLang), section 3.
 
-Keys are cut to whole pages: a page is shared as a whole or not at all. Rank 0 alone has a tree.
+Keys are cut to whole pages: a page is shared as a whole or not at all. One root serves all namespaces: a child is filed
+under its first page and, if it has one, its extra_key, so a namespace that is used once leaves nothing behind. Rank 0
+alone has a tree.
 """
 
 import heapq
@@ -38,9 +40,10 @@ class MatchResult:
 class RadixCache:
     """The tree over a TokenToKVPool. `disable=True` gives the same calls without any sharing.
 
-    eviction: lru, lfu, fifo, mru, slru or priority. bigram: keys are pairs of neighbouring tokens, as a draft model of
+    eviction: a name in eviction.py. bigram: keys are pairs of neighbouring tokens, as a draft model of
     EAGLE needs them, whose K and V at a position depend on the next token too; n tokens are n - 1 pairs then.
     extra_key, wherever it is taken, is a namespace (a LoRA adapter, a salt): equal tokens in two of them share nothing.
+    Times are a counter's and not the clock's, so that runs repeat exactly.
     evictable_size and protected_size count slots, as do the arguments and results of all methods.
     """
 
@@ -51,14 +54,13 @@ class RadixCache:
         self.pool, self.page_size, self.disable, self.bigram = pool, pool.page_size, disable, bigram
         self.req_to_token = req_to_token
         self.eviction, self._rank = eviction, pick_strategy(eviction)
-        self._clock = count(1)  # a counter, not the wall clock: runs repeat exactly
+        self._clock = count(1)
         self.inserted = self.evicted = self.splits = 0  # since the beginning, for traces
         self.reset()
 
     def reset(self) -> None:
         """Forget everything; the slots are not given back (see evict for that)."""
-        self._roots: dict[Hashable, TreeNode] = {}
-        self.root = self._root(None)
+        self.root = TreeNode(NO_SLOTS, NO_SLOTS, None, 0)
         self.evictable_size = 0
         self.protected_size = 0
         self._num_nodes = 0
@@ -74,65 +76,72 @@ class RadixCache:
         Changes the tree in two ways: nodes on the path count as used now, and a node that matches only in
         part is split. Cap the ids at len - 1: at least one token must be computed to get logits.
         """
-        node, slots, now = self._root(extra_key), [], next(self._clock)
+        node, slots, now = self.root, [], next(self._clock)
         key = self.key(ids)
         while len(key) and not self.disable:
-            child = node.children.get(self.child_key(key))
+            child = node.children.get(self._name(key, extra_key))
             if child is None:
                 break
+            self._touch(child, now)
             n = self._common_length(child.key, key)
             if n < len(child.key):
                 child = self._split(child, n)
-            self._touch(child, now)
             slots.append(child.value)
             node, key = child, key[n:]
         return MatchResult(np.concatenate(slots) if slots else NO_SLOTS, node)
 
-    def insert(self, ids: Sequence[int], value: np.ndarray, extra_key: Hashable = None, priority: int = 0) -> int:
+    def insert(
+        self, ids: Sequence[int], value: np.ndarray, extra_key: Hashable = None, priority: int = 0,
+        inserted_len: int = 0,
+    ) -> int:  # fmt: skip
         """Put `ids` with their slots into the tree; returns how many of them were there already.
 
         The tree takes over the slots behind that point. The ones before it are duplicates: they stay with
         the caller, who must free those that are not the tree's own. Call it after the forward pass: before,
         another request could match slots with nothing in them.
+
+        Every node on the way counts a hit, but for the first `inserted_len` tokens, which the same request has
+        inserted before: so a request counts once wherever it goes, in the node that it creates too.
         """
+        if self.disable:
+            return 0
         key = self.key(ids)
         value = value[: len(key)]
-        node, known, now = self._root(extra_key), 0, next(self._clock)
+        node, known, now = self.root, 0, next(self._clock)
         while len(key):
-            child = node.children.get(self.child_key(key))
+            name = self._name(key, extra_key)
+            child = node.children.get(name)
             if child is None:
-                new = node.children[self.child_key(key)] = TreeNode(key.copy(), value.copy(), node, now, priority)
+                new = TreeNode(key.copy(), value.copy(), node, next(self._clock), priority, extra_key)
+                node.children[name], new.hit_count = new, int(known + len(key) > inserted_len)
                 self.evictable_size += len(key)
                 self.inserted += len(key)
                 self._num_nodes += 1
                 self._offer(new)
                 break
+            self._touch(child, now)
             n = self._common_length(child.key, key)
             if n < len(child.key):
                 child = self._split(child, n)
-            child.priority = max(child.priority, priority)
-            self._touch(child, now)
             node, key, value, known = child, key[n:], value[n:], known + n
+            node.priority = max(node.priority, priority)
+            node.hit_count += known > inserted_len
+            self._offer(node)
         return known
 
     def _split(self, node: TreeNode, n: int) -> TreeNode:
-        """Cut a node after n tokens; the new parent inherits the lock, since every lock below goes through it."""
-        upper = TreeNode(node.key[:n], node.value[:n], node.parent, node.last_access_time, node.priority)
-        upper.creation_time, upper.lock_ref, upper.hit_count = node.creation_time, node.lock_ref, node.hit_count
-        node.parent.children[self.child_key(upper.key)] = upper
+        """Cut a node after n tokens; the new parent inherits the lock, since every lock below goes through it.
+
+        It inherits the hits too, but not the age: it is a new node, and FIFO counts from now on.
+        """
+        upper = TreeNode(node.key[:n], node.value[:n], node.parent, next(self._clock), node.priority, node.extra_key)
+        upper.lock_ref, upper.hit_count = node.lock_ref, node.hit_count
+        node.parent.children[self.name_of(upper)] = upper
         node.key, node.value, node.parent = node.key[n:], node.value[n:], upper
-        upper.children[self.child_key(node.key)] = node
+        upper.children[self.name_of(node)] = node
         self._num_nodes += 1
         self.splits += 1
         return upper
-
-    def count_hit(self, node: TreeNode, priority: int = 0) -> None:
-        """A request starts from `node`: what LFU, SLRU and priority eviction go by."""
-        while node.parent is not None:
-            node.hit_count += 1
-            node.priority = max(node.priority, priority)
-            self._offer(node)
-            node = node.parent
 
     def inc_lock_ref(self, node: TreeNode) -> None:
         """Protect the path from `node` to the root from eviction."""
@@ -169,7 +178,7 @@ class RadixCache:
             self.pool.free(leaf.value)
             evicted += len(leaf.value)
             parent, leaf.parent = leaf.parent, None
-            del parent.children[self.child_key(leaf.key)]
+            del parent.children[self.name_of(leaf)]
             self._num_nodes -= 1
             self._offer(parent)
         self.evictable_size -= evicted
@@ -187,8 +196,7 @@ class RadixCache:
             return
         ids = req.all_ids[: req.kv_len]
         row = self.req_to_token.req_to_token[req.row]
-        known = self.insert(ids, row, req.extra_key, req.priority)
-        self._free_duplicates(req, row, known)
+        self._free_duplicates(req, row, self._insert_req(req, ids, row))
         match = self.match_prefix(ids, req.extra_key)
         row[: len(match.slots)] = match.slots
         self.inc_lock_ref(match.last_node)  # the new lock first: the old path must not become evictable in between
@@ -202,10 +210,15 @@ class RadixCache:
             self.pool.free(row[: req.allocated_len])
             return
         ids = req.all_ids[: req.kv_len]
-        known = self.insert(ids, row, req.extra_key, req.priority)
-        self._free_duplicates(req, row, known)
+        self._free_duplicates(req, row, self._insert_req(req, ids, row))
         self.pool.free(row[len(self.key(ids)) : req.allocated_len])
         self.dec_lock_ref(req.last_node)
+
+    def _insert_req(self, req: TreeUser, ids: np.ndarray, row: np.ndarray) -> int:
+        """insert, for a request that does so at several times."""
+        known = self.insert(ids, row, req.extra_key, req.priority, req.cache_inserted_len)
+        req.cache_inserted_len = max(req.cache_inserted_len, len(self.key(ids)))
+        return known
 
     def _free_duplicates(self, req: TreeUser, row: np.ndarray, known: int) -> None:
         """Free this request's own slots up to `known`; those up to prefix_len are the tree's already."""
@@ -216,8 +229,8 @@ class RadixCache:
     # --- small things
 
     def nodes(self) -> Iterator[TreeNode]:
-        """Every node but the roots, parents first."""
-        stack = [child for root in self._roots.values() for child in root.children.values()]
+        """Every node but the root, parents first."""
+        stack = list(self.root.children.values())
         while stack:
             node = stack.pop()
             yield node
@@ -228,15 +241,19 @@ class RadixCache:
         lines: list[str] = []
 
         def walk(node: TreeNode, depth: int) -> None:
+            lock = f"  locked by {node.lock_ref}" if node.lock_ref else ""
+            lines.append(f"{'   ' * depth}`- {show(node.key)}  [{len(node.key)} slots]{lock}")
             for child in node.children.values():
-                lock = f"  locked by {child.lock_ref}" if child.lock_ref else ""
-                lines.append(f"{'   ' * depth}`- {show(child.key)}  [{len(child.key)} slots]{lock}")
                 walk(child, depth + 1)
 
-        for name, root in self._roots.items():
-            if name is not None and root.children:
+        top = list(self.root.children.values())
+        names = dict.fromkeys(node.extra_key for node in top)
+        for name in sorted(names, key=lambda name: name is not None):
+            if name is not None:
                 lines.append(f"{name}:")
-            walk(root, 0)
+            for node in top:
+                if node.extra_key == name:
+                    walk(node, 0)
         return "\n".join(lines) or "(empty)"
 
     def key(self, ids: Sequence[int]) -> np.ndarray:
@@ -250,10 +267,13 @@ class RadixCache:
         """What tells siblings apart: the first page."""
         return int(key[0]) if self.page_size == 1 else key[: self.page_size].tobytes()
 
-    def _root(self, extra_key: Hashable) -> TreeNode:
-        if extra_key not in self._roots:
-            self._roots[extra_key] = TreeNode(NO_SLOTS, NO_SLOTS, None, 0)
-        return self._roots[extra_key]
+    def name_of(self, node: TreeNode) -> Hashable:
+        """What its parent files a node under."""
+        return self._name(node.key, node.extra_key)
+
+    def _name(self, key: np.ndarray, extra_key: Hashable) -> Hashable:
+        first = self.child_key(key)
+        return first if extra_key is None else (extra_key, first)
 
     def _common_length(self, a: np.ndarray, b: np.ndarray) -> int:
         """Equal leading tokens, in whole pages."""

@@ -34,6 +34,7 @@ class Req:
     extra_key: Hashable = None  # namespace in the tree
     priority: int = 0  # higher is sooner
     name: str | None = None  # the user's own
+    routing_key: str | None = None  # for the policy of that name
 
     stops: frozenset[int] = frozenset()  # tokens that end it
     text: AnswerText | None = None  # what ends it as text; without it the answer has none
@@ -47,6 +48,7 @@ class Req:
     row: int = -1
     last_node: TreeNode | None = None
     prefix_len: int = 0  # slots of the row that belong to the tree
+    cache_inserted_len: int = 0  # tokens it has inserted into the tree itself
     cached_tokens: int | None = None  # prompt tokens found in the tree when it was first admitted
 
     # each step

@@ -67,7 +67,7 @@ class RequestMemory:
         self.tree.dec_lock_ref(req.last_node)
         self.rows.free(req.row)
         req.row, req.last_node = -1, None
-        req.prefix_len = req.kv_len = req.allocated_len = req.sent_len = 0
+        req.prefix_len = req.cache_inserted_len = req.kv_len = req.allocated_len = req.sent_len = 0
 
     def finish(self, req: Req) -> None:
         """Leave prompt and answer to the tree, take the rest back."""

@@ -154,11 +154,13 @@ class TPScheduler(SchedulerState):
     def enqueue(
         self, text: str | None, ids: list[int], params: SamplingParams, *, words: Mapping[str, Any] | None = None,
         extra_key: str | None = None, priority: int = 0, name: str | None = None,
+        routing_key: str | None = None,
     ) -> int:  # fmt: skip
         """What add_request does once the intake has found nothing wrong; returns the id.
 
         words: AnswerText's arguments: what ends the answer, and how its text is made. extra_key: namespace of the radix tree.
         priority: for the schedule and the eviction policy of that name. name: the user's own, to abort it by.
+        routing_key: for the schedule policy of that name.
         """
         rid, self.num_requests = self.num_requests, self.num_requests + 1
         if self.tp.rank == 0:
@@ -166,7 +168,7 @@ class TPScheduler(SchedulerState):
             stops = frozenset(params.stop_token_ids + (() if params.ignore_eos else self.wrapper.config.eos_token_ids))
             self.waiting.append(
                 Req(
-                    rid, text, ids, params, seed, extra_key, priority, name, stops=stops,
+                    rid, text, ids, params, seed, extra_key, priority, name, routing_key, stops=stops,
                     text=AnswerText(self.wrapper.tokenizer, ids, **(words or {})), wanted=params.max_new_tokens,
                 )
             )  # fmt: skip

@@ -224,7 +224,6 @@ print("history: " + ", ".join(history))
 def grown(eviction: str) -> RadixCache:
     tree = RadixCache(TokenToKVPool(num_pages=10), eviction=eviction)
     for sentence in history:
-        tree.count_hit(tree.match_prefix(ids(sentence)).last_node)
         put(tree, sentence)
     return tree
 

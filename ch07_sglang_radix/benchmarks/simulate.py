@@ -56,16 +56,14 @@ class BlockCache:
     def serve(self, ids: Sequence[int]) -> int:
         """How many leading blocks are there; afterwards all are, or as many of the first as fit."""
         match = self.tree.match_prefix(ids)
-        self.tree.count_hit(match.last_node)
         hits, kept = len(match.slots), min(len(ids), self.capacity)
-        if kept > hits:
-            self.tree.inc_lock_ref(match.last_node)  # what is matched must outlive the eviction
-            lacking = kept - hits - self.pool.num_free_pages
-            if lacking > 0:
-                self.tree.evict(lacking)
-            new = self.pool.alloc(kept - hits)
-            self.tree.insert(ids[:kept], np.concatenate([match.slots, new]))
-            self.tree.dec_lock_ref(match.last_node)
+        self.tree.inc_lock_ref(match.last_node)  # what is matched must outlive the eviction
+        lacking = kept - hits - self.pool.num_free_pages
+        if lacking > 0:
+            self.tree.evict(lacking)
+        new = self.pool.alloc(kept - hits)
+        self.tree.insert(ids[:kept], np.concatenate([match.slots, new]))  # counts as a use even where nothing is new
+        self.tree.dec_lock_ref(match.last_node)
         return hits
 
 

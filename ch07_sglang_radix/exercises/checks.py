@@ -204,15 +204,20 @@ def check_3(m: ModuleType) -> None:
     assert m.victim([]) is None
 
     tree = _tree_with([1, 2, 3], [4, 5, 6], [7, 8, 9], tree=Tree(TokenToKVPool(num_pages=9)))
-    for _ in range(2):
-        tree.count_hit(tree.match_prefix([1, 2, 3]).last_node)
-    tree.count_hit(tree.match_prefix([7, 8, 9]).last_node)
-    tree.match_prefix([4, 5, 6])  # the newest, but nobody has started from it
+    for ids in ([1, 2, 3], [1, 2, 3], [7, 8, 9]):
+        tree.insert(ids, tree.match_prefix(ids).slots)  # a request comes by, finds all and leaves it again
+    tree.match_prefix([4, 5, 6])  # the newest, but no request has come by
     assert tree.evict(1) == 3
     assert len(tree.match_prefix([4, 5, 6]).slots) == 0, "4 5 6 was used least often"
     tree.inc_lock_ref(tree.match_prefix([7, 8, 9]).last_node)
     assert tree.evict(99) == 3, "all goes that is not locked"
     assert len(tree.match_prefix([7, 8, 9]).slots) == 3, "7 8 9 is locked"
+
+    tree = _tree_with([1, 2, 3, 4], tree=Tree(TokenToKVPool(num_pages=9)))
+    tree.match_prefix([1, 2])  # two nodes now, and the next request uses both
+    tree.insert([1, 2, 3, 4], tree.match_prefix([1, 2, 3, 4]).slots)
+    tree.evict(1)
+    assert len(tree.match_prefix([1, 2, 3, 4]).slots) == 2, "3 4 is the leaf, 1 2 its beginning"
 
     rng = random.Random(0)
     mine = Tree(TokenToKVPool(num_pages=40))
@@ -222,7 +227,7 @@ def check_3(m: ModuleType) -> None:
         for tree in (mine, real):
             match = tree.match_prefix(ids)
             for _ in range(hits):
-                tree.count_hit(match.last_node)
+                tree.insert(ids[: len(match.slots)], match.slots)
             tree.inc_lock_ref(match.last_node)
             tree.evict(max(evict, len(ids) - tree.pool.num_free_pages))
             tree.dec_lock_ref(match.last_node)
@@ -260,8 +265,20 @@ def check_4(m: ModuleType) -> None:
             [0, 2, 1, 3],
             "with 20 in the tree they do, even behind those with a shorter match",
         ),
-        ([a[:33], a[:33], b[:9]], [], [0, 2, 1], "32 tokens before the last one are shared: one waits"),
-        ([a[:32], a[:32], b[:9]], [], [0, 1, 2], "31 tokens before the last one are shared: the last never counts"),
+        (
+            [a[:60] + tails[0], b[:60] + tails[0], b[:60] + tails[1], a[:60] + tails[1]],
+            [a[:20], b[:10]],
+            [0, 1, 2, 3],
+            "those at the back keep the order of the queue, however much they find",
+        ),
+        (
+            [a[:33], a[:33], a[:33] + tails[0]],
+            [a[:40]],
+            [2, 0, 1],
+            "a prompt that is in the tree as a whole has found one token less: its last is computed",
+        ),
+        ([a[:32], a[:32], b[:9]], [], [0, 2, 1], "equal prompts of 32 tokens share 32"),
+        ([a[:31], a[:31], b[:9]], [], [0, 1, 2], "equal prompts of 31 tokens do not"),
         ([*([n] for n in range(128)), a[:9]], [a[:8]], list(range(129)), "129 requests wait: as they came"),
     ):
         got = order(prompts, cached)

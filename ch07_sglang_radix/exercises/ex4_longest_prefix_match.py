@@ -12,9 +12,9 @@ they find it in the tree a step later. A request goes to the back if
     - it shares at least 32 leading tokens with an earlier request of the queue that has at most 32 in the tree
       itself and does not go to the back.
 
-Those at the back are ordered by the same rule as those in front: most tokens in the tree first, equals as they came.
-The last token of a request never counts, it is always computed: look at req.all_ids[:-1]. With more than 128 requests
-matching costs more than it brings: then all stay as they came.
+Those at the back keep the order in which they came: SGLang gives them all the same last rank. A request whose
+tokens (req.all_ids) are all in the tree still has to compute the last one: for the order it has found one less. With
+more than 128 requests matching costs more than it brings: then all stay as they came.
 
     waiting    the queue, the oldest first; must stay as it is
     tree       the radix tree, pages of one token; tree.match_prefix(ids).slots are the tokens found

@@ -188,5 +188,9 @@ def packs(dtype: torch.dtype) -> bool:
     try:
         matrix = packed(weight)
         return torch.equal(multiply(x, matrix), x @ weight.t()) and torch.equal(matrix.to_dense(), weight)
-    except (AttributeError, NotImplementedError, RuntimeError):  # no such operator, none for this CPU, none for this dtype
+    except (
+        AttributeError,
+        NotImplementedError,
+        RuntimeError,
+    ):  # no such operator, none for this CPU, none for this dtype
         return False

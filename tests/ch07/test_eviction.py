@@ -17,8 +17,9 @@ def tree_of(strategy, *keys, pages=100):
 
 
 def use(tree, key, priority=0):
-    """As an admission does."""
-    tree.count_hit(tree.match_prefix(key).last_node, priority)
+    """As a request does that computes nothing new."""
+    found = tree.match_prefix(key).slots
+    tree.insert(key[: len(found)], found, priority=priority)
 
 
 def evicted_order(tree):
@@ -38,7 +39,8 @@ def evicted_order(tree):
         ("mru", [4, 1, 3, 2]),
         ("fifo", [1, 2, 3, 4]),
         ("lfu", [2, 3, 4, 1]),
-        ("slru", [2, 3, 4, 1]),
+        ("filo", [4, 3, 2, 1]),
+        ("slru", [2, 3, 1, 4]),
     ],
 )
 def test_order(strategy, expected):
@@ -55,6 +57,32 @@ def test_priority_first_then_recency():
         tree.insert(key, tree.pool.alloc(1), priority=priority)
     use(tree, [2], priority=3)
     assert evicted_order(tree) == [4, 1, 3, 2]
+
+
+def test_slru_protects_what_one_request_has_come_back_for():
+    """The request that computed a node is its first hit, the next one its second: then it counts as one that stays."""
+    tree = tree_of("slru", [1, 1], [2, 2], [3, 3])
+    use(tree, [1, 1])
+    for key in ([2, 2], [3, 3]):
+        tree.match_prefix(key)  # newer, but only looked at
+    assert evicted_order(tree) == [2, 3, 1]
+
+
+def test_a_request_counts_once_in_each_node_it_inserts():
+    """It inserts its prompt after the prefill and prompt and answer at the end; both are one use of the prompt."""
+    tree = tree_of("lfu", [1, 2, 3])
+    tree.insert([1, 2, 3, 4, 5], tree.pool.alloc(5), inserted_len=3)
+    assert {tuple(node.key.tolist()): node.hit_count for node in tree.nodes()} == {(1, 2, 3): 1, (4, 5): 1}
+    tree.insert([1, 2, 9], tree.pool.alloc(3))
+    hits = {tuple(node.key.tolist()): node.hit_count for node in tree.nodes()}
+    assert hits == {(1, 2): 2, (3,): 1, (4, 5): 1, (9,): 1}, "both halves keep the hits, what is shared has one more"
+
+
+def test_fifo_takes_the_upper_half_of_a_split_for_a_new_node():
+    """1 2 was there first, but as a node it is younger than 5 6: as in SGLang."""
+    tree = tree_of("fifo", [1, 2, 3], [5, 6])
+    tree.match_prefix([1, 2])
+    assert evicted_order(tree) == [3, 5, 1]
 
 
 def test_lfu_counts_requests_and_not_looks():
@@ -95,7 +123,7 @@ def test_a_long_random_life_evicts_the_smallest_rank_of_all_leaves(strategy):
 
 def test_unknown_strategies_are_refused():
     with pytest.raises(
-        ValueError, match="radix_eviction_policy='fcfs' is unknown; use lru, lfu, fifo, mru, slru, priority"
+        ValueError, match="radix_eviction_policy='fcfs' is unknown; use lru, lfu, fifo, filo, mru, slru, priority"
     ):
         RadixCache(TokenToKVPool(num_pages=1), eviction="fcfs")
 
@@ -108,6 +136,20 @@ def test_namespaces_share_nothing():
     assert "lora:" in tree.pretty()
     assert tree.evict(3) == 3
     assert len(tree.match_prefix([1, 2, 3], "lora").slots) == 0
+
+
+def test_a_namespace_that_is_used_once_leaves_nothing_behind():
+    tree = tree_of("lru")
+    for i in range(200):
+        tree.match_prefix([1, 2, 3], extra_key=f"asked {i}")
+        tree.insert([1, 2, 3], tree.pool.alloc(3), extra_key=f"left {i}")
+        tree.evict(3)
+    assert tree.root.children == {}
+    assert list(tree.nodes()) == []
+    tree.insert([1, 2, 3], tree.pool.alloc(3), extra_key="left")
+    tree.reset()
+    assert len(tree.match_prefix([1, 2, 3], extra_key="left").slots) == 0
+    assert tree.root.children == {}
 
 
 def test_bigram_keys_are_pairs():

@@ -6,7 +6,7 @@ import pytest
 from ch07_sglang_radix.memory_pool import TokenToKVPool
 from ch07_sglang_radix.radix_cache import RadixCache
 from ch07_sglang_radix.request import Req
-from ch07_sglang_radix.schedule_policy import LPM_QUEUE_LIMIT, STARVING, SchedulePolicy
+from ch07_sglang_radix.schedule_policy import LPM_QUEUE_LIMIT, POLICIES, STARVING, SchedulePolicy
 from common.sampling.params import SamplingParams
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.ch07.test_scheduler import make, params
@@ -44,6 +44,77 @@ def test_lpm_sends_one_ahead_of_those_that_share_what_nobody_has_computed():
     new = [900 + i for i in range(40)]
     waiting = reqs([*new, 1], [*new, 2], [5] * 3, [*new[:20], 3])
     assert order("lpm", tree_with(A), waiting) == [0, 2, 3, 1], "20 shared tokens are not worth waiting for, 40 are"
+
+
+def test_all_who_wait_for_others_have_the_same_last_rank():
+    """However much of them is in the tree, they keep the order of the queue: SGLang 0.5.23, _sort_by_longest_prefix."""
+    new, other = [900 + i for i in range(60)], [800 + i for i in range(60)]
+    waiting = reqs([*new, 1], [*other, 1], [*other, 2], [*new, 2])
+    assert order("lpm", tree_with(new[:20], other[:10]), waiting) == [0, 1, 2, 3]
+    assert order("lpm", tree_with(new[:20], other[:10]), waiting[::-1]) == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize(("shared", "waits"), [(31, False), (32, True)])
+def test_32_shared_tokens_are_worth_waiting_for(shared, waits):
+    waiting = reqs([*B[:shared], 1], [*B[:shared], 2], [5])
+    assert order("lpm", tree_with(), waiting) == ([0, 2, 1] if waits else [0, 1, 2])
+
+
+@pytest.mark.parametrize(("cached", "waits"), [(32, True), (33, False)])
+def test_with_more_than_32_tokens_in_the_tree_nobody_waits(cached, waits):
+    waiting = reqs([*A[:80], 1], [*A[:80], 2], [5])
+    assert order("lpm", tree_with(A[:cached]), waiting) == ([0, 2, 1] if waits else [0, 1, 2])
+
+
+def test_lof_puts_the_longest_answer_first():
+    waiting = [Req(i, None, [i], SamplingParams(max_new_tokens=n), 0) for i, n in enumerate((5, 9, 5, 20))]
+    assert order("lof", tree_with(), waiting) == [3, 1, 0, 2]
+
+
+def test_routing_key_puts_those_first_whose_key_most_of_the_running_ones_have():
+    waiting = [Req(i, None, [i], SamplingParams(), 0, routing_key=key) for i, key in enumerate("xbaab")]
+    running = [Req(9, None, [9], SamplingParams(), 0, routing_key=key) for key in (*"aba", None)]
+    policy = SchedulePolicy("routing-key", tree_with())
+    assert [req.rid for req in policy.order(waiting, running)] == [2, 3, 1, 4, 0]
+    assert [req.rid for req in policy.order(waiting)] == [0, 1, 2, 3, 4], "nobody runs: as they came"
+
+
+def test_shortest_prefill_first_counts_what_is_not_in_the_tree():
+    waiting = reqs([*A[:90], 1], [7] * 5, [*B[:60], 1], [7] * 3)
+    assert order("shortest-prefill-first", tree_with(A), waiting) == [0, 3, 1, 2]
+    new = [900 + i for i in range(40)]
+    waiting = reqs([*new, 1], [*new, 2], [5] * 60)
+    assert order("shortest-prefill-first", tree_with(), waiting) == [0, 2, 1], "the second waits for the first"
+
+
+def test_hrrn_goes_by_what_was_computed_meanwhile_over_what_there_is_to_compute():
+    policy = SchedulePolicy("hrrn", tree_with(A))
+    long, short = reqs([3] * 60, [4] * 6)
+    policy.order([long])
+    policy.computed(300)
+    assert [r.rid for r in policy.order([long, short])] == [0, 1], "300 / 60 against 0 / 6: nobody had waited for it"
+    policy.computed(60)
+    assert [r.rid for r in policy.order([long, short])] == [1, 0], "360 / 60 against 60 / 6"
+
+
+def test_hrrn_ages_so_that_nobody_starves():
+    """Under a stream of short prompts a long one comes to its turn; passing over is not counted here."""
+    policy, long = SchedulePolicy("hrrn", tree_with()), reqs([3] * 50)[0]
+    for step in range(1, 60):
+        short = Req(step, None, [step] * 5, SamplingParams(), 0)
+        older = Req(1000 + step, None, [step + 100] * 5, SamplingParams(), 0)
+        first = policy.order([long, older, short])[0]
+        if first is long:
+            break
+        policy.computed(5)
+    assert first is long
+
+
+def test_shortest_prefill_first_needs_a_tree():
+    tree = RadixCache(TokenToKVPool(num_pages=10), disable=True)
+    with pytest.raises(ValueError, match="shortest-prefill-first' needs the radix cache"):
+        SchedulePolicy("shortest-prefill-first", tree)
+    assert order("hrrn", tree, reqs([1] * 9, [2])) == [0, 1], "the others are fcfs then"
 
 
 def test_what_is_in_the_tree_already_need_not_wait_for_anybody():
@@ -107,7 +178,7 @@ def test_dynamic_leaves_lpm_when_there_is_nothing_to_hit_and_tries_again_later()
     assert [r.rid for r in policy.order(waiting)] == [1, 0]
 
 
-@pytest.mark.parametrize("name", ["lpm", "dfs-weight", "random", "priority", "dynamic"])
+@pytest.mark.parametrize("name", sorted(POLICIES.keys() - {"fcfs"}))
 def test_who_has_been_passed_over_too_often_goes_first(name):
     waiting = reqs([*A[:50], 1], [5] * 9, [*A[:50], 2], priorities=(1, 0, 1))
     waiting[1].passed_over = STARVING
@@ -115,7 +186,7 @@ def test_who_has_been_passed_over_too_often_goes_first(name):
 
 
 def test_an_unknown_policy_is_refused():
-    with pytest.raises(ValueError, match="schedule_policy='lru' is unknown; use fcfs, lpm"):
+    with pytest.raises(ValueError, match="schedule_policy='lru' is unknown; use fcfs, lof, random, routing-key, lpm"):
         SchedulePolicy("lru", tree_with())
 
 
@@ -140,24 +211,40 @@ def test_nobody_starves_behind_a_stream_of_better_matches():
     assert done_at, "never served"
 
 
-def test_a_long_prompt_leaves_room_for_short_ones():
-    """With small_request_share a short prompt does not wait until the long one is through; the answers are the same."""
+@pytest.mark.parametrize(
+    ("option", "through_at"), [({"small_request_share": 0.25}, 4), ({"schedule_policy": "shortest-prefill-first"}, 2)]
+)
+def test_a_long_prompt_leaves_room_for_short_ones(option, through_at):
+    """Short prompts do not wait until the long one that has begun is through; the answers are the same."""
     long, short = [i % 700 for i in range(300)], [[i] * 8 for i in range(1, 4)]
-    steps = {}
-    for share in (0.0, 0.25):
-        scheduler = make(TINY_QWEN_PATH, page_size=4, chunked_prefill_size=64, small_request_share=share)
-        rids = [scheduler.add_request(input_ids=p, sampling_params=params(3)) for p in (long, *short)]
-        first = {}
+    steps = []
+    for options in ({}, option):
+        scheduler = make(TINY_QWEN_PATH, page_size=4, chunked_prefill_size=64, **options)
+        rids, first = [scheduler.add_request(input_ids=long, sampling_params=params(3))], {}
 
-        def arrivals(step, scheduler=scheduler, first=first):
+        def arrivals(step, scheduler=scheduler, rids=rids, first=first):
+            if step == 1 and len(rids) == 1:  # the long one has begun
+                rids += [scheduler.add_request(input_ids=p, sampling_params=params(3)) for p in short]
             for req in scheduler.running:
                 first.setdefault(req.rid, step)
-            return False
+            return step < 1
 
         results = scheduler.process_requests(arrivals)
         assert [results[rid].output_ids for rid in rids] == [greedy(TINY_QWEN_PATH, p, 3) for p in (long, *short)]
-        steps[share] = max(first[rid] for rid in rids[1:])
-    assert steps[0.25] < steps[0.0]
+        steps.append(max(first[rid] for rid in rids[1:]))
+    assert steps == [7, through_at], "behind the long prompt, or beside its next parts"
+
+
+def test_shortest_prefill_first_limits_the_part_of_a_long_prompt_by_what_is_shorter():
+    """Whole pages for each that waits, as long as a page is left: SGLang 0.5.23, shortest_prefill_chunk_limit."""
+    tree = RadixCache(TokenToKVPool(num_pages=100, page_size=4))
+    policy = SchedulePolicy("shortest-prefill-first", tree)
+    long, five, eight, longer = reqs([1] * 100, [2] * 5, [3] * 8, [4] * 101)
+    assert policy.chunk_limit(long, [five, eight, longer], 64) == 64 - 8 - 8
+    assert policy.chunk_limit(long, [longer], 64) is None, "nobody has less to do"
+    assert policy.chunk_limit(long, [five, eight], 12) == 12 - 8, "the second would leave it no page"
+    assert policy.chunk_limit(long, [five], 4) is None
+    assert SchedulePolicy("lpm", tree).chunk_limit(long, [five], 64) is None
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -1,5 +1,7 @@
 """Solution of exercise 4: Longest prefix match, and who should wait."""
 
+import math
+
 import numpy as np
 
 from ch07_sglang_radix.radix_cache import RadixCache
@@ -15,12 +17,14 @@ def lpm(waiting: list[Req], tree: RadixCache) -> list[Req]:
     if len(waiting) > 128:
         return list(waiting)
     ahead: list[np.ndarray] = []  # what those who go ahead will compute
-    rank: dict[Req, tuple[bool, int]] = {}
+    rank: dict[Req, float] = {}
     for req in waiting:
-        ids = req.all_ids[:-1]
-        matched = len(tree.match_prefix(ids).slots)
-        follows = matched <= 32 and any(shared_length(ids, other) >= 32 for other in ahead)
-        if matched <= 32 and not follows:
-            ahead.append(ids)
-        rank[req] = follows, -matched
+        ids = req.all_ids
+        found = len(tree.match_prefix(ids).slots)
+        rank[req] = -min(found, len(ids) - 1)  # one token is always computed
+        if found <= 32:
+            if any(shared_length(ids, other) >= 32 for other in ahead):
+                rank[req] = math.inf
+            else:
+                ahead.append(ids)
     return sorted(waiting, key=rank.__getitem__)

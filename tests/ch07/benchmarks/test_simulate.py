@@ -48,8 +48,8 @@ class PlainLru:
                 n += 1
             if n == start:
                 continue
-            if n < len(key):  # cut it: the upper part is used now, the lower one was used before
-                node[0] = n
+            if n < len(key):  # cut it: both halves count as used now, as in SGLang
+                node[0], node[2] = n, self.now
                 node = [start, key[:n], used]
                 self.nodes.append(node)
             node[2] = self.now

@@ -1,6 +1,6 @@
 """A decode task on the wire, word by word: why it does not grow with the context, and what damage does to it.
 
-    python ch07_sglang_radix/demo_4_decode_task.py
+    python ch07_sglang_radix/demo_5_decode_task.py
 
 A task is a flat int64 tensor (tasks.py). First one is printed whole, then every bit of it is damaged once, then one
 request is decoded from 10 to 10,000 tokens of context and every task is measured, and compared with two others: one

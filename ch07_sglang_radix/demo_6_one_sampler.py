@@ -1,6 +1,6 @@
 """One sampler or many: what becomes of the text if every rank draws its own tokens.
 
-    torchrun --nproc_per_node=2 ch07_sglang_radix/demo_5_one_sampler.py
+    torchrun --nproc_per_node=2 ch07_sglang_radix/demo_6_one_sampler.py
 
 The same question at temperature 3, four times. Either every rank gathers all the logits and samples by itself, with
 its own seed or with a common one, or rank 0 alone samples and broadcasts the tokens. A rank that goes on with another

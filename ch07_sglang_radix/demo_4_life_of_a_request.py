@@ -1,6 +1,6 @@
 """The life of one request, from the queue back to the tree, in eight steps.
 
-    python ch07_sglang_radix/demo_3_life_of_a_request.py
+    python ch07_sglang_radix/demo_4_life_of_a_request.py
 
 The real scheduler with the bundled model on one rank. One question has been answered before; now a second one with the
 same system prompt comes. Nothing is acted out: the scheduler's own calls are watched, and after each of them the
@@ -54,7 +54,7 @@ STEPS = {
     "alloc": "a row of req_to_token, and pages for what is not in the tree",
     "prefill": "one task for all ranks, and the first token",
     "cache_unfinished_req": "the prompt's whole pages become the tree's",
-    "decode": "two words a step, and a page id when a page is full",
+    "decode": "a task of 12 words a step, 2 of them for this row; 4 more when it begins a page",
     "cache_finished_req": "prompt and answer stay in the tree, the rest goes back",
 }
 

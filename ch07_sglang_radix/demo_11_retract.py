@@ -1,6 +1,6 @@
 """A pool that is too small: requests are sent back to the queue with their outputs, and come again.
 
-    python ch07_sglang_radix/demo_9_retract.py
+    python ch07_sglang_radix/demo_11_retract.py
 
 Ten requests, 16 tokens in and 48 out, one every second step. Admission does not reserve the whole answer of those that
 run, only the share `new_token_ratio` of it, since most answers end early. Here none does. A new engine is careful

@@ -1,6 +1,6 @@
 """A long prompt arrives while others write: how long does their next token wait?
 
-    python ch07_sglang_radix/demo_8_chunked_prefill.py
+    python ch07_sglang_radix/demo_10_chunked_prefill.py
 
 Four requests are decoding when a prompt of 1,500 tokens comes. Each letter of a timeline is a step:
 

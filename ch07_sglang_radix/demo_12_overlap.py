@@ -1,6 +1,6 @@
 """Overlap scheduling: the next step is queued before the last one's tokens are seen.
 
-    python ch07_sglang_radix/demo_10_overlap.py
+    python ch07_sglang_radix/demo_12_overlap.py
 
 Two requests: one ends with a stop token, which nobody can foresee, the other after a fixed number of tokens. Each
 box is one step; on a GPU the device works through them while rank 0 is already at the next. On a CPU queueing a

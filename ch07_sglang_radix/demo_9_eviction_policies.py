@@ -1,6 +1,6 @@
 """Eviction strategies side by side: which one is right depends on who comes back.
 
-    python ch07_sglang_radix/demo_7_eviction_policies.py
+    python ch07_sglang_radix/demo_9_eviction_policies.py
 
 Prompts of 4 pages, a cache that holds 8 of them, no model. Three patterns of use:
 
@@ -85,11 +85,12 @@ def hit_rate(strategy: str, uses: list[int]) -> float:
         important = int(prompt in HOT)
         match = tree.match_prefix(ids)
         found += len(match.slots)
-        tree.count_hit(match.last_node, important)
-        if len(match.slots) == 0:
+        slots = match.slots
+        if len(slots) == 0:
             if pool.num_free_pages < PAGES:
                 tree.evict(len(ids))
-            tree.insert(ids, pool.alloc(PAGES), priority=important)
+            slots = pool.alloc(PAGES)
+        tree.insert(ids, slots, priority=important)  # a hit too: an insertion counts as a use
         if pool.free_slots + tree.evictable_size != pool.size:
             raise SystemExit("check failed: a slot is lost or has two owners")
     return found / (len(uses) * PAGES * PAGE_SIZE)
