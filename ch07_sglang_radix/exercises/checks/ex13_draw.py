@@ -3,7 +3,7 @@ from types import ModuleType
 
 import numpy as np
 
-from common.sampling.sampler import uniform
+from common.sampling.batch import uniform
 from common.teaching.expect import ask, expect
 
 LARGE = 150_000  # tokens of a vocabulary
