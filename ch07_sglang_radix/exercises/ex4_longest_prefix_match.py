@@ -13,8 +13,9 @@ so that they find it in the tree a step later. A request goes to the back if
       itself and does not go to the back.
 
 All that go to the back have the same, last rank: among themselves they stay as they came, however much of them is in the
-tree. The last token of a request never counts, it is always computed: look at req.all_ids[:-1]. With more than 128
-requests in the queue matching costs more than it brings: then all stay as they came.
+tree. A request's tokens are req.all_ids. One that is in the tree as a whole still has to compute its last token: for the
+order in front it has found one less. With more than 128 requests in the queue matching costs more than it brings: then
+all stay as they came.
 
     waiting    the queue, the oldest first; must stay as it is
     tree       the radix tree, pages of one token; tree.match_prefix(ids).slots are the tokens found

@@ -71,7 +71,7 @@ def test_the_rule_of_exercise_4_is_the_product_s():
     for _ in range(30):
         heads = [[1000 * h + i for i in range(80)] for h in range(3)]
         cached = [heads[rng.integers(3)][: rng.choice((10, 32, 33, 50))] for _ in range(2)]
-        prompts = [heads[rng.integers(3)][: rng.choice((0, 12, 40, 64))] + [int(rng.integers(9))] * 3 for _ in range(8)]
+        prompts = [heads[rng.integers(3)][: rng.choice((12, 32, 40, 64))] + [int(rng.integers(9))] * int(rng.choice((0, 3))) for _ in range(8)]
         tree = tree_with(*cached, tree=RadixCache(TokenToKVPool(num_pages=500)))
         waiting = [a_req(i, prompt) for i, prompt in enumerate(prompts)]
         assert [req.rid for req in SchedulePolicy("lpm", tree).order(waiting)] == wanted(prompts, cached)
@@ -147,19 +147,20 @@ def by_match_only(waiting, tree):
 
 
 def _lpm(
-    waiting, tree, *, most=33, least=32, last=-1, limit=129, leader_waits=False, sort_those_who_wait=False, wait=True
+    waiting, tree, *, most=33, least=32, cut=0, less=1, limit=129, leader_waits=False, sort_those_who_wait=False, wait=True
 ):
     """most: in the tree to wait, and a token more; least: shared to be waited for; limit: of the queue, and one more."""
     if len(waiting) >= limit:
         return list(waiting)
-    ids = [req.all_ids[: len(req.all_ids) + last] for req in waiting]
+    ids = [req.all_ids[: len(req.all_ids) + cut] for req in waiting]
     matched = [len(tree.match_prefix(one).slots) for one in ids]
+    found = [min(n, len(one) - less) for n, one in zip(matched, ids, strict=True)]
     follows = [False] * len(waiting)
     for i in range(len(waiting)) if wait else ():
         for j in range(len(waiting) if leader_waits else i):
             alike = right(4).shared_length(ids[i], ids[j]) >= least and i != j
             follows[i] |= alike and max(matched[i], matched[j]) < most and (leader_waits or not follows[j])
-    keys = [(follows[i], -matched[i] if sort_those_who_wait or not follows[i] else 0) for i in range(len(waiting))]
+    keys = [(follows[i], -found[i] if sort_those_who_wait or not follows[i] else 0) for i in range(len(waiting))]
     return [waiting[i] for i in sorted(range(len(waiting)), key=keys.__getitem__)]
 
 
@@ -654,7 +655,8 @@ WRONG = [
     (4, {"lpm": _with(_lpm, most=1)}, "they still do"),
     (4, {"lpm": _with(_lpm, least=33)}, "32 shared tokens are"),
     (4, {"lpm": _with(_lpm, least=31)}, "31 shared tokens are not worth a wait"),
-    (4, {"lpm": _with(_lpm, last=0)}, "the last never counts"),
+    (4, {"lpm": _with(_lpm, cut=-1)}, "equal prompts of 32 tokens share 32"),
+    (4, {"lpm": _with(_lpm, less=0)}, "has found one token less"),
     (4, {"lpm": _with(_lpm, limit=999)}, "129 requests wait: as they came"),
     (4, {"lpm": _with(_lpm, limit=128)}, "128 requests wait: the longest match first"),
     (4, {"lpm": _with(_lpm, sort_those_who_wait=True)}, "those who wait keep the order of the queue"),

@@ -27,8 +27,11 @@ def check(m: ModuleType) -> None:
         ([A[:70] + TAILS[0], A[:70] + TAILS[1], B[:9]], [A[:32]], [0, 2, 1], "with 32 in the tree they still do"),
         ([A[:60] + TAILS[0], A[:60] + TAILS[1], B[:9], A[:60] + TAILS[2]], [A[:20], B[:4]], [0, 2, 1, 3],
          "with 20 in the tree they do, even behind those with a shorter match"),
-        ([A[:33], A[:33], B[:9]], [], [0, 2, 1], "32 tokens before the last one are shared: one waits"),
-        ([A[:32], A[:32], B[:9]], [], [0, 1, 2], "31 tokens before the last one are shared: the last never counts"),
+        ([A[:32], A[:32], B[:9]], [], [0, 2, 1], "equal prompts of 32 tokens share 32: one waits"),
+        ([A[:31], A[:31], B[:9]], [], [0, 1, 2], "equal prompts of 31 tokens do not"),
+        ([A[:33], A[:33], A[:33] + TAILS[0]], [A[:40]], [2, 0, 1],
+         "a prompt that is in the tree as a whole has found one token less: its last is computed"),
+        ([A[:33], A[:33], B[:9]], [A[:33]], [0, 1, 2], "with all 33 in the tree nobody waits"),
         ([B[:50], A[:50], B[:51], A[:51]], [A[:20]], [1, 0, 2, 3],
          "those who wait keep the order of the queue, however much of them is in the tree"),
         ([B[:50], B[:50], B[:10], A[:50], A[:50], C[:9]], [A[:20], B[:5]], [3, 0, 2, 5, 1, 4],
@@ -45,7 +48,7 @@ def check(m: ModuleType) -> None:
     for _ in range(60):
         heads = [[1000 * h + i for i in range(80)] for h in range(3)]
         cached = [rng.choice(heads)[: rng.choice((10, 20, 32, 33, 50))] for _ in range(2)]
-        prompts = [rng.choice(heads)[: rng.choice((0, 12, 32, 40, 64))] + [rng.randrange(9)] * 3 for _ in range(8)]
+        prompts = [rng.choice(heads)[: rng.choice((12, 32, 40, 64))] + [rng.randrange(9)] * rng.choice((0, 3)) for _ in range(8)]
         _compare(m, prompts, cached, wanted(prompts, cached), "a queue of eight")
 
 
@@ -66,10 +69,10 @@ def wanted(prompts: list[list[int]], cached: list[list[int]]) -> list[int]:
 
     if len(prompts) > LIMIT:
         return list(range(len(prompts)))
-    ids = [prompt[:-1] for prompt in prompts]
-    matched = [max((begins_alike(one, key) for key in cached), default=0) for one in ids]
+    matched = [max((begins_alike(one, key) for key in cached), default=0) for one in prompts]
     ahead, back = [], []
-    for i, one in enumerate(ids):
+    for i, one in enumerate(prompts):
         if matched[i] <= CHECK:
-            (back if any(begins_alike(one, ids[j]) >= SHARED for j in ahead) else ahead).append(i)
-    return sorted(set(range(len(ids))) - set(back), key=lambda i: (-matched[i], i)) + back
+            (back if any(begins_alike(one, prompts[j]) >= SHARED for j in ahead) else ahead).append(i)
+    front = set(range(len(prompts))) - set(back)
+    return sorted(front, key=lambda i: (-min(matched[i], len(prompts[i]) - 1), i)) + back
