@@ -35,6 +35,11 @@ def check(m: ModuleType) -> None:
     tree.inc_lock_ref(tree.match_prefix([7, 8, 9]).last_node)
     expect("slots evicted when all are wanted, and 3 of 6 are locked", tree.evict(99), 3)
     expect("tokens of 7 8 9, which is locked, that are left", len(tree.match_prefix([7, 8, 9]).slots), 3)
+    tree = tree_with([1, 2, 3], tree=Tree(TokenToKVPool(num_pages=9)))
+    end = tree.match_prefix([1, 2, 3]).last_node
+    beginning = tree.match_prefix([1, 2]).last_node  # two nodes now
+    beginning.hit_count, end.hit_count = 0, 5
+    expect("slots evicted of 1 2, used seldom, with 3, used often, behind it: 3 is the leaf", tree.evict(1), 1)
     _check_at_random(Tree)
 
 
