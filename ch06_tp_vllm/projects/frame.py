@@ -42,3 +42,19 @@ class SchedulerFrame:
         self.blocks.free(request)
         self.free_rows.append(request.row)
         request.row = -1
+
+
+class BlockManagerFrame(BlockManager):
+    """The block manager as it was: a block is named after the step that fills it, and keeps its name whoever leaves."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options | {"name_blocks_at_allocation": False})
+
+    def free(self, request: Request) -> None:
+        """Let go of all blocks of a request, the tail first; every name stays."""
+        request.num_blocks_named = 0
+        super().free(request)
+
+    def forget(self, block_id: int) -> None:
+        """Take a block's name, if it has one: nobody finds it any more."""
+        self._forget(self.blocks[block_id])

@@ -3,7 +3,7 @@
 from ch06_tp_vllm.block_manager import BlockManager
 from ch06_tp_vllm.request import Request, RequestStatus
 from ch06_tp_vllm.scheduler import ScheduledRequest, SchedulerOutput
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 from common.teaching.expect import ask, expect
 
 MAX_STEPS = 5000
@@ -11,18 +11,23 @@ TILE = 16  # kernels and captured graphs compute whole tiles of tokens
 
 
 class Play:
-    """late: the tokens of a step are known only when the next one has been scheduled, as with async_scheduling."""
+    """late: the tokens of a step are known only when the next one has been scheduled, as with async_scheduling.
+
+    It remembers which tokens were written to each slot: a request that starts behind blocks of others must find its own there.
+    """
 
     def __init__(
         self, scheduler_class: type, blocks: BlockManager, *, budget: int = 64, rows: int = 8, chunked: bool = True,
-        late: bool = False,
+        late: bool = False, **options,
     ):  # fmt: skip
         self.blocks, self.rows, self.budget, self.late = blocks, rows, budget, late
         self.scheduler = scheduler_class(
-            blocks, max_num_batched_tokens=budget, max_num_seqs=rows, enable_chunked_prefill=chunked, settle=self.settle
-        )
+            blocks, max_num_batched_tokens=budget, max_num_seqs=rows, enable_chunked_prefill=chunked, settle=self.settle,
+            **options,
+        )  # fmt: skip
         self.requests: list[Request] = []
         self.steps = self.padded_tokens = self.tokens = 0
+        self.written: dict[int, int | None] = {}  # slot -> token; None: one that is still being drawn
         self._queued: list[Request] = []  # who gets a token out of the step that nobody has looked at
 
     def add(self, prompt: list[int], max_new_tokens: int) -> Request:
@@ -52,6 +57,7 @@ class Play:
         if not output.scheduled and not self._queued and self.busy:
             waiting = [self.name(request) for request in self.scheduler.waiting]
             raise AssertionError(f"got an empty step, wanted one: nothing is on its way, and {waiting} wait")
+        self._compute(output)
         emitting = []
         for request, num_computed, num_new, emits in output.scheduled:
             request.num_blocks_sent = len(request.block_table)
@@ -85,6 +91,26 @@ class Play:
             if len(request.output_token_ids) >= request.params.max_new_tokens:
                 request.status = RequestStatus.FINISHED_LENGTH_CAPPED
                 self.scheduler.finish(request)
+
+    def _compute(self, output: SchedulerOutput) -> None:
+        """As in every layer: the K and V of all new tokens are written, then each attends to all before it."""
+        for s in output.scheduled:
+            tokens = [*s.request.all_token_ids, *[None] * s.request.pending]
+            stop = s.num_computed + s.num_new
+            for slot, i in zip(
+                self.blocks.slot_mapping(s.request, s.num_computed, stop), range(s.num_computed, stop), strict=True
+            ):
+                self.written[slot] = tokens[i]
+        for s in output.scheduled:
+            slots = self.blocks.slot_mapping(s.request, 0, s.num_computed)
+            found = [self.written.get(slot, "nothing") for slot in slots]
+            wrong = [
+                i for i, (a, b) in enumerate(zip(found, s.request.all_token_ids, strict=False)) if a not in (b, None)
+            ]
+            if wrong:
+                i = wrong[0]
+                what = f"{self.name(s.request)} attends to its token {i} in block {s.request.block_table[i // self.blocks.block_size]}"
+                expect(f"{what}: what was written there", found[i], s.request.all_token_ids[i])
 
     def name(self, request: Request) -> str:
         return request.group

@@ -10,7 +10,9 @@ from pathlib import Path
 from ch07_sglang_radix.projects.judge_radix_cache import PARTS
 from common.teaching.grading import Project, main
 
-PROJECTS = (Project("radix_cache", "Write the radix tree's match, insert, split and evict", Path(__file__).parent, PARTS),)
+PROJECTS = (
+    Project("radix_cache", "Write the radix tree's match, insert, split and evict", Path(__file__).parent, PARTS),
+)
 
 if __name__ == "__main__":
     main(PROJECTS, "ch07_sglang_radix.projects.grade", __doc__)

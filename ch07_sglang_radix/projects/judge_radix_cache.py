@@ -47,7 +47,9 @@ def product_tests(file: str):
             argv = [sys.executable, "-m", "pytest", "-q", "-p", "ch07_sglang_radix.projects.swap", f"--timeout={ONE_TEST}",
                     "-p", "no:cacheprovider", file]  # fmt: skip
             try:
-                done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=ALL_TESTS, check=False)
+                done = subprocess.run(
+                    argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=ALL_TESTS, check=False
+                )
                 ended = f"exit code {done.returncode}: {' '.join(done.stdout.split())[-200:]}"
             except subprocess.TimeoutExpired:
                 ended = f"still busy after {ALL_TESTS} seconds"
@@ -57,7 +59,9 @@ def product_tests(file: str):
         if len(rows) < total and not wrong:
             raise AssertionError(f"got {len(rows)} tests, wanted {total}; pytest: {ended}")
         if wrong:
-            return (len(rows) - len(wrong)) / total, f"{len(rows) - len(wrong)} of {total} pass; {wrong[0]['test']}: {wrong[0]['said']}"
+            return (
+                len(rows) - len(wrong)
+            ) / total, f"{len(rows) - len(wrong)} of {total} pass; {wrong[0]['test']}: {wrong[0]['said']}"
         return f"{total} of {total} pass"
 
     return judge
@@ -75,7 +79,10 @@ def against_the_reference(m: ModuleType) -> Found:
     rng, operations = random.Random(0), 0
     for strategy in STRATEGIES:
         for page_size in (1, 4):
-            trees = [kind(TokenToKVPool(num_pages=60, page_size=page_size), eviction=strategy) for kind in (PRODUCT, m.RadixCache)]
+            trees = [
+                kind(TokenToKVPool(num_pages=60, page_size=page_size), eviction=strategy)
+                for kind in (PRODUCT, m.RadixCache)
+            ]
             locked: list[list] = []
             for number in range(250):
                 what = f"eviction {strategy}, pages of {page_size}, operation {number}"
@@ -142,7 +149,9 @@ def transformers_tokens(prompt: list[int], count: int) -> list[int]:
     """Its greedy answer to this prompt alone."""
     ids = torch.tensor([prompt])
     mask = torch.ones_like(ids)
-    out = _model().generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    out = _model().generate(
+        ids, attention_mask=mask, max_new_tokens=count, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
     return out[0, len(prompt) :].tolist()
 
 
@@ -150,11 +159,16 @@ def _requests(seed: int, count: int = 10) -> Requests:
     """Most begin alike, some are asked twice."""
     rng = random.Random(seed)
     heads = [[rng.randrange(300, 3000) for _ in range(24)] for _ in range(2)]
-    some = [(rng.choice(heads) + [rng.randrange(300, 3000) for _ in range(rng.randint(1, 16))], rng.randint(2, 12)) for _ in range(count)]
+    some = [
+        (rng.choice(heads) + [rng.randrange(300, 3000) for _ in range(rng.randint(1, 16))], rng.randint(2, 12))
+        for _ in range(count)
+    ]
     return some + some[:3]
 
 
-def _answers(tree_class: type, requests: Requests, *, pool: int = 1024, page_size: int = 4, **options) -> tuple[list[list[int]], int]:
+def _answers(
+    tree_class: type, requests: Requests, *, pool: int = 1024, page_size: int = 4, **options
+) -> tuple[list[list[int]], int]:
     """The tokens, and how many prompt tokens came from the tree. Every page is counted after every step."""
     with in_place(tree_class):
         wrapper = TPRadixAttentionModelWrapper(None, "cpu", page_size, max_total_tokens=pool, max_running_requests=6)
@@ -164,7 +178,9 @@ def _answers(tree_class: type, requests: Requests, *, pool: int = 1024, page_siz
             params = SamplingParams(max_new_tokens=count, ignore_eos=True)
             ids.append(engine.add_request(input_ids=prompt, sampling_params=params))
         results = engine.process_requests()
-        assert isinstance(engine.tree, tree_class), f"got a {type(engine.tree).__name__} in the engine, wanted the file's RadixCache"
+        assert isinstance(engine.tree, tree_class), (
+            f"got a {type(engine.tree).__name__} in the engine, wanted the file's RadixCache"
+        )
         return [results[i].output_ids for i in ids], engine.served["cached"]
 
 
@@ -173,7 +189,11 @@ def in_the_engine(seed: int, **options):
         requests = _requests(seed)
         got, _ = _answers(m.RadixCache, requests, **options)
         for i, (prompt, count) in enumerate(requests):
-            expect(f"tokens of request {i} of {len(requests)}, as transformers'", got[i], transformers_tokens(prompt, count))
+            expect(
+                f"tokens of request {i} of {len(requests)}, as transformers'",
+                got[i],
+                transformers_tokens(prompt, count),
+            )
         return f"{len(got)} answers, token for token transformers', no page lost"
 
     return judge
@@ -182,9 +202,16 @@ def in_the_engine(seed: int, **options):
 def hits(m: ModuleType) -> Found:
     """Tokens found, for a large and a small pool and several strategies: numbers that no machine changes."""
     said = []
-    for options in ({"pool": 4096}, {"pool": 144}, {"pool": 144, "radix_eviction_policy": "lfu"}, {"pool": 160, "page_size": 1}):
+    for options in (
+        {"pool": 4096},
+        {"pool": 144},
+        {"pool": 144, "radix_eviction_policy": "lfu"},
+        {"pool": 160, "page_size": 1},
+    ):
         requests = _requests(7, 24) + _requests(8, 12)
-        (_, want), (_, got) = (_answers(kind, requests, schedule_policy="lpm", **options) for kind in (PRODUCT, m.RadixCache))
+        (_, want), (_, got) = (
+            _answers(kind, requests, schedule_policy="lpm", **options) for kind in (PRODUCT, m.RadixCache)
+        )
         expect(f"prompt tokens found in the tree with {options}", got, want)
         said.append(str(got))
     return f"as many prompt tokens as the reference finds: {', '.join(said)}"
@@ -196,7 +223,10 @@ def speed(m: ModuleType) -> Found:
     for number in range(ROUNDS):
         rng = random.Random(number)
         heads = [[rng.randrange(50_000) for _ in range(160)] for _ in range(40)]
-        prompts = [rng.choice(heads)[: 16 * rng.randint(2, 10)] + [rng.randrange(50_000) for _ in range(48)] for _ in range(2500)]
+        prompts = [
+            rng.choice(heads)[: 16 * rng.randint(2, 10)] + [rng.randrange(50_000) for _ in range(48)]
+            for _ in range(2500)
+        ]
         trees = [kind(TokenToKVPool(num_pages=4000, page_size=16)) for kind in (PRODUCT, m.RadixCache)]
         seconds = [0.0, 0.0]
         for first in range(0, len(prompts), 50):
@@ -209,7 +239,9 @@ def speed(m: ModuleType) -> Found:
             best, per_second = seconds[0] / seconds[1], 5 * len(prompts) / seconds[1]
         if best >= 1:
             break
-    return (1.0 if best * WANTED >= 1 else 0.0), f"{per_second:,.0f} operations/s, {1 / best:.1f} times the reference's time; at most {WANTED:g} wanted"
+    return (
+        1.0 if best * WANTED >= 1 else 0.0
+    ), f"{per_second:,.0f} operations/s, {1 / best:.1f} times the reference's time; at most {WANTED:g} wanted"
 
 
 def _serve(tree: RadixCache, prompt: list[int]) -> None:

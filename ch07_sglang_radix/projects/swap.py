@@ -1,6 +1,6 @@
 """A reader's RadixCache in the place of the product's: for a while, or for a whole run of pytest (as a plugin of it).
 
-    PROJECT_FILE=my_tree.py PROJECT_RESULTS=results.jsonl python -m pytest -p ch07_sglang_radix.projects.swap tests/ch07/test_radix_cache.py
+PROJECT_FILE=my_tree.py PROJECT_RESULTS=results.jsonl python -m pytest -p ch07_sglang_radix.projects.swap tests/ch07/test_radix_cache.py
 """
 
 import importlib
@@ -51,4 +51,7 @@ def pytest_runtest_logreport(report) -> None:
         said = "" if report.passed else getattr(report.longrepr, "reprcrash", report.longrepr)
         said = getattr(said, "message", str(said)).splitlines() or [""]
         with Path(os.environ["PROJECT_RESULTS"]).open("a", encoding="utf-8") as out:
-            out.write(json.dumps({"test": report.nodeid.split("::")[-1], "passed": report.passed, "said": said[0][:300]}) + "\n")
+            out.write(
+                json.dumps({"test": report.nodeid.split("::")[-1], "passed": report.passed, "said": said[0][:300]})
+                + "\n"
+            )
