@@ -11,7 +11,10 @@ from ch06_tp_vllm.projects import judge_same_step_sharing, judge_schedule
 from common.teaching.grading import Project, main
 
 FOLDER = Path(__file__).parent
-PROJECTS = (Project("schedule", "Write the scheduler's schedule()", FOLDER, judge_schedule.PARTS),)
+PROJECTS = (
+    Project("schedule", "Write the scheduler's schedule()", FOLDER, judge_schedule.PARTS),
+    Project("same_step_sharing", "Requests of one step share their full blocks", FOLDER, judge_same_step_sharing.PARTS),
+)
 
 if __name__ == "__main__":
     main(PROJECTS, "ch06_tp_vllm.projects.grade", __doc__)

@@ -7,7 +7,6 @@ from types import ModuleType
 from ch06_tp_vllm.block_manager import BlockManager
 from ch06_tp_vllm.projects.oracle import add_all, engine_with, judge_answers, random_ids
 from ch06_tp_vllm.projects.play import Play
-from ch06_tp_vllm.request import Request
 from ch06_tp_vllm.scheduler import Scheduler, SchedulerOutput
 from common.teaching.expect import expect
 from common.teaching.grading import Found, Part

@@ -16,9 +16,9 @@ class MyScheduler(SchedulerFrame):
             if num_new == 0:
                 break
             # a settle or a preemption for one before it may have taken it out, and its last token may be on its way
-            if request.status is RequestStatus.RUNNING and request.num_tokens < request.max_tokens:
-                if self._make_room(request, num_new, step):
-                    step[request] = num_new
+            ready = request.status is RequestStatus.RUNNING and request.num_tokens < request.max_tokens
+            if ready and self._make_room(request, num_new, step):
+                step[request] = num_new
         if self.num_preemptions == sent_back:
             while self.waiting and self.free_rows and self._start(self.waiting[0], step):
                 pass
