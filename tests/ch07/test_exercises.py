@@ -71,7 +71,8 @@ def test_the_rule_of_exercise_4_is_the_product_s():
     for _ in range(30):
         heads = [[1000 * h + i for i in range(80)] for h in range(3)]
         cached = [heads[rng.integers(3)][: rng.choice((10, 32, 33, 50))] for _ in range(2)]
-        prompts = [heads[rng.integers(3)][: rng.choice((12, 32, 40, 64))] + [int(rng.integers(9))] * int(rng.choice((0, 3))) for _ in range(8)]
+        heads_of = [heads[rng.integers(3)][: rng.choice((12, 32, 40, 64))] for _ in range(8)]
+        prompts = [head + [int(rng.integers(9))] * int(rng.choice((0, 3))) for head in heads_of]
         tree = tree_with(*cached, tree=RadixCache(TokenToKVPool(num_pages=500)))
         waiting = [a_req(i, prompt) for i, prompt in enumerate(prompts)]
         assert [req.rid for req in SchedulePolicy("lpm", tree).order(waiting)] == wanted(prompts, cached)
@@ -147,7 +148,17 @@ def by_match_only(waiting, tree):
 
 
 def _lpm(
-    waiting, tree, *, most=33, least=32, cut=0, less=1, limit=129, leader_waits=False, sort_those_who_wait=False, wait=True
+    waiting,
+    tree,
+    *,
+    most=33,
+    least=32,
+    cut=0,
+    less=1,
+    limit=129,
+    leader_waits=False,
+    sort_those_who_wait=False,
+    wait=True,
 ):
     """most: in the tree to wait, and a token more; least: shared to be waited for; limit: of the queue, and one more."""
     if len(waiting) >= limit:
