@@ -5,11 +5,9 @@
 Exit code 1 if one that was started is wrong.
 """
 
-from ch06_tp_vllm.exercises.checks import CHECKS
 from common.teaching.exercises import Exercises
 
-EXERCISES = Exercises("ch06_tp_vllm.exercises", CHECKS)
-module_of, outcome = EXERCISES.module_of, EXERCISES.outcome
+EXERCISES = Exercises("ch06_tp_vllm.exercises")
 
 if __name__ == "__main__":
     EXERCISES.main(__doc__)

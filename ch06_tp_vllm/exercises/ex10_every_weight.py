@@ -1,6 +1,6 @@
-"""Exercise 10: No weight left behind (15 minutes).
+"""Exercise 10: No weight left behind (10 minutes).
 
-Read  common/models/weights.py, _plan
+Read  step 5 of the chapter
 Edit  this file
 Test  python -m ch06_tp_vllm.exercises.check 10
 
@@ -8,7 +8,10 @@ A checkpoint whose names nobody recognises loads without an error and talks nons
 what the model needs with what the file has, before anything is read.
 
     needed, found    {name: shape}
-    raises           ValueError that names every missing and every unexpected tensor, and every one of a wrong shape
+    raises           ValueError whose text has the name of every missing and every unexpected tensor, and of every one
+                     with a wrong shape that shape too; no name of a tensor that is as it should be
+
+    needed {"a": (2, 3), "b": (2,)}, found {"a": (3, 2), "c": (1,)}: the text has b, c, a and (3, 2) in it
 """
 
 

@@ -1,6 +1,6 @@
-"""Exercise 4: Slots of new tokens (10 minutes).
+"""Exercise 4: Slots of new tokens (5 minutes).
 
-Read  ch06_tp_vllm/block_manager.py, the drawing at its top; ch06_tp_vllm/demo_7_block_manager.py
+Read  steps 6 and 7 of the chapter; Kwon et al. 2023 (PagedAttention), section 4.3
 Edit  this file
 Test  python -m ch06_tp_vllm.exercises.check 4
 
@@ -8,7 +8,9 @@ A sequence's tokens lie in blocks of P slots, in the order of its block table; s
 Where do the tokens start .. stop-1 go, for any start, in the middle of a block too?
 
     block_table    block ids, enough for `stop` tokens
-    returns        stop - start slots
+    returns        stop - start slots, in order
+
+    block_table [7, 3], blocks of 4, tokens 2 .. 5: slots 30, 31, 12, 13
 """
 
 

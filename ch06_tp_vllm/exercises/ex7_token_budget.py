@@ -1,6 +1,6 @@
-"""Exercise 7: One budget of tokens (30 minutes).
+"""Exercise 7: One budget of tokens (15 minutes).
 
-Read  ch06_tp_vllm/scheduler.py, schedule
+Read  step 8 of the chapter; Agrawal et al. 2024 (Sarathi-Serve), section 4
 Edit  this file
 Test  python -m ch06_tp_vllm.exercises.check 7
 
@@ -8,8 +8,10 @@ Give out a step's budget as vLLM V1 does. Running requests come first, in order,
 decode lacks one token, a prompt in chunks the rest of it); then waiting ones, in order. The last one gets
 what is left, if that is less than it lacks.
 
-    running, waiting    lists of (name, tokens it lacks)
-    returns             [(name, tokens to compute)], in order, none with 0; together at most `budget`
+    running, waiting    lists of (name, tokens it lacks, at least 1); they stay as they are
+    returns             [(name, tokens to compute)], in order, none with 0; together as many as `budget` allows
+
+    running [("a", 1)], waiting [("c", 10), ("d", 4)], budget 8: [("a", 1), ("c", 7)]
 """
 
 

@@ -5,11 +5,9 @@
 Exit code 1 if one that was started is wrong.
 """
 
-from ch07_sglang_radix.exercises.checks import CHECKS
 from common.teaching.exercises import Exercises
 
-EXERCISES = Exercises("ch07_sglang_radix.exercises", CHECKS)
-module_of, outcome = EXERCISES.module_of, EXERCISES.outcome
+EXERCISES = Exercises("ch07_sglang_radix.exercises")
 
 if __name__ == "__main__":
     EXERCISES.main(__doc__)

@@ -1,6 +1,6 @@
-"""Exercise 1: Match a prefix (30 minutes).
+"""Exercise 1: Match a prefix (25 minutes).
 
-Read  ch07_sglang_radix/radix_cache.py, match_prefix and _split
+Read  step 1 of the chapter; Zheng et al. 2024 (SGLang), section 3, figure 3
 Edit  this file
 Test  python -m ch07_sglang_radix.exercises.check 1
 
@@ -16,7 +16,11 @@ keep a reference to `node` itself as the end of their locked path: which half mu
 the other? `match_prefix` finds the longest cached prefix of `tokens`; an edge that matches in part is split.
 
     n          0 < n < len(node["key"])
+    tokens     token ids, perhaps none; stay as they are
     returns    split: the upper half; match_prefix: the slots of the prefix, and the node at which it ends
+
+    a tree of 1 2 3 4 in the slots 40 .. 43: [1, 2, 9] matches the slots [40, 41], and ends at a new node 1 2, whose only
+    child is the old node, now 3 4
 """
 
 

@@ -1,6 +1,6 @@
 """Exercise 6: The duplicate page that is freed too early (40 minutes).
 
-Read  ch07_sglang_radix/radix_cache.py, insert and cache_unfinished_req; ch07_sglang_radix/request_memory.py, its head
+Read  steps 2 and 3 of the chapter
 Edit  this file
 Test  python -m ch07_sglang_radix.exercises.check 6
 
@@ -18,9 +18,12 @@ Afterwards all its whole pages are the tree's: prefix_len and last_node say so, 
 lock is gone. A real bug hides in the last line of the table (mini-sglang PR 142): the ranks are told about pages
 from sent_len on, and about nothing before it.
 
-    tree    insert(ids, row) returns how many of the tokens the tree had before; match_prefix, inc_lock_ref,
-            dec_lock_ref, pool.free(slots)
+    tree    insert(ids, row) takes over what it has not got, and returns how many of the tokens it had before;
+            match_prefix(ids) -> slots, last_node; inc_lock_ref(node), dec_lock_ref(node); pool.free(slots)
     req     its tokens so far are req.all_ids[: req.kv_len]
+
+    pages of 2, six tokens of its own in the slots 12 .. 17, of which the tree had four in 4 .. 7: 12 .. 15 are freed, the
+    row begins 4 5 6 7 16 17, prefix_len is 6, and sent_len at most 0
 """
 
 from ch07_sglang_radix.radix_cache import RadixCache

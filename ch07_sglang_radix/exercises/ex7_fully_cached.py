@@ -1,6 +1,6 @@
-"""Exercise 7: The prompt that is cached from end to end (10 minutes).
+"""Exercise 7: The prompt that is cached from end to end (5 minutes).
 
-Read  ch07_sglang_radix/prefill_adder.py, add; ch07_sglang_radix/memory_pool.py, its head
+Read  step 3 of the chapter
 Edit  this file
 Test  python -m ch07_sglang_radix.exercises.check 7
 
@@ -9,9 +9,11 @@ from the logits of the last prompt token, and logits are not cached. A query of 
 (nano-vllm #144). Which part of a prompt comes from the cache, and which is computed? As much as possible from the
 cache, but computing goes on where a page begins: pages of the tree belong to others too and are never written to.
 
-    tree       match_prefix(ids).slots; pages of tree.page_size tokens
+    tree       match_prefix(ids).slots: those of the longest cached prefix of ids, whole pages of tree.page_size tokens
     prompt     token ids, at least one
-    returns    the slots of the cached part, whole pages; the tokens that must be computed
+    returns    the slots of the cached part, whole pages; the tokens that must be computed, a list
+
+    pages of 4, 0 .. 11 in the tree: of the prompt 0 .. 11 eight come from the cache, of 0 .. 12 twelve
 """
 
 import numpy as np

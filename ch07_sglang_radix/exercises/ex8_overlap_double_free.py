@@ -1,6 +1,6 @@
-"""Exercise 8: The end that is seen one step late (20 minutes).
+"""Exercise 8: The end that is seen one step late (15 minutes).
 
-Read  ch07_sglang_radix/scheduler.py, its head, _settle and _end
+Read  step 10 of the chapter
 Edit  this file
 Test  python -m ch07_sglang_radix.exercises.check 8
 
@@ -13,9 +13,11 @@ which also sets req.finish_reason if that was the last one), and call finish(req
 that set req.kv_len: steps on their way have counted themselves in already. What remains is the number of
 tokens with K and V in the pool that somebody has seen: all but the newest one, which was never fed in.
 
-    reqs      the requests that take part in the step, also those that have ended in the meantime
+    reqs      the requests that take part in the step, also those that have ended in the meantime (finish_reason is set)
     tokens    the token of each
-    finish    gives row, lock and pages back, and leaves the first req.kv_len tokens to the tree
+    finish    gives row, lock and pages back, and leaves the first req.kv_len tokens to the tree; once for each request
+
+    prompt of 3, output 4 and then the stop token 7: finish is called with kv_len 4, whatever it was before
 """
 
 from collections.abc import Callable

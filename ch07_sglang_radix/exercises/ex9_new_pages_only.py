@@ -1,6 +1,6 @@
 """Exercise 9: A decode task that does not grow (15 minutes).
 
-Read  ch07_sglang_radix/tasks.py, its head; ch07_sglang_radix/request_memory.py, page_updates
+Read  step 4 of the chapter
 Edit  this file
 Test  python -m ch07_sglang_radix.exercises.check 9
 
@@ -13,6 +13,8 @@ say nothing.
     req_to_token    int64 [rows, max_context]: the slots of each row; slot = page * page_size + offset
     returns         one PageUpdate(row, index of the first new page in the row, page ids) for each request that has
                     new pages; after this call every rank knows them
+
+    pages of 4, row 1 has the pages 5 2 9, sent_len 8, allocated_len 12: PageUpdate(1, 2, (9,)), and nothing the next time
 """
 
 import numpy as np

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ch06_tp_vllm.demo_4_two_ways import PARTS, sizes
-from ch06_tp_vllm.exercises.checks import CHECKS
+from ch06_tp_vllm.exercises.check import EXERCISES
 from ch06_tp_vllm.patch_hf_attention import patch_attention
 from ch06_tp_vllm.record_messages import PROMPTS
 from common.models.config import ModelConfig
@@ -104,9 +104,9 @@ def test_every_step_has_a_picture_and_exercises_of_its_own():
     assert len(listed) == 10
     assert all(cell.strip() for cell in listed[:9])
     by_step = {i + 1: {int(n) for n in cell.split(",")} for i, cell in enumerate(listed[:9])}
-    assert set.union(*by_step.values()) == set(CHECKS)
+    assert set.union(*by_step.values()) == set(EXERCISES.numbers)
     table = (ROOT / "ch06_tp_vllm" / "exercises" / "README.md").read_text(encoding="utf-8")
-    for number in CHECKS:
+    for number in EXERCISES.numbers:
         (line,) = re.findall(rf"^\| {number} \|.*$", table, re.MULTILINE)
         assert {int(n) for n in line.split("|")[3].split(",")} == {
             step for step, own in by_step.items() if number in own

@@ -1,7 +1,5 @@
 """Solution of exercise 4: Longest prefix match, and who should wait."""
 
-import math
-
 import numpy as np
 
 from ch07_sglang_radix.radix_cache import RadixCache
@@ -20,11 +18,9 @@ def lpm(waiting: list[Req], tree: RadixCache) -> list[Req]:
     rank: dict[Req, float] = {}
     for req in waiting:
         ids = req.all_ids
-        found = len(tree.match_prefix(ids).slots)
-        rank[req] = -min(found, len(ids) - 1)  # one token is always computed
-        if found <= 32:
-            if any(shared_length(ids, other) >= 32 for other in ahead):
-                rank[req] = math.inf
-            else:
-                ahead.append(ids)
+        matched = len(tree.match_prefix(ids).slots)
+        follows = matched <= 32 and any(shared_length(ids, other) >= 32 for other in ahead)
+        if matched <= 32 and not follows:
+            ahead.append(ids)
+        rank[req] = float("inf") if follows else -min(matched, len(ids) - 1)  # one rank for all who wait: sorting keeps their order
     return sorted(waiting, key=rank.__getitem__)

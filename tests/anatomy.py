@@ -1,0 +1,48 @@
+"""What the exercises of both chapters look like, so that a reader who has done one knows them all."""
+
+import ast
+import re
+from pathlib import Path
+
+from common.teaching.exercises import Exercises, imports_of
+
+ROOT = Path(__file__).parents[1]
+
+
+def check_exercise(exercises: Exercises, number: int, chapter: Path) -> None:
+    path = Path(exercises.module_of(number).__file__)
+    text = path.read_text(encoding="utf-8")
+    head = re.match(
+        rf'"""Exercise {number}: .+ \(\d+ minutes\)\.\n\nRead  (.+)\nEdit  this file\nTest  python -m '
+        rf"{re.escape(exercises.package)}.check {number}\n\n",
+        text,
+    )
+    assert head, f"{path.name} does not begin as an exercise does"
+    assert "raise NotImplementedError  # your turn" in text
+    read = head.group(1)
+    assert ".py" not in read, "to read is an idea; a file of the product would be the answer"
+    said = (chapter / "README.md").read_text(encoding="utf-8")
+    steps = [int(n) for run in re.findall(r"steps? ([\d, and]+) of the chapter", read) for n in re.findall(r"\d+", run)]
+    assert steps, f"{read!r} names no step of the chapter"
+    assert all(re.search(rf"^## {step}\. ", said, re.MULTILINE) for step in steps)
+    assert imports_of(path) <= imports_of(path.parent / "solutions" / path.name)
+
+
+def check_table(exercises: Exercises) -> None:
+    """The table of the exercises' README says what the files say."""
+    table = (exercises.folder / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| \[(.+?)\]\((.+?)\) \|(?: [\d, ]+ \|)? (\d+) min \| (.+) \|$", table, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == exercises.numbers
+    for number, title, file, minutes, read in rows:
+        text = (exercises.folder / file).read_text(encoding="utf-8")
+        assert text.startswith(f'"""Exercise {number}: {title} ({minutes} minutes).\n\nRead  {read}\n'), file
+
+
+def check_messages(exercises: Exercises) -> None:
+    """No assertion without a message; where it is written by hand it says "got" and "wanted", as `expect` does."""
+    for path in sorted((exercises.folder / "checks").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Assert):
+                said = ast.unparse(node.msg) if node.msg else ""
+                assert "got " in said, f"{path.name}, line {node.lineno}"
+                assert "wanted " in said, f"{path.name}, line {node.lineno}"
