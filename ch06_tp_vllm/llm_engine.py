@@ -69,9 +69,9 @@ class LLMEngine:
         self, model: str | None = None, *, tensor_parallel_size: int | None = None, dtype: str = "auto",
         device: str = "auto", block_size: int = 16, max_num_seqs: int = 256, max_num_batched_tokens: int | None = None,
         num_gpu_blocks_override: int | None = None, enable_prefix_caching: bool = True,
-        enable_chunked_prefill: bool = True, scheduling_policy: str = "fcfs", seed: int = 0, enforce_eager: bool = False,
-        async_scheduling: bool | None = None, attention_backend: str = "auto", check: bool = False,
-        trace: str | Path | None = None,
+        enable_chunked_prefill: bool = True, scheduler_reserve_full_isl: bool = True, watermark: float = 0.0,
+        scheduling_policy: str = "fcfs", seed: int = 0, enforce_eager: bool = False, async_scheduling: bool | None = None,
+        attention_backend: str = "auto", check: bool = False, trace: str | Path | None = None,
     ):  # fmt: skip
         blocks = num_gpu_blocks_override
         sizes = {
@@ -99,7 +99,7 @@ class LLMEngine:
         self.scheduler = Scheduler(
             self.blocks, max_num_batched_tokens=max_num_batched_tokens or DEFAULT_BUDGET[self.tp.device.type],
             max_num_seqs=max_num_seqs, policy=scheduling_policy, enable_chunked_prefill=enable_chunked_prefill,
-            settle=self._settle,
+            scheduler_reserve_full_isl=scheduler_reserve_full_isl, watermark=watermark, settle=self._settle,
         )  # fmt: skip
         self.async_scheduling = self.tp.device.type == "cuda" if async_scheduling is None else async_scheduling
         self.seed, self.check = seed, check
@@ -142,7 +142,7 @@ class LLMEngine:
             seed = int(uniform(self.seed, self._num_requests) * (1 << 24)) if params.seed is None else params.seed + i
             request = Request(
                 request_id, i, ids, params.row(), seed, priority, self._num_requests, cache_salt, stops=stops,
-                stop=params.stop, parent=group.requests[0] if i else None,
+                stop=params.stop,
             )  # fmt: skip
             group.requests.append(request)
             self._num_requests += 1
@@ -327,7 +327,7 @@ class LLMEngine:
                 self.scheduler.finish(request)
 
     def _cache(self, request: Request) -> None:
-        """Name the full blocks whose tokens are computed, or queued to be, and known."""
+        """Name the full blocks whose tokens are computed, or queued to be, and known by now, unless allocate_slots could."""
         if request.num_computed_tokens < (request.num_blocks_named + 1) * self.blocks.block_size:
             return  # no new full block, as in most steps
         # the last token of a finished request was never fed in, or in a step too many
