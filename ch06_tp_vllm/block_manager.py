@@ -7,12 +7,16 @@ A block is P slots. Sequences own blocks, not memory: a sequence that grows by a
 tokens, and no slot is reserved that nobody writes to (at most P - 1 are wasted a sequence). PagedAttention, Kwon
 et al. 2023.
 
-Prefix caching (vLLM V1): a full block gets a hash of its tokens and of all that came before. A request whose tokens
-have the same hashes starts with those blocks. Two things make it work without copies:
+Prefix caching (vLLM 0.33: v1/core/kv_cache_manager.py, block_pool.py): a full block gets a name, the hash of its tokens
+and of all that came before. A request whose tokens have the same names starts with those blocks. What makes it work
+without copies:
 
   - a block is never written again once it is full, so any number of sequences may hold it (ref_cnt);
-  - a freed block keeps its hash and its content until somebody else needs the memory; free blocks are taken least
-    recently used first, and the tail of a sequence is freed before its head.
+  - a block is named when the step that fills it is scheduled (allocate_slots), so requests of the same step share: in
+    every layer the K and V of all tokens of a step are written before anybody attends. Whoever leaves before that step
+    has run takes the names back (free);
+  - a freed block keeps its name and its content until somebody else needs the memory. Free blocks are a queue: named ones
+    join at the end, the tail of a sequence before its head; those without a name go first, nobody can find them.
 
 Blocks with equal content are not merged: block tables only grow, and what a rank was told stays true.
 """
@@ -42,7 +46,7 @@ def hash_block(parent: bytes, token_ids: Sequence[int], extra_key: str | None = 
 
 @dataclass
 class KVCacheBlock:
-    """One block. `ref_cnt` sequences hold it; `block_hash` once it is full and its content is computed."""
+    """One block. `ref_cnt` sequences hold it; `block_hash` is its name, once a step that fills it is scheduled."""
 
     block_id: int
     ref_cnt: int = 0
@@ -62,19 +66,22 @@ class BlockManager:
 
     num_kv_heads of the model are cut over tp_size ranks: this rank's blocks hold [P, Hkv/R, d] each. Nothing
     else here depends on the rank, and that is the point: tables of all ranks are equal.
+
+    name_blocks_at_allocation: False names them after the step that fills them, to show what the difference is.
     """
 
     def __init__(
         self, num_blocks: int, block_size: int, *, num_heads: int = 1, num_kv_heads: int = 1, tp_rank: int = 0,
-        tp_size: int = 1, enable_prefix_caching: bool = True,
+        tp_size: int = 1, enable_prefix_caching: bool = True, name_blocks_at_allocation: bool = True,
     ):  # fmt: skip
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"num_blocks={num_blocks} and block_size={block_size} must be at least 1")
         self.block_size, self.enable_prefix_caching = block_size, enable_prefix_caching
+        self.name_blocks_at_allocation = name_blocks_at_allocation
         self.tp_rank, self.tp_size = tp_rank, tp_size
         self.num_kv_heads_local = HeadLayout.of(num_heads, num_kv_heads, tp_rank, tp_size).num_kv
         self.blocks = [KVCacheBlock(i) for i in range(num_blocks)]
-        self.free_blocks: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # first out: the oldest
+        self.free_blocks: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # the next one first
         # hash -> the blocks with that content; more than one if they were computed side by side
         self.cached: dict[bytes, dict[int, None]] = {}
         self.stats = PrefixCacheStats()
@@ -125,7 +132,8 @@ class BlockManager:
     def allocate_slots(self, request: Request, num_tokens: int, computed: Sequence[int] = ()) -> bool:
         """Slots for the request's first `num_tokens`; `computed` blocks come first, for a request without any.
 
-        False, and nothing has changed, if the pool does not have them.
+        False, and nothing has changed, if the pool does not have them. Whoever calls it has the step compute these tokens,
+        or frees the request: blocks that they fill can be found from now on.
         """
         if self.blocks_needed(request, num_tokens, computed) > self.num_free_blocks:
             return False
@@ -134,19 +142,10 @@ class BlockManager:
         request.block_table += computed
         for _ in range(-(-num_tokens // self.block_size) - len(request.block_table)):
             request.block_table.append(self._take())
+        if self.name_blocks_at_allocation:
+            known = len(request.prompt_token_ids) + len(request.output_token_ids)  # the newest may still be drawn
+            self.cache_full_blocks(request, min(num_tokens, known))
         return True
-
-    def fork(self, parent: Request, child: Request) -> int:
-        """Let `child` start with the full prompt blocks of `parent`, without copying one; returns their tokens.
-
-        For parallel sampling: the n answers of a prompt hold its blocks together. The block in which prompt
-        and answer meet is not full, so each child computes the few tokens in it again.
-        """
-        whole = min(parent.num_computed_tokens, len(child.prompt_token_ids) - 1) // self.block_size
-        for block in parent.block_table[:whole]:
-            self._hold(block)
-        child.block_table = parent.block_table[:whole]
-        return whole * self.block_size
 
     def _hold(self, block: int) -> None:
         self.blocks[block].ref_cnt += 1
@@ -168,11 +167,14 @@ class BlockManager:
             del self.cached[block.block_hash]
         block.block_hash = None
 
-    # --- after a step
+    # --- name, and let go
 
-    def cache_full_blocks(self, request: Request, num_computed: int) -> None:
-        """Name the blocks that the first `num_computed` tokens fill: their content is there, others may find it."""
-        full = num_computed // self.block_size
+    def cache_full_blocks(self, request: Request, num_tokens: int) -> None:
+        """Name the blocks that the first `num_tokens` fill: others may find them.
+
+        Their tokens are known; their content is there, or the step being scheduled computes it.
+        """
+        full = num_tokens // self.block_size
         if not self.enable_prefix_caching or full <= request.num_blocks_named:
             return
         hashes = self._hashes(request, full)
@@ -184,14 +186,26 @@ class BlockManager:
         request.num_blocks_named = full
 
     def free(self, request: Request) -> None:
-        """Let go of all blocks, the tail first: it is the least likely to be of use to another request."""
-        for block_id in reversed(request.block_table):
-            block = self.blocks[block_id]
+        """Let go of all blocks, the tail first: it is the least likely to be of use to another request.
+
+        A block that was named for a step which has not run (it failed, or this request was preempted after it had been
+        scheduled) holds nothing of the kind and loses its name. vLLM 0.33 keeps the name; as a rule whoever needed the room
+        takes that block first, its issue 57580 is about a case where not.
+        """
+        computed, named, nameless = request.num_computed_tokens // self.block_size, [], []
+        for i in reversed(range(len(request.block_table))):
+            block = self.blocks[request.block_table[i]]
             if block.ref_cnt == 0:
-                raise ValueError(f"block {block_id} of request {request.request_id} is freed twice")
+                raise ValueError(f"block {block.block_id} of request {request.request_id} is freed twice")
+            if computed <= i < request.num_blocks_named:
+                self._forget(block)
             block.ref_cnt -= 1
             if block.ref_cnt == 0:
-                self.free_blocks[block_id] = None
+                (named if block.block_hash else nameless).append(block.block_id)
+        self.free_blocks.update(dict.fromkeys(named))
+        for block_id in reversed(nameless):  # to the front, still the tail first
+            self.free_blocks[block_id] = None
+            self.free_blocks.move_to_end(block_id, last=False)
         request.block_table, request.num_blocks_named = [], 0
 
     def slot_mapping(self, request: Request, start: int, stop: int) -> list[int]:
@@ -216,6 +230,8 @@ class BlockManager:
             assert len(set(request.block_table)) == len(request.block_table), (
                 f"{request.request_id} holds a block twice"
             )
+            named, computed = request.num_blocks_named * self.block_size, request.num_computed_tokens
+            assert named <= computed, f"{request.request_id}: blocks of {named} tokens named, {computed} computed"
             for block in request.block_table:
                 held[block] = held.get(block, 0) + 1
         for block in self.blocks:

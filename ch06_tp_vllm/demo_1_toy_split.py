@@ -5,7 +5,7 @@
 
 Column-parallel: each rank has some columns of W and gets those columns of the result; put them side by side.
 Row-parallel: each rank has some rows of W and the matching columns of X and gets a partial sum; add them up.
-Ends with the two classic mistakes; every step checks itself.
+Mistakes are shown with their numbers, beside the right ones; every step checks itself.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ import numpy as np
 
 from common.distributed.launch import run_main
 from common.teaching.report import csv_option, write_csv
-from common.teaching.show import check, heading, matrix, table
+from common.teaching.show import check, heading, matrix, mistake, table
 
 X = np.array([[1, 2, 3, 4], [5, 6, 7, 8]])  # [2, 4]: two tokens, four features
 W = np.array([[1, 0, 2, 1, 3, 0], [0, 1, 1, 2, 0, 1], [2, 1, 0, 1, 1, 2], [1, 2, 1, 0, 2, 1]])  # [4, 6]
@@ -67,9 +67,11 @@ def column_then_row() -> None:
     partial = [act(X @ up[:, cut]) @ down[cut] for cut in (slice(0, 3), slice(3, 6))]
     print("  rank r: act(X @ up[:, mine]) @ down[mine, :]    the columns it made are the ones it needs")
     check("sum over ranks = act(X up) down", np.allclose(sum(partial), act(X @ up) @ down))
-    gathered = act(X[:, :2] @ up[:2]) + act(X[:, 2:] @ up[2:])
-    check("row first would not work: the activation of a partial sum is not a part of the activation",
-          not np.allclose(gathered, act(X @ up)))  # fmt: skip
+    row_first = act(X[:, :2] @ up[:2]) + act(X[:, 2:] @ up[2:])
+    mistake(
+        "row first: each rank would activate its partial sum, max(x - 20, 0); the second token's features",
+        row_first[1], act(X @ up)[1],
+    )  # fmt: skip
 
 
 def merged_gate_and_up() -> None:
@@ -81,43 +83,55 @@ def merged_gate_and_up() -> None:
         merged = X @ held
         right = np.allclose(merged[:, :3], (X @ gate)[:, mine]) and np.allclose(merged[:, 3:], (X @ up)[:, mine])
         check(f"rank {rank}: one product of [gate | up] gives what two products give", right)
-    stacked = np.concatenate([gate, up], axis=1)  # [4, 12]
-    half = X @ stacked[:, :6]  # what rank 0 would get from cutting the stacked matrix
-    check("cutting the stacked matrix instead gives rank 0 all of gate and nothing of up", np.allclose(half, X @ gate))
+    stacked, mine = np.concatenate([gate, up], axis=1), slice(0, 3)  # [4, 12]
+    half = X @ stacked[:, :6]  # all of gate, nothing of up
+    mistake(
+        "rank 0 takes the first half of the stacked matrix: what it believes to be its up, of the first token",
+        half[0, 3:], (X @ up)[0, mine],
+    )  # fmt: skip
 
 
 def fused_qkv() -> None:
     heading("q, k and v as one product: the same, by heads")
-    wq, wk, wv = W[:, :4], W[:, 4:], W[:, 1:3]  # two query heads of two features that share one KV head
+    print("  A head: a few features of q, k and v that attend among themselves. Here two query heads of two features,")
+    print("  and one KV head (features of k and v) that both of them look up.")
+    wq, wk, wv = W[:, :4], W[:, 4:], W[:, 1:3]
     for rank, mine in enumerate((slice(0, 2), slice(2, 4))):
         held = np.concatenate([wq[:, mine], wk, wv], axis=1)
         matrix(f"rank {rank}: query head {rank} | k | v, the KV head on both", held, cut=(2, 4))
         q, k, v = np.split(X @ held, [2, 4], axis=1)
         right = np.allclose(q, (X @ wq)[:, mine]) and np.allclose(k, X @ wk) and np.allclose(v, X @ wv)
         check(f"rank {rank}: one product, split behind it, is three products", right)
-    half = X @ np.concatenate([wq, wk, wv], axis=1)[:, :4]  # rank 0's half of the fused matrix: no head of k or v in it
-    check("cutting the fused matrix instead gives rank 0 both query heads, no k and no v", np.allclose(half, X @ wq))
+    half = X @ np.concatenate([wq, wk, wv], axis=1)[:, :4]  # both query heads, no k and no v
+    mistake(
+        "rank 0 takes the first half of the fused matrix: what it believes to be k, of the first token",
+        half[0, 2:], (X @ wk)[0],
+    )  # fmt: skip
 
 
 def what_goes_wrong() -> None:
     heading("Two mistakes that run without an error")
     bias = np.array([10, 20, 30, 40, 50, 60])
     each_adds = (X[:, :2] @ W[:2] + bias) + (X[:, 2:] @ W[2:] + bias)
-    check("a row-parallel bias added on every rank counts R times", np.allclose(each_adds, X @ W + 2 * bias))
+    mistake(
+        "row-parallel, and every rank adds the bias 10 20 30 40 50 60: it counts R times; Y of the first token",
+        each_adds[0], (X @ W + bias)[0],
+    )  # fmt: skip
     q, k = X @ W[:, :4], X @ W[:, 2:]  # one head of four features
 
     def weights(q, k):
-        scores = np.exp((q @ k.T - (q @ k.T).max(axis=1, keepdims=True)) / 100)
+        scores = np.exp((q @ k.T - (q @ k.T).max(axis=1, keepdims=True)) / 2000)
         return scores / scores.sum(axis=1, keepdims=True)
 
     halves = (weights(q[:, :2], k[:, :2]) + weights(q[:, 2:], k[:, 2:])) / 2
-    check(
-        "half a head has other attention weights: heads are never cut through", not np.allclose(halves, weights(q, k))
-    )
+    mistake(
+        "a head cut through, half of its features on each rank: how the second token attends to both",
+        halves[1], weights(q, k)[1],
+    )  # fmt: skip
 
 
 def what_is_sent() -> None:
-    heading("What would be sent, layer by layer")
+    heading("What would be sent, layer by layer (bytes of the tensor on one rank)")
     y = X @ W
     rows = [
         ("column, alone", "all_gather", [2, 3], y[:, :3].nbytes, "only if every rank needs all columns of Y"),

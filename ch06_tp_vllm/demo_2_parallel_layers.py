@@ -1,19 +1,22 @@
 """The same cuts as layers, with real messages between real ranks.
 
-    torchrun --nproc_per_node=2 ch06_tp_vllm/demo_2_parallel_layers.py     # two processes
+    torchrun --nproc_per_node=2 ch06_tp_vllm/demo_2_parallel_layers.py     # two processes; any number works
     python ch06_tp_vllm/demo_2_parallel_layers.py                          # all ranks in one: rank is an argument
     python ch06_tp_vllm/demo_2_parallel_layers.py --csv figures/parallel_layers.csv
 
 Each layer is compared with the unsplit one. The table shows what was sent: under torchrun by the ledger, which
-records every collective. Played in one process the ranks are objects, and their sum is written out by hand.
+records every collective. Played in one process the ranks are objects, and their sum is written out by hand. Last, what
+merging q, k, v and gate, up is good for: fewer products to launch, counted, and timed on the shapes of Qwen2.5-0.5B.
 """
 
+import time
 from collections.abc import Iterator
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.distributed.launch import run_main
+from common.layers.heads import HeadLayout
 from common.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -28,6 +31,7 @@ from common.teaching.show import check, heading, table
 
 IN, OUT, HEADS, KV_HEADS, D = 16, 24, 4, 2, 4
 TOKENS = 3
+QWEN_HIDDEN, QWEN_PARTS = 896, {"q, k, v": (896, 128, 128), "gate, up": (4864, 4864)}  # of Qwen2.5-0.5B
 
 
 def main() -> None:
@@ -42,6 +46,7 @@ def main() -> None:
         with torch.inference_mode():
             played_ranks(2, x, weights)
             played_ranks(3, x, weights)
+            merged_and_timed()
     if csv and tp.rank == 0:
         write_csv(list(shards(2)), csv, measured=False)
 
@@ -101,7 +106,8 @@ def real_ranks(tp: TPGroup, x: torch.Tensor, weights: dict) -> None:
         return
     heading(f"{tp.size} processes, rank 0's part")
     table(("layer", "weight here", "output here"), shapes)
-    heading("What was sent")
+    why_qkv_is_larger(tp.size)
+    heading("What was sent (bytes of the tensor on one rank)")
     table(("op", "layer", "shape", "bytes", "why"),
           [(e.op, e.label, str(list(e.shape)), e.bytes, "partial sums -> the sum") for e in entries])  # fmt: skip
     unsplit_is(y["replicated"], want["column"], "replicated: every rank has all of it")
@@ -122,9 +128,24 @@ def together(layers: dict, outputs: dict, want: dict) -> None:
     for i, name in enumerate(("gate", "up")):
         got = torch.cat([half[i] for half in halves], dim=-1)
         unsplit_is(got, want["gate_up"][i], f"gate_up: every rank holds its part of {name}")
-    for i, name in enumerate("qkv" if "qkv" in outputs else ""):
-        got = torch.cat([layers["qkv"].split(y)[i] for y in outputs["qkv"]], dim=-1)
-        unsplit_is(got, want["qkv"][i], f"qkv: every rank holds whole heads of {name}")
+    right = True
+    for rank, y in enumerate(outputs["qkv"]):
+        layout = HeadLayout.of(HEADS, KV_HEADS, rank, len(outputs["qkv"]))
+        parts = zip(layers["qkv"].split(y), want["qkv"], (layout.q_heads, *[layout.kv_heads] * 2), strict=True)
+        for got, whole, held in parts:
+            padded = torch.cat((whole.view(TOKENS, -1, D), torch.zeros(TOKENS, 1, D)), dim=1)  # the last one: no head
+            right &= torch.allclose(
+                got.view(TOKENS, -1, D), padded[:, [-1 if h is None else h for h in held]], atol=1e-5
+            )
+    check("qkv: every rank holds whole heads of q, k and v", right)
+
+
+def why_qkv_is_larger(size: int) -> None:
+    if KV_HEADS % size:
+        print(
+            f"  qkv is not 1/{size} of the whole: {KV_HEADS} KV heads cannot be cut into {size}, so they are held more than"
+            f"\n  once, and heads of zeros fill up (step 3)"
+        )
 
 
 class CountProducts(TorchDispatchMode):
@@ -151,6 +172,34 @@ def fewer_products(tp: TPGroup, x: torch.Tensor, weights: dict) -> None:
     check("merged layers need two products instead of five", (one_by_one.count, merged.count) == (5, 2))
 
 
+def merged_and_timed() -> None:
+    """One product of stacked weights against one product each, in turn; the fastest of both counts."""
+    gpu = torch.cuda.is_available()
+    device, dtype, where = (
+        ("cuda", torch.bfloat16, torch.cuda.get_device_name()) if gpu else ("cpu", torch.float32, "CPU")
+    )
+    heading(f"What merging saves: Qwen2.5-0.5B's shapes, {where}, {str(dtype).removeprefix('torch.')}, microseconds")
+    rows = []
+    for name, widths in QWEN_PARTS.items():
+        parts = [torch.randn(width, QWEN_HIDDEN, device=device, dtype=dtype) for width in widths]
+        stacked = torch.cat(parts)
+        for tokens in (1, 64):
+            x, best = torch.randn(tokens, QWEN_HIDDEN, device=device, dtype=dtype), [float("inf")] * 2
+            for _ in range(15):
+                for way, weights in enumerate((parts, [stacked])):
+                    began = time.perf_counter()
+                    for weight in weights:
+                        torch.nn.functional.linear(x, weight)
+                    if gpu:
+                        torch.cuda.synchronize()
+                    best[way] = min(best[way], time.perf_counter() - began)
+            rows.append((name, tokens, *(round(1e6 * seconds) for seconds in best)))
+    table(("product", "tokens", "one by one", "merged"), rows)
+    print(
+        "  On a CPU the bytes of the weights take the time, and they are the same; a GPU waits for each launch as well."
+    )
+
+
 def played_ranks(size: int, x: torch.Tensor, weights: dict) -> None:
     want = unsplit(x, weights)
     ranks = [TPGroup(rank, size) for rank in range(size)]
@@ -160,10 +209,10 @@ def played_ranks(size: int, x: torch.Tensor, weights: dict) -> None:
         ("layer", *(f"weight of rank {rank}" for rank in range(size))),
         [(name, *(str(list(layer[name].weight.shape)) for layer in layers)) for name in layers[0]],
     )
+    why_qkv_is_larger(size)
     partial = [layer["row"](my_columns(x, rank, size)) for rank, layer in enumerate(layers)]
     unsplit_is(sum(partial), want["row"], "row: sum of the ranks = unsplit, and rank 0 alone added the bias")
-    names = ("column", "gate_up", "qkv") if HEADS % size == 0 else ("column", "gate_up")  # heads are padded: demo_3
-    together(layers[0], {name: [layer[name](x) for layer in layers] for name in names}, want)
+    together(layers[0], {name: [layer[name](x) for layer in layers] for name in ("column", "gate_up", "qkv")}, want)
 
 
 def shards(size: int) -> Iterator[dict]:

@@ -35,7 +35,8 @@ class EngineArgs:
     model: a folder in Hugging Face layout, a Hub id, or None for the bundled tiny model. tokenizer: another folder for the
     tokenizer; skip_tokenizer_init: none, token ids only. max_model_len: tokens of a request at most (prompt and answer).
     max_num_batched_tokens: the budget of a step. num_gpu_blocks_override: blocks in the pool; by default what memory
-    allows, gpu_memory_utilization of the device's memory for weights and pool together. enforce_eager: no CUDA graphs.
+    allows, gpu_memory_utilization of the device's memory for weights and pool together. scheduler_reserve_full_isl: a
+    request enters only if its whole prompt fits, and a share `watermark` of the blocks stays free. enforce_eager: no CUDA graphs.
     async_scheduling: queue a step before the last one's tokens are seen; None: on a GPU. generation_config: "auto" takes
     sampling defaults from the model's generation_config.json, "vllm" takes vLLM's own. check: test the conservation of
     blocks after every step. trace: a file to which every step writes a line (trace.py).
@@ -59,6 +60,8 @@ class EngineArgs:
     gpu_memory_utilization: float | None = None
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
+    scheduler_reserve_full_isl: bool = True
+    watermark: float = 0.0
     scheduling_policy: str = "fcfs"
     seed: int = 0
     enforce_eager: bool = False
@@ -82,7 +85,8 @@ class EngineArgs:
             self._set(name, whole(name, getattr(self, name), 1))
         self._set("seed", whole("seed", self.seed, -(1 << 63), (1 << 63) - 1))
         switches = (
-            "skip_tokenizer_init", "trust_remote_code", "enable_prefix_caching", "enable_chunked_prefill", "enforce_eager", "check",
+            "skip_tokenizer_init", "trust_remote_code", "enable_prefix_caching", "enable_chunked_prefill",
+            "scheduler_reserve_full_isl", "enforce_eager", "check",
         )  # fmt: skip
         for name in switches:
             flag(name, getattr(self, name))
@@ -91,6 +95,7 @@ class EngineArgs:
         if self.gpu_memory_utilization is not None:
             share = real("gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, "; a share", open_below=True)
             self._set("gpu_memory_utilization", share)
+        self._set("watermark", real("watermark", self.watermark, 0, 1, "; a share of the blocks"))
         for name in ("dtype", "kv_cache_dtype", "device", "attention_backend"):
             text(name, getattr(self, name))
         for name, allowed in (

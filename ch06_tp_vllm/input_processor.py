@@ -97,7 +97,6 @@ class InputProcessor:
             requests.append(
                 Request(
                     request_id, i, ids, row, seed, priority, first + i, salt, stops=stops, text=words,
-                    parent=requests[0] if i else None,
                 )
             )  # fmt: skip
         return requests

@@ -73,7 +73,8 @@ class LLMEngine:
         budget = args.max_num_batched_tokens or DEFAULT_BUDGET[self.tp.device.type]
         self.scheduler = Scheduler(
             self.blocks, max_num_batched_tokens=budget, max_num_seqs=args.max_num_seqs, policy=args.scheduling_policy,
-            enable_chunked_prefill=args.enable_chunked_prefill, settle=self._settle,
+            enable_chunked_prefill=args.enable_chunked_prefill,
+            scheduler_reserve_full_isl=args.scheduler_reserve_full_isl, watermark=args.watermark, settle=self._settle,
         )  # fmt: skip
         intake = Intake(
             tokenizer, config.vocab_size, self.runner.context_length, len(self.blocks.blocks) * size, size, WORDS
@@ -239,7 +240,7 @@ class LLMEngine:
             self.scheduler.finish(request)
 
     def _cache(self, request: Request) -> None:
-        """Name the full blocks whose tokens are computed, or queued to be, and known."""
+        """Name the full blocks whose tokens are computed, or queued to be, and known by now, unless allocate_slots could."""
         if request.num_computed_tokens < (request.num_blocks_named + 1) * self.blocks.block_size:
             return  # no new full block, as in most steps
         # the last token of a finished request was never fed in, or in a step too many

@@ -41,7 +41,6 @@ class Request:
     priority: int = 0  # lower goes first, under the priority policy
     arrival: int = 0  # the n-th request
     extra_key: str | None = None  # keeps its blocks apart from those of other keys
-    parent: "Request | None" = None  # of the n answers to one prompt, the first; the others wait for its blocks
     stops: frozenset[int] = frozenset()
     text: AnswerText | None = None
 

@@ -3,14 +3,15 @@
 Every request is num_computed_tokens of num_tokens. A step has a budget of tokens and gives
 
     1. each running request what it lacks: one token if it decodes, a chunk if its prompt is long
-    2. each waiting request, in order, its prompt behind what the prefix cache has, as long as budget, rows
-       and blocks last
+    2. each waiting request, in order, its prompt behind what the prefix cache has, as long as budget and rows last and
+       the blocks suffice for its whole prompt
 
 so a step may hold a chunk of one prompt, a whole other one, and forty decodes. A running request that gets no block
 preempts the newest one (under the priority policy the least important one): its blocks are freed, its tokens
 kept, and it waits at the head of the queue. In such a step no waiting request starts.
 
-Sarathi-Serve (Agrawal et al. 2024) for the mixed step; Orca (Yu et al. 2022) for scheduling by iterations.
+vLLM 0.33: v1/core/sched/scheduler.py, Scheduler.schedule. Sarathi-Serve (Agrawal et al. 2024) for the mixed step; Orca
+(Yu et al. 2022) for scheduling by iterations.
 """
 
 import bisect
@@ -54,21 +55,28 @@ class Scheduler:
     """Who runs next. Rank 0 has one; it touches no tensor.
 
     max_num_batched_tokens: the budget of a step. max_num_seqs: rows. enable_chunked_prefill: a prompt longer than what is
-    left of the budget is cut; without it, it waits for a step of its own. settle: makes every token that is still being
-    drawn known; called before a request is preempted.
+    left of the budget is cut; without it, it waits for a step of its own. scheduler_reserve_full_isl: a request enters only
+    if there are blocks for all its tokens, not just for the first chunk of them ("input sequence length"). watermark: and
+    if this share of the pool stays free for those who run. settle: makes every token that is still being drawn known;
+    called before a request is preempted.
     """
 
     def __init__(
         self, blocks: BlockManager, *, max_num_batched_tokens: int, max_num_seqs: int, policy: str = "fcfs",
-        enable_chunked_prefill: bool = True, settle: Callable[[], None] = lambda: None,
+        enable_chunked_prefill: bool = True, scheduler_reserve_full_isl: bool = True, watermark: float = 0.0,
+        settle: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         if policy not in POLICIES:
             raise ValueError(f"scheduling_policy={policy!r} is unknown; use {' or '.join(POLICIES)}")
         if max_num_batched_tokens < 1 or max_num_seqs < 1:
             raise ValueError(f"{max_num_batched_tokens=} and {max_num_seqs=} must be at least 1")
+        if not 0 <= watermark < 1:
+            raise ValueError(f"{watermark=} must be a share of the pool, from 0 to below 1")
         self.blocks, self.policy, self.settle = blocks, policy, settle
         self.max_num_batched_tokens, self.max_num_seqs = max_num_batched_tokens, max_num_seqs
         self.enable_chunked_prefill = enable_chunked_prefill
+        self.scheduler_reserve_full_isl = scheduler_reserve_full_isl
+        self.watermark_blocks = int(watermark * len(blocks.blocks))
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.free_rows = list(range(max_num_seqs))[::-1]
@@ -90,18 +98,18 @@ class Scheduler:
             if request.status is not RequestStatus.RUNNING or tokens >= request.max_tokens:
                 continue  # preempted a moment ago, or its last token is being drawn
             num_new = min(tokens - computed, budget)
-            # as in most steps of most requests: the last block has room for one more
-            fits = computed + num_new <= len(request.block_table) * self.blocks.block_size
-            if not fits and not self._make_room(request, computed + num_new, scheduled, preempted):
-                continue
+            # as in most steps of most requests: the last block has room for one more, and is not full then
+            fits = computed + num_new < len(request.block_table) * self.blocks.block_size
+            if not fits:
+                has_room = self._make_room(request, computed + num_new, scheduled, preempted)
+                budget = self.max_num_batched_tokens - sum(s.num_new for s in scheduled)  # who was sent back gives back
+                if not has_room:
+                    continue
             scheduled.append(ScheduledRequest(request, computed, num_new, computed + num_new == tokens))
             budget -= num_new
-        budget = self.max_num_batched_tokens - sum(s.num_new for s in scheduled)
         for request in list(self.waiting) if not preempted else ():
             if budget == 0 or not self.free_rows:
                 break
-            if request.parent and not self._parent_is_ready(request.parent):
-                continue
             num_new = self._start(request, budget)
             if num_new == 0:
                 break
@@ -110,23 +118,16 @@ class Scheduler:
             budget -= num_new
         return SchedulerOutput(scheduled, len(preempted))
 
-    def _parent_is_ready(self, parent: Request) -> bool:
-        """The prompt that the n answers share is computed, or gone: then nothing is to be waited for."""
-        return parent.num_computed_tokens >= len(parent.prompt_token_ids) or parent.status.finished
-
     def _start(self, request: Request, budget: int) -> int:
         """Take a waiting request in; returns how many of its tokens this step computes, 0 if it does not fit."""
         computed = self.blocks.get_computed_blocks(request)
         cached = len(computed) * self.blocks.block_size
-        sibling = request.parent and request.parent.status is RequestStatus.RUNNING
-        if sibling and cached < len(request.prompt_token_ids):  # nothing of its own answer was found
-            cached, computed = self.blocks.fork(request.parent, request), []
         num_new = request.num_tokens - cached
         if num_new > budget:
             num_new = budget if self.enable_chunked_prefill else 0
-        if num_new == 0 or not self.blocks.allocate_slots(request, cached + num_new, computed):
-            self.blocks.free(request)
+        if num_new == 0 or not self._may_enter(request, cached + num_new, computed):
             return 0
+        self.blocks.allocate_slots(request, cached + num_new, computed)
         self.waiting.remove(request)
         self.running.append(request)
         request.row, request.num_blocks_sent, request.drawn_here = self.free_rows.pop(), 0, False
@@ -134,9 +135,19 @@ class Scheduler:
         if request.num_cached_tokens is None:  # not again after a preemption: it would find its own tokens
             request.num_cached_tokens = cached
             self.blocks.stats.queries += len(request.prompt_token_ids)
-            if self.blocks.enable_prefix_caching:  # a fork is no hit of a cache that is off
-                self.blocks.stats.hits += cached
+            self.blocks.stats.hits += cached
         return num_new
+
+    def _may_enter(self, request: Request, num_tokens: int, computed: list[int]) -> bool:
+        """The gate of admission: are there blocks for its first num_tokens, or for all of its tokens?
+
+        A request that enters with the first chunk of its prompt and finds no blocks for the next one is preempted, and
+        comes back with the first chunk.
+        """
+        if self.scheduler_reserve_full_isl:
+            num_tokens = request.num_tokens
+        spare = self.watermark_blocks if self.running else 0
+        return self.blocks.blocks_needed(request, num_tokens, computed) + spare <= self.blocks.num_free_blocks
 
     def _make_room(self, request: Request, num_tokens: int, scheduled: list, preempted: list) -> bool:
         """Slots for the request, at the cost of the least important running one; False if that is itself."""

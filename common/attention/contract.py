@@ -9,7 +9,9 @@ A step is T new tokens of B sequences, laid end to end (ragged). Attention is to
     page_size     P, and max_query_len, so that nobody has to ask the GPU for it
     prefixes      who begins alike, or None: a hint that saves reading the same pages twice, results are the same
 
-Prefill, prefill behind a cached prefix, decode and any mix of them differ in these numbers alone. New
+Prefill, prefill behind a cached prefix, decode and any mix of them differ in these numbers alone. In each layer the K and V
+of the whole step are written before anybody attends: a sequence may begin with pages that another one fills in this very
+step (not in one of max_query_len 1, where all decode). New
 token i of sequence b stands at position context_lens[b] - query_len[b] + i and sees everything up to itself.
 A page is filled from its first slot on, and what its last owner left in the others, NaN included, counts for nothing.
 vLLM calls a page a block (Kwon et al. 2023); SGLang's backends take the same facts.
@@ -45,5 +47,5 @@ class AttentionMetadata:
     query_start: torch.Tensor  # [B+1]
     context_lens: torch.Tensor  # [B]
     page_size: int  # P
-    max_query_len: int = 0  # longest of the step, known on the host: a GPU launch needs it; 0 is unknown
+    max_query_len: int = 0  # no query is longer, known on the host: a GPU launch needs it; 1: a decode step; 0: unknown
     prefixes: SharedPrefixes | None = None  # decode only

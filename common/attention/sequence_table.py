@@ -72,7 +72,10 @@ class SequenceTable:
         if tokens.min() < 0:
             ids = ids.where(ids >= 0, self.last_token[of])
         table = self.page_table[:, : self._pages(context.max())].index_select(0, row)
-        return StepInputs(ids, at, row, self._meta(of, at, table, starts, context_lens, int(new.max())))
+        # not 1 even if all have one token: a sequence may read what another one writes in this step, and a decode kernel,
+        # which stores and attends in one go, would be too early
+        longest = max(2, int(new.max()))
+        return StepInputs(ids, at, row, self._meta(of, at, table, starts, context_lens, longest))
 
     def decode(self, rows: np.ndarray, positions: np.ndarray, alike: Sequence[tuple[int, int, int]] = ()) -> StepInputs:
         """The last token of each sequence, to stand at positions [B].

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from common.distributed.cost_model import wire_bytes
 from common.distributed.ledger import LedgerEntry
 
 WHY = {
@@ -57,13 +58,30 @@ def matrix(name: str, values: np.ndarray, cut: int | Sequence[int] = (), axis: i
         print(f"{indent}  {' | '.join(parts)}")
 
 
-def messages(entries: Sequence[LedgerEntry]) -> None:
-    """What a step sent: one row for all layers that send the same."""
+def messages(entries: Sequence[LedgerEntry], ranks: int | None = None) -> None:
+    """What a step sent: one row for all layers that send the same.
+
+    ranks: how many there are; the table then says as well what crosses between them (cost_model.py).
+    """
     rows = Counter((e.op, re.sub(r"\.\d+\.", ".*.", e.label), e.shape, e.bytes) for e in entries)
-    table(
-        ("op", "layer", "shape", "times", "bytes each", "why"),
-        [(op, label, list(shape), n, size, WHY[label.split(".")[-1]]) for (op, label, shape, size), n in rows.items()],
-    )
+    header, cells = ["op", "layer", "shape", "times", "bytes each"], []
+    for (op, label, shape, size), n in rows.items():
+        wire = [wire_bytes(op, size, ranks)] if ranks else []
+        cells.append((op, label, list(shape), n, size, *wire, WHY[label.split(".")[-1]]))
+    table((*header, *(["on the wire"] if ranks else []), "why"), cells)
+
+
+def mistake(said: str, wrong: Any, right: Any) -> None:
+    """A mistake that runs without an error: its number beside the right one. They must differ, or it is none."""
+    wrong, right = _number(wrong), _number(right)
+    if wrong == right:
+        raise SystemExit(f"check failed: {said}: {wrong} is right")
+    print(f"  {said}\n    wrong: {wrong}\n    right: {right}")
+
+
+def _number(value: Any) -> str:
+    """A row of numbers, or what is one already."""
+    return value if isinstance(value, str) else " ".join(f"{x:.4g}" for x in np.asarray(value).ravel())
 
 
 def check(said: str, ok: bool) -> None:

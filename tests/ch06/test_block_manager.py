@@ -19,7 +19,6 @@ def computed(blocks, tokens, name="r", salt=None):
     one = request(tokens, name, salt)
     found = blocks.get_computed_blocks(one)
     assert blocks.allocate_slots(one, len(tokens), found)
-    blocks.cache_full_blocks(one, len(tokens))
     one.num_computed_tokens = len(tokens)
     return one
 
@@ -85,6 +84,7 @@ def test_freed_blocks_are_found_until_they_are_needed():
     found = blocks.get_computed_blocks(again)
     assert len(found) == 3
     assert blocks.allocate_slots(again, 13, found)
+    again.num_computed_tokens = 13
     assert again.block_table[:3] == found
     blocks.check([again])
 
@@ -99,21 +99,16 @@ def test_the_tail_of_a_sequence_is_overwritten_first_and_old_before_new():
     assert len(blocks.get_computed_blocks(request([5, 6, 7, 8, 0]))) == 2
 
 
-def test_equal_blocks_computed_side_by_side_stay_two_and_either_is_found():
+def test_equal_blocks_stay_two_and_either_is_found():
+    """A prompt of whole blocks computes its last block again; vLLM merges no blocks either."""
     blocks = BlockManager(4, 2)
-    one, two = request([1, 2, 3], "one"), request([1, 2, 3], "two")
-    for r in (one, two):
-        blocks.allocate_slots(r, 3)
-    for r in (one, two):
-        blocks.cache_full_blocks(r, 3)
+    one, two = computed(blocks, [1, 2], "one"), computed(blocks, [1, 2], "two")
     assert one.block_table != two.block_table
+    assert blocks.get_computed_blocks(request([1, 2, 3])) == one.block_table, "the one that had the name first"
     blocks.free(one)
-    third = request([7, 7], "third")
-    blocks.allocate_slots(third, 2)
-    fourth = request([8, 8], "fourth")
-    blocks.allocate_slots(fourth, 2)  # takes the block of `one`
-    assert blocks.get_computed_blocks(request([1, 2, 3])) == [two.block_table[0]]
-    blocks.check([two, third, fourth])
+    others = [computed(blocks, [token], str(token)) for token in (7, 8, 9)]  # the last takes the block of `one`
+    assert blocks.get_computed_blocks(request([1, 2, 3])) == two.block_table
+    blocks.check([two, *others])
 
 
 def test_salts_keep_blocks_apart():
@@ -123,20 +118,91 @@ def test_salts_keep_blocks_apart():
     assert len(blocks.get_computed_blocks(request(range(9), salt="tenant 1"))) == 2
 
 
-def test_fork_shares_the_full_blocks_of_the_prompt():
-    blocks = BlockManager(8, 4, enable_prefix_caching=False)
-    parent, child = computed(blocks, range(10)), request(range(10), "child")
-    assert blocks.fork(parent, child) == 8
-    assert child.block_table == parent.block_table[:2]
-    assert blocks.allocate_slots(child, 10)
-    assert child.block_table[2] != parent.block_table[2]
-    blocks.check([parent, child])
-
-
-def test_a_fork_of_a_prompt_of_whole_blocks_still_has_a_token_to_compute():
+def test_blocks_are_found_as_soon_as_the_step_that_fills_them_is_scheduled():
     blocks = BlockManager(8, 4)
-    parent, child = computed(blocks, range(8)), request(range(8), "child")
-    assert blocks.fork(parent, child) == 4
+    one = request(range(10), "one")
+    blocks.allocate_slots(one, 7)  # a chunk of its prompt
+    assert blocks.get_computed_blocks(request(range(10))) == one.block_table[:1], "not the one that is not full yet"
+    blocks.allocate_slots(one, 10)
+    assert blocks.get_computed_blocks(request(range(10))) == one.block_table[:2]
+
+
+def test_named_after_the_step_they_are_found_by_the_next_one():
+    blocks = BlockManager(8, 4, name_blocks_at_allocation=False)
+    one = request(range(10), "one")
+    blocks.allocate_slots(one, 10)
+    assert blocks.get_computed_blocks(request(range(10))) == []
+    blocks.cache_full_blocks(one, 10)
+    assert blocks.get_computed_blocks(request(range(10))) == one.block_table[:2]
+
+
+def test_a_block_with_a_token_that_is_still_being_drawn_has_no_name():
+    blocks = BlockManager(8, 4)
+    one = request(range(3), "one")
+    one.pending = 1
+    blocks.allocate_slots(one, 4)
+    assert blocks.blocks[one.block_table[0]].block_hash is None
+    one.pending, one.output_token_ids = 0, [3]
+    blocks.cache_full_blocks(one, 4)
+    assert blocks.get_computed_blocks(request(range(5))) == one.block_table
+
+
+def test_who_leaves_before_the_step_has_run_takes_the_names_back():
+    """vLLM keeps them (issue 57580): somebody would find blocks that nobody has computed."""
+    blocks = BlockManager(8, 4)
+    one = computed(blocks, range(4), "one")
+    one.output_token_ids = [4, 5, 6, 7]
+    blocks.allocate_slots(one, 8)  # scheduled, and then preempted or aborted
+    assert len(blocks.get_computed_blocks(request(range(9)))) == 2
+    blocks.free(one)
+    assert len(blocks.get_computed_blocks(request(range(9)))) == 1, "the first four were computed in an earlier step"
+    blocks.check([])
+
+
+def test_freed_blocks_without_a_name_are_taken_first():
+    """vLLM 0.33; with one queue of least recently used blocks the two short requests would take turns with both blocks."""
+    blocks = BlockManager(2, 4)
+    blocks.free(computed(blocks, range(5), "first"))
+    for name in ("second", "third"):
+        blocks.free(computed(blocks, [99], name))
+    assert len(blocks.get_computed_blocks(request(range(5)))) == 1
+
+
+class FreeQueue:
+    """The rule alone, of vLLM 0.33's BlockPool.free_blocks: what is freed together is put in front of the queue if it
+    has no name, in this order, and behind it if it has one."""
+
+    def __init__(self, count):
+        self.ids = list(range(count))
+
+    def free(self, blocks):  # [(id, named)], the tail of the sequence first
+        self.ids = [i for i, named in blocks if not named] + self.ids + [i for i, named in blocks if named]
+
+
+@given(st.integers(1, 4), st.booleans(), st.data())
+@settings(max_examples=300, deadline=None)
+def test_blocks_are_taken_in_the_order_of_vllm_s_free_queue(size, caching, data):
+    blocks, queue = BlockManager(8, size, enable_prefix_caching=caching), FreeQueue(8)
+    running = []
+    for n in range(data.draw(st.integers(1, 30))):
+        if running and data.draw(st.booleans()):
+            one = running.pop(data.draw(st.integers(0, len(running) - 1)))
+            full = len(one.prompt_token_ids) // size if caching else 0
+            held = {block for other in running for block in other.block_table}
+            tail_first = list(enumerate(one.block_table))[::-1]
+            queue.free([(block, i < full) for i, block in tail_first if block not in held])
+            blocks.free(one)
+        else:
+            one = request(data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=12)), str(n))
+            found = blocks.get_computed_blocks(one)
+            if blocks.allocate_slots(one, len(one.prompt_token_ids), found):
+                one.num_computed_tokens = len(one.prompt_token_ids)
+                queue.ids = [block for block in queue.ids if block not in found]
+                new = len(one.block_table) - len(found)
+                assert one.block_table[len(found) :] == queue.ids[:new]
+                queue.ids = queue.ids[new:]
+                running.append(one)
+        assert list(blocks.free_blocks) == queue.ids
 
 
 def test_freeing_twice_is_an_error():
@@ -172,7 +238,7 @@ def test_tables_of_unequal_ranks_are_equal(tp_size, prompts):
 
 
 class Blocks(RuleBasedStateMachine):
-    """Any order of starting, growing, forking and ending requests over a small pool and few different tokens."""
+    """Any order of starting, growing, ending and of leaving before the step has run, over a small pool and few tokens."""
 
     @initialize(size=st.integers(1, 4), count=st.integers(2, 12))
     def pool(self, size, count):
@@ -193,15 +259,16 @@ class Blocks(RuleBasedStateMachine):
             self.running.append(one)
 
     def _compute(self, one, start, stop):
-        """Write into the slots: a full block that others may find must not be written again."""
+        """Write into the slots: a block that others hold, or that was found by its name before, must not be written again."""
         for i in range(start, stop):
             block = one.block_table[i // self.size]
             assert self.blocks.blocks[block].ref_cnt == 1, "written while shared"
-            assert self.blocks.blocks[block].block_hash is None, "written while it can be found"
+            if i % self.size == 0:
+                self.content[block] = None
             if (i + 1) % self.size == 0:
+                assert self.content[block] is None, "written twice"
                 self.content[block] = one.all_token_ids[: i + 1]
         one.num_computed_tokens = stop
-        self.blocks.cache_full_blocks(one, stop)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), token=st.integers(0, 1))
@@ -213,18 +280,14 @@ class Blocks(RuleBasedStateMachine):
         if self.blocks.allocate_slots(one, before + 1):
             self._compute(one, before, before + 1)
 
-    @precondition(lambda self: self.running)
-    @rule(data=st.data())
-    def fork(self, data):
-        parent = data.draw(st.sampled_from(self.running))
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=12))
+    def leave_before_the_step_has_run(self, tokens):
         self.names += 1
-        child = request(parent.prompt_token_ids, str(self.names))
-        shared = self.blocks.fork(parent, child)
-        if self.blocks.allocate_slots(child, shared + 1):
-            self._compute(child, shared, shared + 1)
-            self.running.append(child)
-        else:
-            self.blocks.free(child)
+        one = request(tokens, str(self.names))
+        found = self.blocks.get_computed_blocks(one)
+        if self.blocks.allocate_slots(one, len(tokens), found):
+            one.num_computed_tokens = len(found) * self.size
+            self.blocks.free(one)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())

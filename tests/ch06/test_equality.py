@@ -9,7 +9,7 @@ from common.tiny_qwen import TINY_QWEN_PATH
 from tests.oracle import greedy, some_prompts
 
 NEW_TOKENS = 12
-SMALL_POOL = 96  # tokens: one request comfortably, all of them by no means
+SMALL_POOL = 80  # tokens: one request comfortably, all of them by no means
 VARIANTS = [
     # one half of the combinations with async scheduling, such that every pair of values occurs
     {"block_size": block, "budget": budget, "pool": pool, "cache": cache,
@@ -83,6 +83,21 @@ def test_tokens_equal_transformers_under_the_priority_policy(checkpoint, asynchr
         done |= {output.request_id: output.outputs[0].token_ids for output in engine.step() if output.finished}
     assert [done[str(i)] for i in range(len(prompts))] == expected
     assert engine.scheduler.num_preemptions > 0
+
+
+@pytest.mark.parametrize("at_allocation", [True, False])
+@pytest.mark.parametrize("reserve", [True, False])
+def test_tokens_equal_transformers_however_blocks_are_named_and_requests_let_in(checkpoint, at_allocation, reserve):
+    folder = checkpoint("qwen2")
+    prompts, expected = prompts_and_answers(folder)
+    llm = LLM(
+        str(folder), device="cpu", block_size=4, num_gpu_blocks_override=SMALL_POOL // 4, max_num_batched_tokens=20,
+        scheduler_reserve_full_isl=reserve, check=True,
+    )  # fmt: skip
+    llm.llm_engine.blocks.name_blocks_at_allocation = at_allocation
+    params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    for _ in range(2):
+        assert [output.outputs[0].token_ids for output in llm.generate(prompts, params)] == expected
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

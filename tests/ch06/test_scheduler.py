@@ -13,16 +13,18 @@ from common.sampling.params import SamplingParams
 class Run:
     """A scheduler whose steps are "computed" at once: every emitted token is 7."""
 
-    def __init__(self, num_blocks=64, block_size=4, budget=16, seqs=8, caching=True, **options):
-        self.blocks = BlockManager(num_blocks, block_size, enable_prefix_caching=caching)
+    def __init__(self, num_blocks=64, block_size=4, budget=16, seqs=8, caching=True, at_allocation=True, **options):
+        self.blocks = BlockManager(
+            num_blocks, block_size, enable_prefix_caching=caching, name_blocks_at_allocation=at_allocation
+        )
         self.scheduler = Scheduler(self.blocks, max_num_batched_tokens=budget, max_num_seqs=seqs, **options)
         self.requests = []
 
-    def add(self, prompt, max_tokens=4, priority=0, parent=None):
+    def add(self, prompt, max_tokens=4, priority=0):
         prompt = [1000 * len(self.requests) + i for i in range(prompt)] if isinstance(prompt, int) else list(prompt)
         number = len(self.requests)
         params = SamplingParams(max_new_tokens=max_tokens)
-        request = Request(str(number), 0, prompt, params, 0, priority, number, parent=parent)
+        request = Request(str(number), 0, prompt, params, 0, priority, number)
         self.requests.append(request)
         self.scheduler.add(request)
         return request
@@ -36,7 +38,8 @@ class Run:
             if s.emits:
                 s.request.append(7, None)
                 s.request.drawn_here = True
-            self.blocks.cache_full_blocks(s.request, s.request.num_computed_tokens)
+            if not self.blocks.name_blocks_at_allocation:
+                self.blocks.cache_full_blocks(s.request, s.request.num_computed_tokens)
             if s.request.status.finished:
                 self.scheduler.finish(s.request)
         self.blocks.check(self.scheduler.running)
@@ -148,24 +151,91 @@ def test_a_cached_prefix_is_not_computed_again():
     assert (run.blocks.stats.hits, run.blocks.stats.queries) == (20, 38)
 
 
-def test_two_equal_prompts_in_one_step_are_both_computed():
-    """vLLM merges no blocks afterwards either; nano-vllm #208 and #219 are about getting this wrong."""
+def test_equal_prompts_of_one_step_share_their_full_blocks():
+    """nano-vllm #208 and #219 are about getting this wrong."""
     run = Run()
+    for _ in range(3):
+        run.add([*range(10)], max_tokens=2)
+    assert run.step() == {0: 10, 1: 2, 2: 2}
+    tables = [request.block_table for request in run.requests]
+    assert tables[0][:2] == tables[1][:2] == tables[2][:2]
+    assert len({table[2] for table in tables}) == 3, "the block in which prompt and answer meet is each one's own"
+    assert run.blocks.stats.hits == 16
+
+
+def test_named_after_the_step_equal_prompts_of_one_step_are_both_computed():
+    run = Run(at_allocation=False)
     for _ in range(2):
-        run.add([*range(8)], max_tokens=2)
-    assert run.step() == {0: 8, 1: 8}
+        run.add([*range(10)], max_tokens=2)
+    assert run.step() == {0: 10, 1: 6}
     tables = [request.block_table for request in run.requests]
     assert not set(tables[0]) & set(tables[1])
+    late = run.add([*range(10)], max_tokens=2)
+    assert run.step() == {0: 1, 1: 4, 2: 2}, "the next step finds them"
+    assert late.num_cached_tokens == 8
 
 
-def test_the_n_answers_of_a_prompt_wait_for_its_blocks():
-    run = Run(budget=8, caching=False)
-    first = run.add([*range(10)], max_tokens=2)
-    run.add([*range(10)], max_tokens=2, parent=first)
-    assert run.step() == {0: 8}
-    assert run.step() == {0: 2}
-    assert run.step() == {0: 1, 1: 2}
-    assert run.requests[1].num_cached_tokens == 8
+def test_of_a_prompt_in_chunks_others_find_what_is_scheduled():
+    run = Run(budget=7)
+    run.add([*range(12)], max_tokens=1)
+    assert run.step() == {0: 7}
+    run.add([*range(12)], max_tokens=1)
+    assert run.step() == {0: 5, 1: 2}
+    assert run.requests[1].num_cached_tokens == 8, "the third block is full too, but its last token must be computed"
+    assert run.step() == {1: 2}
+
+
+def test_a_decode_that_fills_a_block_names_it_in_its_step():
+    run = Run()
+    first = run.add([*range(6)], max_tokens=5)
+    run.step(), run.step()
+    late = run.add([*range(6), 7, 7, 5], max_tokens=2)  # goes on from what the first one says
+    assert run.step() == {0: 1, 1: 1}
+    assert late.block_table[:2] == first.block_table[:2]
+
+
+def test_a_request_enters_when_its_whole_prompt_fits():
+    """vLLM's scheduler_reserve_full_isl."""
+    for reserve, first_steps in ((True, [{0: 8}, {0: 1}]), (False, [{0: 8}, {0: 1, 1: 7}])):
+        run = Run(num_blocks=6, budget=8, caching=False, scheduler_reserve_full_isl=reserve)
+        run.add(8, max_tokens=4)
+        run.add(16, max_tokens=2)
+        assert [run.step(), run.step()] == first_steps
+        run.to_the_end()
+        assert run.scheduler.num_preemptions == (0 if reserve else 1)
+
+
+def test_what_is_found_in_the_cache_needs_no_room_to_enter():
+    run = Run(num_blocks=6)
+    run.add([*range(13)], max_tokens=3)
+    run.step()
+    run.add([*range(12), 99], max_tokens=3)  # four blocks, three of them shared
+    assert run.step() == {0: 1, 1: 1}
+
+
+def test_the_watermark_keeps_blocks_for_those_who_run():
+    run = Run(num_blocks=10, watermark=0.35)  # three blocks
+    run.add(16, max_tokens=4)
+    run.add(16, max_tokens=4)
+    assert run.step() == {0: 16}
+    alone = Run(num_blocks=10, watermark=0.35)
+    alone.add(36, max_tokens=2)
+    assert alone.step() == {0: 16}, "where nobody runs there is nobody to keep them for"
+
+
+@pytest.mark.parametrize("leaves_first", [0, 1])
+def test_of_a_step_that_never_ran_nothing_is_found(leaves_first):
+    """As after a step that failed: both go, the one that would have computed the shared blocks and the one that found them."""
+    run = Run()
+    for _ in range(2):
+        run.add([*range(10)], max_tokens=2)
+    scheduled = [s.request for s in run.scheduler.schedule().scheduled]
+    for request in (scheduled[leaves_first], scheduled[1 - leaves_first]):
+        request.status = RequestStatus.FINISHED_ABORTED
+        run.scheduler.finish(request)
+    run.blocks.check([])
+    run.add([*range(10)], max_tokens=2)
+    assert run.step() == {2: 10}
 
 
 def test_who_is_decode_only():
@@ -188,6 +258,8 @@ def test_who_is_decode_only():
         ({"policy": "lottery"}, "scheduling_policy='lottery' is unknown; use fcfs or priority"),
         ({"budget": 0}, "max_num_batched_tokens=0"),
         ({"seqs": 0}, "max_num_seqs=0"),
+        ({"watermark": 1.0}, "watermark=1.0 must be a share of the pool, from 0 to below 1"),
+        ({"watermark": -0.1}, "watermark=-0.1"),
     ],
 )
 def test_bad_options(options, message):
@@ -199,11 +271,16 @@ def test_bad_options(options, message):
 @given(
     st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12), st.integers(0, 2)), min_size=1, max_size=12),
     st.integers(8, 24), st.integers(1, 4), st.integers(1, 40), st.integers(1, 6), st.booleans(),
-    st.sampled_from(["fcfs", "priority"]),
+    st.sampled_from(["fcfs", "priority"]), st.booleans(), st.booleans(), st.sampled_from([0.0, 0.3]),
 )  # fmt: skip
-def test_every_request_ends_whatever_the_pool(requests, num_blocks, block_size, budget, seqs, caching, policy):
+def test_every_request_ends_whatever_the_pool(
+    requests, num_blocks, block_size, budget, seqs, caching, policy, at_allocation, reserve, watermark
+):
     """With few different prompts, so that many blocks are shared; conservation is checked after every step."""
-    run = Run(num_blocks, block_size, budget, seqs, caching, policy=policy)
+    run = Run(
+        num_blocks, block_size, budget, seqs, caching, at_allocation, policy=policy, watermark=watermark,
+        scheduler_reserve_full_isl=reserve,
+    )  # fmt: skip
     for prompt, max_tokens, priority in requests:
         if prompt + max_tokens <= num_blocks * block_size:
             run.add([i // 7 for i in range(prompt)], max_tokens, priority)

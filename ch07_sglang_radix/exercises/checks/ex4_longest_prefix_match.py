@@ -48,7 +48,10 @@ def check(m: ModuleType) -> None:
     for _ in range(60):
         heads = [[1000 * h + i for i in range(80)] for h in range(3)]
         cached = [rng.choice(heads)[: rng.choice((10, 20, 32, 33, 50))] for _ in range(2)]
-        prompts = [rng.choice(heads)[: rng.choice((12, 32, 40, 64))] + [rng.randrange(9)] * rng.choice((0, 3)) for _ in range(8)]
+        prompts = [
+            rng.choice(heads)[: rng.choice((12, 32, 40, 64))] + [rng.randrange(9)] * rng.choice((0, 3))
+            for _ in range(8)
+        ]
         _compare(m, prompts, cached, wanted(prompts, cached), "a queue of eight")
 
 

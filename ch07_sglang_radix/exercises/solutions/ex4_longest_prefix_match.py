@@ -22,5 +22,7 @@ def lpm(waiting: list[Req], tree: RadixCache) -> list[Req]:
         follows = matched <= 32 and any(shared_length(ids, other) >= 32 for other in ahead)
         if matched <= 32 and not follows:
             ahead.append(ids)
-        rank[req] = float("inf") if follows else -min(matched, len(ids) - 1)  # one rank for all who wait: sorting keeps their order
+        rank[req] = (
+            float("inf") if follows else -min(matched, len(ids) - 1)
+        )  # one rank for all who wait: sorting keeps their order
     return sorted(waiting, key=rank.__getitem__)
