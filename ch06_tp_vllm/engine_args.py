@@ -109,5 +109,10 @@ class EngineArgs:
         if trace is not None and not (isinstance(trace, str | Path) and Path(trace).absolute().parent.is_dir()):
             raise ValueError(f"trace={shown(trace)} must be a file in a folder that exists")
 
+    def for_a_follower(self) -> dict[str, Any]:
+        """The same as JSON; a trace is rank 0's alone."""
+        values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
+        return values | {"trace": None}
+
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

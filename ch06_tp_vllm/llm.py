@@ -136,8 +136,10 @@ class LLM:
         """Let go of the model and leave the process group. Safe to call twice."""
         if self._engine and self._engine.trace:
             self._engine.trace.close()
+        tp = self._engine.tp if self._engine else None
         self._engine = None
-        shutdown_tensor_parallel()
+        if tp:
+            shutdown_tensor_parallel(tp)
 
     def __enter__(self) -> "LLM":
         return self

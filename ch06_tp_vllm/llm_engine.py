@@ -6,8 +6,8 @@
         for output in engine.step():
             ...
 
-Under torchrun every rank makes the same calls and gets the same outputs; rank 0 schedules and samples. Each question of a
-step has a place of its own:
+LLMEngine(tensor_parallel_size=2) starts the other rank itself. Under torchrun it joins: every rank makes the same calls and gets
+the same outputs. Rank 0 schedules and samples. Each question of a step has a place of its own:
 
     may this request be queued        input_processor.py, common/request/intake.py
     who runs, and who goes back       scheduler.py
@@ -33,6 +33,7 @@ from ch06_tp_vllm.sampling_params import SamplingParams
 from ch06_tp_vllm.scheduler import Scheduler, SchedulerOutput
 from ch06_tp_vllm.trace import Trace
 from common.distributed.messages import share
+from common.distributed.spawn import Follower
 from common.parallel_state import initialize_tensor_parallel
 from common.request.answer import End
 from common.request.intake import Intake
@@ -56,7 +57,8 @@ class LLMEngine:
     def _build(self, args: EngineArgs) -> None:
         blocks, size = args.num_gpu_blocks_override, args.block_size
         self.args = args
-        self.tp = initialize_tensor_parallel(args.tensor_parallel_size, args.device)
+        follower = Follower("ch06_tp_vllm.llm_engine:follow_rank_0", args.for_a_follower())
+        self.tp = initialize_tensor_parallel(args.tensor_parallel_size, args.device, follower=follower)
         self.runner = ModelRunner(
             args.model, args.device, size, dtype=None if args.dtype == "auto" else args.dtype,
             max_running_requests=args.max_num_seqs, max_total_tokens=None if blocks is None else blocks * size,
@@ -246,3 +248,10 @@ class LLMEngine:
         # the last token of a finished request was never fed in, or in a step too many
         known = len(request.prompt_token_ids) + len(request.output_token_ids) - request.status.finished
         self.blocks.cache_full_blocks(request, min(request.num_computed_tokens, known))
+
+
+def follow_rank_0(**engine_args) -> None:
+    """What a rank does that rank 0 has started: the same engine, and then whatever rank 0 says until it leaves."""
+    engine = LLMEngine(**engine_args)
+    while True:
+        engine.runner.follow()

@@ -6,8 +6,8 @@
     for chunk in engine.generate("What is a radix cache?", stream=True): ...
     await engine.async_generate("What is a radix cache?")
 
-Under torchrun every rank makes the same calls and gets the same results. Only async_generate is rank 0's alone: the
-others call `engine.follow()`, which returns when rank 0 shuts down.
+Engine(tp_size=2) starts the other ranks itself. Under torchrun it joins them: every rank makes the same calls and gets the same
+results. Only async_generate is rank 0's alone there: the others call `engine.follow()`, which returns when rank 0 shuts down.
 """
 
 import secrets
@@ -23,6 +23,7 @@ from ch07_sglang_radix.server_args import DEFAULT_PAGE, ServerArgs
 from ch07_sglang_radix.streams import Stream, listen, wait_for
 from ch07_sglang_radix.tasks import LEAVE
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
+from common.distributed.spawn import Follower
 from common.parallel_state import initialize_tensor_parallel, shutdown_tensor_parallel
 
 Answer = dict[str, Any]
@@ -36,8 +37,9 @@ class Engine:
 
     def __init__(self, model_path: str | None = None, **server_args):
         self.server_args = args = ServerArgs.of({"model_path": model_path} | server_args)
+        follower = Follower("ch07_sglang_radix.engine:follow_rank_0", args.for_a_follower())
         tp = initialize_tensor_parallel(
-            args.tp_size, args.device, disable_custom_all_reduce=args.disable_custom_all_reduce
+            args.tp_size, args.device, disable_custom_all_reduce=args.disable_custom_all_reduce, follower=follower
         )
         page_size = args.page_size or DEFAULT_PAGE[tp.device.type]
         self._wrapper: TPRadixAttentionModelWrapper | None = TPRadixAttentionModelWrapper(
@@ -238,8 +240,10 @@ class Engine:
             self._loop = None
         if self._scheduler and self._scheduler.trace:
             self._scheduler.trace.close()
+        tp = self._scheduler.tp if self._scheduler else None
         self._scheduler = self._wrapper = None
-        shutdown_tensor_parallel()
+        if tp:
+            shutdown_tensor_parallel(tp)
 
     def __enter__(self) -> "Engine":
         return self
@@ -252,6 +256,13 @@ def _without_index(call: GenerateCall, last: dict[int, Answer]) -> Answer | list
     """The last chunk of each answer, in order, as `generate` returns them."""
     answers = [{key: value for key, value in last[i].items() if key != "index"} for i in range(len(call.requests))]
     return answers[0] if call.single else answers
+
+
+def follow_rank_0(**server_args) -> None:
+    """What a rank does that rank 0 has started: the same engine, and then whatever rank 0 says until it leaves."""
+    engine = Engine(**server_args)
+    while True:
+        engine.scheduler.control.follow()
 
 
 def _prefill_tokens(args: ServerArgs, device: str, page_size: int) -> int | None:

@@ -35,7 +35,7 @@ class ServerArgs:
     """The arguments of Engine.
 
     model_path: a folder in Hugging Face layout, a Hub id, or None for the bundled tiny model; tokenizer_path: another one for the
-    tokenizer; skip_tokenizer_init: none, token ids only. tp_size: ranks; by default as many as torchrun started.
+    tokenizer; skip_tokenizer_init: none, token ids only. tp_size: ranks; by default as many as torchrun started, else 1.
     context_length: tokens of a request at most. random_seed: None draws one. log_level: of this project's loggers, and
     whether a bar shows that weights are read (info and debug). schedule_conservativeness: more than 1 admits fewer requests
     at a time, and retracts fewer. max_prefill_tokens: of a step, if chunked_prefill_size allows more. The others are those
@@ -108,6 +108,11 @@ class ServerArgs:
             raise ValueError(f"log_level={shown(self.log_level)} is unknown; use {', '.join(LEVELS)}")
         for name in ("common", "ch07_sglang_radix"):
             logging.getLogger(name).setLevel(self.log_level.upper())
+
+    def for_a_follower(self) -> dict[str, Any]:
+        """The same as JSON; a trace is rank 0's alone."""
+        values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
+        return values | {"trace": None}
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

@@ -21,7 +21,7 @@ transformers.utils.logging.disable_progress_bar()
 def pytest_itemcollected(item):
     """Mark what starts several ranks: `make test` runs that by itself, and the rest two at a time."""
     starts = "ranks" in getattr(item, "fixturenames", ()) or "torchrun" in item.name
-    if starts or item.path.name in ("test_demo.py", "test_parallel_state.py", "test_spawn.py"):
+    if starts or item.path.name in ("test_demo.py", "test_parallel_state.py", "test_started_ranks.py", "test_spawn.py"):
         item.add_marker(pytest.mark.ranks)
 
 

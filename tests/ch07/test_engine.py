@@ -87,11 +87,6 @@ def test_refusals_run_nothing(engine, arguments, message):
     assert engine.generate("What is a page?", {"max_new_tokens": 1})["meta_info"]["completion_tokens"] == 1
 
 
-def test_the_wrong_number_of_ranks_is_refused():
-    with pytest.raises(ValueError, match=r"tensor_parallel_size=2 but 1 process.*torchrun --nproc_per_node=2"):
-        Engine(tp_size=2)
-
-
 def first_listing(size):
     initialize_tensor_parallel(tensor_parallel_size=size)
     model_wrapper = TPRadixAttentionModelWrapper(model_name=str(TINY_QWEN_PATH), device="cpu", page_size=16)

@@ -1,0 +1,50 @@
+"""tp_size=2 and tensor_parallel_size=2 without torchrun: rank 0 starts the other rank itself."""
+
+import asyncio
+
+import pytest
+
+from ch06_tp_vllm import LLM, SamplingParams
+from ch07_sglang_radix import Engine
+from common.tiny_qwen import TINY_QWEN_PATH
+from tests.oracle import greedy
+
+PROMPTS = [[5, 6, 7], [8] * 40, [9, 10]]
+
+
+def test_chapter_7_s_engine_starts_its_ranks_and_ends_them():
+    for _ in range(2):
+        with Engine(tp_size=2, device="cpu", check=True) as engine:
+            ranks = engine.scheduler.tp.spawned.processes
+            results = engine.generate(input_ids=PROMPTS, sampling_params={"max_new_tokens": 6})
+            assert [r["output_ids"] for r in results] == [greedy(TINY_QWEN_PATH, p, 6) for p in PROMPTS]
+            chunks = list(engine.generate(input_ids=PROMPTS[0], sampling_params={"max_new_tokens": 4}, stream=True))
+            assert chunks[-1]["output_ids"] == greedy(TINY_QWEN_PATH, PROMPTS[0], 4)
+            result = asyncio.run(engine.async_generate(input_ids=PROMPTS[1], sampling_params={"max_new_tokens": 4}))
+            assert result["output_ids"] == greedy(TINY_QWEN_PATH, PROMPTS[1], 4)
+            told = engine.generate(
+                input_ids=PROMPTS[1], sampling_params={"max_new_tokens": 1}, return_logprob=True, logprob_start_len=0
+            )["meta_info"]["input_token_logprobs"]
+            assert [token for _, token, _ in told] == PROMPTS[1]
+        assert all(process.poll() is not None for process in ranks)
+
+
+def test_chapter_6_s_llm_starts_its_ranks_and_ends_them():
+    with LLM(tensor_parallel_size=2, device="cpu", check=True) as llm:
+        ranks = llm.llm_engine.tp.spawned.processes
+        outputs = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True), use_tqdm=False)
+        assert [o.outputs[0].token_ids for o in outputs] == [greedy(TINY_QWEN_PATH, p, 6) for p in PROMPTS]
+        engine = llm.llm_engine
+        engine.add_request("a", PROMPTS[0], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
+        while engine.has_unfinished_requests():
+            (last,) = engine.step()
+        assert last.outputs[0].token_ids == greedy(TINY_QWEN_PATH, PROMPTS[0], 3)
+    assert all(process.poll() is not None for process in ranks)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Engine(tp_size=2, page_size=0), lambda: LLM(tensor_parallel_size=2, seed="x")]
+)
+def test_what_is_refused_starts_nobody(make):
+    with pytest.raises(ValueError, match="must be"):
+        make()
