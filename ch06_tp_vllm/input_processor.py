@@ -84,7 +84,8 @@ class InputProcessor:
     ) -> list[Request]:
         """The n requests of a prompt; `first` is the number of the first of them since the engine was made."""
         row = params.row(self.max_tokens(ids, params), self.intake.tokenizer)
-        stops = frozenset(row.stop_token_ids + (() if row.ignore_eos else self.config.eos_token_ids))
+        ends = frozenset(row.stop_token_ids + self.config.eos_token_ids)
+        stops = frozenset(row.stop_token_ids) if row.ignore_eos else ends
         requests: list[Request] = []
         for i in range(params.n):
             seed = int(uniform(self.seed, first + i) * (1 << 24)) if row.seed is None else row.seed + i
@@ -96,7 +97,7 @@ class InputProcessor:
             )  # fmt: skip
             requests.append(
                 Request(
-                    request_id, i, ids, row, seed, priority, first + i, salt, stops=stops, text=words,
+                    request_id, i, ids, row, seed, priority, first + i, salt, stops=stops, text=words, held_back=ends,
                 )
             )  # fmt: skip
         return requests

@@ -43,6 +43,7 @@ class Request:
     extra_key: str | None = None  # keeps its blocks apart from those of other keys
     stops: frozenset[int] = frozenset()
     text: AnswerText | None = None
+    held_back: frozenset[int] = frozenset()  # tokens that min_tokens forbids: all that could end an answer
 
     # sampling
     status: RequestStatus = RequestStatus.WAITING
@@ -67,7 +68,6 @@ class Request:
     def __post_init__(self):
         self.answer = Answer(self.params, self.stops, self.text or AnswerText(None))
         self.output_token_ids = self.answer.output_ids  # the same list, under vLLM's name
-        self._ends = self.stops if self.params.min_new_tokens else ()
 
     @property
     def request_id(self) -> str:
@@ -93,7 +93,12 @@ class Request:
     def sampling_row(self) -> SamplingRow:
         """For the newest of its pending tokens."""
         return SamplingRow(
-            self.params, self.seed, self.prompt_token_ids, self.output_token_ids, self.pending - 1, end_ids=self._ends
+            self.params,
+            self.seed,
+            self.prompt_token_ids,
+            self.output_token_ids,
+            self.pending - 1,
+            end_ids=self.held_back,
         )
 
     def append(self, token: int, told: TokenLogprobs | None = None) -> None:

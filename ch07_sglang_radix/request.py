@@ -38,6 +38,7 @@ class Req:
 
     stops: frozenset[int] = frozenset()  # tokens that end it
     text: AnswerText | None = None  # what ends it as text; without it the answer has none
+    held_back: frozenset[int] = frozenset()  # tokens that min_new_tokens forbids: all that could end an answer
 
     # sampling, one token a step
     output_ids: list[int] = field(default_factory=list)
@@ -63,7 +64,6 @@ class Req:
 
     def __post_init__(self):
         self.answer = Answer(self.params, self.stops, self.text or AnswerText(None), self.output_ids)
-        self._ends = self.stops if self.params.min_new_tokens else ()
         self._ids = np.zeros(self.max_len, dtype=np.int64)
         self._ids[: len(self.prompt_ids)] = self.prompt_ids
 
@@ -96,7 +96,7 @@ class Req:
     def sampling_row(self) -> SamplingRow:
         """For the newest of its pending tokens."""
         return SamplingRow(
-            self.params, self.seed, self.prompt_ids, self.output_ids, self.pending - 1, end_ids=self._ends
+            self.params, self.seed, self.prompt_ids, self.output_ids, self.pending - 1, end_ids=self.held_back
         )
 
     @property

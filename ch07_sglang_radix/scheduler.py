@@ -165,10 +165,11 @@ class TPScheduler(SchedulerState):
         rid, self.num_requests = self.num_requests, self.num_requests + 1
         if self.tp.rank == 0:
             seed = params.seed if params.seed is not None else int(uniform(self.seed, rid) * (1 << 24))
-            stops = frozenset(params.stop_token_ids + (() if params.ignore_eos else self.wrapper.config.eos_token_ids))
+            ends = frozenset(params.stop_token_ids + self.wrapper.config.eos_token_ids)
+            stops = frozenset(params.stop_token_ids) if params.ignore_eos else ends
             self.waiting.append(
                 Req(
-                    rid, text, ids, params, seed, extra_key, priority, name, routing_key, stops=stops,
+                    rid, text, ids, params, seed, extra_key, priority, name, routing_key, stops=stops, held_back=ends,
                     text=AnswerText(self.wrapper.tokenizer, ids, **(words or {})), wanted=params.max_new_tokens,
                 )
             )  # fmt: skip
