@@ -23,7 +23,7 @@ from common.models.decoder import MLP, SelfAttention
 from common.models.weights import TensorSource
 from common.parallel_state import TPGroup
 from common.teaching.report import csv_option, write_csv
-from common.teaching.show import WHY, check, heading, table
+from common.teaching.show import WHY, check, heading, mistake, table
 
 HQ, HKV, D, HIDDEN, MLP_WIDTH, TOKENS = 14, 2, 8, 112, 150, 5
 CONFIG = ModelConfig.from_dict({
@@ -56,18 +56,18 @@ def main() -> None:
     weights = {name: 0.1 * w for name, w in weights.items()}
     heading("A layer, and where its ranks talk")
     print(LAYER)
-    heading("One attention block and one MLP on R ranks, the sum written by hand")
+    heading("One attention block and one MLP on R ranks: of the first token, the first number")
     with torch.inference_mode():
         whole_attention, whole_mlp = attention_on(TPGroup(), x, weights), mlp_on(TPGroup(), x, weights)
-        for size in (2, 3, 4, 8):
-            ranks = [TPGroup(rank, size) for rank in range(size)]
-            partial = [attention_on(tp, x, weights) for tp in ranks]
-            check(
-                f"R = {size}: the ranks' attention outputs add up to the whole",
-                torch.allclose(sum(partial), whole_attention, atol=1e-4),
-            )
-            partial = [mlp_on(tp, x, weights) for tp in ranks]
-            check(f"R = {size}: so do their MLP outputs", torch.allclose(sum(partial), whole_mlp, atol=1e-4))
+        rows, right = [], True
+        for name, on, whole in (("attention", attention_on, whole_attention), ("MLP", mlp_on, whole_mlp)):
+            for size in (2, 3, 4, 8):
+                partial = [on(TPGroup(rank, size), x, weights) for rank in range(size)]
+                right &= torch.allclose(sum(partial), whole, atol=1e-4)
+                terms = " ".join(f"{part[0, 0].item():+.2f}" for part in partial)
+                rows.append((name, size, f"{sum(partial)[0, 0].item():+.2f}", f"{whole[0, 0].item():+.2f}", terms))
+    table(("block", "R", "sum", "whole", "the ranks' partial sums"), rows)
+    check(f"so it is with all {whole_mlp.numel()} numbers, within 1e-4", right)
     print("  Among real ranks each sum is one message:")
     rows = [
         ("all_reduce", name, list(whole.shape), whole.nbytes, WHY[name])
@@ -82,6 +82,7 @@ def main() -> None:
 
 def who_holds_what() -> None:
     heading(f"{HQ} query heads, {HKV} KV heads")
+    print(f"  {HQ // HKV} query heads form a group: they look up the K and V of one KV head.")
     rows = []
     for size in SIZES:
         layouts = [HeadLayout.of(HQ, HKV, rank, size) for rank in range(size)]
@@ -149,25 +150,51 @@ def mlp_on(tp: TPGroup, x: torch.Tensor, weights: dict) -> torch.Tensor:
 
 
 def why_norms_are_whole(x: torch.Tensor) -> None:
-    heading("Why RMSNorm is not cut")
-    norm = x / x.pow(2).mean(dim=-1, keepdim=True).sqrt()
-    halves = [h / h.pow(2).mean(dim=-1, keepdim=True).sqrt() for h in x.chunk(2, dim=-1)]
-    print("  It divides by the mean over all features, and behind an all-reduce every rank has all of them anyway.")
+    heading("Why norms are not cut, and two kinds of them")
+    print(
+        "  A norm needs all features of a token, and behind an all-reduce every rank has them. Its weight is one number each."
+    )
+
+    def rms_norm(x):
+        return x / x.pow(2).mean(dim=-1, keepdim=True).sqrt()
+
+    def layer_norm(x):
+        return (x - x.mean(dim=-1, keepdim=True)) / x.var(dim=-1, keepdim=True, correction=0).sqrt()
+
+    x = x + 0.5  # a mean that is not 0
+    rows = [
+        ("RMSNorm", "root of the mean square", "weight", "Llama, Qwen: input_layernorm.weight (so it is called)"),
+        ("LayerNorm", "standard deviation, less the mean", "weight, bias", "GPT-2: ln_1.weight, ln_1.bias"),
+    ]
+    table(("norm", "divides by", "parameters", "in a checkpoint"), rows)
+    for name, norm in (("RMSNorm", rms_norm), ("LayerNorm", layer_norm)):
+        halves = torch.cat([norm(half) for half in x.chunk(2, dim=-1)], dim=-1)
+        mistake(
+            f"{name}, each of two ranks over its half of the features: features 0, 1 and the last two of the first token",
+            halves[0, [0, 1, -2, -1]], norm(x)[0, [0, 1, -2, -1]],
+        )  # fmt: skip
+    mistake("LayerNorm's weights taken for RMSNorm's: the same four features", rms_norm(x)[0, [0, 1, -2, -1]],
+            layer_norm(x)[0, [0, 1, -2, -1]])  # fmt: skip
+    centred = x - x.mean(dim=-1, keepdim=True)
     check(
-        "a norm over each rank's half of the features is another function",
-        not torch.allclose(torch.cat(halves, -1), norm),
+        "without its mean a token has the same RMSNorm as LayerNorm", torch.allclose(rms_norm(centred), layer_norm(x))
     )
 
 
 def rotary_knows_the_position() -> None:
     heading("Rotary embedding: the same on every rank, and the same in prefill and decode")
     rotary, dtype = RotaryEmbedding(**CONFIG.rotary), torch.float32
-    prefill, decode = rotary(torch.arange(TOKENS), dtype), rotary(torch.tensor([TOKENS - 1]), dtype)
     print("  A token's angles depend on its position alone, so a step only has to say where each token stands.")
-    check(
-        "a decode step at position 4 turns by what a prefill of 5 turned its last token by",
-        all(torch.equal(one[-1], other[0]) for one, other in zip(prefill, decode, strict=True)),
+    prefill, decode, from_zero = (
+        rotary(torch.tensor(at), dtype)[0][-1].flatten()[:4] for at in ([0, 1, 2, 3, 4], [4], [0])
     )
+    rows = [
+        (step, 4, " ".join(f"{x:.4f}" for x in cos.tolist()))
+        for step, cos in (("prefill", prefill), ("decode", decode))
+    ]
+    table(("step", "position", "cosines of its last token's angles"), rows)
+    check("the angles of position 4 are one and the same", torch.equal(prefill, decode))
+    mistake("a decode step that counts its only token as position 0", from_zero, decode)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Two ways to the same logits: patch a Hugging Face model, or build only what a rank holds.
 
     torchrun --nproc_per_node=2 ch06_tp_vllm/demo_4_two_ways.py
-    python ch06_tp_vllm/demo_4_two_ways.py                         # one rank: everything is "whole" anyway
+    python ch06_tp_vllm/demo_4_two_ways.py                         # counts what one of two ranks would hold; sends nothing
     torchrun --nproc_per_node=2 ch06_tp_vllm/demo_4_two_ways.py --csv figures/two_ways.csv
 
 Shows, for the bundled model, how many parameters each rank holds in either way, and what the ranks send each other. Every
@@ -17,7 +17,8 @@ from ch06_tp_vllm.model_runner import ModelRunner
 from ch06_tp_vllm.patch_hf_attention import patch_attention
 from common.distributed.launch import run_main
 from common.layers.vocab import gather_logits
-from common.parallel_state import initialize_tensor_parallel
+from common.models.decoder import CausalLM
+from common.parallel_state import TPGroup, initialize_tensor_parallel
 from common.teaching.report import csv_option, write_csv
 from common.teaching.show import check, heading, messages, table
 from common.tiny_qwen import TINY_QWEN_PATH
@@ -29,40 +30,48 @@ PARTS = ("self_attn", "mlp", "embed_tokens")  # the last is the LM head as well
 def main() -> None:
     csv = csv_option(__doc__)
     tp = initialize_tensor_parallel(device="cpu")
+    part = tp if tp.size > 1 else TPGroup(0, 2)  # whose parameters are counted: alone, a rank would hold everything
     with torch.inference_mode():
-        whole = AutoModelForCausalLM.from_pretrained(TINY_QWEN_PATH, dtype=torch.float32).eval()
+        whole = load_whole()
         want = whole(torch.tensor([PROMPT])).logits[0, -1]
         size_whole = sizes(whole)
+        size_patched = sizes(patch_attention(load_whole(), part))
         patched = patch_attention(whole, tp)
         with tp.ledger.recording() as ledger:
             by_patch = patched(torch.tensor([PROMPT])).logits[0, -1]
             sent_by_patch = list(ledger.entries)
-        size_patched = sizes(patched)
         executor = ModelRunner(device="cpu", page_size=16, max_total_tokens=64, tp=tp)
         with tp.ledger.recording() as ledger:
             by_executor = last_logits(executor)
             sent_by_executor = list(ledger.entries)
-        size_executor = sizes(executor.model)
+        with torch.device("meta"):
+            size_executor = sizes(CausalLM(executor.config, part))
     if tp.rank > 0:
         return
-    heading(f"Parameters that rank 0 of {tp.size} holds (embed_tokens is the LM head as well)")
+    heading(f"Parameters that rank 0 of {part.size} holds (embed_tokens is the LM head as well)")
     rows = [
-        {"part": part, "one whole model": size_whole[part], "patched attention": size_patched[part],
-         "executor": size_executor[part]}
-        for part in PARTS
+        {"part": name, "one whole model": size_whole[name], "patched attention": size_patched[name],
+         "executor": size_executor[name]}
+        for name in PARTS
     ]  # fmt: skip
     table(list(rows[0]), [list(row.values()) for row in rows])
     if tp.size > 1:
         for way, sent in (("patched model", sent_by_patch), ("executor", sent_by_executor)):
             heading(f"What the {way} sends for a prompt of {len(PROMPT)} tokens")
-            messages(sent)
-    check("the patched model's logits are the whole model's", torch.allclose(by_patch, want, atol=1e-3))
-    check("so are the executor's", torch.allclose(by_executor, want, atol=1e-3))
-    share = max(size_executor[part] * tp.size / size_whole[part] for part in ("embed_tokens", "mlp"))
+            messages(sent, tp.size)
+    heading(f"The logits of the next token, on {tp.size} rank(s): the first three of {len(want):,}")
+    ways = {"one whole model": want, "patched attention": by_patch, "executor": by_executor}
+    table(("way", "logits"), [(way, " ".join(f"{x:.2f}" for x in logits[:3].tolist())) for way, logits in ways.items()])
+    check("all of them agree within 0.001", all(torch.allclose(x, want, atol=1e-3) for x in (by_patch, by_executor)))
+    share = max(size_executor[name] * part.size / size_whole[name] for name in ("embed_tokens", "mlp"))
     check("the executor cuts MLP, embedding and LM head into R parts (up to padding)", share < 1.05)
     check("the patched model still computes MLP and LM head in full", size_patched["mlp"] == size_whole["mlp"])
     if csv:
         write_csv(rows, csv, measured=False)
+
+
+def load_whole() -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(TINY_QWEN_PATH, dtype=torch.float32).eval()
 
 
 def sizes(model: torch.nn.Module) -> dict[str, int]:

@@ -4,7 +4,8 @@
     python ch06_tp_vllm/demo_5_loading.py --published Qwen2.5-0.5B        # random weights of that shape: a minute, 1 GB
                                                                           # of disk; writes figures/loading.csv
 
-Each rank is a process of its own that loads its part of R, first in the old way, then in the new, and reports
+First, which tensors of the checkpoint a rank's parameters are made of, and checkpoints that keep q, k and v in one tensor.
+Then each rank is a process of its own that loads its part of R, first in the old way, then in the new, and reports
 
     MB read     of tensors, from the files
     MB kept     as parameters of this rank (in float32 for the bundled model, twice as wide as the bfloat16 of its file)
@@ -18,14 +19,18 @@ import multiprocessing
 import tempfile
 import threading
 from concurrent.futures import ProcessPoolExecutor
+from itertools import groupby
 from pathlib import Path
 
 import psutil
 import torch
+from safetensors import safe_open
 
 from common.distributed.launch import run_main
+from common.layers.linear import QKVParallelLinear
+from common.models.config import ModelConfig
 from common.models.published_configs import CONFIGS, save_random_weights
-from common.models.weights import load_model, load_then_shard
+from common.models.weights import TensorSource, load_model, load_then_shard
 from common.parallel_state import TPGroup
 from common.teaching.report import FIGURES, write_csv
 from common.teaching.show import check, heading, table
@@ -43,6 +48,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.published is None:
         what_is_made_of_what()
+        fused_checkpoints()
         show(measure(TINY_QWEN_PATH, "the bundled model"))
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -67,6 +73,43 @@ def what_is_made_of_what() -> None:
     )
     wanted = {f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkv"}
     check("q, k and v were read one by one, into one parameter", wanted <= set(report.tensors))
+
+
+def fused_checkpoints() -> None:
+    """q, k and v of the bundled model's first layer, stacked as other checkpoints store them, and cut over two ranks."""
+    heading("Checkpoints that keep q, k and v in one tensor")
+    config, name = ModelConfig.from_folder(TINY_QWEN_PATH), "model.layers.0.self_attn.{}_proj.weight"
+    hq, hkv, d = config.num_heads, config.num_kv_heads, config.head_dim
+    with safe_open(TINY_QWEN_PATH / "model.safetensors", framework="pt") as file:
+        heads = {key: file.get_tensor(name.format(key)).float().split(d) for key in "qkv"}  # head -> [d, D]
+    group = hq // hkv
+    orders = {  # which head lies where, from the top
+        "one after the other (Phi-3: qkv_proj)": [(key, i) for key in "qkv" for i in range(len(heads[key]))],
+        "by KV head (InternLM2: wqkv)": [
+            one for i in range(hkv) for one in (*(("q", group * i + j) for j in range(group)), ("k", i), ("v", i))
+        ],
+    }
+    rows, equal = [], True
+    for stored, order in orders.items():
+        fused = torch.cat([heads[key][i] for key, i in order])  # [(Hq + 2 Hkv) d, D]
+        blocks = list(zip(order, fused.split(d), strict=True))
+        for size in (2, 3):
+            # the right way: take the three apart first, by what the config says, and let each be cut
+            layer = QKVParallelLinear(config.hidden_size, d, hq, hkv, TPGroup(0, size))
+            for key in "qkv":
+                apart = torch.cat([block for (whose, _), block in blocks if whose == key])
+                layer.weight.weight_loader(TensorSource(apart), key)
+            needed = [("q", i) for i in layer.heads.q_heads] + [(key, i) for key in "kv" for i in layer.heads.kv_heads]
+            equal &= torch.equal(layer.weight, torch.cat([heads[key][i] for key, i in needed]))
+            rows.append((stored, size, _heads(order[: len(order) // size]), _heads(needed)))
+    table(("heads are stored", "R", "the first 1/R of the rows holds", "rank 0 needs"), rows)
+    check("taken apart first, and then cut: rank 0 holds what it needs", equal)
+
+
+def _heads(order: list) -> str:
+    """[("q", 0), ("q", 1), ("k", 0)] -> q 0 1, k 0"""
+    runs = [(key, " ".join(str(i) for _, i in run)) for key, run in groupby(order, key=lambda one: one[0])]
+    return ", ".join(f"{key} {heads}" for key, heads in runs)
 
 
 def _named_shards(parameter: torch.nn.Parameter):
