@@ -7,8 +7,8 @@
     contiguous   K and V are appended to a tensor a request, as long as its longest possible answer
     paged        K and V lie in blocks, taken when needed
 
-First of all, what attention does with a block table, in six lines. Last, the memory side of 2000 simulated requests of a chat
-service, counted and not timed (the vLLM paper reports 60-80 % waste before, under 4 % after).
+First of all, what attention does with a block table, written out for one new token. Last, the memory side of 2000 simulated
+requests of a chat service, counted and not timed (the vLLM paper reports 60-80 % waste before, under 4 % after).
 """
 
 import math
@@ -31,7 +31,7 @@ from common.executor import Executor
 from common.parallel_state import initialize_tensor_parallel
 from common.sampling.params import SamplingParams as RowParams
 from common.teaching.report import csv_option, write_csv
-from common.teaching.show import check, heading, table
+from common.teaching.show import check, heading, mistake, table
 
 Answers = list[list[int]]
 MAX_LEN = 512  # what a contiguous cache reserves for each request: it may become as long as that
@@ -44,7 +44,6 @@ ROUNDS = 3  # the fastest counts: the first warms up, and a laptop does other th
 def main() -> None:
     csv = csv_option(__doc__)
     initialize_tensor_parallel(device="cpu")
-    heading("Paged attention, written out: one sequence, one new token")
     attention_through_a_block_table()
     heading(f"{len(REQUESTS)} requests (tokens in, out: {str(REQUESTS)[1:-1]}), one after the other, one thread")
     rows = speed_and_waste()
@@ -118,6 +117,7 @@ def memory_of_a_chat_service() -> list[dict]:
 
 def attention_through_a_block_table() -> None:
     """What every backend computes for a decode step, and nothing else in this file needs: it is here to be read."""
+    heading("Paged attention, written out: the tenth token of a sequence in blocks of four")
     torch.manual_seed(0)
     heads, kv_heads, d, size, context = 14, 2, 16, 4, 10
     cache = PagedKVCache(1, 8, size, kv_heads, d)
@@ -133,9 +133,23 @@ def attention_through_a_block_table() -> None:
 
     keys, values = cache.read(0, slots)  # [S, Hkv, d], through the table
     keys, values = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (keys, values))  # [S, Hq, d]
-    weights = torch.einsum("hd,shd->hs", q, keys).div(d**0.5).softmax(dim=-1)
-    by_hand = torch.einsum("hs,shd->hd", weights, values)
-    check("the executor's attention gives the same", torch.allclose(fast, by_hand, atol=1e-5))
+    weights = torch.einsum("hd,shd->hs", q, keys).div(d**0.5).softmax(dim=-1)  # [Hq, S]
+    by_hand = torch.einsum("hs,shd->hd", weights, values)  # [Hq, d]
+
+    print(f"  block_table {block_table}: token i lies in slot block_table[i // 4] * 4 + i % 4")
+    rows = [("token", *map(str, range(context))), ("slot", *slots.tolist())]
+    rows += [(f"weight, head {h}", *(f"{x:.2f}" for x in weights[h].tolist())) for h in (0, 13)]
+    table(rows[0], rows[1:])
+    print("  softmax(q k / sqrt(d)), then the values weighed by it; head 0's first numbers:")
+    for name, o in (("written out", by_hand), ("executor", fast)):
+        print(f"    {name:12s}" + " ".join(f"{x:+.3f}" for x in o[0, :5].tolist()))
+    check("the executor's attention gives the same in all heads", torch.allclose(fast, by_hand, atol=1e-5))
+    in_order = torch.arange(context)  # slots, as if the sequence lay at the beginning of the pool
+    elsewhere = cache.read(0, in_order)[0][:, 0]
+    mistake(
+        "K read at slots 0..9 instead of through the table: how head 0 attends (blocks 0 and 2 hold nothing, 1 does)",
+        (elsewhere @ q[0]).div(d**0.5).softmax(dim=0), weights[0],
+    )  # fmt: skip
 
 
 class _Cache:

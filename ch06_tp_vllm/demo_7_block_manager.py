@@ -3,8 +3,9 @@
     python ch06_tp_vllm/demo_7_block_manager.py
     python ch06_tp_vllm/demo_7_block_manager.py --csv figures/blocks.csv
 
-A pool of ten blocks of four tokens and three requests that begin alike. No model: what a block holds does not matter
-here, only who holds the block.
+A pool of ten blocks of four tokens and requests that begin alike. No model: what a block holds does not matter here, only
+who holds the block. Then the two rules that took vLLM longest to get to, each with what happened without it: blocks are named
+when they are allocated, and freed blocks without a name are taken first.
 """
 
 from collections.abc import Iterator, Sequence
@@ -56,12 +57,11 @@ def main() -> None:
     show("c finds what a left", b, c)
     check("a third request finds what the first one left, answer included", found == 12)
 
-    heading("Two answers to one prompt: fork")
+    heading("Two answers to one prompt: two requests that find each other")
     d = ask("d", c.prompt_token_ids, raw=True)
-    shared = blocks.fork(c, d)
-    blocks.allocate_slots(d, d.num_tokens)
-    show("d is c's fork", b, c, d)
-    check("they share the full blocks; the one where prompt and answer meet is each one's own", shared == 12)
+    found = start(blocks, d)
+    show("d asks c's prompt", b, c, d)
+    check("they share the full blocks; the one where prompt and answer meet is each one's own", found == 12)
 
     heading("Somebody needs room: free blocks are overwritten, least recently used first")
     for request in (b, c, d):
@@ -79,11 +79,62 @@ def main() -> None:
         blocks.num_free_blocks == 10 - len(stranger.block_table),
     )
 
+    in_one_step()
+    nameless_first()
+
     heading("On two ranks: the same tables, other heads")
     tables = [two_requests_on(rank, size=2) for rank in range(2)]
     check("the block tables of both ranks are equal: nothing in them depends on the rank", tables[0] == tables[1])
     if csv:
         write_csv(moments, csv, measured=False)
+
+
+def in_one_step() -> None:
+    heading("Two that start in the same step: named at allocation, or when the step has run")
+    rows = []
+    for at_allocation in (False, True):
+        blocks = BlockManager(10, 4, name_blocks_at_allocation=at_allocation)
+        together = [ask(name, [*SYSTEM, "what", "is", "a", name]) for name in ("page", "rank")]
+        found = []
+        for request in together:  # as the scheduler does: look up, allocate, next
+            computed = blocks.get_computed_blocks(request)
+            blocks.allocate_slots(request, request.num_tokens, computed)
+            found.append(4 * len(computed))
+        when = "at allocation" if at_allocation else "after the step"
+        rows.append((when, found[1], *(request.block_table for request in together), blocks.num_free_blocks))
+    table(("named", "the second one finds", "first block_table", "second block_table", "free"), rows)
+    check("named at allocation, they share in their first step", [row[1] for row in rows] == [0, 8])
+    print(
+        "  The second one reads what the first one writes in the same step: in every layer all write before anybody reads."
+    )
+
+
+class OneQueue(BlockManager):
+    """Before vLLM told them apart: whatever is freed goes to the end of the queue."""
+
+    def free(self, request: Request) -> None:
+        tail_first = request.block_table[::-1]
+        super().free(request)
+        for block in tail_first:  # here no other request holds one of them
+            self.free_blocks.move_to_end(block)
+
+
+def nameless_first() -> None:
+    heading("Two blocks of four; 5 tokens, then 1, then another 1, then the first 5 again")
+    first, found, rows = [*SYSTEM][:5], {}, []
+    for kind, manager in (("one queue", OneQueue), ("nameless first", BlockManager)):
+        blocks, queues = manager(2, 4), []
+        for words in (first, ["yes"], ["no"]):
+            request = ask("r", words)
+            start(blocks, request)
+            blocks.free(request)
+            queues.append(
+                " ".join(f"{i}{'' if blocks.blocks[i].block_hash is None else '*'}" for i in blocks.free_blocks)
+            )
+        found[kind] = 4 * len(blocks.get_computed_blocks(ask("r", first)))
+        rows.append((kind, *queues, found[kind]))
+    table(("free blocks, next first (* has a name)", "after 5", "after 1", "after 1", "tokens found"), rows)
+    check("a block that nobody can find is used up before one that somebody may look for", [*found.values()] == [0, 4])
 
 
 def two_requests_on(rank: int, size: int) -> list[list[int]]:

@@ -5,12 +5,13 @@
 
 Eight requests on the bundled model, four rows, a budget of 24 tokens a step. Each column is a step:
 
-    P  tokens of a prompt        d  one token of an answer        .  waits        x  preempted
+    P  tokens of a prompt        d  one token of an answer        .  waits        x  preempted, waits again
     -  a token that nobody asked for: the request has ended, its batch has not
 
 Static batching is run on the same engine: four prompts, padded to the longest, in one step, then decode steps until the
 longest answer ends; only then the next four. (Its step may hold 1024 tokens: a step of static batching is whole prompts.)
-The last run has the priority policy, and an abort.
+The pool of 9 blocks is run with and without the gate of admission (scheduler_reserve_full_isl). The last run has the priority
+policy, and an abort.
 """
 
 import json
@@ -47,8 +48,10 @@ def main() -> None:
         "static": ("Static batching: four at a time, each batch until its longest answer ends",
                    traced(batch_by_batch(), max_num_batched_tokens=1024)),
         "continuous": ("Continuous batching: requests join and leave at every step", traced(as_they_come)),
-        "continuous, 9 blocks": ("The same with a pool of 9 blocks: the newest is preempted, and computes again what is lost",
-                                 traced(as_they_come, num_gpu_blocks_override=9)),
+        "9 blocks, no gate": ("The same with a pool of 9 blocks: the newest is preempted, and computes again what is lost",
+                              traced(as_they_come, num_gpu_blocks_override=9, scheduler_reserve_full_isl=False)),
+        "9 blocks, gate": ("With a gate: a request enters when there are blocks for its whole prompt",
+                           traced(as_they_come, num_gpu_blocks_override=9)),
         "priority and abort": ("By priority: 5 is urgent and goes before 4, which came with it; 3 is aborted before step 13",
                                traced(urgent_and_aborted, scheduling_policy="priority")),
     }  # fmt: skip
@@ -63,25 +66,30 @@ def main() -> None:
     runs = {name: run for name, (_, run) in kinds.items()}
 
     heading("What was computed, and what was needed")
-    ran = {name: sum(bool(line["scheduled"]) for line in run.lines) for name, run in runs.items()}
-    rows = [(name, ran[name], *computed[name]) for name in list(kinds)[:3]]
-    table(("", "steps", "tokens prefilled", "tokens decoded"), rows)
+    ran = {name: len(run.lines) for name, run in runs.items()}
+    idle = {name: sum(not line["scheduled"] for line in run.lines) for name, run in runs.items()}
+    preempted = {name: sum(len(line["preempted"]) for line in run.lines) for name, run in runs.items()}
+    rows = [(name, ran[name], idle[name], *computed[name], preempted[name]) for name in list(kinds)[:4]]
+    table(("", "steps", "of them idle", "tokens prefilled", "tokens decoded", "preemptions"), rows)
     needed = sum(length for _, length, _ in REQUESTS), sum(out - 1 for _, _, out in REQUESTS)
     print(f"  needed: {needed[0]} and {needed[1]}; the first token of an answer comes out of its prompt's step")
     print("  what a preempted request computes again, answer included, is prefilled")
-    free, tight, urgent = (runs[name] for name in list(kinds)[1:])
+    free, no_gate, gate, urgent = (runs[name] for name in list(kinds)[1:])
     check("all requests ended", len(free.answers) == len(REQUESTS))
-    check("with the same tokens in both pools", free.answers == tight.answers)
+    check("with the same tokens in every pool", free.answers == no_gate.answers == gate.answers)
     check("continuous batching computes what is needed and nothing else", computed["continuous"] == needed)
     check("it needs fewer steps than static batching", ran["continuous"] < ran["static"])
-    check("the small pool did preempt", any(line["preempted"] for line in tight.lines))
+    check(
+        "the small pool preempts, and the gate spares some of it",
+        preempted["9 blocks, no gate"] > preempted["9 blocks, gate"],
+    )
     check("5 overtook 4", begins(urgent, 5) < begins(urgent, 4) and begins(free, 5) > begins(free, 4))
     check("nobody's answer changed by that", all(free.answers[i] == said for i, said in urgent.answers.items()))
     what_attention_is_told(free)
     if csv:
         rows = [
             {"batching": name, "step": at, "request": i, "arrives": REQUESTS[i][0], "does": letter}
-            for name in list(kinds)[:3]
+            for name in list(kinds)[:4]
             for at, step in enumerate(steps[name])
             for i, letter in step.items()
         ]
