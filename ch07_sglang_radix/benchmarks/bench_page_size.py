@@ -30,7 +30,7 @@ from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.distributed.launch import run_main
 from common.models.published_configs import published_config
 from common.parallel_state import initialize_tensor_parallel
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 from common.teaching.report import FIGURES, write_csv
 
 SIZES, WORKLOADS, VOCAB, LAYERS = (1, 4, 16), ("one", "eight", "chat", "short"), 16_384, 6

@@ -31,7 +31,7 @@ from ch07_sglang_radix.radix_cache import RadixCache
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.schedule_policy import SchedulePolicy
 from common.distributed.launch import run_main
-from common.sampling.sampler import SamplingParams
+from common.sampling.params import SamplingParams
 
 TREE, POLICY = "sglang.srt.mem_cache.radix_cache", "sglang.srt.managers.schedule_policy"
 AS_THEY_ARE = {TREE, POLICY, "sglang.srt.mem_cache.evict_policy", "sglang.srt.mem_cache.base_prefix_cache"}
