@@ -55,7 +55,7 @@ def main() -> None:
     if tp.size > 1:
         for way, sent in (("patched model", sent_by_patch), ("executor", sent_by_executor)):
             heading(f"What the {way} sends for a prompt of {len(PROMPT)} tokens")
-            messages(sent)
+            messages(sent, tp.size)
     check("the patched model's logits are the whole model's", torch.allclose(by_patch, want, atol=1e-3))
     check("so are the executor's", torch.allclose(by_executor, want, atol=1e-3))
     share = max(size_executor[part] * tp.size / size_whole[part] for part in ("embed_tokens", "mlp"))

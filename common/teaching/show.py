@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from common.distributed.cost_model import wire_bytes
 from common.distributed.ledger import LedgerEntry
 
 WHY = {
@@ -57,12 +58,19 @@ def matrix(name: str, values: np.ndarray, cut: int | Sequence[int] = (), axis: i
         print(f"{indent}  {' | '.join(parts)}")
 
 
-def messages(entries: Sequence[LedgerEntry]) -> None:
-    """What a step sent: one row for all layers that send the same."""
+def messages(entries: Sequence[LedgerEntry], size: int) -> None:
+    """What a step of `size` ranks sent: one row for all layers that send the same.
+
+    "bytes each" are of the tensor that a rank hands in, "on the wire" those that the busiest rank moves for it
+    (distributed/cost_model.py); at R = 2 the two are equal.
+    """
     rows = Counter((e.op, re.sub(r"\.\d+\.", ".*.", e.label), e.shape, e.bytes) for e in entries)
     table(
-        ("op", "layer", "shape", "times", "bytes each", "why"),
-        [(op, label, list(shape), n, size, WHY[label.split(".")[-1]]) for (op, label, shape, size), n in rows.items()],
+        ("op", "layer", "shape", "times", "bytes each", "on the wire", "why"),
+        [
+            (op, label, list(shape), times, n, wire_bytes(op, n, size), WHY[label.split(".")[-1]])
+            for (op, label, shape, n), times in rows.items()
+        ],
     )
 
 
