@@ -15,6 +15,7 @@ import torch
 from common.attention.contract import AttentionMetadata
 from common.attention.kv_cache import PagedKVCache
 from common.attention.torch_native import TorchNativeAttention
+from common.distributed.cost_model import wire_bytes
 from common.distributed.launch import run_main
 from common.layers.heads import HeadLayout
 from common.layers.rotary import RotaryEmbedding
@@ -70,10 +71,17 @@ def main() -> None:
     check(f"so it is with all {whole_mlp.numel()} numbers, within 1e-4", right)
     print("  Among real ranks each sum is one message:")
     rows = [
-        ("all_reduce", name, list(whole.shape), whole.nbytes, WHY[name])
+        (
+            "all_reduce",
+            name,
+            list(whole.shape),
+            whole.nbytes,
+            *(wire_bytes("all_reduce", whole.nbytes, R) for R in (2, 8)),
+            WHY[name],
+        )
         for name, whole in (("o_proj", whole_attention), ("down_proj", whole_mlp))
     ]
-    table(("op", "layer", "shape", "bytes", "why"), rows)
+    table(("op", "layer", "shape", "bytes", "on the wire, R = 2", "R = 8", "why"), rows)
     why_norms_are_whole(x)
     rotary_knows_the_position()
     if csv:

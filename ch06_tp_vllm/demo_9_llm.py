@@ -14,6 +14,7 @@ import torch
 from ch06_tp_vllm import LLM, SamplingParams
 from ch06_tp_vllm.outputs import RequestOutput
 from ch06_tp_vllm.record_messages import of_the_step
+from common.distributed.cost_model import wire_bytes
 from common.distributed.launch import run_main
 from common.distributed.ledger import LedgerEntry
 from common.parallel_state import all_gather
@@ -67,7 +68,7 @@ def main() -> None:
     texts = [text.split(output.outputs[0].stop_reason)[0] for text, output in zip(whole, stopped, strict=True)]
     check("that is the answer up to there", [output.outputs[0].text for output in stopped] == texts)
     if tp.size > 1:
-        show_messages(sent, steps, engine.runner.config.num_layers, prefill, decode)
+        show_messages(sent, steps, engine.runner.config.num_layers, prefill, decode, tp.size)
     heading("What each rank holds")
     for rank, block in enumerate(keys):
         print(f"  rank {rank}: K of a block, a layer {list(block.shape)}; its first numbers {_first(block)}")
@@ -87,18 +88,21 @@ def show_answers(outputs: list[RequestOutput], again: list[RequestOutput]) -> No
     check("the second time at least half of every prompt was there", found)
 
 
-def show_messages(sent: dict, steps: int, layers: int, prefill: list[LedgerEntry], decode: list[LedgerEntry]) -> None:
+def show_messages(
+    sent: dict, steps: int, layers: int, prefill: list[LedgerEntry], decode: list[LedgerEntry], size: int
+) -> None:
     """What all steps sent, against the formula; then two of them message by message."""
     heading(f"What {steps} steps sent")
-    table(("op", "calls", "bytes"), [(op, row["calls"], row["bytes"]) for op, row in sorted(sent.items())])
+    rows = [(op, row["calls"], row["bytes"], wire_bytes(op, row["bytes"], size)) for op, row in sorted(sent.items())]
+    table(("op", "calls", "bytes", "on the wire"), rows)
     reduces = 1 + 2 * layers
     print(f"  formula: 1 + 2L = {reduces} all-reduces a step, x {steps} = {reduces * steps}; a gather a step")
     counted = sent["all_reduce"]["calls"], sent["gather"]["calls"]
     check("as many all-reduces and gathers as the formula says", counted == (reduces * steps, steps))
     heading("A prefill step, message by message")
-    messages(of_the_step(prefill))
+    messages(of_the_step(prefill), size)
     heading("A decode step")
-    messages(of_the_step(decode))
+    messages(of_the_step(decode), size)
 
 
 def conversation(question: str) -> list[dict[str, str]]:

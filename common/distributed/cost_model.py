@@ -17,6 +17,7 @@ machine's loopback device with tensors of 4 MB on 2, 3 and 4 ranks, are these wi
 """
 
 import math
+from dataclasses import dataclass
 
 
 def wire_bytes(op: str, nbytes: int, ranks: int) -> int:
@@ -33,9 +34,34 @@ def rounds(op: str, ranks: int) -> int:
     return chain[op] if op in chain else math.ceil(math.log2(ranks))
 
 
-def seconds(op: str, nbytes: int, ranks: int, latency_s: float, bytes_per_s: float) -> float:
-    """How long it takes where a message costs latency_s, and a rank sends or receives bytes_per_s."""
-    if ranks == 1:
-        return 0.0
-    each = {"all_reduce": nbytes / ranks, "gather": (ranks - 1) * nbytes}.get(op, nbytes)
-    return rounds(op, ranks) * (latency_s + each / bytes_per_s)
+@dataclass(frozen=True)
+class Link:
+    """Between two ranks: what a message costs that is empty, and how many bytes a second a rank sends or receives."""
+
+    latency_s: float
+    bytes_per_s: float
+
+    def seconds(self, op: str, nbytes: int, ranks: int) -> float:
+        """How long `op` of a tensor of `nbytes` on each rank takes."""
+        return rounds(op, ranks) * (self.latency_s + _each(op, nbytes, ranks) / self.bytes_per_s)
+
+    @staticmethod
+    def fit(op: str, ranks: int, small: tuple[int, float], large: tuple[int, float]) -> "Link":
+        """The link on which `op` takes what was measured: (tensor bytes, seconds) of a small tensor and of a large one.
+
+        Raises ValueError if the large one was not slower: then no bandwidth can be read from them.
+        """
+        (n, fast), (m, slow) = small, large
+        moved = rounds(op, ranks) * (_each(op, m, ranks) - _each(op, n, ranks))
+        if slow <= fast or moved <= 0:
+            raise ValueError(
+                f"{m} bytes took {slow:.2g} s and {n} bytes {fast:.2g} s: too alike to tell bytes from messages"
+            )
+        bytes_per_s = moved / (slow - fast)
+        latency = fast / rounds(op, ranks) - _each(op, n, ranks) / bytes_per_s
+        return Link(max(0.0, latency), bytes_per_s)
+
+
+def _each(op: str, nbytes: int, ranks: int) -> float:
+    """Bytes of each of the messages that wait for one another."""
+    return {"all_reduce": nbytes / ranks, "gather": (ranks - 1) * nbytes}.get(op, nbytes)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.distributed.cost_model import rounds, seconds, wire_bytes
+from common.distributed.cost_model import Link, rounds, wire_bytes
 
 
 def ring(ranks, pieces_each, times):
@@ -16,7 +16,7 @@ def test_a_ring_all_reduce_hands_every_part_round_twice(ranks):
     sent, steps = ring(ranks, part, 2 * (ranks - 1))
     assert wire_bytes("all_reduce", 840, ranks) == sent
     assert rounds("all_reduce", ranks) == steps
-    assert seconds("all_reduce", 840, ranks, 1.0, 100.0) == pytest.approx(steps * (1 + part / 100))
+    assert Link(1.0, 100.0).seconds("all_reduce", 840, ranks) == pytest.approx(steps * (1 + part / 100))
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
@@ -37,15 +37,27 @@ def test_a_tree_broadcast_reaches_twice_as_many_each_round(ranks, steps):
 
 def test_rank_0_receives_all_of_a_gather():
     assert wire_bytes("gather", 840, 4) == 3 * 840
-    assert seconds("gather", 840, 4, 1.0, 840.0) == 1 + 3
+    assert Link(1.0, 840.0).seconds("gather", 840, 4) == 1 + 3
 
 
 @pytest.mark.parametrize("op", ["all_reduce", "all_gather", "gather", "broadcast"])
 def test_one_rank_alone_sends_nothing(op):
-    assert (wire_bytes(op, 840, 1), rounds(op, 1), seconds(op, 840, 1, 1.0, 1.0)) == (0, 0, 0.0)
+    assert (wire_bytes(op, 840, 1), rounds(op, 1), Link(1.0, 1.0).seconds(op, 840, 1)) == (0, 0, 0.0)
 
 
 def test_a_small_message_costs_latency_and_a_large_one_bandwidth():
-    gloo = {"latency_s": 50e-6, "bytes_per_s": 1e9}
-    assert seconds("all_reduce", 896, 2, **gloo) == pytest.approx(2 * 50e-6, rel=0.01)
-    assert seconds("all_reduce", 1 << 30, 2, **gloo) == pytest.approx((1 << 30) / 1e9, rel=0.01)
+    gloo = Link(latency_s=50e-6, bytes_per_s=1e9)
+    assert gloo.seconds("all_reduce", 896, 2) == pytest.approx(2 * 50e-6, rel=0.01)
+    assert gloo.seconds("all_reduce", 1 << 30, 2) == pytest.approx((1 << 30) / 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize("op", ["all_reduce", "all_gather", "gather", "broadcast"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_link_is_read_from_two_measurements(op, ranks):
+    link = Link(latency_s=30e-6, bytes_per_s=2e9)
+    small, large = ((n, link.seconds(op, n, ranks)) for n in (256, 1 << 22))
+    found = Link.fit(op, ranks, small, large)
+    assert found.latency_s == pytest.approx(link.latency_s)
+    assert found.bytes_per_s == pytest.approx(link.bytes_per_s)
+    with pytest.raises(ValueError, match="too alike to tell bytes from messages"):
+        Link.fit(op, ranks, large, small)
