@@ -152,8 +152,8 @@ def shutdown_tensor_parallel(tp: TPGroup | None = None) -> None:
     spawned, _spawned = (_spawned, None) if _spawned and _spawned.processes else (None, _spawned)
     if spawned:
         _dismiss(spawned, tp)
-    if tp is not None and tp.device.type == "cuda" and dist.is_initialized():
-        # NCCL waits for captured graphs that hold its communicator, so what is garbage must go first
+    if tp is not None and tp.device.type == "cuda":
+        # NCCL waits for captured graphs that hold its communicator, and the next engine needs the memory: garbage goes first
         gc.collect()
         torch.cuda.synchronize()
     if _own_world and dist.is_initialized():

@@ -9,6 +9,7 @@ Any engine that keeps its sequences in a SequenceTable can use it.
 """
 
 import bisect
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,7 +63,19 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Record all sizes, the largest first: the smaller ones then fit into its memory."""
+        """Record all sizes, the largest first: the smaller ones then fit into its memory.
+
+        An engine that was let go of before may still lie about, graphs and all, in a cycle of references. If the collector found
+        it during a recording, what it frees would break the recording: so it goes now, and nothing is collected meanwhile.
+        """
+        gc.collect()
+        gc.disable()
+        try:
+            self._capture()
+        finally:
+            gc.enable()
+
+    def _capture(self) -> None:
         quiet = None if self.tp.rank == 0 else True
         for size, alike in tqdm(self._shapes, desc="capturing decode graphs", disable=quiet, leave=False):
             self.inputs.zero_()
