@@ -52,8 +52,8 @@ class OutputProcessor:
         """Append a step's tokens; returns the requests that got one, or an error. Waits for the device."""
         grown = []
         for request, token, told in step.take():
-            if (why := problem(token)) is not None:
-                request.finish(End("error", message=why))
+            if token < 0:
+                request.finish(End("error", message=problem(token)))
             else:
                 request.append(token, told)
                 self.generation_tokens += 1

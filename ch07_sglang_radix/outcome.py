@@ -19,13 +19,13 @@ class Outcome:
         """Append a step's tokens, and end who has come to an end. Waits for the device."""
         s, ended = self.state, False
         for req, token, told in step.take():
-            if (why := problem(token)) is not None:
+            if token < 0:
                 s.running.remove(req)
-                self._fail(req, why)
+                self._fail(req, problem(token))
                 continue
             req.take_token(token, told)
             s.grown[req.rid] = req
-            if req.ended:
+            if req.finish_reason is not None:
                 ended = True
                 self.end(req)
         if ended:

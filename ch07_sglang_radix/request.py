@@ -143,7 +143,8 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprobs]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        told = {name: [asdict(one) for one in getattr(self, name)] for name in ("logprobs", "prompt_logprobs")}
+        return vars(self) | told
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> "RequestOutput":

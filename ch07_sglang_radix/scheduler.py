@@ -198,20 +198,23 @@ class TPScheduler(SchedulerState):
 
     def share_results(self, refused: str | None = None) -> dict[int, RequestOutput]:
         """After rank 0 has sent a StopTask: what has finished, the same on all ranks."""
-        outputs = [r.to_json() for r in self.results.values()]
-        report = {"refused": refused, "next_id": self.num_requests, "steps": self.steps, "work": self.work}
-        report = share(report | {"outputs": outputs}, self.tp)
-        if len(report) == 1:
-            raise ValueError(report["refused"])
-        self.num_requests, self.steps, self.work = report["next_id"], report["steps"], report["work"]
-        self.grown = {}
-        if report["refused"]:
-            raise ValueError(report["refused"])
+        outputs, self.grown = sorted(self.results.values(), key=lambda output: output.request_id), {}
+        if self.tp.size > 1:
+            report = share(
+                {
+                    "refused": refused, "next_id": self.num_requests, "steps": self.steps, "work": self.work,
+                    "outputs": [output.to_json() for output in outputs],
+                },
+                self.tp,
+            )  # fmt: skip
+            refused = report["refused"]
+            if "outputs" in report:
+                self.num_requests, self.steps, self.work = report["next_id"], report["steps"], report["work"]
+                outputs = [RequestOutput.from_json(value) for value in report["outputs"]]
+        if refused:  # what has finished is still there for the next call
+            raise ValueError(refused)
         self.results = {}
-        return {
-            r["request_id"]: RequestOutput.from_json(r)
-            for r in sorted(report["outputs"], key=lambda r: r["request_id"])
-        }
+        return {output.request_id: output for output in outputs}
 
     def _run_to_the_end(self, arrivals: Callable[[int], bool] | None) -> str | None:
         """Rank 0: step until nothing is left and nothing more comes; returns why `arrivals` gave up, if it did."""

@@ -33,6 +33,9 @@ class Answer:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     end: End | None = None
 
+    def __post_init__(self):
+        self._watches, self._most = self.text.watches, self.params.max_new_tokens  # asked after every token
+
     def take(self, token: int, told: TokenLogprobs | None) -> None:
         """Append a sampled token and see whether it was the last."""
         self.output_ids.append(token)
@@ -40,9 +43,9 @@ class Answer:
             self.logprobs.append(told)
         if token in self.stops:
             self.end = End("stop", token)
-        elif self.text.watches and self._finds_a_stop():
+        elif self._watches and self._finds_a_stop():
             pass
-        elif len(self.output_ids) >= self.params.max_new_tokens:
+        elif len(self.output_ids) >= self._most:
             self.end = End("length")
 
     def _finds_a_stop(self) -> bool:

@@ -1,6 +1,6 @@
 """A step on its way: all ranks have been told to do it, and nobody has looked at its tokens."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -27,7 +27,7 @@ class QueuedStep(Generic[R]):
     requests: Sequence[R] = ()
     drawn: Drawn | None = None
 
-    def take(self) -> Iterator[tuple[R, int, TokenLogprobs | None]]:
+    def take(self) -> list[tuple[R, int, TokenLogprobs | None]]:
         """(request, token, its log-probabilities if asked for) of those who have not ended meanwhile. Waits for the device.
 
         A negative token is none: common.sampling.sampler.problem says why its row has no next one.
@@ -36,9 +36,11 @@ class QueuedStep(Generic[R]):
         tokens are thrown away here.
         """
         if self.drawn is None:
-            return
-        taken = self.drawn.take()
-        for i, request in enumerate(self.requests):
+            return []
+        taken, told = self.drawn.take(), []
+        for drawn in zip(self.requests, taken.tokens, taken.logprobs, strict=True):
+            request = drawn[0]
             request.pending -= 1
             if not request.ended:
-                yield request, taken.tokens[i], taken.logprobs[i]
+                told.append(drawn)
+        return told
