@@ -23,10 +23,12 @@ class AnswerText:
         answer.finish(req.output_ids, by_stop_token=...); answer.text        # when it has ended
 
     `stop`: texts that end the answer, wherever tokens cut them. The one that is complete first wins, of two that are
-    complete at the same character the first in the list (vLLM `check_stop_strings`): how a text is cut into tokens, or
-    how many tokens come in a step, changes nothing. A special token's text counts although it is not shown, as in
-    SGLang's `Req.tail_str`; vLLM looks at the shown text alone and never finds it. `stop_regex` (SGLang): patterns,
-    tried after the texts; the whole answer is searched after each token.
+    complete at the same character the first in the list, so that nothing depends on how a text is cut into tokens or how
+    many come in a step (vLLM `v1/engine/detokenizer.py` check_stop_strings, since its pull request 49391 of July 2026;
+    SGLang's `managers/schedule_batch.py` _check_str_based_finish takes the first in the list of those that the last
+    token completed). A special token's text counts although it is not shown, as in SGLang, which decodes the last tokens
+    with them; vLLM looks at the shown text alone and does not find it.
+    `stop_regex` (SGLang): patterns, tried after the texts; the whole answer is searched after each token.
 
     `include_stop`: what ended the answer is part of its text (vLLM include_stop_str_in_output, SGLang no_stop_trim).
     `not_before`: no stop is complete within so many tokens (vLLM min_tokens).

@@ -29,6 +29,7 @@ class Tokenizer:
                 f"{folder}: no usable tokenizer (tokenizer.json, tokenizer_config.json): {reason}"
             ) from None
         self._special = {i: added.content for i, added in self.hf.added_tokens_decoder.items() if added.special}
+        self.bytes_of, self.letter = self._byte_tokens()
         # hf.decode does no more than this, and takes three times as long to find out what kind of ids it was given
         same = getattr(type(self.hf), "_decode", None) is PreTrainedTokenizerFast._decode
         self._backend = self.hf.backend_tokenizer if same and not self.hf.clean_up_tokenization_spaces else None
@@ -129,6 +130,12 @@ class Tokenizer:
     def token_text(self, token: int) -> str:
         """One token as it reads in the middle of a text: with its space, and special tokens as they are written."""
         return self.decode([token, token], False)[len(self.decode([token], False)) :]
+
+    def _byte_tokens(self) -> tuple[dict[int, int], int]:
+        """{token: its byte} of a tokenizer that writes rare characters in bytes, <0x00> to <0xFF>, and a letter of it."""
+        ids = {i: byte for byte in range(256) if (i := self.hf.convert_tokens_to_ids(f"<0x{byte:02X}>")) is not None}
+        letter = next((i for i, byte in ids.items() if byte == ord("A")), -1)
+        return (ids, letter) if len(ids) == 256 and self.hf.decode([letter]) == "A" else ({}, -1)
 
     def special_text(self, token: int) -> str:
         """How a special token is written, "" for all others."""

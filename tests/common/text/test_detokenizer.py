@@ -1,3 +1,5 @@
+from itertools import groupby
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -101,17 +103,23 @@ def test_any_tokens_are_complete_at_the_end(tokenizers, kind, ids, prompt, skip)
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(0, 610), max_size=40))
-def test_any_tokens_of_a_byte_fallback_tokenizer_lose_no_character(tokenizers, ids):
-    """The decoder spoils a run of bytes if one is wrong; what was whole before is shown, and all behind the run."""
+@given(
+    st.lists(st.integers(0, 610) | st.integers(3, 258) | st.sampled_from("长城é😀 "), max_size=40), st.integers(2, 9)
+)
+def test_of_byte_tokens_only_those_that_are_no_character_become_marks(tokenizers, ids, size):
+    """The tokenizers library spoils all that are in a row; but then it is given what they read as, written anew."""
     tokenizer = tokenizers["llama"]
     prompt = plain(tokenizer, "the")
+    ids = [i for one in ids for i in ([one] if isinstance(one, int) else [3 + byte for byte in one.encode()])]
+    mended = []
+    for are_bytes, run in groupby([i for i in ids if tokenizer.has_text(i)], lambda i: i < 259):
+        run_ids = list(run)
+        text = bytes(i - 3 for i in run_ids).decode(errors="replace") if are_bytes else ""
+        mended += [3 + byte for byte in text.encode()] or run_ids
     parts, rest = token_by_token(tokenizer, ids, prompt)
-    whole = in_context(tokenizer, prompt, ids)
-    if REPLACEMENT not in whole:
-        assert "".join(parts) + rest == whole
-    wanted = iter("".join(parts) + rest)
-    assert all(character in wanted for character in whole if character != REPLACEMENT)
+    assert "".join(parts) + rest == in_context(tokenizer, prompt, mended)
+    detokenizer = IncrementalDetokenizer(tokenizer, prompt)  # and it is the same for who looks less often
+    assert "".join(detokenizer.add(*ids[i : i + size]) for i in range(0, len(ids), size)) == "".join(parts)
 
 
 # --- spaces, and the prompt in front
@@ -216,9 +224,7 @@ def test_bytes_that_never_become_a_character_do_not_hold_up_the_rest(tokenizer):
     names = byte_names() if "<0x00>" not in tokenizer.hf.get_vocab() else [f"<0x{i:02X}>" for i in range(256)]
     bad = tokenizer.hf.convert_tokens_to_ids([names[byte] for byte in b"\xe9\xff\x80" * 20])
     parts, rest = token_by_token(tokenizer, bad + plain(tokenizer, "the"))
-    assert set("".join(parts[:50])) == {REPLACEMENT}
-    assert len("".join(parts[:50])) > 40
-    assert ("".join(parts) + rest).rstrip().endswith("the")
+    assert all(len("".join(parts[:n])) >= n - 3 for n in range(7, 60))
     assert "".join(parts) + rest == tokenizer.decode(bad + plain(tokenizer, "the"))
 
 
