@@ -89,9 +89,7 @@ def by_uv(torch: str, uv: str = "uv") -> None:
         "-r",
         REQUIREMENTS,
     ]
-    done = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return
     why = next(
