@@ -57,47 +57,30 @@ def choose(torch: str) -> tuple[Callable[[str], None], str]:
     if shutil.which("uv"):
         return by_uv, "uv is there, and takes the build that fits this machine's GPU and driver (--torch-backend=auto)"
     if sys.platform != "linux":
-        return (
-            by_pip,
-            f"pip takes the default build for {sys.platform}; on Windows that is for CPUs: with uv you get one for GPUs",
-        )
+        windows = " for CPUs; uv, if it were there, would take one for a GPU" if sys.platform == "win32" else ""
+        return by_pip, f"pip's default build for {sys.platform} has no gigabytes of CUDA{windows}"
     if has_nvidia_gpu():
         return by_pip, "there is an NVIDIA GPU, and pip's default build for Linux is for CUDA"
-    cuda = cuda_packages(torch)
-    if not cuda:
+    if not is_wasteful(torch):
         return by_pip, "there is no NVIDIA GPU, and the build that pip takes here has no CUDA"
-    return (
-        by_own_uv,
-        f"there is no NVIDIA GPU, but pip's build brings {len(cuda)} CUDA packages, gigabytes; uv takes one for CPUs",
-    )
+    return by_own_uv, "there is no NVIDIA GPU, but pip's build brings CUDA, gigabytes; uv takes one for CPUs"
 
 
 def by_pip(torch: str) -> None:
     run(in_venv("python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", REQUIREMENTS)
 
 
-def by_uv(torch: str, uv: str = "uv") -> None:
-    env = {"UV_HTTP_RETRIES": "1"} | os.environ  # an index that cannot be reached should not cost minutes
+def by_uv(torch: str, uv: str | Path = "uv") -> None:
     command = [
-        uv,
-        "pip",
-        "install",
-        "--quiet",
-        "--python",
-        in_venv("python"),
-        "--torch-backend=auto",
-        "-r",
-        REQUIREMENTS,
-    ]
+        uv, "pip", "install", "--quiet", "--python", in_venv("python"), "--torch-backend=auto", "-r", REQUIREMENTS,
+    ]  # fmt: skip
+    env = {"UV_HTTP_RETRIES": "1"} | os.environ  # an index that cannot be reached should not cost minutes
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return
-    why = next(
-        (line.strip(" ×\t") for line in done.stderr.splitlines() if line.strip()), f"exit code {done.returncode}"
-    )
-    size = "" if sys.platform != "linux" or has_nvidia_gpu() or not cuda_packages(torch) else " (with CUDA, gigabytes)"
-    print(f"torch: uv cannot install it ({why}); pip takes its default build{size}", flush=True)
-    by_pip(torch)
+    if done.returncode != 0:
+        said = "; ".join([line.strip() for line in done.stderr.splitlines() if line.strip()][:2])
+        much = " It brings CUDA, gigabytes." if is_wasteful(torch) else ""
+        print(f"torch: uv could not install it ({said}), so pip takes its default build.{much}", flush=True)
+        by_pip(torch)
 
 
 def by_own_uv(torch: str) -> None:
@@ -105,19 +88,19 @@ def by_own_uv(torch: str) -> None:
     by_uv(torch, in_venv("uv"))
 
 
-def cuda_packages(torch: str) -> list[str]:
-    """Names of the CUDA packages that pip would bring along for this torch: it says so without fetching them."""
-    command = [in_venv("python"), "-m", "pip", "install", "--dry-run", "--no-deps", "--ignore-installed", "--quiet",
-               "--disable-pip-version-check", "--report", "-", torch]  # fmt: skip
+def is_wasteful(torch: str) -> bool:
+    """Would pip bring CUDA to a machine that cannot use it? pip says what a package needs without fetching it."""
+    if sys.platform != "linux" or has_nvidia_gpu():
+        return False
+    command = [
+        in_venv("python"), "-m", "pip", "install", "--dry-run", "--no-deps", "--ignore-installed", "--quiet",
+        "--disable-pip-version-check", "--report", "-", torch,
+    ]  # fmt: skip
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        return []  # then the real installation will say why
-    metadata = json.loads(done.stdout)["install"][0]["metadata"]
-    names = [
-        need.split(";")[0].split("=")[0].split(">")[0].split("[")[0].strip()
-        for need in metadata.get("requires_dist", [])
-    ]
-    return [name for name in names if name.startswith(("nvidia-", "cuda-"))]
+        return False  # then the real installation will say why
+    needs = json.loads(done.stdout)["install"][0]["metadata"].get("requires_dist", [])
+    return any(need.startswith(("nvidia-", "cuda-")) for need in needs)
 
 
 def has_nvidia_gpu() -> bool:
