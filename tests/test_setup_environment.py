@@ -51,7 +51,6 @@ def test_the_pinned_torch_is_that_of_the_requirements(setup):
 def test_what_is_there_stays(setup, monkeypatch):
     monkeypatch.setattr(setup, "installed_torch", lambda: "2.13.0")
     assert setup.choose("torch==2.13.0") == (setup.by_pip, "torch==2.13.0 is in .venv already")
-    assert setup.choose("torch==2.14.0")[0] is not None
 
 
 def test_uv_is_used_where_it_is(setup, monkeypatch):
