@@ -6,10 +6,8 @@ BIN := .venv/bin
 
 setup: .venv/installed
 
-.venv/installed: requirements.txt pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	@touch $@
+.venv/installed: requirements.txt pyproject.toml setup_environment.py
+	$(PYTHON) setup_environment.py
 
 demo: setup
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 ch07_sglang_radix/demo_tp_radix.py

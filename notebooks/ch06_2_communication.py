@@ -82,7 +82,7 @@ assert ratio == tokens[0] / tokens[1]
 
 # %% [markdown]
 # **Conclude.** An all-reduce has `T` rows, one a token of the step, and `D` columns: it does not know how long the context is. As a tensor
-# it does not know how many ranks there are either; on the wire a ring moves 2 (R-1)/R times as much ([common/distributed/cost_model.py](../common/distributed/cost_model.py)). The gather has a row for each sequence and this rank's share of the vocabulary. In a decode step of a few sequences each
+# it does not know how many ranks there are either; what crosses between all of them, 2 times as much, does ([common/distributed/cost_model.py](../common/distributed/cost_model.py)). The gather has a row for each sequence and this rank's share of the vocabulary. In a decode step of a few sequences each
 # all-reduce is a few kilobytes: its cost is latency, 2L + 1 times a step. That is why engines write their own all-reduce for small messages ([common/distributed/symmetric_memory.py](../common/distributed/symmetric_memory.py)).
 #
 # **Try it:** change `PROMPTS` in `ch06_tp_vllm/record_messages.py` to thirty prompts. Which bars move, and which do not?
