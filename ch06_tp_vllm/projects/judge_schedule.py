@@ -132,7 +132,7 @@ def random_lives(m: ModuleType) -> Found:
         size = rng.choice((1, 2, 4))
         longest = rng.choice((12, 40))
         p = play(
-            m, num_blocks=-(-(longest + 12) // size) + rng.randint(0, 20), block_size=size, budget=rng.choice((3, 8, 64)),
+            m, num_blocks=-(-(longest + 12) // size) + rng.randint(0, 6), block_size=size, budget=rng.choice((3, 8, 64)),
             rows=rng.randint(1, 6), late=rng.random() < 0.5,
         )  # fmt: skip
         heads = [random_ids(rng.randint(0, longest - 3), rng) for _ in range(2)]

@@ -16,20 +16,21 @@ from pathlib import Path
 from typing import Any
 
 WORKER = "--worker"  # FILE FIRST
-START = 120.0  # seconds a process may take to import what it needs: a cold disk, a small machine
+START = 120.0  # seconds a process may take until it begins: imports from a cold disk on a small machine
+READY = "ready"
 LOOK = 0.05  # seconds between two looks at the file
 
 
 def work(file: Path, first: int, jobs: Sequence[Callable[[], Any]]) -> None:
     """The child: do the jobs from `first` on, and write what each returns (something that JSON knows) as a line."""
     with file.open("a", encoding="utf-8") as out:
+        print(READY, file=out, flush=True)
         for job in jobs[first:]:
             try:
                 line = json.dumps({"value": job()})
             except BaseException as error:  # a SystemExit too: it is the job's, not ours
                 line = json.dumps({"error": f"{type(error).__name__}: {error}"[:2000]})
-            out.write(line + "\n")
-            out.flush()
+            print(line, file=out, flush=True)
 
 
 def run_apart(command: Sequence[str], limits: Sequence[float]) -> Iterator[dict[str, Any]]:
@@ -56,18 +57,21 @@ def run_apart(command: Sequence[str], limits: Sequence[float]) -> Iterator[dict[
 
 def _watch(child: subprocess.Popen, file: Path, limits: Sequence[float]) -> Iterator[dict[str, Any]]:
     """What one process says, up to the job that it does not survive."""
-    seen, since, extra = 0, time.monotonic(), START
-    while seen < len(limits):
+    said, since = 0, time.monotonic()  # lines: READY, and one a job
+    while True:
         ended = child.poll() is not None  # asked before the file is read: nothing comes behind it
         lines = file.read_text(encoding="utf-8").split("\n")[:-1]
-        for line in lines[seen:]:
-            seen, since, extra = seen + 1, time.monotonic(), 0.0
-            yield json.loads(line)
-        if seen < len(limits) and len(lines) <= seen:
-            if ended:
-                yield {"error": f"it ended the whole process (exit code {child.returncode})"}
-                return
-            if time.monotonic() - since > limits[seen] + extra:
-                yield {"error": f"still busy after {limits[seen]:.0f} seconds: a loop that does not end?"}
-                return
+        for line in lines[said:]:
+            said, since = said + 1, time.monotonic()
+            if line != READY:
+                yield json.loads(line)
+        if said > len(limits):
+            return
+        if ended:
+            yield {"error": f"it ended the whole process (exit code {child.returncode})"}
+            return
+        limit = limits[said - 1] if said else START
+        if time.monotonic() - since > limit:
+            yield {"error": f"still busy after {limit:.0f} seconds: a loop that does not end?"}
+            return
         time.sleep(LOOK)
