@@ -1,7 +1,6 @@
 """A reader's RadixCache in the place of the product's: for a while, or for a whole run of pytest (as a plugin of it).
 
-    PROJECT_FILE=tree.py PROJECT_RESULTS=results.jsonl pytest -p ch07_sglang_radix.projects.swap tests/ch07
-tests/ch07/test_radix_cache.py
+PROJECT_FILE=tree.py PROJECT_RESULTS=results.jsonl pytest -p ch07_sglang_radix.projects.swap tests/ch07
 """
 
 import importlib
