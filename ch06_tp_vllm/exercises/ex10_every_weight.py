@@ -1,6 +1,6 @@
 """Exercise 10: No weight left behind (10 minutes).
 
-Read  step 5 of the chapter
+Read  "Loading" in the chapter
 Edit  this file
 Test  python -m ch06_tp_vllm.exercises.check 10
 

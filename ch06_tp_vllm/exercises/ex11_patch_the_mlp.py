@@ -1,6 +1,6 @@
 """Exercise 11: Patch the MLP (25 minutes).
 
-Read  step 4 of the chapter; Shoeybi et al. 2019 (Megatron-LM), section 3, figure 3a
+Read  "Two ways to get there" in the chapter; Shoeybi et al. 2019 (Megatron-LM), section 3, figure 3a
 Edit  this file
 Test  python -m ch06_tp_vllm.exercises.check 11
 

@@ -1,6 +1,6 @@
 """Exercise 12: How many blocks fit (10 minutes).
 
-Read  step 6 of the chapter
+Read  "The KV cache" in the chapter
 Edit  this file
 Test  python -m ch06_tp_vllm.exercises.check 12
 

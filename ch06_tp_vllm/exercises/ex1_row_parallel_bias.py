@@ -1,6 +1,6 @@
 """Exercise 1: Row-parallel bias (10 minutes).
 
-Read  step 1 of the chapter; Shoeybi et al. 2019 (Megatron-LM), section 3
+Read  "Toy split" in the chapter; Shoeybi et al. 2019 (Megatron-LM), section 3
 Edit  this file
 Test  python -m ch06_tp_vllm.exercises.check 1
 

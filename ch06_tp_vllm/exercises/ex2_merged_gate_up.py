@@ -1,6 +1,6 @@
 """Exercise 2: The shard of a merged layer (5 minutes).
 
-Read  step 2 of the chapter
+Read  "Parallel layers" in the chapter
 Edit  this file
 Test  python -m ch06_tp_vllm.exercises.check 2
 

@@ -1,6 +1,6 @@
 """Exercise 3: Which KV heads a rank holds (10 minutes).
 
-Read  step 3 of the chapter; Ainslie et al. 2023 (grouped-query attention), section 2
+Read  "Heads and the MLP" in the chapter; Ainslie et al. 2023 (grouped-query attention), section 2
 Edit  this file
 Test  python -m ch06_tp_vllm.exercises.check 3
 

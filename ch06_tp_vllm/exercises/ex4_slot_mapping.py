@@ -1,6 +1,6 @@
 """Exercise 4: Slots of new tokens (5 minutes).
 
-Read  steps 6 and 7 of the chapter; Kwon et al. 2023 (PagedAttention), section 4.3
+Read  "The KV cache" and "Blocks" in the chapter; Kwon et al. 2023 (PagedAttention), section 4.3
 Edit  this file
 Test  python -m ch06_tp_vllm.exercises.check 4
 

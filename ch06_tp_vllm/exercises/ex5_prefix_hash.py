@@ -1,6 +1,6 @@
 """Exercise 5: Name a block, find a prefix (25 minutes).
 
-Read  step 7 of the chapter; vLLM's design document "Automatic Prefix Caching"
+Read  "Blocks" in the chapter; vLLM's design document "Automatic Prefix Caching"
 Edit  this file
 Test  python -m ch06_tp_vllm.exercises.check 5
 

@@ -1,6 +1,6 @@
 """Exercise 6: Free what several requests hold (10 minutes).
 
-Read  step 7 of the chapter; Kwon et al. 2023 (PagedAttention), section 4.4
+Read  "Blocks" in the chapter; Kwon et al. 2023 (PagedAttention), section 4.4
 Edit  this file
 Test  python -m ch06_tp_vllm.exercises.check 6
 

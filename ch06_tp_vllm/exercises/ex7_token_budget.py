@@ -1,6 +1,6 @@
 """Exercise 7: One budget of tokens (15 minutes).
 
-Read  step 8 of the chapter; Agrawal et al. 2024 (Sarathi-Serve), section 4
+Read  "The scheduler" in the chapter; Agrawal et al. 2024 (Sarathi-Serve), section 4
 Edit  this file
 Test  python -m ch06_tp_vllm.exercises.check 7
 

@@ -1,6 +1,6 @@
 """Exercise 8: Preempt (15 minutes).
 
-Read  step 8 of the chapter; Kwon et al. 2023 (PagedAttention), section 4.5, recomputation
+Read  "The scheduler" in the chapter; Kwon et al. 2023 (PagedAttention), section 4.5, recomputation
 Edit  this file
 Test  python -m ch06_tp_vllm.exercises.check 8
 

@@ -1,6 +1,6 @@
 """Exercise 9: Top-p keeps the token that crosses p (10 minutes).
 
-Read  step 9 of the chapter; Holtzman et al. 2020 (nucleus sampling), section 3.1
+Read  "The engine" in the chapter; Holtzman et al. 2020 (nucleus sampling), section 3.1
 Edit  this file
 Test  python -m ch06_tp_vllm.exercises.check 9
 

@@ -1,6 +1,6 @@
 """Exercise 10: Who goes back to the queue (10 minutes).
 
-Read  step 9 of the chapter
+Read  "Retract" in the chapter
 Edit  this file
 Test  python -m ch07_sglang_radix.exercises.check 10
 

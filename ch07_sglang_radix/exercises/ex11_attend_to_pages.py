@@ -1,6 +1,6 @@
 """Exercise 11: Attention by page ids (25 minutes).
 
-Read  steps 2 and 4 of the chapter; Kwon et al. 2023 (PagedAttention), section 4.1
+Read  "Pages and pools" and "A task on the wire" in the chapter; Kwon et al. 2023 (PagedAttention), section 4.1
 Edit  this file
 Test  python -m ch07_sglang_radix.exercises.check 11
 

@@ -1,6 +1,6 @@
 """Exercise 12: The best token of a vocabulary that is cut (15 minutes).
 
-Read  step 5 of the chapter; Shoeybi et al. 2019 (Megatron-LM), section 3
+Read  "One will" in the chapter; Shoeybi et al. 2019 (Megatron-LM), section 3
 Edit  this file
 Test  python -m ch07_sglang_radix.exercises.check 12
 

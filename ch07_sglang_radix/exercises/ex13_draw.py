@@ -1,6 +1,6 @@
 """Exercise 13: A draw that does not depend on the others (20 minutes).
 
-Read  step 5 of the chapter
+Read  "One will" in the chapter
 Edit  this file
 Test  python -m ch07_sglang_radix.exercises.check 13
 

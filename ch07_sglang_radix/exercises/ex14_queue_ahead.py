@@ -1,6 +1,6 @@
 """Exercise 14: Queue a step whose tokens nobody knows (25 minutes).
 
-Read  step 10 of the chapter
+Read  "Overlap" in the chapter
 Edit  this file
 Test  python -m ch07_sglang_radix.exercises.check 14
 

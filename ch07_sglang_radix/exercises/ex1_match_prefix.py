@@ -1,6 +1,6 @@
 """Exercise 1: Match a prefix (25 minutes).
 
-Read  step 1 of the chapter; Zheng et al. 2024 (SGLang), section 3, figure 3
+Read  "The radix tree" in the chapter; Zheng et al. 2024 (SGLang), section 3, figure 3
 Edit  this file
 Test  python -m ch07_sglang_radix.exercises.check 1
 

@@ -1,6 +1,6 @@
 """Exercise 2: Keys of whole pages (10 minutes).
 
-Read  steps 1 and 2 of the chapter
+Read  "The radix tree" and "Pages and pools" in the chapter
 Edit  this file
 Test  python -m ch07_sglang_radix.exercises.check 2
 

@@ -1,6 +1,6 @@
 """Exercise 3: Evict what is used least often (15 minutes).
 
-Read  step 7 of the chapter; Zheng et al. 2024 (SGLang), section 3
+Read  "Eviction strategies" in the chapter; Zheng et al. 2024 (SGLang), section 3
 Edit  this file
 Test  python -m ch07_sglang_radix.exercises.check 3
 

@@ -1,6 +1,6 @@
 """Exercise 4: Longest prefix match, and who should wait (25 minutes).
 
-Read  step 6 of the chapter; Zheng et al. 2024 (SGLang), section 3, cache-aware scheduling
+Read  "Schedule policies" in the chapter; Zheng et al. 2024 (SGLang), section 3, cache-aware scheduling
 Edit  this file
 Test  python -m ch07_sglang_radix.exercises.check 4
 

@@ -1,6 +1,6 @@
 """Exercise 5: The lock that was forgotten (15 minutes).
 
-Read  steps 1 and 3 of the chapter
+Read  "The radix tree" and "The life of a request" in the chapter
 Edit  this file
 Test  python -m ch07_sglang_radix.exercises.check 5
 

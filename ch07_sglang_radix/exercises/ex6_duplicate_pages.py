@@ -1,6 +1,6 @@
 """Exercise 6: The duplicate page that is freed too early (40 minutes).
 
-Read  steps 2 and 3 of the chapter
+Read  "Pages and pools" and "The life of a request" in the chapter
 Edit  this file
 Test  python -m ch07_sglang_radix.exercises.check 6
 

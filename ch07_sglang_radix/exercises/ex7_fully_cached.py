@@ -1,6 +1,6 @@
 """Exercise 7: The prompt that is cached from end to end (5 minutes).
 
-Read  step 3 of the chapter
+Read  "The life of a request" in the chapter
 Edit  this file
 Test  python -m ch07_sglang_radix.exercises.check 7
 

@@ -1,6 +1,6 @@
 """Exercise 8: The end that is seen one step late (15 minutes).
 
-Read  step 10 of the chapter
+Read  "Overlap" in the chapter
 Edit  this file
 Test  python -m ch07_sglang_radix.exercises.check 8
 

@@ -1,6 +1,6 @@
 """Exercise 9: A decode task that does not grow (15 minutes).
 
-Read  step 4 of the chapter
+Read  "A task on the wire" in the chapter
 Edit  this file
 Test  python -m ch07_sglang_radix.exercises.check 9
 

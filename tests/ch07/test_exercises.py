@@ -550,7 +550,7 @@ def _attend(q, k, v, pages, length, *, order=None, cut="before", tile=False, sca
     scores = np.einsum("hd,shd->hs", q, keys) / (np.sqrt(q.shape[1]) if scale else 1)
     if cut == "masked":
         scores[:, stop:] = -np.inf
-    weights = np.exp(scores - np.nanmax(scores, axis=1, keepdims=True))
+    weights = np.exp(scores - np.nan_to_num(scores).max(axis=1, keepdims=True))
     return np.einsum("hs,shd->hd", weights / weights.sum(axis=1, keepdims=True), values)
 
 
