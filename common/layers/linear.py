@@ -60,7 +60,9 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
     return F.linear(x, weight, bias)
 
 
-def multiply_apart(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sizes: Sequence[int]) -> torch.Tensor:
+def multiply_apart(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sizes: Sequence[int]
+) -> torch.Tensor:
     """The same, a product for each `sizes` rows of weight."""
     biases = [None] * len(sizes) if bias is None else bias.split(sizes)
     return torch.cat([multiply(x, w, b) for w, b in zip(weight.split(sizes), biases, strict=True)], dim=-1)
