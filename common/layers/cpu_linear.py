@@ -1,4 +1,4 @@
-"""How a matrix lies in memory on a CPU: chosen by measuring, once its numbers are there.
+"""How a matrix lies in a CPU's memory: chosen by measuring, once its numbers are there.
 
     row-major     [out, in] as in the checkpoint
     column-major  its transpose: x W^T is then a product of two row-major matrices
@@ -20,6 +20,7 @@ every rank computes alike (ReplicatedLinear) stays row-major, or ranks would dif
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -57,7 +58,7 @@ FORMS: dict[str, Form] = {"row-major": row_major, "column-major": column_major, 
 
 
 @dataclass(frozen=True)
-class Choice:
+class FormChoice:
     """What was measured for the matrices of one shape, and taken."""
 
     names: tuple[str, ...]  # of the layers
@@ -71,38 +72,46 @@ class Choice:
         return f"{self.names[0]}{list(self.shape)} x {len(self.names)}: {self.form}; {why}"
 
 
-@torch.inference_mode()
-def choose_forms(model: nn.Module, form: str | None = None) -> list[Choice]:
+@torch.no_grad()
+def choose_forms(model: nn.Module, form: str | None = None) -> list[FormChoice]:
     """Give every matrix of a loaded model on a CPU its form: the one of that name, or what measures best.
 
     Measuring takes some ten milliseconds a shape; matrices of less than 512 KiB are not measured. On a GPU nothing happens.
     Raises ValueError for a form that there is not.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, LinearBase) and layer.weight.device.type == "cpu"]
-    by_shape: dict[tuple, list[LinearBase]] = {}
-    for layer in layers:
-        if not isinstance(layer, ReplicatedLinear):
-            sizes = layer.sizes if isinstance(layer, ColumnParallelLinear) else ()
-            by_shape.setdefault((layer.weight.shape, layer.dtype, sizes), []).append(layer)
+    for dtype in {layer.dtype for layer in layers if layer.tp.rank == 0}:
+        if not computes_in(dtype):
+            warnings.warn(f"this CPU has no instructions for {dtype}; dtype=float32 is faster", stacklevel=2)
     everything = sum(layer.weight.nbytes for layer in layers)
     others = torch.ones(min(everything, CACHE) // 8, dtype=torch.int64)  # zeros may all be one page of memory
     choices = []
-    for (shape, dtype, sizes), same in by_shape.items():
+    for (shape, dtype, sizes), alike in _by_shape(layers).items():
         possible = [name for name in FORMS if _possible(name, dtype, sizes)]
-        if form not in (None, *FORMS) or (form == "packed" and form not in possible):
-            raise ValueError(f"form={form!r} is not there for {dtype} on this CPU; use {', '.join(possible)}")
         seconds = {}
-        if form is None and same[0].weight.nbytes >= SMALLEST:
-            seconds = measure(row_major(same[0].weight).to(dtype), sizes, possible, others)
+        if form is not None and form not in (*possible, "apart"):
+            raise ValueError(f"form={form!r} is not there for {dtype} on this CPU; use {', '.join(possible)}")
+        if form is None and alike[0].weight.nbytes >= SMALLEST:
+            seconds = measure(row_major(alike[0].weight).to(dtype), sizes, possible, others)
         taken = fastest(seconds) if form is None else form if form in possible else "row-major"
-        for layer in same:
+        for layer in alike:
             take_form(layer, taken)
-        choices.append(Choice(tuple(layer.name for layer in same), tuple(shape), taken, seconds))
+        choices.append(FormChoice(tuple(layer.name for layer in alike), tuple(shape), taken, seconds))
     for embedding in model.modules():
         for head in layers:
             if isinstance(embedding, VocabParallelEmbedding) and head.weight is embedding.weight:
                 share(embedding, head)
     return choices
+
+
+def _by_shape(layers: Iterable[LinearBase]) -> dict[tuple, list[LinearBase]]:
+    """{(shape, dtype, sizes of the merged matrices): layers}, without those that all ranks compute alike."""
+    found: dict[tuple, list[LinearBase]] = {}
+    for layer in layers:
+        if not isinstance(layer, ReplicatedLinear):
+            sizes = layer.sizes if isinstance(layer, ColumnParallelLinear) else ()
+            found.setdefault((layer.weight.shape, layer.dtype, sizes), []).append(layer)
+    return found
 
 
 def fastest(seconds: dict[str, tuple[float, ...]]) -> str:
@@ -164,27 +173,25 @@ def share(embedding: VocabParallelEmbedding, head: ParallelLMHead) -> None:
 
 
 def computes_in(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions for it; float32 stands in for what it has not."""
+    """Whether this CPU has instructions for products in that dtype; asked about bfloat16 only."""
     if dtype != torch.bfloat16:
         return True
-    x86 = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
-    return any(ask and ask() for ask in x86) or bool(_capabilities().get("bf16"))
-
-
-def _capabilities() -> dict:
-    """torch's list of what the CPU can do, from version 2.12 on."""
-    return getattr(torch.cpu, "get_capabilities", dict)()
+    x86 = [getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile")]
+    listed = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch has no such list
+    return any(x86) or bool(listed.get("bf16"))  # Arm's name for it
 
 
 def _possible(form: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> bool:
-    return {"packed": packs(dtype), "apart": len(sizes) > 1}.get(form, True)
+    if form == "packed":
+        return packs(dtype)
+    return form != "apart" or len(sizes) > 1
 
 
 @cache
 def packs(dtype: torch.dtype) -> bool:
     """Whether this build of torch packs matrices of that dtype for this CPU, and multiplies by them: tried on a small one."""
-    weight = torch.arange(48 * 32).reshape(48, 32).remainder(7).to(dtype)  # exact in any dtype, sums too
-    x = torch.arange(3 * 32).reshape(3, 32).remainder(5).to(dtype)
+    weight = torch.arange(48 * 32).reshape(48, 32).remainder(3).to(dtype)  # exact in any dtype, sums too
+    x = torch.arange(3 * 32).reshape(3, 32).remainder(2).to(dtype)
     try:
         matrix = packed(weight)
         return torch.equal(multiply(x, matrix), x @ weight.t()) and torch.equal(matrix.to_dense(), weight)
