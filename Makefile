@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint tiny-qwen bench-cpu bench-gpu notebooks figures clean
+.PHONY: setup demo test shell lint tiny-qwen bench-cpu bench-gpu notebooks figures clean
 
 setup: .venv/installed
 
@@ -16,6 +16,9 @@ test: setup
 	$(BIN)/python -m pytest -m "not ranks" -n 2
 	$(BIN)/python -m pytest -m ranks
 	$(BIN)/python -m pytest --nbmake -n 2 notebooks
+
+shell: setup
+	$(BIN)/python -m ch07_sglang_radix.shell
 
 lint: setup
 	$(BIN)/ruff check .

@@ -97,3 +97,89 @@ def test_nothing_is_unpickled():
     for path in MODULES:
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"import pickle|torch\.load\(|broadcast_object_list|all_gather_object", text), path
+
+
+# what a room of common/ may stand on; kernels are Triton forms of what attention, layers and sampling define, which pick them
+ROOMS = {
+    "values": set(),
+    "parallel_state": {"distributed"},
+    "distributed": {"parallel_state", "kernels"},
+    "kernels": {"attention", "sampling"},
+    "layers": {"parallel_state", "kernels"},
+    "attention": {"distributed", "kernels"},
+    "sampling": {"distributed", "kernels", "layers", "values"},
+    "text": {"values"},
+    "models": {"attention", "distributed", "layers", "parallel_state", "values"},
+    "executor": {
+        "attention", "distributed", "kernels", "layers", "models", "parallel_state", "sampling", "text", "tiny_qwen",
+    },
+    "request": {"sampling", "text", "values"},
+    "teaching": {"distributed"},
+    "tiny_qwen": {"distributed", "teaching"},
+}  # fmt: skip
+
+
+def room(parts) -> str:
+    return parts[1].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.is_relative_to(ROOT / "common")], ids=lambda p: p.name)
+def test_rooms_of_common_stand_on_what_is_below_them(path):
+    here = room(path.relative_to(ROOT).parts)
+    if here in ("__init__", "check_environment") or path.name.startswith("bench_") or path.parent.name == "tiny_qwen":
+        return  # leaves
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] == "common" and len(parts) > 1 and parts[1] != here:
+            assert parts[1] in ROOMS[here], f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_core_of_a_chapter_does_not_import_its_leaves(path):
+    """Benchmarks, exercises and projects stand on the core; so will the wings."""
+    parts = path.relative_to(ROOT).parts
+    if not parts[0].startswith("ch0") or len(parts) > 2 or LEAF.match(parts[-1]):
+        return
+    for name in imported(path):
+        assert name.split(".")[1:2] not in (["benchmarks"], ["exercises"], ["projects"]), name
+
+
+def test_no_circle_is_hidden_behind_type_checking():
+    """An import for types alone that would run in a circle means that a contract has no place of its own."""
+    for path in MODULES:
+        if path.name != "__init__.py":  # a package may name what it loads on demand
+            assert "TYPE_CHECKING" not in path.read_text(encoding="utf-8"), path
+
+
+def test_a_long_file_says_why():
+    for path in MODULES:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= 350 or "one file" in " ".join(lines[:20]), f"{path}: {len(lines)} lines, and no reason"
+
+
+def test_the_readme_names_every_room():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = re.search(r"<!-- rooms -->(.*?)<!-- /rooms -->", readme, re.DOTALL).group(1)
+    named = set(re.findall(r"\]\(common/(\w+)/\)", table))
+    assert named == {path.name for path in (ROOT / "common").iterdir() if (path / "__init__.py").is_file()}
+
+
+def test_where_things_go_names_what_is_there():
+    """The names in the table's last column stand in the file that its row links last."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.search(r"### Where things go\n(.*?)\n## ", readme, re.DOTALL).group(1)
+    found = 0
+    for row in rows.splitlines():
+        files = re.findall(r"\]\(([\w/]+\.py)\)", row)
+        for name in re.findall(r"`([A-Z]\w+)(?:\.\w+)?`", row):
+            folders = [ROOT / "common", ROOT / "ch07_sglang_radix"]
+            texts = [(ROOT / f).read_text(encoding="utf-8") for f in files] or [
+                p.read_text(encoding="utf-8") for folder in folders for p in folder.rglob("*.py")
+            ]
+            everywhere = [p.read_text(encoding="utf-8") for folder in folders for p in folder.rglob("*.py")]
+            assert any(name in text for text in texts) or any(f"class {name}" in text for text in everywhere), (
+                row,
+                name,
+            )
+            found += 1
+    assert found >= 8

@@ -1,4 +1,4 @@
-"""The attention contract of common/attention/torch_native.py as Triton kernels.
+"""The attention contract (common/attention/contract.py) as Triton kernels: one file, as they share workspace and merge.
 
     store_kv   one program a token: k, v of the step to their slots                        (prefill)
     extend     one program a (block of new tokens, query head): causal, behind any cached prefix
