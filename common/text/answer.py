@@ -1,6 +1,7 @@
 """The text of one answer while its tokens come: what it is so far, what of it is certain, and what ends it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from copy import copy
 from typing import NamedTuple
 
@@ -34,8 +35,8 @@ class AnswerText:
     `not_before`: no stop is complete within so many tokens (vLLM min_tokens).
     `tokenizer` may be None: the text is empty.
 
-    Raises ValueError for stops without a tokenizer and for patterns that are none or match the empty text, and later,
-    from catch_up and finish, if a pattern takes longer than PATTERN_SECONDS; only this answer is hurt.
+    Raises ValueError for stops without a tokenizer and for patterns that are none or match the empty text; later only
+    from catch_up, if a pattern takes longer than PATTERN_SECONDS: this answer must end, and has the text it had.
     """
 
     def __init__(
@@ -73,18 +74,26 @@ class AnswerText:
             self.num_tokens += len(new)
             self._extend(self._detokenizer.add(*new))
             return None
-        for token in new:
-            self.num_tokens += 1
-            special = self._tokenizer.special_text(token) if self._skip else ""
-            if self._extend(self._detokenizer.add(token), special):
-                break
+        try:
+            for token in new:
+                self.num_tokens += 1
+                special = self._tokenizer.special_text(token) if self._skip else ""
+                if self._extend(self._detokenizer.add(token), special):
+                    break
+        except TimeoutError:
+            self._whole = True
+            raise ValueError(
+                f"stop_regex took more than {PATTERN_SECONDS:g} s over {self._length} characters; "
+                "patterns with repetitions inside repetitions, like (a+)+, do"
+            ) from None
         return self.matched
 
     def finish(self, output_ids: Sequence[int], by_stop_token: bool = False) -> str | None:
         """Nothing comes any more. A stop token is among the tokens, and in the text only with include_stop."""
         self.catch_up(output_ids[:-1] if by_stop_token and not self._include_stop else output_ids)
         if not self._whole:
-            self._extend(self._detokenizer.finish())
+            with suppress(TimeoutError):  # it ends anyway
+                self._extend(self._detokenizer.finish())
             self._whole = True
         return self.matched
 
@@ -180,18 +189,15 @@ class _StopSearch:
             if (size := next((n for n in range(len(stop) - 1, 0, -1) if self._tail.endswith(stop[:n])), 0))
         ]
         for pattern in self._patterns:
-            starts += [m.start() for m in self._matches(pattern, self._tail, partial=True) if m.partial]
+            try:
+                starts += [m.start() for m in self._matches(pattern, self._tail, partial=True) if m.partial]
+            except TimeoutError:  # nobody knows
+                return len(self._tail)
         return len(self._tail) - min(starts, default=len(self._tail))
 
     @staticmethod
-    def _matches(pattern: regex.Pattern, text: str, partial: bool = False):
-        try:
-            yield from pattern.finditer(text, partial=partial, timeout=PATTERN_SECONDS)
-        except TimeoutError:
-            raise ValueError(
-                f"stop_regex={pattern.pattern!r:.80} took more than {PATTERN_SECONDS:g} s over {len(text)} characters; "
-                "nested repetitions like (a+)+ do"
-            ) from None
+    def _matches(pattern: regex.Pattern, text: str, partial: bool = False) -> Iterator[regex.Match]:
+        return pattern.finditer(text, partial=partial, timeout=PATTERN_SECONDS)
 
 
 def compiled(pattern: str) -> regex.Pattern:

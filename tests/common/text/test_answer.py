@@ -294,9 +294,25 @@ def test_a_pattern_that_would_end_every_answer_is_refused(tokenizer, pattern):
 def test_a_pattern_that_takes_for_ever_ends_its_own_answer_in_one_line(tokenizer, monkeypatch):
     monkeypatch.setattr(answer_module, "PATTERN_SECONDS", 0.1)
     answer = AnswerText(tokenizer, stop_regex=[r"(a|aa)+$b"])
-    with pytest.raises(ValueError, match=r"took more than 0.1 s over \d+ characters") as error:
-        run(answer, tokenizer.encode("a" * 60) + tokenizer.encode("c"))
+    ids = tokenizer.encode("a" * 60) + tokenizer.encode("c")
+    with pytest.raises(ValueError, match=r"stop_regex took more than 0.1 s over \d+ characters") as error:
+        run(answer, ids)
     assert "\n" not in str(error.value)
+    text = answer.text
+    assert set(text) == {"a"}
+    assert answer.certain == text  # and nothing is searched, or read, any more
+    assert answer.catch_up(ids) is None
+    assert answer.finish(ids) is None
+    assert answer.text == text
+
+
+def test_while_nobody_knows_what_a_pattern_may_match_all_is_held_back(tokenizer, monkeypatch):
+    answer = AnswerText(tokenizer, stop_regex=[r"(a|aa)+$b"])
+    answer.catch_up(tokenizer.encode("the"))
+    assert answer.certain == "the"
+    answer._shown._tail = "a" * 60
+    monkeypatch.setattr(answer_module, "PATTERN_SECONDS", 0.1)
+    assert answer._shown.held == 60
 
 
 # --- cost
