@@ -13,7 +13,7 @@ On a GPU none of this waits: forward, gather, sampling and the broadcast of the 
 other, the next step reads its tokens where they lie, and rank 0 looks at them when it wants to (Drawn.take).
 
 This is the book's design. SGLang itself runs the same scheduler on every rank, which needs no task on the
-wire but needs all of them to decide alike, always; here only one can be wrong.
+wire but needs all of them to decide alike, always (replicated.py); here only one can be wrong.
 """
 
 from collections.abc import Sequence
@@ -78,16 +78,19 @@ class ControlPlane:
 
     def _execute(self, task: PrefillTask | DecodeTask) -> torch.Tensor | None:
         """Every rank computes its shard; rank 0 gets the logits [B, V] of the rows that emit."""
-        if isinstance(task, DecodeTask):
-            logits_local = self.wrapper.execute_decode_task(task)
-        else:
-            logits_local = self.wrapper.execute_prefill_task(task)
+        logits_local = self._execute_locally(task)
         if logits_local is None:  # a chunk that completes no prompt: nothing to sample
             return None
         vocab_size = self.wrapper.config.vocab_size
         if task.best:
             return gather_best_logits(logits_local, task.best, vocab_size, self.tp)
         return gather_logits(logits_local, vocab_size, self.tp)
+
+    def _execute_locally(self, task: PrefillTask | DecodeTask) -> torch.Tensor | None:
+        """This rank's logits [B, V/R] of the rows that emit; None if none does."""
+        if isinstance(task, DecodeTask):
+            return self.wrapper.execute_decode_task(task)
+        return self.wrapper.execute_prefill_task(task)
 
     def _share_tokens(self, tokens: torch.Tensor) -> None:
         broadcast(tokens, self.tp, "tokens")  # COMM broadcast [B]: the tokens rank 0 chose

@@ -286,7 +286,7 @@ class TPScheduler(SchedulerState):
             logits = self.control.execute(task)
         except BaseException as error:
             self.outcome.fail(reqs, error)
-            if self.tp.size > 1 or not isinstance(error, Exception):
+            if self.control.tp.size > 1 or not isinstance(error, Exception):
                 raise  # the other ranks are somewhere in the middle of it; or somebody wants us to stop
             return QueuedStep()
         if "scored" in task.columns:
