@@ -36,6 +36,20 @@ def test_a_repeat_is_cached(engine):
     ids = list(range(100, 164))
     first, second = (engine.generate(input_ids=ids, sampling_params={"max_new_tokens": 2}) for _ in range(2))
     assert first["meta_info"]["cached_tokens"] == 0
+    assert second["meta_info"]["cached_tokens"] == 63  # one token is always computed
+
+
+def test_the_first_experiment_shows_the_cache():
+    with Engine(device="cpu") as engine:
+        first, second = (engine.generate("What is a radix cache?", {"max_new_tokens": 2})["meta_info"] for _ in range(2))
+    assert first["cached_tokens"] == 0
+    assert second["cached_tokens"] == second["prompt_tokens"] - 1
+
+
+def test_pages_of_sixteen_are_shared_whole():
+    ids = list(range(100, 164))
+    with Engine(device="cpu", page_size=16) as engine:
+        second = [engine.generate(input_ids=ids, sampling_params={"max_new_tokens": 2}) for _ in range(2)][1]
     assert second["meta_info"]["cached_tokens"] == 48  # 64 tokens, capped at 63, floored to pages of 16
 
 
