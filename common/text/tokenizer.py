@@ -74,7 +74,7 @@ class Tokenizer:
         Raises ValueError if the checkpoint has no chat template (a base model), for what is no message, and for a
         template that fails, refuses the messages or takes too long (chat_template.py).
         """
-        if not isinstance(messages, Sequence) or not messages:
+        if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
             raise ValueError(f"a conversation is one message or several, in a list, not {values.shown(messages)}")
         for message in messages:
             texts = isinstance(message, dict) and [message.get(key) for key in ("role", "content")]
