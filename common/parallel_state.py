@@ -68,6 +68,7 @@ _tp: TPGroup | None = None  # the process's own group; read at the outer API onl
 _spawned: SpawnedRanks | None = None  # of the group there is now, if rank 0 started its ranks
 _torchruns_store: dist.Store | None = None  # kept for the life of the process: a second one could meet a port in use
 _starts = 0  # of a world over that store
+_spawned_symmetric = False  # ranks that were started here have met in symmetric memory
 _own_world = False  # torch.distributed was initialized here, and not by whoever uses this module
 
 
@@ -240,10 +241,16 @@ def _store(rank: int, timeout: timedelta) -> dist.Store:
 
 
 def _connect(device: torch.device, device_group, control_group, peers) -> SymmetricAllReduce | None:
-    """Symmetric memory, if all ranks can have it: they must all send the same message the same way."""
+    """Symmetric memory, if all ranks can have it: they must all send the same message the same way.
+
+    Each process counts how often it has met others there, and for ever; the ranks of a second start, which are new and
+    begin at 0, would wait for one another under different numbers. They talk through NCCL.
+    """
+    global _spawned_symmetric
     possible = len({host for host, _ in peers}) == 1 and SymmetricAllReduce.reachable(device, len(peers))
-    if not _all_agree(possible, control_group):
+    if not _all_agree(possible and not _spawned_symmetric, control_group):
         return None
+    _spawned_symmetric = _spawned is not None
     fast = SymmetricAllReduce.connect(device_group, device)
     return fast if _all_agree(fast is not None, control_group) else None
 
