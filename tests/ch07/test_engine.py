@@ -41,7 +41,9 @@ def test_a_repeat_is_cached(engine):
 
 def test_the_first_experiment_shows_the_cache():
     with Engine(device="cpu") as engine:
-        first, second = (engine.generate("What is a radix cache?", {"max_new_tokens": 2})["meta_info"] for _ in range(2))
+        first, second = (
+            engine.generate("What is a radix cache?", {"max_new_tokens": 2})["meta_info"] for _ in range(2)
+        )
     assert first["cached_tokens"] == 0
     assert second["cached_tokens"] == second["prompt_tokens"] - 1
 
