@@ -46,3 +46,9 @@ def check_messages(exercises: Exercises) -> None:
                 said = ast.unparse(node.msg) if node.msg else ""
                 assert "got " in said, f"{path.name}, line {node.lineno}"
                 assert "wanted " in said, f"{path.name}, line {node.lineno}"
+
+
+def check_links(readme: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", readme.read_text(encoding="utf-8"))
+    assert targets
+    assert [target for target in targets if not (readme.parent / target).exists()] == []

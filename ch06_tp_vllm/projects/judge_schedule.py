@@ -114,6 +114,18 @@ def tokens_not_yet_known(m: ModuleType) -> Found:
     p.add([1] * 5, 3)
     steps = [taken(p.step()) for _ in range(4)]
     expect("tokens are seen a step late, 3 to put out: steps", steps, [[("r0", 5)], [("r0", 1)], [("r0", 1)], []])
+    what = "4 blocks of 4; r1 needs a third one when r0's last token has been drawn, and settle makes it known: "
+    p = play(m, num_blocks=4, late=True)
+    p.add([1] * 7, 2), p.add([2] * 7, 4)
+    p.run()
+    expect(f"{what}requests sent back", p.scheduler.num_preemptions, 0)
+    p = play(m, num_blocks=4, late=True)
+    p.add([1] * 5, 9, stops=frozenset({10})), p.add([2] * 7, 4)  # r0 draws 5, and then 10
+    p.step(), p.step()
+    expect(
+        f"{what}it was a stop token, and r0 a part of the step already; (request, tokens)", taken(p.step()), [("r1", 1)]
+    )
+    p.run()
     for num_blocks in range(5, 9):
         p = play(m, num_blocks=num_blocks, late=True)
         requests = [p.add([i] * (3 + i), 9) for i in range(4)]
@@ -140,7 +152,8 @@ def random_lives(m: ModuleType) -> Found:
         while arrivals or p.busy:
             while arrivals and (arrivals[0] <= p.steps or not p.busy):
                 arrivals.pop(0)
-                p.add(rng.choice(heads) + random_ids(rng.randint(1, 3), rng), rng.randint(1, 12))
+                stops = frozenset(range(0, 997, rng.choice((4, 9, 997))))
+                p.add(rng.choice(heads) + random_ids(rng.randint(1, 3), rng), rng.randint(1, 12), stops=stops)
             p.step()
             assert p.steps < 3000, f"got no end after 3000 steps, wanted {len(p.requests)} answers"
         expect("blocks that are still held at the end", len(p.blocks.blocks) - p.blocks.num_free_blocks, 0)
@@ -169,10 +182,12 @@ def _simulated() -> list[tuple[str, dict, Workload]]:
     rng = random.Random(2)
     chat = [(random_ids(rng.randint(5, 40), rng), rng.randint(20, 60)) for _ in range(60)]
     documents = [(random_ids(rng.randint(50, 300), rng), rng.randint(4, 20)) for _ in range(30)]
+    questions = [(random_ids(rng.randint(5, 15), rng), rng.randint(1, 4)) for _ in range(80)]
     heads = [random_ids(64, rng) for _ in range(3)]
     shared = [(rng.choice(heads) + random_ids(rng.randint(1, 30), rng), rng.randint(4, 30)) for _ in range(60)]
     return [
         ("chat", {"num_blocks": 2000, "rows": 16}, chat),
+        ("questions", {"num_blocks": 2000, "rows": 16}, questions),
         ("documents", {"num_blocks": 2000, "rows": 16, "budget": 96}, documents),
         ("shared beginnings", {"num_blocks": 400, "rows": 16}, shared),
         ("a small pool", {"num_blocks": 100, "rows": 16}, documents + chat),

@@ -30,9 +30,12 @@ class Play:
         self.written: dict[int, int | None] = {}  # slot -> _prefixes of the token whose K and V it has
         self._queued: list[Request] = []  # who gets a token out of the step that nobody has looked at
 
-    def add(self, prompt: list[int], max_new_tokens: int, priority: int = 0) -> Request:
+    def add(
+        self, prompt: list[int], max_new_tokens: int, priority: int = 0, stops: frozenset[int] = frozenset()
+    ) -> Request:
+        """The n-th request is called "rn". stops: tokens that end it, which nobody knows before they are seen."""
         number, params = len(self.requests), SamplingParams(max_new_tokens=max_new_tokens)
-        request = Request(f"r{number}", 0, prompt, params, seed=0, arrival=number, priority=priority)
+        request = Request(f"r{number}", 0, prompt, params, seed=0, arrival=number, priority=priority, stops=stops)
         self.requests.append(request)
         self.scheduler.add(request)
         return request
@@ -84,10 +87,14 @@ class Play:
             request.pending -= 1
             if request.status.finished:
                 continue
-            request.output_token_ids.append(sum(request.all_token_ids) % 997)
-            self._name_blocks(request)
-            if len(request.output_token_ids) >= request.params.max_new_tokens:
+            token = sum(request.all_token_ids) % 997
+            request.output_token_ids.append(token)
+            if token in request.stops:
+                request.status = RequestStatus.FINISHED_STOPPED
+            elif len(request.output_token_ids) >= request.params.max_new_tokens:
                 request.status = RequestStatus.FINISHED_LENGTH_CAPPED
+            self._name_blocks(request)
+            if request.status.finished:
                 self.scheduler.finish(request)
 
     def _compute(self, output: SchedulerOutput) -> None:
@@ -113,7 +120,8 @@ class Play:
         return request.group
 
     def _name_blocks(self, request: Request) -> None:
-        known = len(request.prompt_token_ids) + len(request.output_token_ids)
+        # the last token of a finished request was never fed in, or in a step too many
+        known = len(request.prompt_token_ids) + len(request.output_token_ids) - request.status.finished
         self.blocks.cache_full_blocks(request, min(request.num_computed_tokens, known))
 
     def _check_step(self, output: SchedulerOutput, before: dict[Request, int]) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -29,13 +30,16 @@ from common.tiny_qwen import TINY_QWEN_PATH
 ROOT = Path(__file__).parents[2]
 WANTED = 3.0  # times as long as the reference, at most
 ROUNDS = 3  # of the measurement; the best counts
-ONE_TEST, ALL_TESTS = 60, 240  # seconds
+ONE_TEST, ALL_TESTS = 60, 180  # seconds
 
 Requests = list[tuple[list[int], int]]  # (prompt, tokens to put out)
 
 
 def product_tests(file: str):
-    """A part: the product's own tests of `file` with the reader's class; each test has its share."""
+    """A part: the product's own tests of `file` with the reader's class; each test has its share.
+
+    They run in a process of their own, which a test that takes longer than ONE_TEST ends.
+    """
 
     def judge(m: ModuleType) -> Found:
         if not (ROOT / file).is_file():
@@ -44,32 +48,24 @@ def product_tests(file: str):
             results = Path(folder) / "results.jsonl"
             results.touch()
             env = os.environ | {"PROJECT_FILE": m.__file__, "PROJECT_RESULTS": str(results)}
-            argv = [sys.executable, "-m", "pytest", "-q", "-p", "ch07_sglang_radix.projects.swap", f"--timeout={ONE_TEST}",
-                    "-p", "no:cacheprovider", file]  # fmt: skip
-            try:
-                done = subprocess.run(
-                    argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=ALL_TESTS, check=False
-                )
-                ended = f"exit code {done.returncode}: {' '.join(done.stdout.split())[-200:]}"
-            except subprocess.TimeoutExpired:
-                ended = f"still busy after {ALL_TESTS} seconds"
+            argv = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", f"--timeout={ONE_TEST}",
+                    "--timeout-method=thread", "-p", "ch07_sglang_radix.projects.swap", file]  # fmt: skip
+            with suppress(subprocess.TimeoutExpired):  # what was found by then counts
+                subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, timeout=ALL_TESTS, check=False)
             rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
-        wrong = [row for row in rows if not row["passed"]]
-        total = max(len(rows), _tests_in(ROOT / file))
-        if len(rows) < total and not wrong:
-            raise AssertionError(f"got {len(rows)} tests, wanted {total}; pytest: {ended}")
-        if wrong:
-            return (
-                len(rows) - len(wrong)
-            ) / total, f"{len(rows) - len(wrong)} of {total} pass; {wrong[0]['test']}: {wrong[0]['said']}"
-        return f"{total} of {total} pass"
+        collected = next((row["collected"] for row in rows if "collected" in row), 0)
+        passed = [row for row in rows if row.get("passed")]
+        if len(passed) == collected > 0:
+            return f"{collected} of {collected} pass"
+        wrong = [f"{row['test']}: {row['said']}" for row in rows if row.get("passed") is False]
+        begun = {row["begun"]: None for row in rows if "begun" in row}
+        ended = [f"{test}: still busy after {ONE_TEST} seconds, or it ended the process" for test in begun
+                 if all(row.get("test") != test for row in rows)]  # fmt: skip
+        return len(passed) / max(
+            collected, 1
+        ), f"{len(passed)} of {collected} pass; {(wrong + ended + ['none was begun'])[0]}"
 
     return judge
-
-
-def _tests_in(file: Path) -> int:
-    """At least so many: parameters make more of them."""
-    return file.read_text(encoding="utf-8").count("\ndef test_")
 
 
 # --- the tree alone, beside the product's
@@ -218,16 +214,19 @@ def hits(m: ModuleType) -> Found:
 
 
 def speed(m: ModuleType) -> Found:
-    """Operations a second against the reference's, in turn in one process: 4,000 pages of 16, prompts that branch."""
+    """Operations a second against the reference's, in turn in one process: a full pool of 3,000 leaves, prompts that branch."""
     best, per_second = 0.0, 0.0
     for number in range(ROUNDS):
         rng = random.Random(number)
-        heads = [[rng.randrange(50_000) for _ in range(160)] for _ in range(40)]
+        heads = [[rng.randrange(50_000) for _ in range(160)] for _ in range(20)]
         prompts = [
             rng.choice(heads)[: 16 * rng.randint(2, 10)] + [rng.randrange(50_000) for _ in range(48)]
-            for _ in range(2500)
+            for _ in range(500)
         ]
-        trees = [kind(TokenToKVPool(num_pages=4000, page_size=16)) for kind in (PRODUCT, m.RadixCache)]
+        trees = [kind(TokenToKVPool(num_pages=3000, page_size=16)) for kind in (PRODUCT, m.RadixCache)]
+        for tree in trees:
+            for i in range(3000):
+                tree.insert([50_000 + i] * 16, tree.pool.alloc(1))
         seconds = [0.0, 0.0]
         for first in range(0, len(prompts), 50):
             for i, tree in enumerate(trees):
@@ -237,11 +236,10 @@ def speed(m: ModuleType) -> Found:
                 seconds[i] += time.perf_counter() - began
         if seconds[0] / seconds[1] > best:
             best, per_second = seconds[0] / seconds[1], 5 * len(prompts) / seconds[1]
-        if best >= 1:
+        if not 0.1 < best < 1:  # no noise would change that
             break
-    return (
-        1.0 if best * WANTED >= 1 else 0.0
-    ), f"{per_second:,.0f} operations/s, {1 / best:.1f} times the reference's time; at most {WANTED:g} wanted"
+    said = f"{per_second:,.0f} operations/s, {1 / best:.1f} times the reference's time; at most {WANTED:g} wanted"
+    return (1.0 if best * WANTED >= 1 else 0.0), said
 
 
 def _serve(tree: RadixCache, prompt: list[int]) -> None:

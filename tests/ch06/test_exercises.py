@@ -43,6 +43,11 @@ def test_the_table_of_the_readme_is_what_the_files_say():
     anatomy.check_table(EXERCISES)
 
 
+@pytest.mark.parametrize("folder", ["exercises", "projects"])
+def test_every_link_leads_somewhere(folder):
+    anatomy.check_links(CHAPTER / folder / "README.md")
+
+
 def test_every_assertion_of_a_check_says_what_was_got_and_what_was_wanted():
     anatomy.check_messages(EXERCISES)
 

@@ -52,6 +52,11 @@ def test_the_chapter_s_table_names_every_exercise():
     assert {int(n) for cell in cells for n in cell.split(",") if n.strip()} == set(EXERCISES.numbers)
 
 
+@pytest.mark.parametrize("folder", ["exercises", "projects"])
+def test_every_link_leads_somewhere(folder):
+    anatomy.check_links(CHAPTER / folder / "README.md")
+
+
 def test_every_assertion_of_a_check_says_what_was_got_and_what_was_wanted():
     anatomy.check_messages(EXERCISES)
 
