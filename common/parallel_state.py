@@ -274,6 +274,19 @@ def all_reduce(x: torch.Tensor, tp: TPGroup, label: str) -> torch.Tensor:
     return x
 
 
+def start_all_reduce(x: torch.Tensor, tp: TPGroup, label: str) -> Callable[[], torch.Tensor]:
+    """Begin the sum of x [...] and compute something else; what comes back waits for it and returns it. Leave x alone till then."""
+    if tp.size == 1:
+        return lambda: x
+    work = _communicate("all_reduce", x, tp, label, lambda group: dist.all_reduce(x, group=group, async_op=True))
+
+    def wait() -> torch.Tensor:
+        _call(lambda: work.wait(), "all_reduce", x, tp, label)
+        return x
+
+    return wait
+
+
 def all_gather(x: torch.Tensor, tp: TPGroup, label: str) -> list[torch.Tensor]:
     """x [...] -> [x of rank 0, x of rank 1, ...] on every rank."""
     if tp.size == 1:
@@ -310,8 +323,12 @@ def _communicate(op: str, x: torch.Tensor, tp: TPGroup, label: str, call: Callab
     if tp.spawned and tp.spawned.ended:
         raise RankFailure(f"rank {tp.rank}: {op} {label!r}: the other ranks have ended; make a new engine")
     tp.ledger.record(op, label, x)
+    return _call(lambda: call(group), op, x, tp, label)
+
+
+def _call(send: Callable[[], Any], op: str, x: torch.Tensor, tp: TPGroup, label: str) -> Any:
     try:
-        return call(group)
+        return send()
     except RuntimeError as error:
         if tp.spawned:
             tp.spawned.broken = True

@@ -9,10 +9,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+MEASURED = "\f"  # before the lines whose numbers differ from run to run
+NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]\d+)?x?")
+
+
 def blocks(chapter: str) -> list[tuple[str, str]]:
-    """[(command, lines shown under it)]."""
+    """[(command, lines shown under it)]. A block marked ```measured comes behind the others: any number may stand in it."""
     text = (ROOT / chapter / "README.md").read_text(encoding="utf-8")
-    return re.findall(r"```bash\n(.+?)\n```\n(?:```\n(.*?)```)?", text, re.DOTALL)
+    found = re.findall(r"```bash\n(.+?)\n```\n(?:```\n(.*?)```\n)?(?:```measured\n(.*?)```)?", text, re.DOTALL)
+    return [(command, shown + (MEASURED + measured if measured else "")) for command, shown, measured in found]
 
 
 def short_names(chapter: str) -> list[str]:
@@ -33,7 +38,19 @@ def run(command: str, shown: str) -> None:
     done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     lines, at = done.stdout.splitlines(), 0
-    for line in shown.splitlines():
+    exact, _, measured = shown.partition(MEASURED)
+    for line in exact.splitlines():
         found = [i for i in range(at, len(lines)) if lines[i].startswith(line)]
         assert found, f"{line!r} is not printed after line {at} of\n{done.stdout}"
         at = found[0] + 1
+    for line in measured.splitlines():
+        alike = re.compile(_any_numbers(line))
+        found = [i for i in range(at, len(lines)) if alike.match(lines[i])]
+        assert found, f"nothing like {line!r} is printed after line {at} of\n{done.stdout}"
+        at = found[0] + 1
+
+
+def _any_numbers(line: str) -> str:
+    """The line as a regular expression: any number in the place of each, as much space as it needs."""
+    words = [r"\s+".join(re.escape(word) for word in re.split(r"\s+", text)) for text in NUMBER.split(line)]
+    return NUMBER.pattern.join(words)

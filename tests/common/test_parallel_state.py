@@ -20,6 +20,7 @@ from common.parallel_state import (
     initialize_tensor_parallel,
     pick_device,
     shutdown_tensor_parallel,
+    start_all_reduce,
 )
 from tests.ranks import RankPool
 
@@ -75,6 +76,27 @@ SIZES = pytest.mark.parametrize("size", [2, 4])
 def test_all_reduce_leaves_the_sum_in_place_on_every_rank(ranks, size):
     total = [sum(column) for column in zip(*handed_in(size), strict=True)]
     assert ranks(size).run(collect, "all_reduce") == [(total, total, True)] * size
+
+
+def sum_in_the_background(numbers):
+    tp = get_tensor_parallel()
+    x, other = torch.tensor([tp.rank + 1.0]), torch.tensor([10.0 * (tp.rank + 1)])
+    with tp.ledger.recording() as ledger:
+        waiting = [start_all_reduce(part, tp, label) for part, label in ((x, "x"), (other, "other"))]
+        meanwhile = sum(range(numbers))
+        return [wait().item() for wait in waiting], meanwhile, [(e.op, e.label) for e in ledger.entries]
+
+
+@SIZES
+def test_an_all_reduce_that_was_started_gives_the_sum_when_it_is_waited_for(ranks, size):
+    total = size * (size + 1) / 2
+    told = [("all_reduce", "x"), ("all_reduce", "other")]
+    assert ranks(size).run(sum_in_the_background, 5) == [([total, 10 * total], 10, told)] * size
+
+
+def test_one_rank_alone_starts_nothing():
+    x = torch.ones(3)
+    assert start_all_reduce(x, TPGroup(), "test")() is x
 
 
 @SIZES
@@ -358,7 +380,7 @@ def test_a_rank_that_stays_away_is_not_called_dead(three_ranks):
     assert "failed: no peer on this host is dead, so one is stuck or unreachable (" in message
 
 
-def reduce_beside_a_dying_rank(folder, victim):
+def reduce_beside_a_dying_rank(folder, victim, started):
     """The victim kills itself while its peers wait in an all-reduce; they write down what they were told."""
     tp = initialize_tensor_parallel(3, device="cpu", timeout_s=60)
     all_reduce(torch.ones(1), tp, "warm-up")
@@ -366,17 +388,21 @@ def reduce_beside_a_dying_rank(folder, victim):
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGKILL)
     try:
-        all_reduce(torch.ones(4, 8), tp, "layers.7.down_proj")
+        if started:
+            start_all_reduce(torch.ones(4, 8), tp, "layers.7.down_proj")()
+        else:
+            all_reduce(torch.ones(4, 8), tp, "layers.7.down_proj")
     except RankFailure as error:
         Path(folder, str(tp.rank)).write_text(f"{tp.peers[victim][1]} {error}")
 
 
 @pytest.mark.timeout(50)  # a death is noticed at once, not after the 60 s that a slow peer would get
-def test_the_survivors_of_a_killed_rank_are_told_which_one_it_was(three_ranks, tmp_path):
+@pytest.mark.parametrize("started", [False, True])
+def test_the_survivors_of_a_killed_rank_are_told_which_one_it_was(three_ranks, tmp_path, started):
     pool, victim = three_ranks(), 2
     try:
         with pytest.raises(AssertionError, match="rank 2:\ndied without a word"):
-            pool.run(reduce_beside_a_dying_rank, str(tmp_path), victim)
+            pool.run(reduce_beside_a_dying_rank, str(tmp_path), victim, started)
     finally:
         pool.close()
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
