@@ -10,7 +10,10 @@ from common.values import flag, real, shown, text, whole
 
 LEVELS = ("critical", "error", "warning", "info", "debug")
 HALF = {"half": "float16", "float": "float32", "auto": None}  # SGLang's other names of dtypes; auto is the device's own
-DEFAULT_PAGE = {"cpu": 1, "cuda": 16}  # 1 finds every token alike, and costs a real model nothing on a CPU (page_size.csv)
+DEFAULT_PAGE = {
+    "cpu": 1,
+    "cuda": 16,
+}  # 1 finds every token alike, and costs a real model nothing on a CPU (page_size.csv)
 
 # what SGLang has and this engine has not: the way out
 ELSEWHERE = {
