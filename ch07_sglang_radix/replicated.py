@@ -58,6 +58,8 @@ class ReplicatedScheduler(TPScheduler):
         return bool(self._inbox) or super().busy
 
     def enqueue(self, text: str | None, ids: list[int], params: SamplingParams, **more: Any) -> int:
+        if params.prompt_logprobs is not None:
+            raise ValueError("log-probabilities of a prompt are not told by this design; use TPScheduler")
         self._inbox.append({"text": text, "ids": ids, "params": asdict(params), **more})
         return self.num_requests + len(self._inbox) - 1
 

@@ -377,9 +377,9 @@ def prefix():
 
 
 def control_plane():
-    """Microseconds of a decode step that go into deciding and telling, by phase."""
+    """Microseconds of a decode step that go into deciding and telling, by phase, in both designs."""
     rows = read("control_plane.csv")
-    figure, axis = plt.subplots(figsize=(7, 3))
+    figure, axis = plt.subplots(figsize=(7.5, 0.27 * len(rows) + 1))
     phases = [("build", BLUE), ("encode", PALE_BLUE), ("broadcast", ORANGE), ("decode", PALE_ORANGE)]
     left = [0.0] * len(rows)
     for phase, colour in phases:
@@ -387,17 +387,20 @@ def control_plane():
         axis.barh(range(len(rows)), values, left=left, color=colour, label=phase)
         left = [a + b for a, b in zip(left, values, strict=True)]
     for y, (row, end) in enumerate(zip(rows, left, strict=True)):
-        axis.text(end, y, f" {row['control %']} % of a step", va="center", fontsize=8)
-    axis.set_yticks(
-        range(len(rows)), [f"{row['running']} running, context {row['context']}" for row in rows], fontsize=8
-    )
+        axis.text(end, y, f" {row['control %']} % of {float(row['step']) / 1e3:,.1f} ms", va="center", fontsize=7)
+    design = {"rank0": "rank 0 decides", "replicated": "every rank decides"}
+    names = [
+        f"{row['running']} running, context {int(row['context']):,}: {design[row['control plane']]}" for row in rows
+    ]
+    axis.set_yticks(range(len(rows)), names, fontsize=7)
     axis.invert_yaxis()
     axis.set_xlabel(
-        f"us a decode step ({rows[0]['model']}, {rows[0]['ranks']} ranks, {rows[0]['device']}, {rows[0]['date']})",
-        fontsize=8,
+        f"us a decode step ({rows[0]['model']}, {rows[0]['ranks']} ranks, {rows[0]['device']}, {rows[0]['date']}); "
+        "broadcast holds the wait for a rank that is behind",
+        fontsize=7,
     )
-    axis.set_xlim(0, 1.25 * max(left))
-    axis.legend(fontsize=8)
+    axis.set_xlim(0, 1.3 * max(left))
+    axis.legend(fontsize=7)
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 

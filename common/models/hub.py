@@ -40,7 +40,7 @@ def resolve_model(name: str | Path) -> Path:
     except Exception as error:  # the HTTP client has a family of errors of its own
         raise FileNotFoundError(
             f"{name_shown(text)} is no local folder, {lack}, and the Hub did not give it ({_reason(error)}); "
-            f"give a local folder or try again with a network"
+            f"give a local folder, leave the name out for the bundled model, or try again with a network"
         ) from None
 
 

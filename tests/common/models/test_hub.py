@@ -62,7 +62,7 @@ def test_without_network_and_cache_the_message_says_what_to_do(monkeypatch, tmp_
     with pytest.raises(FileNotFoundError) as error:
         resolve_model("owner/no-such-model")
     assert "owner/no-such-model is no local folder, is not in the cache" in str(error.value)
-    assert "give a local folder or try again with a network" in str(error.value)
+    assert "leave the name out for the bundled model, or try again with a network" in str(error.value)
 
 
 class Hub:

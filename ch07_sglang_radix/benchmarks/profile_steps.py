@@ -1,0 +1,87 @@
+"""A profiler trace of decode steps, with the scheduler's parts under SGLang's names for them.
+
+    torchrun --nproc_per_node=2 ch07_sglang_radix/benchmarks/profile_steps.py steps.json      # or python, on one rank
+    ... --running 32 --steps 20
+
+Writes a Chrome trace of rank 0's steps (open it in https://ui.perfetto.dev) and prints how long each part took. The chapter's
+last page says how to read it beside one of SGLang.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from ch07_sglang_radix.scheduler import TPScheduler
+from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
+from common.distributed.launch import run_main
+from common.parallel_state import initialize_tensor_parallel
+from common.sampling.params import SamplingParams
+from common.teaching.show import heading, table
+
+WARM_UP = 5
+PARTS = {  # (where it is, its name here): SGLang's name for what does the same
+    ("admission", "next_prefill"): "get_new_batch_prefill",
+    ("step_tasks", "decode"): "prepare_for_decode",
+    ("control", "execute"): "run_batch: forward",
+    ("control", "sample"): "run_batch: sample",
+    ("outcome", "take"): "process_batch_result",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="the trace, as JSON")
+    parser.add_argument("--model-name", help="folder in Hugging Face layout or Hub id; default: the bundled tiny model")
+    parser.add_argument("--running", type=int, default=8, help="requests that decode (default 8)")
+    parser.add_argument("--steps", type=int, default=10, help="decode steps in the trace (default 10)")
+    args = parser.parse_args()
+    if args.running < 1 or args.steps < 1:
+        raise ValueError(f"running={args.running} and steps={args.steps} must be at least 1")
+    tp = initialize_tensor_parallel()
+    wrapper = TPRadixAttentionModelWrapper(args.model_name, page_size=16, tp=tp)
+    scheduler = TPScheduler(wrapper, chunked_prefill_size=-1)
+    params = SamplingParams(max_new_tokens=WARM_UP + args.steps + 1, ignore_eos=True)
+    for i in range(args.running):
+        scheduler.add_request(input_ids=[(7 * i + j) % 1000 for j in range(64)], sampling_params=params)
+    if tp.rank > 0:
+        scheduler.process_requests()
+        return
+    args.out.touch()  # find out now, not after the work
+    for (owner, name), label in PARTS.items():
+        _label(getattr(scheduler, owner), name, label)
+    _label(scheduler, "step", "step")
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if tp.device.type == "cuda" else [])
+    profiler = profile(activities=activities)
+
+    def watch(step: int) -> bool:
+        if scheduler.steps["decode"] == WARM_UP:
+            profiler.start()
+        elif scheduler.steps["decode"] == WARM_UP + args.steps:
+            profiler.stop()
+        return False
+
+    scheduler.process_requests(watch)
+    profiler.export_chrome_trace(str(args.out))
+    heading(f"{args.steps} decode steps of {args.running} requests, rank 0 of {tp.size} on {tp.device.type}")
+    times = {event.key: event.cpu_time_total / 1e3 / args.steps for event in profiler.key_averages()}
+    rows = [(f"{owner}.{name}", label, times.get(label, 0.0)) for (owner, name), label in PARTS.items()]
+    table(("here", "in SGLang", "ms a step"), [*rows, ("step", "event_loop_*", times.get("step", 0.0))])
+    print(f"wrote {args.out}; open it in https://ui.perfetto.dev")
+
+
+def _label(owner: Any, name: str, label: str) -> None:
+    """Its calls stand in the trace under `label` from now on."""
+    work: Callable = getattr(owner, name)
+
+    def labelled(*args):
+        with record_function(label):
+            return work(*args)
+
+    setattr(owner, name, labelled)
+
+
+if __name__ == "__main__":
+    run_main(main)
