@@ -6,7 +6,7 @@ from typing import Any
 
 from ch06_tp_vllm.scheduler import POLICIES
 from common.request.intake import refuse_unknown
-from common.values import flag, real, shown, text, whole
+from common.values import choice, flag, new_file, path, real, text, whole
 
 # what vLLM has and this engine has not: the way out
 ELSEWHERE = {
@@ -89,25 +89,24 @@ class EngineArgs:
             "scheduler_reserve_full_isl", "enforce_eager", "check",
         )  # fmt: skip
         for name in switches:
-            flag(name, getattr(self, name))
+            self._set(name, flag(name, getattr(self, name)))
         if self.async_scheduling is not None:
-            flag("async_scheduling", self.async_scheduling)
+            self._set("async_scheduling", flag("async_scheduling", self.async_scheduling))
+        for name in ("model", "tokenizer"):
+            self._set(name, path(name, getattr(self, name)))
         if self.gpu_memory_utilization is not None:
             share = real("gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, "; a share", open_below=True)
             self._set("gpu_memory_utilization", share)
         self._set("watermark", real("watermark", self.watermark, 0, 1, "; a share of the blocks"))
         for name in ("dtype", "kv_cache_dtype", "device", "attention_backend"):
-            text(name, getattr(self, name))
+            self._set(name, text(name, getattr(self, name)))
         for name, allowed in (
             ("load_format", ("auto", "safetensors")), ("generation_config", ("auto", "vllm")), ("scheduling_policy", POLICIES),
         ):  # fmt: skip
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={shown(getattr(self, name))} is unknown; use {' or '.join(allowed)}")
+            choice(name, getattr(self, name), allowed)
         if self.trust_remote_code:
             raise ValueError("trust_remote_code=True: a folder's Python is never run here; leave it out")
-        trace = self.trace
-        if trace is not None and not (isinstance(trace, str | Path) and Path(trace).absolute().parent.is_dir()):
-            raise ValueError(f"trace={shown(trace)} must be a file in a folder that exists")
+        new_file("trace", self.trace)
 
     def for_a_follower(self) -> dict[str, Any]:
         """The same as JSON; a trace is rank 0's alone."""

@@ -6,7 +6,7 @@ for output in llm.generate(["What is a block table?"], SamplingParams(temperatur
     print(output.outputs[0].text)
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -17,10 +17,11 @@ from ch06_tp_vllm.llm_engine import LLMEngine
 from ch06_tp_vllm.metrics import Metric, engine_metrics
 from ch06_tp_vllm.outputs import RequestOutput
 from ch06_tp_vllm.sampling_params import SamplingParams
+from common import values
 from common.distributed.messages import share
 from common.models.generation_config import sampling_defaults
 from common.parallel_state import shutdown_tensor_parallel
-from common.values import is_one_prompt, one_each, shown
+from common.values import flag, one_each, shown
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 
@@ -61,7 +62,7 @@ class LLM:
 
         Raises ValueError, and nothing runs, if one of them is refused, or if the engine's own loop has unfinished requests.
         """
-        engine, prompts = self.llm_engine, _as_list(prompts)
+        engine, prompts, use_tqdm = self.llm_engine, _as_list(prompts), flag("use_tqdm", use_tqdm)
         if engine.has_unfinished_requests():
             raise ValueError(
                 f"the engine has {len(engine.groups)} unfinished requests of add_request; step until they end, or abort them"
@@ -150,8 +151,7 @@ class LLM:
 
 def _as_list(prompts: Any) -> list[Prompt]:
     """One prompt (a text, ids, a dict) or several."""
-    if isinstance(prompts, str | dict) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
         return [prompts]
-    if not hasattr(prompts, "ndim"):
-        prompts = list(prompts)
-    return [prompts] if len(prompts) > 0 and is_one_prompt(prompts) else list(prompts)
+    several, single = values.prompts("prompts", prompts, "one prompt or several")
+    return [] if single and len(several[0]) == 0 else several

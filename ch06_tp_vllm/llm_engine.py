@@ -38,6 +38,7 @@ from common.parallel_state import initialize_tensor_parallel
 from common.request.answer import End
 from common.request.intake import Intake
 from common.request.queued_step import QueuedStep
+from common.values import texts
 
 DEFAULT_BUDGET = {"cpu": 1024, "cuda": 8192}  # tokens a step: on a CPU what its caches like, on a GPU vLLM's own
 
@@ -124,9 +125,8 @@ class LLMEngine:
     def abort_request(self, request_ids: str | Sequence[str]) -> None:
         """Drop requests, wherever they are; their blocks are free at once. Those that are unknown or have finished are left
         out, as in vLLM."""
-        names = [request_ids] if isinstance(request_ids, str) else list(request_ids)
-        for name in names:
-            group = self.groups.pop(check_name(name), None)
+        for name in texts("request_id", request_ids):
+            group = self.groups.pop(name, None)
             self.outputs.grown.pop(name, None)
             for request in group.requests if group else ():
                 if not request.ended:

@@ -6,9 +6,16 @@ from typing import Any
 
 from common.sampling.params import SamplingParams as RowParams
 from common.text.tokenizer import Tokenizer
-from common.values import flag, shown, texts, token_ids, whole
+from common.values import MAX_INT, flag, shown, texts, token_ids, whole
 
 MAX_ANSWERS = 1024  # n
+SWITCHES = (
+    "include_stop_str_in_output", "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "ignore_eos",
+)  # fmt: skip
+AS_IN_A_ROW = (
+    "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed", "logit_bias",
+    "allowed_token_ids",
+)  # fmt: skip
 
 
 class RequestOutputKind(Enum):
@@ -56,31 +63,30 @@ class SamplingParams:
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self):
+        n, most = whole("n", self.n, 1, MAX_ANSWERS), self.max_tokens
         kept = {
-            "n": whole("n", self.n, 1, MAX_ANSWERS),
-            "stop": texts("stop", self.stop), "bad_words": texts("bad_words", self.bad_words),
+            "n": n, "stop": texts("stop", self.stop), "bad_words": texts("bad_words", self.bad_words),
             "stop_token_ids": token_ids("stop_token_ids", _several_ids(self.stop_token_ids)),
+            "top_k": whole("top_k", self.top_k, -1, say=", 0 or -1 for no limit"),
+            "max_tokens": None if most is None else whole("max_tokens", most, 1),
         }  # fmt: skip
-        for name in (
-            "include_stop_str_in_output",
-            "detokenize",
-            "skip_special_tokens",
-            "spaces_between_special_tokens",
-        ):
-            flag(name, getattr(self, name))
-        if self.max_tokens is not None:
-            kept["max_tokens"] = whole("max_tokens", self.max_tokens, 1)
-            whole("min_tokens", self.min_tokens, 0, kept["max_tokens"], f" (max_tokens={kept['max_tokens']})")
+        limit = (MAX_INT, "") if most is None else (kept["max_tokens"], f" (max_tokens={kept['max_tokens']})")
+        kept["min_tokens"] = whole("min_tokens", self.min_tokens, 0, *limit)
+        kept |= {name: flag(name, getattr(self, name)) for name in SWITCHES}
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 kept[name] = whole(name, getattr(self, name), 0)
         if not isinstance(self.output_kind, RequestOutputKind):
             raise ValueError(f"output_kind={shown(self.output_kind)} must be a RequestOutputKind")
-        if kept["stop"] and not self.detokenize:
+        if kept["stop"] and not kept["detokenize"]:
             raise ValueError("stop needs the text of the answer; leave detokenize=True, or use stop_token_ids")
-        for name, value in kept.items():
+        self._keep(kept)
+        row = self.row(self.max_tokens or max(1, self.min_tokens), None)
+        self._keep({name: getattr(row, name) for name in AS_IN_A_ROW if getattr(self, name) is not None})
+
+    def _keep(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
             object.__setattr__(self, name, value)
-        self.row(self.max_tokens or max(1, self.min_tokens), None)  # the other ranges
 
     def row(self, max_tokens: int, tokenizer: Tokenizer | None) -> RowParams:
         """The same in the sampler's terms, for an answer of at most so many tokens."""

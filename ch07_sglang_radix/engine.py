@@ -25,6 +25,7 @@ from ch07_sglang_radix.tasks import LEAVE
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.distributed.spawn import Follower
 from common.parallel_state import initialize_tensor_parallel, shutdown_tensor_parallel
+from common.values import flag
 
 Answer = dict[str, Any]
 
@@ -93,6 +94,7 @@ class Engine:
         far, and `index`, which of the answers it is; on ranks other than 0 only the whole answers, at the end. Who leaves
         the iterator early ends what still runs. Nothing runs if any prompt or parameter is refused (ValueError).
         """
+        stream = flag("stream", stream)
         logprobs = LogprobOptions.of(return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob)
         call = self._call(prompt, sampling_params, input_ids, logprobs, rid, extra_key, priority, routing_key)
         with self._turn:
@@ -125,6 +127,7 @@ class Engine:
         """
         if self.scheduler.tp.rank > 0:
             raise ValueError("async_generate is rank 0's; the other ranks call engine.follow()")
+        stream = flag("stream", stream)
         logprobs = LogprobOptions.of(return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob)
         call = self._call(prompt, sampling_params, input_ids, logprobs, rid, extra_key, priority, routing_key)
         with self._turn:
@@ -150,7 +153,7 @@ class Engine:
 
         rid: the id that its result tells, or the user's own.
         """
-        if not abort_all:
+        if not flag("abort_all", abort_all):
             rid = check_rid(rid)
 
         def abort() -> int:

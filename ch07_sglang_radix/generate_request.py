@@ -4,7 +4,7 @@ A prompt with n = 3 is three requests, each with a seed of its own. Everything i
 SGLang keeps the same in managers/io_struct.py (GenerateReqInput).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from common.sampling.logprobs import TokenLogprobs
 from common.sampling.params import SamplingParams
 from common.text.answer import compiled
 from common.text.tokenizer import Tokenizer
-from common.values import flag, is_one_prompt, one_each, shown, text, texts, token_ids, whole
+from common.values import flag, one_each, prompts, shown, text, texts, token_ids, walked, whole
 
 RENAMED = {"sampling_seed": "seed"}  # SGLang's name -> ours; all other names are the same
 SAMPLING = (
@@ -60,7 +60,7 @@ class LogprobOptions:
 
     @classmethod
     def of(cls, wanted: Any, start: Any, top: Any, ids: Any) -> "LogprobOptions":
-        flag("return_logprob", wanted)
+        wanted = flag("return_logprob", wanted)
         start = OUTPUTS_ONLY if start is None else whole("logprob_start_len", start, OUTPUTS_ONLY)
         top = whole("top_logprobs_num", 0 if top is None else top, 0)
         ids = token_ids("token_ids_logprob", () if ids is None else ids)
@@ -95,10 +95,10 @@ class GenerateCall:
             raise ValueError("give either prompt or input_ids")
         extra_key, priority = intake.namespace("extra_key", extra_key), intake.priority(priority)
         routing_key = text("routing_key", routing_key, empty=False, none=True)
-        prompts, single = _prompts(prompt, input_ids)
-        given = one_each("sampling_params", sampling_params, len(prompts), Mapping, {})
+        several, single = _prompts(prompt, input_ids)
+        given = one_each("sampling_params", sampling_params, len(several), Mapping, {})
         requests: list[GenerateRequest] = []
-        for one, values, name in zip(prompts, given, _names(rid, len(prompts), single), strict=True):
+        for one, values, name in zip(several, given, _names(rid, len(several), single), strict=True):
             ids = intake.ids(one)
             params, n, words = _params(values, logprobs)
             intake.stops((*words["stop"], *words["stop_regex"]))
@@ -139,29 +139,19 @@ class GenerateCall:
 
 def _prompts(prompt: Any, input_ids: Any) -> tuple[list[Any], bool]:
     """(prompts one by one, whether a single one was given)."""
+    if isinstance(prompt, str):
+        return [prompt], True
     if prompt is not None:
-        if isinstance(prompt, str):
-            return [prompt], True
-        if isinstance(prompt, Mapping | bytes) or not isinstance(prompt, Iterable):
-            raise ValueError(f"prompt={shown(prompt)} must be a text or several; token ids go into input_ids")
-        several = list(prompt)
+        several = walked("prompt", prompt, "a text or several; token ids go into input_ids")
         for one in several:
             if not isinstance(one, str):
                 raise ValueError(f"prompt holds {shown(one)}, which is no text; token ids go into input_ids")
         return several, False
-    if isinstance(input_ids, str | Mapping | bytes) or not isinstance(input_ids, Iterable):
-        raise ValueError(
-            f"input_ids={shown(input_ids)} must be token ids, or several lists of them; a text goes into prompt"
-        )
-    if not hasattr(input_ids, "ndim"):
-        input_ids = list(input_ids)
-    if is_one_prompt(input_ids):
-        return [input_ids], True
-    several = list(input_ids)
+    several, single = prompts("input_ids", input_ids, "token ids, or several lists of them; a text goes into prompt")
     for one in several:
         if isinstance(one, str):
             raise ValueError(f"input_ids holds {shown(one)}, which is a text; texts go into prompt")
-    return several, False
+    return several, single
 
 
 def _names(rid: Any, n: int, single: bool) -> list[str | None]:

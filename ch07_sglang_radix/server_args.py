@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.request.intake import refuse_unknown
-from common.values import flag, real, shown, text, whole
+from common.values import choice, flag, new_file, path, real, text, whole
 
 LEVELS = ("critical", "error", "warning", "info", "debug")
 HALF = {"half": "float16", "float": "float32", "auto": None}  # SGLang's other names of dtypes; auto is the device's own
@@ -92,9 +92,14 @@ class ServerArgs:
             "disable_custom_all_reduce", "check",
         )  # fmt: skip
         for name in switches:
-            flag(name, getattr(self, name))
+            self._set(name, flag(name, getattr(self, name)))
         if self.disable_overlap_schedule is not None:
-            flag("disable_overlap_schedule", self.disable_overlap_schedule)
+            self._set("disable_overlap_schedule", flag("disable_overlap_schedule", self.disable_overlap_schedule))
+        if self.chunked_prefill_size is not None:
+            self._set("chunked_prefill_size", whole("chunked_prefill_size", self.chunked_prefill_size, -1))
+        for name in ("model_path", "tokenizer_path"):
+            self._set(name, path(name, getattr(self, name)))
+        new_file("trace", self.trace)
         if self.random_seed is not None:
             self._set("random_seed", whole("random_seed", self.random_seed, -(1 << 63), (1 << 63) - 1))
         for name, least, most in (
@@ -104,11 +109,10 @@ class ServerArgs:
                 value = real(name, getattr(self, name), least, most, open_below=name != "small_request_share")
                 self._set(name, value)
         for name in ("device", "kv_cache_dtype", "schedule_policy", "radix_eviction_policy", "attention_backend"):
-            text(name, getattr(self, name))
-        text("dtype", self.dtype, none=True)
+            self._set(name, text(name, getattr(self, name)))
+        self._set("dtype", text("dtype", self.dtype, none=True))
         self._set("dtype", HALF.get(self.dtype, self.dtype))
-        if self.log_level not in LEVELS:
-            raise ValueError(f"log_level={shown(self.log_level)} is unknown; use {', '.join(LEVELS)}")
+        choice("log_level", self.log_level, LEVELS)
         for name in ("common", "ch07_sglang_radix"):
             logging.getLogger(name).setLevel(self.log_level.upper())
 

@@ -5,10 +5,12 @@ this line meets another kind. A bool is no number: `top_k=True` is a slip, not a
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from decimal import Decimal
+from itertools import islice
 from numbers import Real
 from operator import index
+from pathlib import Path
 from typing import Any
 
 MAX_IDS = 1 << 20  # token ids in one list: more than any vocabulary has
@@ -27,7 +29,7 @@ def shown(value: Any) -> str:
 def whole(name: str, value: Any, least: float, most: float = MAX_INT, say: str = "") -> int:
     """An int from least to most; `say` is what the message adds."""
     try:
-        number = index(_plain(value))
+        number = _index(value)
     except Exception:
         raise ValueError(f"{name}={shown(value)} must be a whole number{say}") from None
     if number < least:
@@ -73,7 +75,7 @@ def several(name: str, value: Any, what: str) -> list[Any]:
         if isinstance(value, str | bytes | bytearray | Mapping):
             raise TypeError
         size = len(value)
-        items = list(value) if size <= MAX_IDS else None
+        items = list(islice(value, size)) if size <= MAX_IDS else None
     except Exception:
         raise ValueError(f"{name}={shown(value)} must be {what}") from None
     if items is None:
@@ -86,7 +88,7 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
     what = "token ids, whole numbers from 0"
     items = several(name, value, what)
     try:
-        ids = tuple(index(_plain(one)) for one in items)
+        ids = tuple(map(_index, items))
     except Exception:
         raise ValueError(f"{name}={shown(value)} must be {what}") from None
     for one in ids:
@@ -97,14 +99,13 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
 
 def prompt_ids(name: str, value: Any, vocab_size: int) -> list[int]:
     """The token ids of a prompt, in a list or in an array or tensor of one dimension, all in 0..vocab_size - 1."""
-    if getattr(value, "ndim", 1) != 1:
+    if dimensions(value) not in (None, 1):
         raise ValueError(f"{name} has the shape {list(value.shape)}; token ids are whole numbers in a row")
-    if isinstance(value, list) and all(type(one) is int for one in value):  # as mostly, and may be long
+    if type(value) is list and all(type(one) is int for one in value):  # as mostly, and may be long
         ids = list(value)
     else:
         try:
-            items = value.tolist() if hasattr(value, "tolist") else several(name, value, "")
-            ids = [index(_plain(one)) for one in items]
+            ids = list(map(_index, several(name, value, "") if dimensions(value) is None else value.tolist()))
         except Exception:
             raise ValueError(f"{name} is a text or token ids (whole numbers), not {shown(value)}") from None
     if ids and (min(ids) < 0 or max(ids) >= vocab_size):
@@ -113,13 +114,36 @@ def prompt_ids(name: str, value: Any, vocab_size: int) -> list[int]:
     return ids
 
 
-def is_one_prompt(value: Any) -> bool:
-    """One list of token ids, and not a list of prompts: it is empty, has one dimension, or begins with no sequence."""
-    dimensions = getattr(value, "ndim", None)
-    if dimensions is not None:
-        return dimensions <= 1
-    first = value[0] if len(value) else None
-    return not (isinstance(first, Mapping | Sequence) or getattr(first, "ndim", 0) > 0)
+def walked(name: str, value: Any, what: str) -> list[Any]:
+    """The items of whatever has them in an order, a generator too; a text is one value."""
+    try:
+        if isinstance(value, str | bytes | bytearray | Mapping | Set):
+            raise TypeError
+        items = list(islice(value, MAX_IDS + 1))
+    except Exception:
+        raise ValueError(f"{name}={shown(value)} must be {what}") from None
+    if len(items) > MAX_IDS:
+        raise ValueError(f"{name} has more than {MAX_IDS} items, or no end")
+    return items
+
+
+def dimensions(value: Any) -> int | None:
+    """Of an array or a tensor; None for everything else."""
+    try:
+        found = getattr(value, "ndim", None)
+    except Exception:  # other people's classes may do anything
+        return None
+    return found if isinstance(found, int) and callable(getattr(value, "tolist", None)) else None
+
+
+def prompts(name: str, value: Any, what: str) -> tuple[list[Any], bool]:
+    """Token ids, or several prompts -> (the prompts, whether it was a single one). Whoever holds nothing is one without tokens."""
+    if dimensions(value) == 1:
+        return [value], True
+    items = walked(name, value, what)
+    first = items[0] if items else None
+    single = not (isinstance(first, Mapping | Sequence) or dimensions(first))
+    return ([items], True) if single else (items, False)
 
 
 def is_unicode(text: str) -> bool:
@@ -137,30 +161,58 @@ def text(name: str, value: Any, *, empty: bool = True, none: bool = False) -> st
         raise ValueError(f"{name}: an empty text is none; leave it out")
     if not is_unicode(value):
         raise ValueError(f"{name} holds half a surrogate pair, which is no character: {shown(value)}")
-    return value
+    return str.__str__(value)  # of a type of its own, such as NumPy's
 
 
 def texts(name: str, value: Any) -> tuple[str, ...]:
     """None, one text, or several -> a tuple; none of them empty."""
     given = () if value is None else (value,) if isinstance(value, str) else value
-    if not isinstance(given, list | tuple | set | frozenset):
-        raise ValueError(f"{name}={shown(value)} must be one text or several")
-    return tuple(text(name, one, empty=False) for one in given)
+    return tuple(text(name, one, empty=False) for one in several(name, given, "one text or several"))
+
+
+def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
+    """One of a few words."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name}={shown(value)} is unknown; use {', '.join(allowed[:-1])} or {allowed[-1]}")
+    return value
+
+
+def path(name: str, value: Any) -> str | Path | None:
+    """A folder, a Hub id, or None."""
+    return value if isinstance(value, Path) else text(name, value, empty=False, none=True)
+
+
+def new_file(name: str, value: Any) -> str | Path | None:
+    """A file that can be written, as far as one sees without writing; or None."""
+    if value is None:
+        return None
+    try:
+        there = isinstance(value, str | Path) and Path(value).absolute().parent.is_dir() and not Path(value).is_dir()
+    except Exception:  # a NUL, a surrogate
+        there = False
+    if not there:
+        raise ValueError(f"{name}={shown(value)} must be a file in a folder that exists")
+    return value
 
 
 def one_each(name: str, values: Any, n: int, kind: type, default: Any) -> list[Any]:
     """One value for all, or one for each of n prompts; None is the default."""
     if values is None or isinstance(values, kind):
         return [default if values is None else values] * n
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise ValueError(f"{name}={shown(values)} must be a {kind.__name__}, or one for each prompt")
-    values = list(values)
+    what = f"a {kind.__name__}, or one for each prompt"
+    values = walked(name, values, what)
     if len(values) != n:
         raise ValueError(f"{len(values)} {name} for {n} prompts; give one for all or one for each")
     for one in values:
         if not isinstance(one, kind):
             raise ValueError(f"{name} holds {shown(one)}, which is no {kind.__name__}")
     return values
+
+
+def _index(value: Any) -> int:
+    if dimensions(value):  # index takes a tensor of one item
+        raise TypeError
+    return int(index(_plain(value)))  # index leaves an IntEnum what it is
 
 
 def _plain(value: Any) -> Any:
@@ -172,4 +224,4 @@ def _plain(value: Any) -> Any:
 
 
 def _plain_or_bool(value: Any) -> Any:
-    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+    return value.item() if dimensions(value) == 0 else value

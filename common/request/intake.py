@@ -7,12 +7,14 @@ model and the pool, stop texts against a missing tokenizer, namespaces that must
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from common.sampling.params import SamplingParams
 from common.text.tokenizer import Tokenizer
 from common.values import prompt_ids, shown, text, whole
 
+MANY_NAMES = 10  # more are no help in an error
 PRIORITY_LIMIT = 1 << 31  # SGLang and vLLM send priorities as machine integers; so does a task
 
 
@@ -91,5 +93,11 @@ def refuse_unknown(
         return
     name = unknown[0]
     hint = (elsewhere or {}).get(name)
-    said = f"unknown {what} {', '.join(shown(one) if not one.isidentifier() else one for one in unknown[:4])}"
-    raise ValueError(f"{said}: {hint}" if hint else f"{said}; known: {', '.join(sorted(known))}")
+    said = f"unknown {what} {', '.join(one if one.isidentifier() and len(one) < 60 else shown(one) for one in unknown[:3])}"
+    if hint:
+        raise ValueError(f"{said}: {hint}")
+    if len(known) > MANY_NAMES:
+        raise ValueError(
+            f"{said}; of the {len(known)} known these are closest: {', '.join(get_close_matches(name, known, 5, 0))}"
+        )
+    raise ValueError(f"{said}; known: {', '.join(sorted(known))}")
