@@ -126,9 +126,8 @@ class Play:
 
     def _check_step(self, output: SchedulerOutput, before: dict[Request, int]) -> None:
         expect("what schedule returns", type(output).__name__, "SchedulerOutput")
-        expect(
-            "what `scheduled` is made of", {type(s).__name__ for s in output.scheduled} - {"ScheduledRequest"}, set()
-        )
+        kinds = sorted({type(s).__name__ for s in output.scheduled} or {"ScheduledRequest"})
+        expect("what `scheduled` is a list of", kinds, ["ScheduledRequest"])
         names = [self.name(s.request) for s in output.scheduled]
         expect("requests that take part twice", sorted({name for name in names if names.count(name) > 1}), [])
         for scheduled in output.scheduled:

@@ -54,5 +54,5 @@ from ch06_tp_vllm.scheduler import SchedulerOutput
 
 class MyScheduler(SchedulerFrame):
     def schedule(self) -> SchedulerOutput:
-        """The next step: SchedulerOutput([ScheduledRequest(request, num_computed, num_new, emits), ...], num_preempted)."""
+        """SchedulerOutput([ScheduledRequest(request, num_computed, num_new, emits), ...], num_preempted), both of scheduler.py."""
         raise NotImplementedError  # your turn
