@@ -186,11 +186,8 @@ def new_file(name: str, value: Any) -> str | Path | None:
     """A file that can be written, as far as one sees without writing; or None."""
     if value is None:
         return None
-    try:
-        there = isinstance(value, str | Path) and Path(value).absolute().parent.is_dir() and not Path(value).is_dir()
-    except Exception:  # a NUL, a surrogate
-        there = False
-    if not there:
+    file = Path(value) if isinstance(value, str | Path) and "\0" not in str(value) else None
+    if file is None or file.is_dir() or not file.absolute().parent.is_dir():
         raise ValueError(f"{name}={shown(value)} must be a file in a folder that exists")
     return value
 

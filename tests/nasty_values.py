@@ -159,7 +159,7 @@ def some_value(rng: random.Random, depth: int = 0) -> Any:
         lambda: "".join(
             chr(rng.choice((rng.randrange(32, 127), rng.randrange(0x11000)))) for _ in range(rng.randrange(9))
         ),
-        lambda: rng.choice(list(NASTY.values()))(),
+        rng.choice(list(NASTY.values())),
     ]
     if depth < 3:
         items = [some_value(rng, depth + 1) for _ in range(rng.randrange(4))]

@@ -180,7 +180,8 @@ def generate(engine, queued, given):
         assert one["text"].encode()
         json.dumps(one)  # of plain values all through
     if len(queued) == 1 and isinstance(given["input_ids"], list | np.ndarray | torch.Tensor):
-        taken_as_given(queued[0][0], np.array(given["input_ids"], dtype=object).ravel())
+        told = given["input_ids"]
+        taken_as_given(queued[0][0], np.array(told if isinstance(told, list) else told.tolist(), dtype=object).ravel())
 
 
 def test_engine_generate_with_several_at_once(engine, queued, sglang_is_well):

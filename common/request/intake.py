@@ -96,8 +96,7 @@ def refuse_unknown(
     said = f"unknown {what} {', '.join(one if one.isidentifier() and len(one) < 60 else shown(one) for one in unknown[:3])}"
     if hint:
         raise ValueError(f"{said}: {hint}")
-    if len(known) > MANY_NAMES:
-        raise ValueError(
-            f"{said}; of the {len(known)} known these are closest: {', '.join(get_close_matches(name, known, 5, 0))}"
-        )
-    raise ValueError(f"{said}; known: {', '.join(sorted(known))}")
+    if len(known) <= MANY_NAMES:
+        raise ValueError(f"{said}; known: {', '.join(sorted(known))}")
+    closest = ", ".join(get_close_matches(name, known, 5, 0))
+    raise ValueError(f"{said}; known: {closest}... ({len(known)} in all)")
