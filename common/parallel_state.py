@@ -281,7 +281,7 @@ def start_all_reduce(x: torch.Tensor, tp: TPGroup, label: str) -> Callable[[], t
     work = _communicate("all_reduce", x, tp, label, lambda group: dist.all_reduce(x, group=group, async_op=True))
 
     def wait() -> torch.Tensor:
-        _call(lambda: work.wait(), "all_reduce", x, tp, label)
+        _call(work.wait, "all_reduce", x, tp, label)
         return x
 
     return wait
