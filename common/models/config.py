@@ -9,7 +9,7 @@ One decoder serves the models that differ only in these facts:
 schema.py says what may stand under each key. Many facts stand in a checkpoint twice; which one counts is what
 transformers 5.23 does, found by trying, or the checkpoint is refused:
 
-    dtype | torch_dtype                               the first
+    dtype | torch_dtype                               the first; the types of the stored tensors are not asked
     rope_parameters | rope_scaling                    rope_scaling, whole, unless it is empty
     rope_theta in it | beside it                      the one inside; not that of the other object
     rope_type | type                                  the first

@@ -153,8 +153,16 @@ def weights() -> dict[str, Damage]:
     damages["an lm_head of bfloat16"] = tensors(lambda x: x.update({HEAD: x[EMBEDDING].bfloat16()}))
     damages["an lm_head of int64"] = tensors(lambda x: x.update({HEAD: x[EMBEDDING].long()}))
     damages["an lm_head of one row"] = tensors(lambda x: x.update({HEAD: x[EMBEDDING][:1].clone()}))
+    damages["an equal lm_head, both fp4"] = then(
+        damages["an equal lm_head"],
+        header(lambda claims: [claims[name].update(dtype="F4", shape=[61, 192]) for name in (EMBEDDING, HEAD)]),
+    )
     damages["the lm_head alone"] = tensors(lambda x: x.update({HEAD: x.pop(EMBEDDING)}))
     damages["neither embedding nor lm_head"] = tensors(lambda x: [x.pop(EMBEDDING), x.pop(HEAD, None)])
+    damages["a tensor without rows that seems long, and as many heads"] = then(
+        damages[f"{NORM} has no rows"],
+        edit(CONFIG, num_attention_heads=10**12, num_key_value_heads=10**12, head_dim=2, layer_types=None),
+    )
     damages["no tensor"] = tensors(lambda x: x.clear())
     damages["a layer less"] = tensors(lambda x: [x.pop(name) for name in list(x) if ".layers.1." in name])
     damages["names without model."] = tensors(

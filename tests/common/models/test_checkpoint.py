@@ -85,6 +85,11 @@ def test_a_folder_with_the_weights_of_something_else_says_what_is_there(folder):
         checkpoint_files(root)
 
 
+def test_an_index_of_nothing_is_refused(folder):
+    with pytest.raises(ValueError, match="names no file; fetch it again"):
+        checkpoint_files(folder("a.safetensors", index=[]))
+
+
 def test_a_name_too_long_for_the_system_is_one_line(folder):
     root = folder(index=["x" * 10_000 + ".safetensors"])
     with pytest.raises(ValueError, match=f"^{root} cannot be read: "):

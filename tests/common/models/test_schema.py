@@ -99,6 +99,7 @@ ROPES = {
         "rope_scaling": {**YARN, "factor": None, "original_max_position_embeddings": 128}, "max_position_embeddings": 512},
     "yarn with all it may have": {
         "rope_scaling": {**YARN, "beta_fast": 16, "beta_slow": 2, "mscale": 0.7, "mscale_all_dim": 1.0, "truncate": False}},
+    "yarn that shrinks": {"rope_scaling": {**YARN, "factor": 0.5}},
     "yarn with zeros for defaults": {"rope_scaling": {**YARN, "beta_fast": 0, "beta_slow": None, "mscale": 0}},
     "yarn with its attention factor": {"rope_scaling": {**YARN, "attention_factor": 1.5, "mscale": 2, "mscale_all_dim": 1}},
 }  # fmt: skip
