@@ -104,7 +104,7 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[dict[str, str]], /, **chat_template_kwargs: Any) -> list[int]:
         """Prompt ids of a conversation; the arguments, and what is raised, are those of `render_chat`."""
         text = values.text("the chat", self.render_chat(messages, **chat_template_kwargs))
-        return self.hf.encode(text, add_special_tokens=False)  # the template writes what the model wants to see
+        return self.encode_bare(text)  # the template writes what the model wants to see
 
     def _template(self, chosen: str | None, tools: list[dict] | None) -> str:
         if chosen is None and not self.has_chat_template:

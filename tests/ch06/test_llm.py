@@ -303,7 +303,7 @@ def test_an_interrupted_generate_leaves_nothing_behind(llm, monkeypatch):
         ({"role": "user"}, "must be a list of messages"),
         ("hi", "must be a list of messages"),
         (None, "must be a list of messages"),
-        (["hi"], "a message is ..role.: text, .content.: text., not 'h'"),
+        (["hi"], "a conversation is one message or several, in a list, not 'hi'"),
         ([{"role": "user"}], "a message is"),
         ([{"role": "user", "content": 5}], "a message is"),
     ],

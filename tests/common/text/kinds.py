@@ -98,6 +98,14 @@ def metaspace(folder: Path, **config) -> Path:
     return save(unigram, folder, **config)
 
 
+def word_pieces(folder: Path, **config) -> Path:
+    """A BERT-like vocabulary, whose spaces in front of commas are taken out after decoding."""
+    words = ["[UNK]", "the", "page", "##s", ",", ".", "don", "'", "t"]
+    made = tokenizers.Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece(cleanup=False)
+    return save(made, folder, unk_token="[UNK]", clean_up_tokenization_spaces=True, **config)
+
+
 KINDS = {"byte level": byte_level, "misaligned": misaligned, "llama": llama}
 
 

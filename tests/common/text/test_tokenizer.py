@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from common.text.tokenizer import Tokenizer
-from tests.common.text.kinds import CHAT_TEMPLATE, SPECIAL, TEXTS, byte_level, llama
+from tests.common.text.kinds import CHAT_TEMPLATE, SPECIAL, TEXTS, byte_level, llama, metaspace, word_pieces
 from tests.oracle import save_random
 
 
@@ -71,6 +71,40 @@ def test_a_token_reads_as_it_does_inside_a_text(tokenizer, tmp_path):
         assert "".join(made.token_text(i) for i in ids[1:]) == made.decode(ids)[len(made.decode(ids[:1])) :]
     assert tokenizer.token_text(tokenizer.hf.convert_tokens_to_ids("<|im_end|>")) == "<|im_end|>"
     assert tokenizer.token_text(len(tokenizer.hf)) == ""
+
+
+@pytest.mark.parametrize("make", [byte_level, llama, metaspace, word_pieces])
+@pytest.mark.parametrize("skip", [True, False])
+def test_tokens_are_decoded_as_transformers_does(tmp_path, make, skip):
+    made = Tokenizer(make(tmp_path))
+    ids = [*made.encode("the pages, the page. don't <|im_end|>"), 0, 1, 2]
+    assert made.decode(ids, skip) == made.hf.decode(ids, skip_special_tokens=skip)
+
+
+def test_spaces_are_cleaned_up_where_the_tokenizer_asks_for_it(tmp_path):
+    made = Tokenizer(word_pieces(tmp_path))
+    assert made.decode(made.encode("the pages, don't.")) == "the pages, don't."
+
+
+def test_special_tokens_have_a_text_that_may_be_left_out(tokenizer):
+    special, word = tokenizer.hf.convert_tokens_to_ids("<|im_end|>"), tokenizer.encode("t")[0]
+    tool = tokenizer.hf.convert_tokens_to_ids("<tool_call>")
+    assert [tokenizer.special_text(i) for i in (special, word, tool)] == ["<|im_end|>", "", ""]
+    assert [tokenizer.has_text(i) for i in (special, word, tool, len(tokenizer.hf))] == [False, True, True, False]
+    assert [tokenizer.has_text(i, False) for i in (special, word, tool, len(tokenizer.hf))] == [True, True, True, False]
+
+
+def test_bytes_are_known_only_where_rare_characters_are_written_in_them(tokenizer, tmp_path):
+    made = Tokenizer(llama(tmp_path))
+    assert [made.bytes_of[i] for i in made.hf.convert_tokens_to_ids(["<0x00>", "<0x41>", "<0xFF>"])] == [0, 0x41, 0xFF]
+    assert len(made.bytes_of) == 256
+    assert made.decode([made.letter]) == "A"
+    assert tokenizer.bytes_of == {}
+
+
+def test_a_bare_text_gets_no_first_token(tmp_path):
+    made = Tokenizer(llama(tmp_path))
+    assert [made.hf.bos_token_id, *made.encode_bare("the pages")] == made.encode("the pages")
 
 
 # --- the chat template (more in test_chat_template.py)
