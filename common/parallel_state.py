@@ -4,7 +4,7 @@
 can build all R ranks of a layer in one process (`TPGroup(rank, size)` without process groups) and add up
 the partial sums by hand. `initialize_tensor_parallel` makes the real one.
 
-Four collectives, each recorded by the group's ledger under a label:
+Four collectives, each recorded by the group's ledger under a label (all in one file: a message that bypasses it is not counted):
 
     all_reduce  partial sums -> the full sum on every rank
     all_gather  shards       -> all shards on every rank
@@ -279,12 +279,7 @@ def start_all_reduce(x: torch.Tensor, tp: TPGroup, label: str) -> Callable[[], t
     if tp.size == 1:
         return lambda: x
     work = _communicate("all_reduce", x, tp, label, lambda group: dist.all_reduce(x, group=group, async_op=True))
-
-    def wait() -> torch.Tensor:
-        _call(lambda: work.wait(), "all_reduce", x, tp, label)
-        return x
-
-    return wait
+    return lambda: (_call(work.wait, "all_reduce", x, tp, label), x)[1]
 
 
 def all_gather(x: torch.Tensor, tp: TPGroup, label: str) -> list[torch.Tensor]:
