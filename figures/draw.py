@@ -268,7 +268,7 @@ def batching():
         "P": (BLUE, "prefilled: its prompt, or what was lost"), "d": (PALE_BLUE, "a token of its answer"),
         "-": (ORANGE, "a token that nobody asked for"), ".": (PALE_GREY, "waits"), "x": (RED, "preempted, waits"),
     }  # fmt: skip
-    figure, axes = plt.subplots(len(kinds), 1, figsize=(9, 6), sharex=True)
+    figure, axes = plt.subplots(len(kinds), 1, figsize=(9, 7.6), sharex=True)
     for axis, kind in zip(axes, kinds, strict=True):
         mine = [row for row in rows if row["batching"] == kind]
         for row in mine:
@@ -276,14 +276,16 @@ def batching():
             thin = row["does"] in ".x"
             axis.barh(int(row["request"]), 0.92, 0.25 if thin else 0.8, left=int(row["step"]), color=colour)
         steps = 1 + max(int(row["step"]) for row in mine)
-        axis.set_title(f"{kind}: the last one ends after {steps} steps", fontsize=9, loc="left")
+        idle = steps - len({row["step"] for row in mine if row["does"] in "Pd-"})
+        waited = f", {idle} of them idle" if idle else ""
+        axis.set_title(f"{kind}: the last one ends after {steps} steps{waited}", fontsize=9, loc="left")
         axis.set_yticks(range(8), range(8), fontsize=7)
         axis.set_ylabel("request", fontsize=8)
         axis.invert_yaxis()
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1].set_xlabel("step")
+    axes[-1].set_xlabel("step, counted from 0")
     handles = [Patch(color=colour, label=name) for colour, name in looks.values()]
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.legend(handles=handles, loc="lower center", ncol=5, fontsize=8, frameon=False)
     return figure
 
@@ -298,12 +300,11 @@ def messages():
         bars = axis.barh(
             range(len(mine)), [int(row["bytes"]) for row in mine], color=[colours[row["op"]] for row in mine]
         )
-        axis.bar_label(bars, [f" {row['shape']}" for row in mine], fontsize=7)
+        axis.bar_label(bars, [f" {int(row['bytes']):,}  {row['shape']}" for row in mine], fontsize=7)
         axis.set_yticks(range(len(mine)), [row["layer"] for row in mine], fontsize=7)
         axis.invert_yaxis()
-        axis.set_xscale("log")
-        axis.set_xlim(1, 1e6)
-        axis.set_xlabel("bytes", fontsize=8)
+        axis.set_xlim(0, 75_000)
+        axis.set_xlabel("bytes of the tensor, as one rank hands it over", fontsize=8)
         total = sum(int(row["bytes"]) for row in mine)
         axis.set_title(f"{step}: {len(mine)} messages, {total:,} bytes", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)

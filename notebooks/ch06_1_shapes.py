@@ -19,7 +19,6 @@
 
 # %%
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 
 from common.layers.heads import HeadLayout
@@ -51,35 +50,28 @@ for name in names:
 # On four ranks `qkv_proj` has not half of two ranks' rows. **Why?**
 
 # %%
-heads = ["#4c72b0", "#dd8452"]  # a colour a KV head
-figure, axes = plt.subplots(5, 1, figsize=(9, 5.2), sharex=True)
+colours = ["#4c72b0", "#dd8452"]  # one a KV head
+figure, axes = plt.subplots(5, 1, figsize=(9, 6))
 for axis, size in zip(axes, (1, 2, 3, 4, 8), strict=True):
     x = 0
     for rank in range(size):
         layout = HeadLayout.of(14, 2, rank, size)
-        held = [None] * layout.num_q
-        for dst, src, n in layout.q_pieces(1):
-            held[dst : dst + n] = range(src, src + n)
-        for head in held:
-            colour = "white" if head is None else heads[head // 7]
+        for head in layout.q_heads:
+            colour = "white" if head is None else colours[head // 7]
             axis.barh(0, 0.92, left=x, color=colour, edgecolor="grey", linewidth=0.6)
-            axis.text(
-                x + 0.46,
-                0,
-                "" if head is None else head,
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="grey" if head is None else "white",
-            )
+            axis.text(x + 0.46, 0, "" if head is None else head, ha="center", va="center", fontsize=7, color="white")
             x += 1
+        middle = x - layout.num_q / 2
+        axis.text(middle, -0.75, f"rank {rank}: KV {', '.join(map(str, layout.kv_heads))}", ha="center", va="center", fontsize=7)
         if rank + 1 < size:
-            axis.axvline(x - 0.04, color="black", linewidth=1.5)
+            axis.plot([x - 0.04] * 2, [-0.95, 0.5], color="black", linewidth=1.5)
     axis.set_yticks([0], [f"R = {size}"])
-    axis.set_ylim(-0.6, 0.6)
+    axis.set_xlim(-0.2, 18.2)
+    axis.set_ylim(-1, 0.6)
     axis.set_xticks([])
     axis.spines[["top", "right", "bottom", "left"]].set_visible(False)
 figure.suptitle("14 query heads, by rank; colour: the KV head they share; white: a head of zeros")
+figure.tight_layout()
 plt.show()
 
 # %% [markdown]
@@ -96,14 +88,16 @@ for size in range(1, 9):
 
 # %%
 kept = {size: sum(p.numel() for p in rank_of(size).parameters()) for size in range(1, 9)}
-tied = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
-ideal = [kept[1] / size for size in kept]
-plt.figure(figsize=(6, 3.2))
-plt.plot(list(kept), [n / 1e6 for n in kept.values()], "o-", label="a rank holds")
-plt.plot(list(kept), np.array(ideal) / 1e6, "--", color="grey", label="1/R")
-plt.xlabel("R")
-plt.ylabel("million parameters")
-plt.legend()
+beyond = [
+    100 * (size * count / kept[1] - 1) for size, count in kept.items()
+]  # % of one copy that all ranks hold too much
+figure, axis = plt.subplots(figsize=(6, 3.2))
+bars = axis.bar(list(kept), beyond, color="#4c72b0")
+axis.bar_label(bars, [f"{x:.1f} %" for x in beyond], fontsize=8)
+axis.set_xlabel("R")
+axis.set_ylabel("% more than one copy")
+axis.set_title("What all ranks hold together, beyond the model once")
+axis.spines[["top", "right"]].set_visible(False)
 plt.show()
 for size, count in kept.items():
     print(

@@ -26,6 +26,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from common.distributed.cost_model import rounds, seconds, wire_bytes
+
 out = Path(tempfile.mkdtemp()) / "messages.csv"
 command = [
     sys.executable,
@@ -61,8 +63,7 @@ for axis, (name, entries) in zip(axes, steps.items(), strict=True):
         range(len(entries)), [entry["bytes"] for entry in entries], color=[colours[entry["op"]] for entry in entries]
     )
     axis.set_yticks(range(len(entries)), labels)
-    axis.set_xscale("log")
-    axis.set_xlabel("bytes")
+    axis.set_xlabel("bytes of the tensor")
     axis.set_title(name)
 axes[0].invert_yaxis()
 figure.legend([plt.Rectangle((0, 0), 1, 1, color=c) for c in colours.values()], colours, loc="lower center", ncol=3)
@@ -81,8 +82,24 @@ print(f"{tokens[0]} tokens against {tokens[1]}: the all-reduces are {ratio:.0f} 
 assert ratio == tokens[0] / tokens[1]
 
 # %% [markdown]
-# **Conclude.** An all-reduce has `T` rows, one a token of the step, and `D` columns: it does not know how long the context is. As a tensor
-# it does not know how many ranks there are either; what crosses between all of them, 2 (R-1) times as much, does ([common/distributed/cost_model.py](../common/distributed/cost_model.py)). The gather has a row for each sequence and this rank's share of the vocabulary. In a decode step of a few sequences each
-# all-reduce is a few kilobytes: its cost is latency, 2L + 1 times a step. That is why engines write their own all-reduce for small messages ([common/distributed/symmetric_memory.py](../common/distributed/symmetric_memory.py)).
+# The tensor of an all-reduce is the same for any number of ranks, `[T, D]` on each. What crosses between them is not: a ring adds up
+# a piece on its way round, and hands the sum round once more. **Predict:** how much more crosses on eight ranks than on two?
+
+# %%
+tensor = steps["decode"][1]["bytes"]
+print(f"an all-reduce of a decode step: {tensor:,} bytes on each rank; latency 50 us, 1 GB/s")
+for ranks in (2, 4, 8):
+    crosses, longest = wire_bytes("all_reduce", tensor, ranks), rounds("all_reduce", ranks)
+    took = seconds("all_reduce", tensor, ranks, latency_s=50e-6, bytes_per_s=1e9)
+    print(
+        f"R = {ranks}: {crosses:7,} bytes on the wire, {longest:2} messages one after the other, {1e6 * took:5.0f} us"
+    )
+
+# %% [markdown]
+# **Conclude.** An all-reduce has `T` rows, one a token of the step, and `D` columns: its tensor does not know how long the context is. What
+# crosses the wire grows with the ranks, and so does the number of messages that wait for each other. The gather has a row for each
+# sequence and this rank's share of the vocabulary. In a decode step of a few sequences each all-reduce is a few kilobytes: its cost is
+# latency, 2L + 1 times a step. That is why engines write their own all-reduce for small messages
+# ([common/distributed/symmetric_memory.py](../common/distributed/symmetric_memory.py)), which takes one round instead of 2 (R - 1).
 #
 # **Try it:** change `PROMPTS` in `ch06_tp_vllm/record_messages.py` to thirty prompts. Which bars move, and which do not?

@@ -30,11 +30,11 @@ engine = LLMEngine(
 )
 shared = list(range(300, 324))
 prompts = {"a": [*shared, 1, 2], "b": [*shared, 3, 4, 5], "c": [*shared, 6], "d": [7] * 30, "e": [8] * 11}
-arrives = {"a": 0, "b": 1, "c": 1, "d": 2, "e": 4}
+arrives = {"a": 1, "b": 2, "c": 2, "d": 3, "e": 5}  # before the step of that number
 answers = {"a": 12, "b": 9, "c": 14, "d": 6, "e": 8}
 
-step = 0
-while step < 5 or engine.has_unfinished_requests():
+step = 1
+while step <= 5 or engine.has_unfinished_requests():
     for name, at in arrives.items():
         if at == step:
             params = SamplingParams(temperature=0, max_tokens=answers[name], ignore_eos=True)
@@ -49,7 +49,7 @@ for line in lines[:3]:
 
 # %% [markdown]
 # Each step leaves a line like these ([ch06_tp_vllm/trace.py](../ch06_tp_vllm/trace.py) has the format): who computed what, and which blocks
-# each request got. The pictures below are drawn from them. A request is called "id/answer"; here each has one answer.
+# each request got. Steps are counted from 1, here and in the pictures. The pictures below are drawn from them. A request is called "id/answer"; here each has one answer.
 
 # %%
 frames, tables = [], {}
@@ -73,7 +73,7 @@ for at, tables in enumerate(frames):
     for block, names in held.items():
         grid[block, at] = (0.25, 0.25, 0.25) if len(names) > 1 else colours[names[0]][:3]
 plt.figure(figsize=(9, 4.6))
-plt.imshow(grid, aspect="auto", interpolation="nearest")
+plt.imshow(grid, aspect="auto", interpolation="nearest", extent=(0.5, len(frames) + 0.5, 19.5, -0.5))
 plt.xlabel("step")
 plt.ylabel("block")
 plt.legend(
@@ -92,13 +92,15 @@ plt.title("Who holds which block after each step")
 plt.show()
 
 # %% [markdown]
-# `b` and `c` came when `a`'s blocks were computed: they hold the same three blocks, and nobody copied them. Had all three come in the same step,
-# each would have computed its own (vLLM merges nothing afterwards). Freed blocks go white here, but their content stays until
-# somebody needs the room.
+# `b` and `c` came when `a`'s first blocks had their names: they hold the same three blocks, and nobody copied them. Had all three come in the
+# same step they would have shared as well, because blocks are named when a step is scheduled. (With
+# `engine.blocks.name_blocks_at_allocation = False`, set before the first step, each would compute its own, and they would stay apart: vLLM
+# merges nothing afterwards.) Freed blocks go white here, but their content stays until somebody needs the room.
 
 # %%
 plt.figure(figsize=(9, 2.6))
-for at, line in enumerate(lines):
+for line in lines:
+    at = line["step"]
     for request, _, new, kind in line["scheduled"]:
         name = request[0]
         row = list(prompts).index(name)
@@ -106,9 +108,9 @@ for at, line in enumerate(lines):
         if kind == "prefill":
             plt.text(at, row, new, ha="center", va="center", fontsize=7, color="white")
 for row, name in enumerate(prompts):
-    begins = next(at for at, line in enumerate(lines) for ran in line["scheduled"] if ran[0][0] == name)
+    begins = next(line["step"] for line in lines for ran in line["scheduled"] if ran[0][0] == name)
     plt.plot([arrives[name] - 0.5, begins - 0.5], [row, row], color="0.6", linewidth=1.5)  # waits
-plt.xlim(-0.5, len(lines) - 0.5)
+plt.xlim(0.5, len(lines) + 0.5)
 plt.yticks(range(len(prompts)), [*prompts])
 plt.gca().invert_yaxis()
 plt.xlabel("step")

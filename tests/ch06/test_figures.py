@@ -67,6 +67,24 @@ def test_the_memory_of_a_chat_service_is_what_the_demo_prints():
             assert re.search(rf"{row['cache']} +{row['waste %']} +{fits}\n", README)
 
 
+def test_what_paging_costs_a_single_request_is_in_the_csv():
+    speed = {row["cache"]: float(row["tokens/s"]) for row in rows_of("kv_cache") if row["requests"] == "these four"}
+    whole, paged = speed["contiguous, 512 each"], speed["blocks of 16"]
+    said = (
+        f"costs a single request {100 * (1 - paged / whole):.0f} % here ({paged:.0f} tokens/s\ninstead of {whole:.0f}"
+    )
+    assert said in README
+    for name, value in speed.items():
+        assert re.search(rf"^  {name} +\d+\.\d\d +{value:.0f}$", README, re.MULTILINE)
+
+
+def test_the_batching_picture_has_the_steps_of_the_table():
+    rows = rows_of("batching")
+    for name in dict.fromkeys(row["batching"] for row in rows):
+        steps = 1 + max(int(row["step"]) for row in rows if row["batching"] == name)
+        assert re.search(rf"^  {name} +{steps} ", README, re.MULTILINE)
+
+
 def test_the_table_of_the_benchmark_is_the_csv():
     ours, theirs = (row for row in rows_of("bench_throughput") if row["contender"].endswith("greedy"))
     cells = (
