@@ -186,8 +186,11 @@ def new_file(name: str, value: Any) -> str | Path | None:
     """A file that can be written, as far as one sees without writing; or None."""
     if value is None:
         return None
-    file = Path(value) if isinstance(value, str | Path) and "\0" not in str(value) else None
-    if file is None or file.is_dir() or not file.absolute().parent.is_dir():
+    try:
+        there = "\0" not in str(value) and not Path(value).is_dir() and Path(value).absolute().parent.is_dir()
+    except Exception:  # no text, too long, half a surrogate pair
+        there = False
+    if not there:
         raise ValueError(f"{name}={shown(value)} must be a file in a folder that exists")
     return value
 
