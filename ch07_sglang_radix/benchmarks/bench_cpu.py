@@ -19,12 +19,7 @@ import argparse
 import csv
 import logging
 import os
-import platform
 import random
-import statistics
-import time
-from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,13 +27,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig
-from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingConfig
 
 from ch07_sglang_radix import Engine
+from ch07_sglang_radix.benchmarks.contenders import (
+    OURS,
+    circumstances,
+    engine_runner,
+    generate_batch_runner,
+    in_turn,
+    load_peer,
+)
 from common.distributed.launch import run_main
 from common.teaching.report import output_file
-from common.teaching.transformers_peer import NEVER, Request, generate_runner
+from common.teaching.transformers_peer import Request, generate_runner
 from common.tiny_qwen import TINY_QWEN_PATH
 
 OUT = Path(__file__).parents[2] / "figures" / "bench_cpu.csv"
@@ -58,44 +59,6 @@ def workloads(vocab_size: int) -> dict[str, list[Request]]:
     }
 
 
-def engine_runner() -> Callable[[list[Request]], float]:
-    engine = Engine(page_size=16, device="cpu", dtype="float32")
-
-    def run(requests: list[Request]) -> float:
-        scheduler = engine.scheduler
-        scheduler.tree.evict(scheduler.tree.evictable_size)
-        params = [{"max_new_tokens": r.new_tokens, "ignore_eos": True} for r in requests]
-        start = time.perf_counter()
-        results = engine.generate(input_ids=[r.ids for r in requests], sampling_params=params)
-        seconds = time.perf_counter() - start
-        assert [len(r["output_ids"]) for r in results] == [r.new_tokens for r in requests]
-        return seconds
-
-    return run
-
-
-def generate_batch_runner(model) -> Callable[[list[Request]], float]:
-    def run(requests: list[Request]) -> float:
-        config = GenerationConfig(do_sample=False, pad_token_id=NEVER, eos_token_id=None, max_new_tokens=256)
-        pool = ContinuousBatchingConfig(max_memory_percent=0.1)
-        with model.continuous_batching_context_manager(config, continuous_batching_config=pool) as manager:
-            start = time.perf_counter()
-            for r in requests:
-                manager.add_request(r.ids, max_new_tokens=r.new_tokens)
-            lengths = []
-            while len(lengths) < len(requests):
-                if not manager.is_running():
-                    raise RuntimeError("transformers' generation thread has ended early")
-                result = manager.get_result(timeout=1)
-                if result and result.is_finished():
-                    lengths.append(len(result.generated_tokens))
-            seconds = time.perf_counter() - start
-        assert sorted(lengths) == sorted(r.new_tokens for r in requests)
-        return seconds
-
-    return run
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
@@ -109,58 +72,31 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # it asks for packages we do not need
-    model = AutoModelForCausalLM.from_pretrained(TINY_QWEN_PATH, dtype=torch.float32).eval()
-    model.generation_config = GenerationConfig(do_sample=False)
+    model = load_peer(TINY_QWEN_PATH, torch.float32)
     contenders = {
-        "this engine": engine_runner(),
+        OURS: engine_runner(Engine(page_size=16, device="cpu", dtype="float32")),
         "transformers generate": generate_runner(model),
         "transformers generate_batch": generate_batch_runner(model),
     }
     tasks = {name: w for name, w in workloads(model.config.vocab_size).items() if name in args.workloads}
     for run in contenders.values():
         run([Request([5, 6, 7], 4)])  # warm up
-    rows = []
-    bar = tqdm(total=len(tasks) * args.rounds * len(contenders), unit="run")
-    for name, requests in tasks.items():
-        seconds = {who: [] for who in contenders}
-        for _ in range(args.rounds):
-            for who, run in contenders.items():
-                bar.set_description(f"{name}: {who}")
-                seconds[who].append(run(requests))
-                bar.update()
-        rows += [row(name, requests, who, times, seconds["this engine"]) for who, times in seconds.items()]
-    bar.close()
+    rows, facts = [], circumstances("1 thread")
+    with tqdm(total=len(tasks) * args.rounds * len(contenders), unit="run") as bar:
+        for name, requests in tasks.items():
+            bar.set_description(name)
+            rows += [{"workload": name} | row | facts for row in in_turn(contenders, requests, args.rounds, bar)]
     args.out.parent.mkdir(exist_ok=True)
     with output_file(args.out) as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
     for r in rows:
-        faster = f"{r['engine_is_faster_by']:>6.2f} x" if r["contender"] != "this engine" else ""
+        faster = f"{r['engine_is_faster_by']:>6.2f} x" if r["contender"] != OURS else ""
         print(
             f"{r['workload']}  {r['contender']:<28}{r['seconds']:8.2f} s {r['tokens_per_second']:8.0f} tok/s {faster}"
         )
     print(f"written to {os.path.relpath(args.out)}")
-
-
-def row(name: str, requests: list[Request], who: str, times: list[float], ours: list[float]) -> dict:
-    seconds, tokens = statistics.median(times), sum(r.new_tokens for r in requests)
-    return {
-        "workload": name,
-        "contender": who,
-        "seconds": round(seconds, 3),
-        "fastest": round(min(times), 3),
-        "slowest": round(max(times), 3),
-        "tokens_per_second": round(tokens / seconds),
-        "engine_is_faster_by": round(seconds / statistics.median(ours), 2),
-        "rounds": len(times),
-        "new_tokens": tokens,
-        "prompt_tokens": sum(len(r.ids) for r in requests),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "machine": f"{os.cpu_count()} x {platform.machine()}, 1 thread",
-        "date": date.today().isoformat(),
-    }
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The attention contract (contract.py) in plain PyTorch: what a CPU runs, and what every other form is compared with."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -7,6 +9,7 @@ from common.attention.contract import AttentionMetadata
 from common.attention.kv_cache import PagedKVCache
 
 MAX_PADDING = 1024  # tokens of a group of decode rows
+ROOM_BYTES = 3 << 20  # of K and V that are copied before they are attended to: what a core's caches still hold by then
 QUERY_BLOCK = 96  # new tokens of a sequence that attend together; short enough to skip much, long enough for a GEMM
 MIN_SHARED_TOKENS = 64  # a shared prefix shorter than this is not worth a second pass and a merge
 
@@ -56,7 +59,7 @@ class TorchNativeAttention:
                 own = own.index_select(0, self.rows)
             own = own.split([group.size for group in self.decodes])
             own = [group.attend(layer, rows) for group, rows in zip(self.decodes, own, strict=True)]
-            own = torch.cat(own).flatten(1, 2)  # [n, Hq/R, d]
+            own = _joined(own).flatten(1, 2)  # [n, Hq/R, d]
             if not self.extends and len(own) == len(q):
                 return own if self.rows is None else own.index_select(0, self.back)
         o = torch.zeros_like(q)
@@ -107,23 +110,20 @@ class _DecodeGroup:
         pages = -(-max(lens) // page_size)
         shared = _shared_pages(table, (min(lens) - 1) // page_size, page_size)
         self.shared = cache.halves_of(table[0, :shared]) if shared else None
-        # masked or not, no slot may hold NaN (0 * NaN is NaN): a page is blank where its sequence has written nothing
-        self.pages = cache.halves_of(table[:, shared:pages].flatten())  # [2 * B * S / P]
-        self.room = cache.room(len(self.pages))  # [2 * B * S / P, P, Hkv/R, d]
-        kv = self.room.view(2, self.size, -1, *self.room.shape[2:])
-        self.k, self.v = kv.transpose(2, 3).unbind(0)  # [B, Hkv/R, S, d]
-        self.mask = masks[:, None, None, shared * page_size : pages * page_size]
+        table, masks = table[:, shared:pages], masks[:, None, None, shared * page_size : pages * page_size]
+        rounds = -(-2 * table.numel() * cache.k[0, 0].nbytes // ROOM_BYTES)
+        size = -(-self.size // rounds)  # sequences a round
+        self.rounds = [_Round(cache, t, m) for t, m in zip(table.split(size), masks.split(size), strict=True)]
 
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         """q [B, Hkv/R, g, d] -> o [B, Hkv/R, g, d]."""
-        torch.index_select(self.cache.halves[layer], 0, self.pages, out=self.room)
-        k, v, mask = self.k, self.v, self.mask
-        if not k.dtype == mask.dtype == q.dtype:
-            k, v, mask = k.to(q.dtype), v.to(q.dtype), mask.to(q.dtype)
+        rounds = list(zip(self.rounds, q.split([r.size for r in self.rounds]), strict=True))
         if self.shared is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        own, own_lse = _attention_with_lse(q, k, v, mask)  # [B, Hkv/R, g, d], [B, Hkv/R, g]
-        b, hkv, _, d = q.shape
+            return _joined([F.scaled_dot_product_attention(*r.operands(layer, part)) for r, part in rounds])
+        own, own_lse = map(
+            _joined, zip(*(_attention_with_lse(*r.operands(layer, part)) for r, part in rounds), strict=True)
+        )
+        b, hkv, _, d = q.shape  # own [B, Hkv/R, g, d], own_lse [B, Hkv/R, g]
         k, v = self.cache.gather(layer, self.shared).transpose(1, 2)[:, None].to(q.dtype)  # [1, Hkv/R, S, d]
         together = q.transpose(0, 1).reshape(1, hkv, -1, d)  # [1, Hkv/R, B * g, d]
         o, lse = _attention_with_lse(together, k, v)
@@ -131,6 +131,31 @@ class _DecodeGroup:
         # softmax over both parts: each weighs as much as the exponentials it summed up
         weight = torch.sigmoid(lse - own_lse).unsqueeze(-1).to(q.dtype)
         return torch.lerp(own, o, weight)
+
+
+class _Round:
+    """Some sequences of a group: their pages are copied together, and attended to while they are in the cache."""
+
+    def __init__(self, cache: PagedKVCache, table: torch.Tensor, mask: torch.Tensor):
+        """table [B, S / P], mask [B, 1, 1, S]."""
+        self.cache, self.mask, self.size = cache, mask, len(table)
+        # masked or not, no slot may hold NaN (0 * NaN is NaN): a page is blank where its sequence has written nothing
+        self.pages = cache.halves_of(table.flatten())  # [2 * B * S / P]
+        self.room = cache.room(len(self.pages))  # [2 * B * S / P, P, Hkv/R, d]
+        kv = self.room.view(2, self.size, -1, *self.room.shape[2:])
+        self.k, self.v = kv.transpose(2, 3).unbind(0)  # [B, Hkv/R, S, d]
+
+    def operands(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """q, and k, v and the mask in q's dtype; the next round overwrites k and v."""
+        torch.index_select(self.cache.halves[layer], 0, self.pages, out=self.room)
+        k, v, mask = self.k, self.v, self.mask
+        if not k.dtype == mask.dtype == q.dtype:
+            k, v, mask = k.to(q.dtype), v.to(q.dtype), mask.to(q.dtype)
+        return q, k, v, mask
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _Extend:

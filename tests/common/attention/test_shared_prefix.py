@@ -48,3 +48,18 @@ def test_a_row_that_ends_with_the_shared_part_keeps_a_page_of_its_own():
     attention = TorchNativeAttention(cache, meta)
     assert len(attention.decodes[0].shared) == 2 * (SHARED // 16 - 1)
     assert attention(0, *qkv).isfinite().all()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("sequences", "sizes"), [(5, [5]), (3, [3, 2]), (0, [1, 1, 1, 1, 1])])
+def test_rounds_that_copy_a_few_sequences_at_a_time_attend_to_the_same(sequences, sizes, shared, monkeypatch):
+    if not shared:
+        monkeypatch.setattr(paged_attention, "MIN_SHARED_TOKENS", 1 << 30)
+    cache, meta, qkv = decode_step(16, [SHARED + 5, SHARED + 16, SHARED + 1, SHARED + 9, SHARED + 10])
+    expected = TorchNativeAttention(cache, meta)(0, *qkv)
+    copied = 16 if shared else SHARED + 16  # tokens of a sequence
+    token = 2 * cache.k[0, 0, 0].nbytes
+    monkeypatch.setattr(paged_attention, "ROOM_BYTES", max(1, sequences * copied * token))
+    attention = TorchNativeAttention(cache, meta)
+    assert [r.size for r in attention.decodes[0].rounds] == sizes
+    torch.testing.assert_close(attention(0, *qkv), expected)
