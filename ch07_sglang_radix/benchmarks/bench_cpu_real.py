@@ -39,7 +39,7 @@ from common.distributed.launch import run_main
 from common.layers.cpu_linear import choose_forms, computes_in
 from common.models.published_configs import CONFIGS, shared_random_weights
 from common.parallel_state import TPGroup, initialize_tensor_parallel
-from common.teaching.report import FIGURES
+from common.teaching.report import FIGURES, output_file
 from common.teaching.transformers_peer import Request, generate_runner
 
 PEER = "transformers generate"
@@ -170,7 +170,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     found = {tuple(row[k] for k in KEY): row for row in (read_rows(path) if path.exists() else [])}
     found |= {tuple(row[k] for k in KEY): row for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with output_file(path) as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(found.values())
