@@ -41,21 +41,23 @@ def _follow(job: dict) -> int:
         function(**job["arguments"])
         raise ValueError(f"{job['target']} returned, and did not follow rank 0 to the end")
     except RankZeroLeft:
-        shutdown_tensor_parallel()
-        return 0
-    except RankFailure:
-        time.sleep(
-            RANK_0_IS_SEEN_TO_BE_GONE_S
-        )  # if it was rank 0 that died, this is the end, and files are cleared away
-        return BEREAVED  # else rank 0 will hear of it too, perhaps only because this one hangs up
+        pass  # with the exception its frames go, and with them the engine, whose CUDA graphs hold the process group
+    except (
+        RankFailure
+    ):  # if it was rank 0 that died, this process ends now, with the files; else rank 0 will hear of it,
+        time.sleep(RANK_0_IS_SEEN_TO_BE_GONE_S)  # perhaps only because this one hangs up
+        return BEREAVED
     except (ValueError, OSError) as error:
         # most likely rank 0 meets the same error; if this rank went at once, rank 0 would hear of a dead peer first
         _say(ranks.last_words_file(rank), error)
         time.sleep(RANK_0_SPEAKS_FIRST_S)
+        return 1
     except BaseException as error:
         _say(ranks.last_words_file(rank), error)
         traceback.print_exc()
-    return 1
+        return 1
+    shutdown_tensor_parallel()
+    return 0
 
 
 def _say(file: Path, error: BaseException) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+import torch
 from nbclient import NotebookClient
 
+from ch07_sglang_radix import Engine
 from common import parallel_state
 from common.distributed import spawn
 from common.distributed.messages import share
@@ -119,6 +121,17 @@ def test_start_and_shut_down_ten_times():
         children = pids(tp)
         shutdown_tensor_parallel()
         assert gone(children, within_s=1)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_engines_on_two_gpus_start_and_shut_down_again_and_again():
+    """CUDA graphs hold the group, and symmetric memory remembers the first start: neither may stop the next one."""
+    params = {"max_new_tokens": 24, "temperature": 0.0}
+    with Engine(device="cuda", dtype="float32") as engine:
+        want = engine.generate("What is a radix cache?", params)["output_ids"]
+    for _ in range(3):
+        with Engine(tp_size=2, device="cuda", dtype="float32") as engine:
+            assert engine.generate("What is a radix cache?", params)["output_ids"] == want
 
 
 def test_all_ranks_follow():
