@@ -62,7 +62,14 @@ for axis, size in zip(axes, (1, 2, 3, 4, 8), strict=True):
             axis.text(x + 0.46, 0, "" if head is None else head, ha="center", va="center", fontsize=7, color="white")
             x += 1
         middle = x - layout.num_q / 2
-        axis.text(middle, -0.75, f"rank {rank}: KV {', '.join(map(str, layout.kv_heads))}", ha="center", va="center", fontsize=7)
+        axis.text(
+            middle,
+            -0.75,
+            f"rank {rank}: KV {', '.join(map(str, layout.kv_heads))}",
+            ha="center",
+            va="center",
+            fontsize=7,
+        )
         if rank + 1 < size:
             axis.plot([x - 0.04] * 2, [-0.95, 0.5], color="black", linewidth=1.5)
     axis.set_yticks([0], [f"R = {size}"])
