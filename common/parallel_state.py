@@ -167,13 +167,6 @@ def shutdown_tensor_parallel(tp: TPGroup | None = None) -> None:
         spawned.close()
 
 
-def end_followers() -> None:
-    """At once, for a rank 0 that leaves without a word."""
-    if _spawned and _spawned.processes:
-        _spawned.kill()
-        _spawned.close()
-
-
 def _dismiss(spawned: SpawnedRanks, tp: TPGroup | None) -> None:
     """Tell the followers to leave; end those that cannot hear it."""
     frame = torch.zeros(FRAME, dtype=torch.int64)

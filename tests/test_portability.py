@@ -121,6 +121,21 @@ def test_nothing_is_for_some_systems_only(path):
     assert complaints(path.read_text(encoding="utf-8")) == []
 
 
+def test_every_make_target_is_in_the_readme_as_plain_commands():
+    """Whoever has no make finds, in the table of "Without make", the very commands of the Makefile."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("### Without make")[2].partition("\n## ")[0]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    shown = {cells[0]: cells[1] for cells in re.findall(r"^\| `([\w-]+)` \| (.+) \|$", readme, re.MULTILINE)}
+    rules = re.findall(r"^([\w-]+):[^=\n]*\n((?:(?:\t|ifeq|else|endif).*\n)*)", makefile, re.MULTILINE)
+    commands = {target: re.findall(r"\$\(BIN\)/(.+)$", recipe, re.MULTILINE) for target, recipe in rules}
+    assert set(shown) == set(commands) - {"setup"}
+    assert sum(len(lines) for lines in commands.values()) >= 12
+    for target, lines in commands.items():
+        for line in lines:
+            plain = re.sub(r"\$\$\w+.*", "", line).strip()  # `$$source; done` of a loop
+            assert f"`{plain}" in shown[target], f"make {target} runs {plain!r}"
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [

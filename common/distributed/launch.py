@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from common.parallel_state import RankFailure, end_followers, lost_peer, shutdown_tensor_parallel
+from common.distributed.spawn import end_all
+from common.parallel_state import RankFailure, lost_peer, shutdown_tensor_parallel
 
 RANK_0_SPEAKS_FIRST_S = 5.0
 ALL_ARE_TOLD_S = 0.5
@@ -66,5 +67,5 @@ def _leave(line: str) -> None:
         print(end="", flush=True)
     with suppress(OSError):
         os.write(2, f"{line}\n".encode() if line else b"")
-    end_followers()
+    end_all()
     os._exit(1)

@@ -42,10 +42,9 @@ def _follow(job: dict) -> int:
         raise ValueError(f"{job['target']} returned, and did not follow rank 0 to the end")
     except RankZeroLeft:
         pass  # with the exception its frames go, and with them the engine, whose CUDA graphs hold the process group
-    except (
-        RankFailure
-    ):  # if it was rank 0 that died, this process ends now, with the files; else rank 0 will hear of it,
-        time.sleep(RANK_0_IS_SEEN_TO_BE_GONE_S)  # perhaps only because this one hangs up
+    except RankFailure:
+        # if it was rank 0 that died, this process is ended meanwhile; else rank 0 will hear of it when this one hangs up
+        time.sleep(RANK_0_IS_SEEN_TO_BE_GONE_S)
         return BEREAVED
     except (ValueError, OSError) as error:
         # most likely rank 0 meets the same error; if this rank went at once, rank 0 would hear of a dead peer first

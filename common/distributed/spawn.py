@@ -114,7 +114,11 @@ class SpawnedRanks:
                 process.kill()
                 process.wait()
         self.ended = True
+        _started.discard(self)
         forget_folder(self.folder)
+
+
+_started: set[SpawnedRanks] = set()  # and not closed
 
 
 def start_ranks(follower: Follower, size: int) -> SpawnedRanks:
@@ -126,6 +130,7 @@ def start_ranks(follower: Follower, size: int) -> SpawnedRanks:
         )
     arguments = _as_json(follower.arguments)
     ranks = SpawnedRanks(Path(tempfile.mkdtemp(prefix="ranks-")), size)
+    _started.add(ranks)
     job = {
         "path": sys.path, "cwd": os.getcwd(), "parent": os.getpid(), "folder": str(ranks.folder), "size": size,
         "target": follower.target, "arguments": arguments,
@@ -143,6 +148,13 @@ def start_ranks(follower: Follower, size: int) -> SpawnedRanks:
         ranks.close()
         raise
     return ranks
+
+
+def end_all() -> None:
+    """At once, all that this process has started: it leaves without a word."""
+    for ranks in list(_started):
+        ranks.kill()
+        ranks.close()
 
 
 def forget_folder(folder: Path) -> None:
