@@ -61,6 +61,7 @@ def test_every_program_writes_its_files_here():
         "common/teaching/report.py", "common/teaching/trace.py",  # a trace that cannot go on must not end the engine
         "common/distributed/rank_main.py", "common/tiny_qwen/corpus.py", "common/tiny_qwen/tokenizer.py",
         "common/tiny_qwen/train.py", "common/teaching/apart.py", "ch07_sglang_radix/projects/swap.py",
+        "ch07_sglang_radix/benchmarks/bench_cpu_real.py",  # the table in the README
     }  # fmt: skip
     writers = set()
     for folder in ("common", "ch06_tp_vllm", "ch07_sglang_radix", "figures"):
