@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 
-from common.distributed.cost_model import rounds, seconds
+from common.distributed.cost_model import Link, rounds
 from common.distributed.launch import run_main
 from common.parallel_state import TPGroup, all_reduce, initialize_tensor_parallel, start_all_reduce
 from common.teaching.show import check, heading, table
@@ -69,7 +69,7 @@ def main() -> None:
     bandwidth = (4 << 20) * 2 * (tp.size - 1) / tp.size / max(large - small, 1e-9)
     print(f"  {1e6 * latency:.0f} us a message, {bandwidth / 1e9:.2f} GB/s")
     nbytes = len(x) * HIDDEN * dtype.itemsize
-    modelled = seconds("all_reduce", nbytes, tp.size, latency, bandwidth)
+    modelled = Link(latency, bandwidth).seconds("all_reduce", nbytes, tp.size)
     table(
         ("message", "bytes", "model, ms", "measured, ms"),
         [(f"[{len(x)}, {HIDDEN}]", nbytes, 1e3 * modelled, 1e3 * between)],

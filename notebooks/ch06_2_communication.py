@@ -26,7 +26,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from common.distributed.cost_model import rounds, seconds, wire_bytes
+from common.distributed.cost_model import Link, rounds, wire_bytes
 
 out = Path(tempfile.mkdtemp()) / "messages.csv"
 command = [
@@ -90,7 +90,7 @@ tensor = steps["decode"][1]["bytes"]
 print(f"an all-reduce of a decode step: {tensor:,} bytes on each rank; latency 50 us, 1 GB/s")
 for ranks in (2, 4, 8):
     crosses, longest = wire_bytes("all_reduce", tensor, ranks), rounds("all_reduce", ranks)
-    took = seconds("all_reduce", tensor, ranks, latency_s=50e-6, bytes_per_s=1e9)
+    took = Link(latency_s=50e-6, bytes_per_s=1e9).seconds("all_reduce", tensor, ranks)
     print(
         f"R = {ranks}: {crosses:7,} bytes on the wire, {longest:2} messages one after the other, {1e6 * took:5.0f} us"
     )

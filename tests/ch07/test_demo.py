@@ -162,8 +162,8 @@ def set_config(**values):
             "architecture GPT2LMHeadModel is not supported; supported: Qwen2",
         ),
         (lambda folder: [p.unlink() for p in folder.glob("tokenizer*")], "has no tokenizer files"),
-        (set_config(num_hidden_layers=5), r"missing: model\.layers\.4\."),
-        (set_config(num_hidden_layers=3), r"unexpected: model\.layers\.3\."),
+        (set_config(num_hidden_layers=5, layer_types=None), r"missing: model\.layers\.4\."),
+        (set_config(num_hidden_layers=3, layer_types=None), r"unexpected: model\.layers\.3\."),
         (set_config(intermediate_size=100), r"of wrong shape: .*gate_proj.weight is \[\d+, 224\], not \[100, 224\]"),
     ],
 )
