@@ -10,7 +10,7 @@ from common.distributed.spawn import end_all
 from common.parallel_state import RankFailure, lost_peer, shutdown_tensor_parallel
 
 RANK_0_SPEAKS_FIRST_S = 5.0
-ALL_ARE_TOLD_S = 0.5
+ALL_ARE_TOLD_S = 1.5
 
 
 def run_main(main: Callable[[], None]) -> None:
