@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from common.models.json_file import name_shown, read_json, shown
-from common.models.schema import ARCHITECTURES, GENERATION, MAX_POSITIONS, ROPE_TYPES, read_fields
+from common.models.schema import ARCHITECTURES, END_TOKENS, MAX_POSITIONS, ROPE_TYPES, read_fields
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class ModelConfig:
         beside, generation = path.with_name("generation_config.json"), {}
         if os.path.lexists(beside):
             generation = read_json(beside)
-            read_fields(generation, GENERATION, str(beside), "a generation config")
+            read_fields(generation, END_TOKENS, str(beside), "a generation config")
         return cls.from_dict(raw, generation, where=str(path))
 
     @classmethod

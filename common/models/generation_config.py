@@ -1,17 +1,20 @@
 """generation_config.json: how its makers want a model to be sampled from."""
 
+import os
 from pathlib import Path
 from typing import Any
 
-from common.models.config import read_json
-
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+from common.models.json_file import read_json
+from common.models.schema import SAMPLING, read_fields
 
 
 def sampling_defaults(folder: str | Path) -> dict[str, Any]:
-    """The sampling values that the folder names, {} if it names none. What is null there is not named."""
+    """The sampling values that the folder names, {} if it names none. What is null there is not named.
+
+    Raises ValueError, naming the file and the key, for a value of a wrong kind.
+    """
     path = Path(folder) / "generation_config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
-    raw = read_json(path)
-    return {name: raw[name] for name in SAMPLING if raw.get(name) is not None}
+    read = read_fields(read_json(path), SAMPLING, str(path), "a generation config")
+    return {name: value for name, value in read.items() if value is not None}

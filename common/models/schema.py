@@ -183,7 +183,18 @@ ARCHITECTURES = {
         "attention_bias": boolean(False),
     }),
 }  # fmt: skip
-GENERATION = {"eos_token_id": token_ids(None)}  # of generation_config.json
+
+# --- generation_config.json
+
+END_TOKENS = {"eos_token_id": token_ids(None)}
+SAMPLING = {
+    "temperature": number(None, low=0, null=True),
+    "top_p": number(None, above=0, high=1, null=True),
+    "top_k": integer(None, low=-1, null=True),  # 0 (transformers) and -1 (vLLM): no limit
+    "min_p": number(None, low=0, high=1, null=True),
+    "repetition_penalty": number(None, above=0, null=True),
+    "max_new_tokens": integer(None, null=True),
+}
 
 
 # --- rotary scaling

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+from tests.common.models.files import rewrite
+
 TINY = dict(
     vocab_size=61, hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, eos_token_id=7, bos_token_id=3,
@@ -63,13 +65,8 @@ def cut(file: str, keep: float) -> Damage:
     return damage
 
 
-def tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Damage:
-    def damage(folder):
-        content = load_file(folder / WEIGHTS)
-        change(content)
-        save_file(content, folder / WEIGHTS, metadata={"format": "pt"})
-
-    return damage
+def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
+    return lambda folder: rewrite(folder, change)
 
 
 def header(change: Callable[[dict], None]) -> Damage:

@@ -1,23 +1,19 @@
 import json
 import math
-import shutil
-import warnings
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import save_file
 
 from common.layers.heads import HeadLayout, split_evenly
 from common.models.checkpoint import checkpoint_files
 from common.models.config import ModelConfig
 from common.models.weights import CheckpointTensor, LoadReport, load_model, load_then_shard
 from common.parallel_state import TPGroup
-from tests.common.models.dense import logits_of
+from tests.common.models.files import rewrite, tensors
 from tests.oracle import save_random
 
-NORM, UP, BIAS = "model.norm.weight", "model.layers.1.mlp.up_proj.weight", "model.layers.2.self_attn.k_proj.bias"
+NORM = "model.norm.weight"
 MODELS = ["qwen2", "qwen3", "llama"]  # 14/2 heads tied and biased; 16/8 with head norms; 8/2 untied
 over_models = pytest.mark.parametrize("name", MODELS)
 over_ranks = pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -34,24 +30,6 @@ def loaded(checkpoint):
         return made[name, ranks]
 
     return get
-
-
-@pytest.fixture
-def copy(checkpoint, tmp_path):
-    """copy(name) -> a copy of that checkpoint, to be damaged."""
-    return lambda name: Path(shutil.copytree(checkpoint(name), tmp_path / name))
-
-
-def tensors(folder):
-    return {name: x for path in checkpoint_files(folder) for name, x in load_file(path).items()}
-
-
-def rewrite(folder, change):
-    """Apply change(tensors) to a checkpoint of one file."""
-    path = folder / "model.safetensors"
-    content = load_file(path)
-    change(content)
-    save_file(content, path)
 
 
 def count(numbers):
@@ -260,6 +238,14 @@ def test_parameters_have_the_dtype_that_was_asked_for(checkpoint, loaded, dtype)
         assert torch.equal(param, wide.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_every_floating_type_is_a_weight(copy, dtype):
+    folder = copy("llama")
+    rewrite(folder, lambda x: x.update({name: y.to(getattr(torch, dtype)) for name, y in x.items()}))
+    want = tensors(folder)[NORM].float()
+    assert torch.equal(load_model(folder, TPGroup())[0].model.norm.weight, want)
+
+
 def test_loading_leaves_the_default_dtype_alone(checkpoint):
     load_model(checkpoint("qwen2"), TPGroup(0, 2), torch.bfloat16)
     assert torch.get_default_dtype() == torch.float32
@@ -300,67 +286,6 @@ def test_without_an_index_all_safetensors_count(tmp_path):
     assert set(load_model(folder, TPGroup())[1].tensors) == set(want)
 
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-PROMPT = [5, 1000, 0, 333, 8, 8, 21]
-
-
-def with_head(x, head):
-    x[HEAD] = head(x[EMBEDDING])
-
-
-def alone(x):
-    x[HEAD] = x.pop(EMBEDDING)
-
-
-HEADS = {  # how the file says it, and whether head and embedding are one in transformers 5.23
-    "no head": (lambda x: None, True),
-    "an equal head": (lambda x: with_head(x, torch.clone), True),
-    "another head": (lambda x: with_head(x, lambda e: e.flip(0).contiguous()), False),
-    "a head with another last number": (lambda x: with_head(x, lambda e: torch.cat((e[:-1], e[-1:] + 1))), False),
-    "a rounded head": (lambda x: with_head(x, torch.Tensor.bfloat16), False),
-    "a head alone": (alone, True),
-}
-
-
-@pytest.mark.parametrize(("change", "tied"), HEADS.values(), ids=HEADS)
-def test_a_tied_checkpoint_with_a_stored_head_is_what_transformers_makes_of_it(copy, change, tied):
-    folder = copy("qwen2")
-    rewrite(folder, change)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert (theirs.lm_head.weight is theirs.model.embed_tokens.weight) == tied
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        model, report = load_model(folder, TPGroup())
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied == model.config.tie_word_embeddings
-    with torch.inference_mode():
-        want = theirs(torch.tensor([PROMPT])).logits[0]
-    torch.testing.assert_close(logits_of(model, PROMPT), want, rtol=1e-4, atol=1e-4)
-    said = [str(w.message) for w in warned]
-    assert said == report.notes == ([] if tied else [
-        f"{folder}: config.json says tie_word_embeddings=true, but {HEAD} is not {EMBEDDING}; both are used"
-    ])  # fmt: skip
-
-
-def test_an_equal_head_is_compared_once_and_not_kept(copy, loaded):
-    folder = copy("qwen2")
-    rewrite(folder, lambda x: with_head(x, torch.clone))
-    compared = 2 * tensors(folder)[EMBEDDING].nbytes
-    for rank in range(2):
-        report = load_model(folder, TPGroup(rank, 2))[1]
-        assert report.bytes_read == loaded("qwen2", 2)[rank][1].bytes_read + compared
-        assert HEAD not in report.tensors
-
-
-def test_every_rank_comes_to_the_same_head(copy):
-    """The heads differ in a row of the last rank alone; each rank could only see its own rows."""
-    folder = copy("qwen2")
-    rewrite(folder, lambda x: with_head(x, lambda e: torch.cat((e[:-1], e[-1:] + 1))))
-    with pytest.warns(UserWarning, match="both are used"):
-        models = [load_model(folder, TPGroup(rank, 3))[0] for rank in range(3)]
-    assert [model.config.tie_word_embeddings for model in models] == [False] * 3
-    assert torch.equal(put_together(models)[HEAD], tensors(folder)[HEAD])
-
-
 @pytest.mark.parametrize("stray", ["adapter_model.safetensors", "consolidated.safetensors", "other.safetensors"])
 @pytest.mark.parametrize("shards", [{}, {"max_shard_size": "200KB"}], ids=["one file", "an index"])
 def test_other_files_beside_the_checkpoint_are_left_alone_and_named(tmp_path, stray, shards):
@@ -383,217 +308,3 @@ def test_stored_inverse_frequencies_are_tolerated(copy):
     folder = copy("llama")
     rewrite(folder, lambda x: x.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
     assert not any("inv_freq" in name for name in load_model(folder, TPGroup())[1].tensors)
-
-
-# --- refusals: by name, and before a weight is read
-
-
-class Untouchable(CheckpointTensor):
-    def read(self, dim, start, stop):
-        raise AssertionError(f"{self.name} was read")
-
-
-def refuse(folder, error, *words):
-    for rank in range(2):
-        with pytest.raises(error) as caught:
-            load_model(folder, TPGroup(rank, 2), source=Untouchable)
-        for word in words:
-            assert str(word) in str(caught.value)
-
-
-def test_the_tests_below_would_notice_a_read(checkpoint):
-    with pytest.raises(AssertionError, match="was read"):
-        load_model(checkpoint("llama"), TPGroup(), source=Untouchable)
-
-
-@pytest.mark.parametrize(
-    ("name", "gone"), [("llama", NORM), ("qwen2", UP), ("qwen2", BIAS), ("llama", "lm_head.weight")]
-)
-def test_a_missing_tensor_is_named(copy, name, gone):
-    folder = copy(name)
-    rewrite(folder, lambda x: x.pop(gone))
-    refuse(folder, ValueError, folder, f"tensors 1 missing: {gone};")
-
-
-@pytest.mark.parametrize("dtype", ["int64", "uint8", "bool", "float8_e4m3fn", "complex64"])
-@pytest.mark.parametrize("name", [NORM, UP, "lm_head.weight"])
-def test_numbers_that_are_no_weights_are_refused_by_name_and_type(copy, name, dtype):
-    folder = copy("llama")
-    rewrite(folder, lambda x: x.update({name: x[name].to(getattr(torch, dtype))}))
-    stored = {"int64": "I64", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "complex64": "C64"}[dtype]
-    refuse(folder, ValueError, folder, f"tensors 1 of wrong type: {name} is {stored}, not F32, F16, BF16, F64;")
-
-
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
-def test_every_floating_type_is_a_weight(copy, dtype):
-    folder = copy("llama")
-    rewrite(folder, lambda x: x.update({name: y.to(getattr(torch, dtype)) for name, y in x.items()}))
-    want = tensors(folder)[NORM].float()
-    assert torch.equal(load_model(folder, TPGroup())[0].model.norm.weight, want)
-
-
-# --- sizes that no file has
-
-
-@pytest.mark.parametrize(
-    ("change", "says", "have"),
-    [
-        ({"num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000", "have 3 layers"),
-        ({"num_attention_heads": 10**12}, "num_attention_heads * head_dim=16000000000000", "longer than 1009"),
-        ({"vocab_size": 10**12}, "vocab_size=1000000000000", "longer than 1009"),
-        ({"hidden_size": 10**12}, "hidden_size=1000000000000", "longer than 1009"),
-        ({"intermediate_size": 10**12}, "intermediate_size=1000000000000", "longer than 1009"),
-    ],
-)
-def test_a_size_without_end_is_refused_before_anything_is_built(copy, change, says, have, monkeypatch):
-    folder = copy("llama")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **change}))
-    monkeypatch.setattr("common.models.weights.CausalLM", None)
-    refuse(folder, ValueError, f"{folder}: config.json says {says}, but the weight files ", have)
-
-
-def test_nothing_is_allocated_for_a_model_that_does_not_fit(copy, monkeypatch):
-    folder = copy("llama")
-    rewrite(folder, lambda x: x.pop(NORM))
-    monkeypatch.setattr("common.models.weights._build", None)
-    refuse(folder, ValueError, f"1 missing: {NORM}")
-
-
-# --- numbers that are no numbers
-
-
-def spoil(folder, *values, name=UP):
-    def change(x):
-        x[name].view(-1)[100 : 100 + len(values)] = torch.tensor(values)
-
-    rewrite(folder, change)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_nan_and_infinity_are_named_on_request_by_every_rank(copy, value, rank):
-    folder = copy("llama")
-    spoil(folder, value, value)
-    with pytest.raises(ValueError, match="NaN or infinity as float32 in 1 tensors") as error:
-        load_model(folder, TPGroup(rank, 2), check_finite=True)
-    assert f"{UP} (2 of {176 * 128})" in str(error.value)
-    load_model(folder, TPGroup(rank, 2))
-
-
-def test_a_number_too_large_for_the_dtype_counts_too(copy):
-    folder = copy("llama")
-    spoil(folder, 1e30)
-    load_model(folder, TPGroup(), torch.bfloat16, check_finite=True)
-    with pytest.raises(ValueError, match="NaN or infinity as float16 in 1 tensors"):
-        load_model(folder, TPGroup(), torch.float16, check_finite=True)
-
-
-def test_looking_for_them_is_one_pass_and_changes_nothing(checkpoint, loaded):
-    model, report = load_model(checkpoint("llama"), TPGroup(1, 2), check_finite=True)
-    want, want_report = loaded("llama", 2)[1]
-    total = sum(x.nbytes for x in tensors(checkpoint("llama")).values())
-    assert report.bytes_read == want_report.bytes_read + total
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), want.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("extra", ["model.layers.3.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias", "lora"])
-def test_an_unexpected_tensor_is_named(copy, extra):
-    folder = copy("llama")
-    rewrite(folder, lambda x: x.update({extra: torch.ones(2)}))
-    refuse(folder, ValueError, folder, f"tensors 1 unexpected: {extra};")
-
-
-@pytest.mark.parametrize(
-    ("name", "wrong", "shape", "want"),
-    [
-        ("llama", NORM, [127], [128]),
-        ("llama", "lm_head.weight", [1000, 128], [1009, 128]),
-        ("qwen2", UP, [112, 151], [151, 112]),
-        ("qwen2", BIAS, [112], [16]),
-        ("qwen2", "model.layers.0.self_attn.v_proj.weight", [16, 112, 1], [16, 112]),
-    ],
-)
-def test_a_wrong_shape_is_named_with_the_right_one(copy, name, wrong, shape, want):
-    folder = copy(name)
-    rewrite(folder, lambda x: x.update({wrong: torch.ones(shape)}))
-    refuse(folder, ValueError, folder, f"tensors 1 of wrong shape: {wrong} is {shape}, not {want};")
-
-
-def test_all_that_is_wrong_is_said_at_once(copy):
-    folder = copy("llama")
-
-    def change(x):
-        del x[NORM]
-        x["lora"] = torch.ones(1)
-        x[UP] = torch.ones(1, 1)
-
-    rewrite(folder, change)
-    refuse(folder, ValueError, f"1 missing: {NORM}; 1 unexpected: lora; 1 of wrong shape: {UP} is [1, 1]")
-
-
-def test_many_names_are_counted_and_cut_short(copy):
-    folder = copy("qwen2")
-    biases = [key for key in tensors(folder) if key.endswith("bias")]
-    rewrite(folder, lambda x: [x.pop(key) for key in biases])
-    refuse(folder, ValueError, f"{len(biases)} missing: ", ", ...")
-
-
-def test_the_config_of_another_model_is_refused(copy, checkpoint):
-    folder = copy("qwen2")
-    shutil.copy(checkpoint("qwen3") / "config.json", folder)
-    refuse(
-        folder, ValueError, "do not fit Qwen3ForCausalLM as config.json describes it", "is [1009, 112], not [1009, 96]"
-    )
-
-
-@pytest.mark.parametrize("kept", [0, 4, 100, 20_000])
-def test_a_truncated_file_is_named_with_its_size(copy, kept):
-    folder = copy("llama")
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:kept])
-    refuse(folder, ValueError, f"{path} ({kept} bytes) is truncated or damaged: ", "fetch it again")
-
-
-def test_the_truncated_one_of_several_files_is_named(tmp_path):
-    folder = save_random("llama", tmp_path, max_shard_size="200KB")
-    path = checkpoint_files(folder)[3]
-    path.write_bytes(path.read_bytes()[:-1])
-    refuse(folder, ValueError, f"{path} ({path.stat().st_size} bytes) is truncated or damaged")
-
-
-def test_missing_files_of_the_index_are_named(tmp_path):
-    folder = save_random("llama", tmp_path, max_shard_size="200KB")
-    files = checkpoint_files(folder)
-    for path in files[1:3]:
-        path.unlink()
-    names = f"{files[1].name}, {files[2].name}"
-    refuse(
-        folder, FileNotFoundError, f"2 of {len(files)} weight files", folder, f"are missing: {names}; fetch them again"
-    )
-
-
-@pytest.mark.parametrize("text", ["{", "{}", "[]"])
-def test_a_damaged_index_is_named(tmp_path, text):
-    folder = save_random("llama", tmp_path, max_shard_size="200KB")
-    (folder / "model.safetensors.index.json").write_text(text)
-    refuse(folder, ValueError, folder / "model.safetensors.index.json")
-
-
-def test_a_folder_without_weights_is_refused(copy):
-    folder = copy("llama")
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refuse(folder, FileNotFoundError, f"{folder} holds no *.safetensors; other weight formats are not read")
-
-
-def test_a_tensor_in_two_files_is_named(copy):
-    folder = copy("llama")
-    (folder / "model.safetensors").rename(folder / "all.safetensors")
-    save_file({NORM: torch.ones(128)}, folder / "more.safetensors")
-    refuse(folder, ValueError, f"{NORM} stands in two files of {folder}")
-
-
-def test_a_folder_without_config_is_refused_first(copy):
-    folder = copy("llama")
-    (folder / "config.json").unlink()
-    refuse(folder, FileNotFoundError, f"{folder / 'config.json'} is missing")
