@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test shell lint tiny-qwen bench-cpu bench-gpu notebooks figures clean
+.PHONY: setup demo test shell lint tiny-qwen bench-cpu bench-cpu-real bench-gpu notebooks figures clean
 
 setup: .venv/installed
 
@@ -29,6 +29,12 @@ tiny-qwen: setup
 
 bench-cpu: setup
 	$(BIN)/python ch07_sglang_radix/benchmarks/bench_cpu.py
+
+# MODEL: SmolLM2-135M, Qwen2.5-0.5B; afterwards README.md's table is made from the CSV
+MODEL ?= SmolLM2-135M
+bench-cpu-real: setup
+	$(BIN)/python -m ch07_sglang_radix.benchmarks.bench_cpu_real --model $(MODEL)
+	$(BIN)/python -m ch07_sglang_radix.benchmarks.bench_cpu_real --readme
 
 # PART: kernels, small (0.5B and 0.6B), engines (the same two, by chapter 6 and 7 in turn), large (7B), large-tp2 (7B on two GPUs)
 PART ?= kernels

@@ -26,6 +26,28 @@ def test_the_benchmark_table_is_the_csv():
     assert all(row["date"] in README for row in rows)
 
 
+def test_the_table_of_real_shapes_is_the_csv():
+    block = re.search(r"<!-- bench_cpu_real -->(.*?)<!-- /bench_cpu_real -->", README, re.DOTALL).group(1)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.strip().splitlines()[2:]]
+    rows = rows_of("bench_cpu_real.csv")
+    assert [tuple(line[:3]) for line in lines] == list(
+        dict.fromkeys((r["model"], r["dtype"], r["cores"]) for r in rows)
+    )
+    for *where, one, eight, many, mixed in lines:
+        for batch, cell in {"1": one, "8": eight, "32": many, "mixed": mixed}.items():
+            of = {
+                r["contender"]: r for r in rows if [r["model"], r["dtype"], r["cores"], r["batch"]] == [*where, batch]
+            }
+            if not of:
+                assert cell == ""
+                continue
+            ours, peer = of["this engine"], of["transformers generate"]
+            assert cell.startswith(f"{float(ours['tokens_per_second']):,.0f}")
+            assert cell.endswith(f", {float(peer['engine_is_faster_by']):.1f}x")
+            if batch == "1":
+                assert f"({float(ours['memory_allows']):,.0f})" in cell
+
+
 def test_the_gpu_table_is_the_csvs():
     block = re.search(r"<!-- bench_gpu -->(.*?)<!-- /bench_gpu -->", README, re.DOTALL).group(1)
     rows = []

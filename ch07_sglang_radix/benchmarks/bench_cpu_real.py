@@ -1,20 +1,19 @@
 """Shapes of real models on a CPU: this engine against transformers' generate, and against what memory allows.
 
-    python -m ch07_sglang_radix.benchmarks.bench_cpu_real --model SmolLM2-135M
+    python -m ch07_sglang_radix.benchmarks.bench_cpu_real                      # SmolLM2-135M
     python -m ch07_sglang_radix.benchmarks.bench_cpu_real --model Qwen2.5-0.5B
-    torchrun --standalone --nproc_per_node=2 -m ch07_sglang_radix.benchmarks.bench_cpu_real --model SmolLM2-135M  # 2 ranks
-    python -m ch07_sglang_radix.benchmarks.bench_cpu_real --batch 8 --rounds 1 --threads 1 --dtype float32 --out x.csv
-    python -m ch07_sglang_radix.benchmarks.bench_cpu_real --readme      # measures nothing: README.md's table from the CSV
+    python -m ch07_sglang_radix.benchmarks.bench_cpu_real --batch 8 --rounds 1 --threads 1 --ranks --dtype float32 --out x.csv
+    python -m ch07_sglang_radix.benchmarks.bench_cpu_real --readme             # measures nothing: README.md's table from the CSV
 
 The weights are random and made on the spot, in the temporary directory. Batch B is B requests of 32 prompt tokens and 64
 new ones; mixed is 32 requests, prompts and answers of 16 to 256 tokens at random. Greedy, end-of-text ignored. `generate` takes
 a batch at once, the mixed requests in batches of 8 in order of arrival, padded on the left. A round times both in turn; the
 median of the rounds counts. The radix cache is empty at the start of each run.
 
-Each is measured in float32, and in bfloat16 if the CPU has instructions for it; with one thread and with all cores. Under torchrun
-each rank has a core of its own, and generate as many threads as there are ranks. The bundled model fits into the cache and
-says little about all this. What memory allows: a decode step of one request reads every matrix once, so it cannot take less
-than their bytes over the bandwidth, which is measured by adding up a large tensor with the same threads.
+Each is measured in float32, and in bfloat16 if the CPU has instructions for it; with one thread, with all cores, and on two
+ranks of one thread each (then generate has two threads). The bundled model fits into the cache and says little about all
+this. What memory allows: a decode step of one request reads every matrix once, so it cannot take less than their bytes
+over the bandwidth, which is measured by adding up a large tensor with the same threads.
 
 Rows of the CSV that are measured again are replaced, all others stay.
 """
@@ -34,11 +33,18 @@ import transformers
 from tqdm import tqdm
 
 from ch07_sglang_radix import Engine
-from ch07_sglang_radix.benchmarks.contenders import OURS, circumstances, engine_runner, in_turn, load_peer
+from ch07_sglang_radix.benchmarks.contenders import (
+    OURS,
+    Contender,
+    circumstances,
+    engine_runner,
+    in_turn,
+    load_peer,
+)
 from common.distributed.launch import run_main
 from common.layers.cpu_linear import choose_forms, computes_in
 from common.models.published_configs import CONFIGS, shared_random_weights
-from common.parallel_state import TPGroup, initialize_tensor_parallel
+from common.parallel_state import TPGroup
 from common.teaching.report import FIGURES, output_file
 from common.teaching.transformers_peer import Request, generate_runner
 
@@ -55,70 +61,74 @@ def main() -> None:
         write_readme(args.out)
         return
     transformers.utils.logging.set_verbosity_error()
-    tp = initialize_tensor_parallel(device="cpu")
-    folder = str(shared_random_weights(args.model, tp))
-    settings = [(dtype, threads) for dtype in args.dtype for threads in (args.threads if tp.size == 1 else [1])]
-    with tqdm(total=len(settings) * len(args.batch) * args.rounds * 2, unit="run", disable=tp.rank > 0) as bar:
-        for dtype, threads in settings:
-            rows = measure(args, tp, folder, dtype, threads, bar)
-            if tp.rank == 0:
+    folder = str(shared_random_weights(args.model, TPGroup()))
+    cores = [(threads, 1) for threads in args.threads] + [(1, ranks) for ranks in args.ranks]
+    with tqdm(total=len(args.dtype) * len(cores) * len(args.batch) * args.rounds * 2, unit="run") as bar:
+        for dtype in args.dtype:
+            peer = load_peer(folder, getattr(torch, dtype))
+            for threads, ranks in cores:
+                rows = measure(args, folder, dtype, threads, ranks, peer, bar)
                 write_rows(args.out, rows)
                 for row in rows:
                     bar.write(said(row))
+    print(f"written to {os.path.relpath(args.out)}")
 
 
 def parse_args() -> argparse.Namespace:
+    all_cores = os.cpu_count() or 1
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=CONFIGS, default="SmolLM2-135M")
     parser.add_argument("--batch", nargs="+", choices=BATCHES, default=list(BATCHES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument(
-        "--threads", nargs="+", type=int, default=sorted({1, os.cpu_count()}), help="default: 1, and all cores"
+        "--threads", nargs="*", type=int, default=sorted({1, all_cores}), help="default: 1, and all cores"
     )
+    parser.add_argument("--ranks", nargs="*", type=int, default=[2] if all_cores > 1 else [], help="default: 2")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--readme", action="store_true", help="put the table of --out into README.md")
     args = parser.parse_args()
-    if args.rounds < 1 or min(args.threads) < 1:
-        raise ValueError(f"rounds={args.rounds} and threads={args.threads} must be at least 1")
-    missing = [dtype for dtype in args.dtype if not computes_in(getattr(torch, dtype))]
-    if missing:
-        print(f"{missing[0]} is left out: this CPU has no instructions for it")
-        args.dtype = [dtype for dtype in args.dtype if dtype not in missing]
+    if args.rounds < 1 or min(args.threads, default=1) < 1 or min(args.ranks, default=2) < 2:
+        raise ValueError(
+            f"rounds={args.rounds} and threads={args.threads} must be at least 1, ranks={args.ranks} at least 2"
+        )
+    for dtype in args.dtype:
+        if not computes_in(getattr(torch, dtype)):
+            print(f"{dtype} is left out: this CPU has no instructions for it")
+            args.dtype = [other for other in args.dtype if other != dtype]
     return args
 
 
 # --- measuring
 
 
-def measure(args: argparse.Namespace, tp: TPGroup, folder: str, dtype: str, threads: int, bar: tqdm) -> list[dict]:
-    """Both contenders in one dtype with so many threads, or on so many ranks: a row each for every batch."""
-    engine = Engine(folder, device="cpu", dtype=dtype)
-    peer = load_peer(folder, getattr(torch, dtype)) if tp.rank == 0 else None
+def measure(args, folder: str, dtype: str, threads: int, ranks: int, peer: torch.nn.Module, bar: tqdm) -> list[dict]:
+    """Both contenders in one dtype, with so many threads or on so many ranks: a row each for every batch."""
+    cores = f"{ranks} ranks" if ranks > 1 else f"{threads} thread{'s' * (threads > 1)}"
+    engine = Engine(folder, device="cpu", dtype=dtype, tp_size=ranks)
     if threads > 1:  # an engine takes one thread
         torch.set_num_threads(threads)
         engine.wrapper.linear_forms = choose_forms(engine.wrapper.model)
-    cores = f"{tp.size} ranks" if tp.size > 1 else f"{threads} thread{'s' * (threads > 1)}"
-    for choice in engine.wrapper.linear_forms if tp.rank == 0 else ():
+    for choice in engine.wrapper.linear_forms:
         bar.write(f"{args.model}, {dtype}, {cores}: {choice}")
-    matrices = sum(len(c.names) * c.shape[0] * c.shape[1] for c in engine.wrapper.linear_forms) * tp.size
-    megabytes, bandwidth = matrices * getattr(torch, dtype).itemsize / 1e6, gigabytes_per_second(tp.size * threads)
-    rows = []
+    matrices = ranks * sum(len(c.names) * c.shape[0] * c.shape[1] for c in engine.wrapper.linear_forms)
+    megabytes, bandwidth = matrices * getattr(torch, dtype).itemsize / 1e6, gigabytes_per_second(threads * ranks)
+    ours, rows = engine_runner(engine), []
     for batch in args.batch:
         bar.set_description(f"{args.model} {dtype} {cores} batch {batch}")
         requests = requests_of(batch)
-        contenders = {OURS: engine_runner(engine)}
-        if tp.rank == 0:
-            contenders[PEER] = with_threads(
-                tp.size * threads, generate_runner(peer, 8 if batch == "mixed" else len(requests))
-            )
-        contenders[OURS](requests[:32])
+        generate = generate_runner(peer, 8 if batch == "mixed" else len(requests))
+        ours(requests[:8])  # warm up
+        contenders = {OURS: with_threads(threads, ours), PEER: with_threads(threads * ranks, generate)}
         for row in in_turn(contenders, requests, args.rounds, bar):
             key = {"model": args.model, "dtype": dtype, "cores": cores, "batch": batch}
-            floor = {"matrices_mb": round(megabytes, 1), "gb_per_second": round(bandwidth, 1),
-                     "memory_allows": round(1000 * bandwidth / megabytes, 1) if batch == "1" else ""}  # fmt: skip
+            floor = {
+                "matrices_mb": round(megabytes, 1),
+                "gb_per_second": round(bandwidth, 1),
+                "memory_allows": round(1000 * bandwidth / megabytes, 1) if batch == "1" else "",
+            }
             rows.append(key | row | floor | circumstances(cores))
-    torch.set_num_threads(1)
+    engine.shutdown()
     return rows
 
 
@@ -133,15 +143,10 @@ def requests_of(batch: str) -> list[Request]:
     return [Request(ids(32), 64) for _ in range(int(batch))]
 
 
-def with_threads(threads: int, run):
-    """The same with so many threads; afterwards this process has as many as before."""
-
+def with_threads(threads: int, run: Contender) -> Contender:
     def wrapped(requests: list[Request]) -> float:
-        before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        seconds = run(requests)
-        torch.set_num_threads(before)
-        return seconds
+        return run(requests)
 
     return wrapped
 
