@@ -34,6 +34,13 @@ def family(seed: int = 0) -> list[list[int]]:
 
 PROMPTS = family()
 
+
+def _with_a_tree(options):
+    """One policy is refused without one."""
+    refused = options["schedule_policy"] == "shortest-prefill-first" and options["disable_radix_cache"]
+    return options | {"disable_radix_cache": False} if refused else options
+
+
 cases = st.fixed_dictionaries({
     "page_size": st.sampled_from([1, 4, 16]),
     "chunk": st.sampled_from([7, 64, -1]),
@@ -47,7 +54,7 @@ cases = st.fixed_dictionaries({
         "radix_bigram": st.sampled_from([False, False, False, True]),
         "disable_radix_cache": st.sampled_from([False, False, False, True]),
         "gather_best": st.booleans(),
-    }),
+    }).map(_with_a_tree),
     # (step at which it comes, prompt, new tokens, priority, namespace, step at which it is aborted)
     "requests": st.lists(
         st.tuples(
