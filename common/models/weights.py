@@ -33,7 +33,7 @@ MERGED = {
     "up_proj": ("gate_up_proj", 1),
 }
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-QUICKLY_BUILT = 1 << 16
+QUICKLY_BUILT = 1 << 16  # up to here a wrong size is left to the comparison by name, which says more
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 WEIGHT_DTYPES = ("F32", "F16", "BF16", "F64")  # integers, truth values and fp8 mean something else than their numbers
 
