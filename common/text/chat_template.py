@@ -58,6 +58,9 @@ class TemplateRenderer:
             [sys.executable, "-c", _COMMAND, json.dumps(sys.path)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
+        if hasattr(psutil, "RLIMIT_AS"):  # Linux: where looking might come too late, as on a busy machine
+            with suppress(psutil.Error, OSError):
+                psutil.Process(process.pid).rlimit(psutil.RLIMIT_AS, (2 * BYTES, 2 * BYTES))
         self._answers: Queue[bytes] = Queue()
         Thread(target=_read, args=(process.stdout, self._answers), daemon=True).start()
         self._end = weakref.finalize(self, _kill, process)  # with this object, or with the program

@@ -101,7 +101,7 @@ def render(template: str, variables: dict[str, Any]) -> dict[str, str]:
     except jinja2.TemplateSyntaxError as error:
         return {"error": f"the chat template is no Jinja template: {_line(str(error.message))} (line {error.lineno})"}
     except MemoryError:
-        return {"error": "the chat template takes more memory than there is"}
+        return {"error": "the chat template takes more memory than it may have"}
     except Exception as error:  # it is a program: it can raise anything
         return {"error": f"the chat template fails: {type(error).__name__}: {_line(str(error))}"}
 

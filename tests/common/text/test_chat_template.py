@@ -154,7 +154,7 @@ def test_a_template_that_eats_memory_is_stopped(renderer, monkeypatch, template)
     monkeypatch.setattr(chat_template, "BYTES", 150 << 20)
     monkeypatch.setattr(chat_template, "SECONDS", 60)
     with pytest.raises(
-        ValueError, match=r"^the chat template takes more (than 150 MB of memory|memory than there is|than 60 s)$"
+        ValueError, match=r"^the chat template takes more (than 150 MB of memory|memory than it may have|than 60 s)$"
     ):
         renderer.render(template, {})
     assert renderer.render("{{ a }}", {"a": 1}) == "1"
