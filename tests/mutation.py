@@ -24,7 +24,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -84,30 +83,41 @@ class Mutant:
     change: str
 
 
-def places(tree: ast.AST) -> Iterator[tuple[int, Callable[[], ast.AST], Callable[[], None]]]:
-    """(line, what stands there, how to change it) of every place of a module, in an order that is always the same."""
-    for node in list(_code(tree)):
+@dataclass(frozen=True)
+class Place:
+    """container[key] = value is the change; shown(): the node whose text says what stands there."""
+
+    line: int
+    shown: Callable[[], ast.AST]
+    container: dict | list
+    key: str | int
+    value: object
+
+
+def places(tree: ast.AST) -> Iterator[Place]:
+    """Every place of a module that can be changed, in an order that is always the same."""
+    for node in _code(tree):
+        condition = isinstance(node, ast.If | ast.While | ast.IfExp)
+        shown = (lambda node=node: node.test) if condition else (lambda node=node: node)
         for change in _changes(node):
-            condition = isinstance(node, ast.If | ast.While | ast.IfExp)
-            shown = (lambda node=node: node.test) if condition else (lambda node=node: node)
-            yield node.iter.lineno if isinstance(node, ast.comprehension) else node.lineno, shown, change
+            yield Place(node.iter.lineno if isinstance(node, ast.comprehension) else node.lineno, shown, *change)
 
 
-def _changes(node: ast.AST) -> Iterator[Callable[[], None]]:
+def _changes(node: ast.AST) -> Iterator[tuple[dict | list, str | int, object]]:
     if isinstance(node, ast.Compare):
-        yield from (partial(node.ops.__setitem__, i, SWAPS[type(op)]()) for i, op in enumerate(node.ops))
+        yield from ((node.ops, i, SWAPS[type(op)]()) for i, op in enumerate(node.ops))
     elif isinstance(node, ast.BinOp | ast.AugAssign | ast.BoolOp) and type(node.op) in SWAPS:
-        yield partial(setattr, node, "op", SWAPS[type(node.op)]())
+        yield vars(node), "op", SWAPS[type(node.op)]()
     elif isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float):
-        yield partial(setattr, node, "value", not node.value if isinstance(node.value, bool) else node.value + 1)
+        yield vars(node), "value", not node.value if isinstance(node.value, bool) else node.value + 1
     elif isinstance(node, ast.Expr | ast.Return) and node.value and not isinstance(node.value, ast.Constant):
-        yield partial(setattr, node, "value", ast.Constant(None))
+        yield vars(node), "value", ast.Constant(None)
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in NAMES:
-        yield partial(setattr, node.func, "id", NAMES[node.func.id])
+        yield vars(node.func), "id", NAMES[node.func.id]
     elif isinstance(node, ast.If | ast.While | ast.IfExp) and not isinstance(node.test, ast.Compare):
-        yield partial(setattr, node, "test", ast.UnaryOp(ast.Not(), node.test))
+        yield vars(node), "test", ast.UnaryOp(ast.Not(), node.test)
     elif isinstance(node, ast.comprehension):
-        yield from (partial(node.ifs.__setitem__, i, ast.UnaryOp(ast.Not(), one)) for i, one in enumerate(node.ifs))
+        yield from ((node.ifs, i, ast.UnaryOp(ast.Not(), test)) for i, test in enumerate(node.ifs))
 
 
 def _code(node: ast.AST) -> Iterator[ast.AST]:
@@ -123,12 +133,12 @@ def _code(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def mutants(module: str) -> list[Mutant]:
-    text, found = (ROOT / module).read_text(encoding="utf-8"), []
-    for index in range(len(list(places(ast.parse(text))))):
-        line, shown, change = list(places(ast.parse(text)))[index]
-        before = ast.unparse(shown())
-        change()
-        found.append(Mutant(module, index, line, " ".join(f"{before} -> {ast.unparse(shown())}".split())))
+    found = []
+    for index, place in enumerate(list(places(ast.parse((ROOT / module).read_text(encoding="utf-8"))))):
+        before, old = ast.unparse(place.shown()), place.container[place.key]
+        place.container[place.key] = place.value
+        found.append(Mutant(module, index, place.line, " ".join(f"{before} -> {ast.unparse(place.shown())}".split())))
+        place.container[place.key] = old
     return found
 
 
@@ -146,7 +156,8 @@ class Hook(importlib.machinery.SourceFileLoader):
 
     def get_code(self, fullname):
         tree = ast.parse(Path(self.path).read_text(encoding="utf-8"))
-        list(places(tree))[self.index][2]()
+        place = list(places(tree))[self.index]
+        place.container[place.key] = place.value
         return compile(ast.fix_missing_locations(tree), self.path, "exec")
 
 
