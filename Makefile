@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test shell lint tiny-qwen bench-cpu bench-cpu-real bench-gpu notebooks figures clean
+.PHONY: setup demo test test-all mutation shell lint tiny-qwen bench-cpu bench-cpu-real bench-gpu notebooks figures clean
 
 setup: .venv/installed
 
@@ -13,9 +13,15 @@ demo: setup
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 ch07_sglang_radix/demo_tp_radix.py
 
 test: setup
-	$(BIN)/python -m pytest -m "not ranks" -n 2
-	$(BIN)/python -m pytest -m ranks
-	$(BIN)/python -m pytest --nbmake -n 2 notebooks
+	$(BIN)/python -m pytest -m "not thorough" --nbmake -n auto --dist worksteal tests notebooks
+
+test-all: setup
+	$(BIN)/python -m pytest --nbmake -n auto --dist worksteal tests notebooks
+
+# do the tests bite? (SAMPLE changes of the product, one at a time; about 15 s each)
+SAMPLE ?= 120
+mutation: setup
+	$(BIN)/python -m tests.mutation --sample $(SAMPLE)
 
 shell: setup
 	$(BIN)/python -m ch07_sglang_radix.shell

@@ -3,6 +3,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections import Counter
+
 import pytest
 import torch
 import transformers
@@ -18,23 +20,91 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
-def pytest_itemcollected(item):
-    """Mark what starts several ranks: `make test` runs that by itself, and the rest two at a time."""
-    starts = "ranks" in getattr(item, "fixturenames", ()) or "torchrun" in item.name
-    if starts or item.path.name in ("test_demo.py", "test_parallel_state.py", "test_started_ranks.py", "test_spawn.py"):
-        item.add_marker(pytest.mark.ranks)
+# What takes long and is long for the number of its cases: `make test` takes the first of every n cases, 0 is none.
+# It also leaves out whatever needs more than two ranks. `make test-all` leaves out nothing.
+THOROUGH = {
+    "notebooks/ch06_2_communication.ipynb": 0,
+    "notebooks/ch06_3_paged_kv.ipynb": 0,
+    "notebooks/ch07_1_radix_tree.ipynb": 0,
+    "notebooks/ch07_2_hit_rates.ipynb": 0,
+    "notebooks/ch07_3_control_plane.ipynb": 0,
+    "tests/ch06/test_equality.py::test_n_answers_are_n_times_the_same_when_greedy": 2,
+    "tests/ch06/test_equality.py::test_tokens_equal_transformers": 4,
+    "tests/ch06/test_llm.py::test_a_stop_text_ends_the_answer_before_it_wherever_it_lies": 2,
+    "tests/ch06/test_projects.py::test_a_plausible_mistake_is_found": 4,
+    "tests/ch06/test_projects.py::test_the_solution_gets_all_points": 4,
+    "tests/ch06/test_readme.py::test_the_command_prints_what_is_shown": 5,
+    "tests/ch06/test_readme.py::test_the_commands_of_the_exercises_run": 0,
+    "tests/ch06/test_readme.py::test_the_python_of_the_readme_runs_under_torchrun": 0,
+    "tests/ch07/test_demo.py::test_a_bad_flag_is_one_line": 4,
+    "tests/ch07/test_demo.py::test_a_broken_model_is_one_line": 4,
+    "tests/ch07/test_demo.py::test_a_killed_rank_ends_the_others_and_is_named": 2,
+    "tests/ch07/test_demo.py::test_two_ranks_say_it_once": 2,
+    "tests/ch07/test_engine_api.py::test_abort_at_any_moment_gives_every_page_back": 3,
+    "tests/ch07/test_equality.py::test_tokens_equal_transformers": 5,
+    "tests/ch07/test_equality.py::test_tokens_equal_transformers_on_the_bundled_model": 3,
+    "tests/ch07/test_equality.py::test_tokens_equal_transformers_on_the_real_config": 0,
+    "tests/ch07/test_projects.py::test_a_plausible_mistake_is_found": 4,
+    "tests/ch07/test_projects.py::test_the_solution_gets_all_points": 2,
+    "tests/ch07/test_readme.py::test_the_command_prints_what_is_shown": 4,
+    "tests/common/distributed/test_launch.py::test_a_signal_to_torchrun_is_one_line_a_rank": 2,
+    "tests/common/distributed/test_launch.py::test_torchrun_s_ranks_start_and_shut_down_ten_times": 0,
+    "tests/common/distributed/test_spawn.py::test_a_bare_script_gets_its_ranks_and_leaves_none_behind": 3,
+    "tests/common/distributed/test_spawn.py::test_ctrl_c_ends_all_in_one_line": 4,
+    "tests/common/distributed/test_spawn.py::test_start_and_shut_down_ten_times": 0,
+    "tests/common/models/test_damaged_folders.py::test_a_damaged_folder_gives_the_right_model_or_one_line": 8,
+}
 
 
+def pytest_configure(config):
+    settings.register_profile("all", max_examples=200)
+    settings.register_profile("test", max_examples=20)
+    if not config.getoption("--hypothesis-profile"):
+        settings.load_profile("test" if _is_quick(config) else "all")
+
+
+def _is_quick(config) -> bool:
+    return config.getoption("-m") == "not thorough"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items):
-    """Tests of one number of ranks together: only two pools are kept, and a new one takes seconds to start."""
+    """Mark what starts several ranks, and what is thorough. Tests of one number of ranks stand together, the others first:
+    a worker keeps two pools of ranks only, and a new one takes seconds to start."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        size = _number_of_ranks(item)
+        if size:
+            item.add_marker(pytest.mark.ranks)
+        name = item.nodeid.partition("[")[0]
+        every = next((n for test, n in THOROUGH.items() if name == test or name.startswith(f"{test}::")), 1)
+        if size > 2 or not every or seen[name] % every:
+            item.add_marker(pytest.mark.thorough)
+        seen[name] += 1
     items.sort(key=_number_of_ranks)  # stable
 
 
 def _number_of_ranks(item) -> int:
-    if not item.get_closest_marker("ranks"):
+    """0 for a test in one process."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    starts = "ranks" in set(getattr(item, "fixturenames", ())) - set(params) or "torchrun" in item.name
+    files = ("test_demo.py", "test_parallel_state.py", "test_started_ranks.py", "test_spawn.py", "test_launch.py")
+    if not starts and item.path.name not in files:
         return 0
-    size = item.callspec.params.get("size") if hasattr(item, "callspec") else None
-    return size if isinstance(size, int) else 2
+    return next((size for name in ("size", "answers") if isinstance(size := params.get(name), int) and size > 0), 2)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """What `make test` and `make test-all` cover, in a line each."""
+    if _is_quick(config):
+        terminalreporter.write_line(
+            "covered: every kind of test, on one and two ranks, and a notebook. `make test-all` adds further cases of the same, "
+            "three and four ranks, a model of real size, all commands of the READMEs and all notebooks."
+        )
+    elif "notebooks" in config.args:
+        terminalreporter.write_line(
+            "covered: everything, on one to four ranks, with all commands of the READMEs and all notebooks."
+        )
 
 
 @pytest.fixture(autouse=True)

@@ -137,6 +137,19 @@ def test_an_abort_of_what_is_not_there_does_nothing_as_in_vllm(engine, names):
     assert engine.blocks.num_free_blocks == len(engine.blocks.blocks)
 
 
+def test_who_waits_and_is_aborted_never_runs(checkpoint):
+    engine = LLMEngine(str(checkpoint("qwen2")), device="cpu", num_gpu_blocks_override=16, max_num_seqs=1, check=True)
+    for name in "abc":
+        engine.add_request(name, [1, 2, 3], params(2))
+    engine.step()
+    engine.abort_request("b")
+    assert [request.group for request in engine.scheduler.waiting] == ["c"]
+    outputs = []
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+    assert [output.request_id for output in outputs if output.finished] == ["a", "c"]
+
+
 def test_several_requests_are_aborted_at_one_go(engine):
     for name in "abc":
         engine.add_request(name, [1, 2, 3], params(9))

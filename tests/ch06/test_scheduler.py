@@ -82,6 +82,20 @@ def test_without_chunks_a_prompt_waits_for_a_step_with_room():
     assert run.step() == {0: 1, 1: 12}
 
 
+def test_who_is_aborted_leaves_the_list_it_is_in():
+    run = Run(seqs=1)
+    running, waiting, last = run.add(2), run.add(2), run.add(2)
+    run.step()
+    for request in (waiting, running):
+        request.status = RequestStatus.FINISHED_ABORTED
+        run.scheduler.finish(request)
+    assert (run.scheduler.running, run.scheduler.waiting) == ([], [last])
+    assert run.scheduler.free_rows == [0]
+    assert run.step() == {2: 2}
+    run.scheduler.finish(running)  # who has left already
+    assert run.scheduler.running == [last]
+
+
 def test_at_most_max_num_seqs_run():
     run = Run(seqs=2)
     for _ in range(5):
@@ -102,6 +116,7 @@ def test_the_newest_is_preempted_and_waits_at_the_head():
     assert new.num_computed_tokens == 0
     assert new.block_table == []
     assert len(new.output_token_ids) == 2, "its tokens are kept"
+    assert (new.num_preemptions, old.num_preemptions, run.scheduler.num_preemptions) == (1, 0, 1)
     run.to_the_end()
     assert [len(r.output_token_ids) for r in (old, new, late)] == [8, 8, 4]
     assert run.scheduler.num_preemptions >= 1

@@ -1,6 +1,6 @@
 """The product of everything that may not change an answer, a few hundred draws of it, against transformers.
 
-pytest tests/ch07/test_product.py                              # 200 cases, as CI runs it
+pytest tests/ch07/test_product.py                              # 200 cases, as CI runs it; `make test` draws 20
 pytest tests/ch07/test_product.py --hypothesis-profile=long    # 3000
 """
 
@@ -105,13 +105,13 @@ def serve(case: dict) -> tuple[list, int]:
 
 
 @settings(
-    max_examples=max(200, settings().max_examples), deadline=None, derandomize=settings().max_examples <= 200,
+    max_examples=settings().max_examples, deadline=None, derandomize=settings().max_examples <= 200,
     suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.reuse, Phase.generate),  # shrinking takes long
 )  # fmt: skip
 @given(size=st.sampled_from([1] * 7 + [2] * 3 + [4]), case=cases)
 def test_nothing_changes_an_answer(size, case, ranks):
     wanted = sorted(case["requests"], key=lambda request: request[0])
-    by_rank = ranks(size).run(serve, case)
+    by_rank = ranks(size).run(serve, case) if size > 1 else [serve(case)]  # a pool less
     for answers, _ in by_rank:
         assert len(answers) == len(wanted)
         for (tokens, ended), (_, prompt, new, _, _, abort_at) in zip(answers, wanted, strict=True):

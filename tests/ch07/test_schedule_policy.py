@@ -32,7 +32,9 @@ def order(name, tree, waiting, **options):
 
 
 def test_fcfs_leaves_the_order_alone():
-    assert order("fcfs", tree_with(B), reqs(A, [*B, 1], C)) == [0, 1, 2]
+    waiting = reqs(A, [*B, 1], C)
+    waiting[1].passed_over = STARVING
+    assert order("fcfs", tree_with(B), waiting) == [0, 1, 2]
 
 
 def test_lpm_puts_the_longest_match_first():

@@ -9,6 +9,8 @@ from common.layers.linear import (
     QKVParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
+    multiply,
+    multiply_apart,
 )
 from common.parallel_state import TPGroup, get_tensor_parallel
 from tests.common.in_memory import InMemory
@@ -83,11 +85,40 @@ def test_qkv_gives_each_rank_the_outputs_of_its_heads(num_heads, num_kv_heads, r
     for layer in every_rank(ranks, lambda tp: QKVParallelLinear(D, d, num_heads, num_kv_heads, tp, bias)):
         fill(layer, weights, biases)
         q, k, v = (part.view(T, -1, d) for part in layer.split(layer(x)))
+        assert (q.shape[1], k.shape[1], v.shape[1]) == (layer.heads.num_q, layer.heads.num_kv, layer.heads.num_kv)
+        assert layer.weight.shape == ((layer.heads.num_q + 2 * layer.heads.num_kv) * d, D)
         for i, head in enumerate(layer.heads.q_heads):
             want = torch.zeros(T, d) if head is None else unsplit["q"][:, head]
             torch.testing.assert_close(q[:, i], want)
         torch.testing.assert_close(k, unsplit["k"][:, list(layer.heads.kv_heads)])
         torch.testing.assert_close(v, unsplit["v"][:, list(layer.heads.kv_heads)])
+
+
+@pytest.mark.parametrize("make", [
+    lambda tp: ColumnParallelLinear(D, 10, tp, bias=True), lambda tp: RowParallelLinear(D, 10, tp, bias=True),
+    lambda tp: ReplicatedLinear(D, 10, tp, bias=True),
+], ids=["column", "row", "replicated"])  # fmt: skip
+def test_loading_changes_the_parameter_itself(make):
+    w, b = random(10, D, seed=1), random(10, seed=2)
+    layer = make(TPGroup(0, 2))
+    assert not layer.weight.any()
+    fill(layer, {None: w}, {None: b})
+    rows, columns = layer.weight.shape
+    assert torch.equal(layer.weight, w[:rows, :columns])
+    assert torch.equal(layer.bias, b[: len(layer.bias)])
+
+
+def test_products_apart_are_the_merged_product():
+    x, w, b = random(T, D), random(10, D, seed=1), random(10, seed=2)
+    merged = multiply(x, w, b)
+    torch.testing.assert_close(merged, F.linear(x, w, b))
+    for bias in (b, None):
+        torch.testing.assert_close(multiply_apart(x, w, bias, [3, 5, 2]), F.linear(x, w, bias))
+    layer = QKVParallelLinear(D, 4, 14, 2, TPGroup(1, 2), bias=True)
+    fill(layer, {"q": random(56, D), "k": random(8, D, seed=1), "v": random(8, D, seed=2)},
+         {"q": random(56), "k": random(8, seed=1), "v": random(8, seed=2)})  # fmt: skip
+    together, layer.apart = layer(x), True
+    torch.testing.assert_close(layer(x), together)
 
 
 def test_replicated_is_whole_on_every_rank():

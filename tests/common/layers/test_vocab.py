@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from common.layers import vocab
 from common.layers.vocab import ParallelLMHead, VocabParallelEmbedding, first_best, gather_best_logits, gather_logits
 from common.parallel_state import TPGroup, get_tensor_parallel
 from tests.common.in_memory import InMemory
@@ -72,6 +73,66 @@ def test_together_the_ranks_read_every_row_once(ranks):
     for rank in range(ranks):
         VocabParallelEmbedding(V, D, TPGroup(rank, ranks)).weight.weight_loader(source)
     assert source.times_read(0) == [1] * V
+
+
+@pytest.fixture
+def talk(monkeypatch):
+    """Ranks that are called one after the other in this process: sums, and what was gathered, are made here."""
+    gathered = []
+    monkeypatch.setattr(vocab, "all_reduce", lambda x, tp, name: x)
+    monkeypatch.setattr(vocab, "gather", lambda x, tp, name: gathered.append(x))
+    return gathered
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, V])
+def test_of_all_ranks_one_has_the_row_of_a_token(talk, ranks):
+    rows = []
+    for rank in range(ranks):
+        embedding = VocabParallelEmbedding(V, D, TPGroup(rank, ranks))
+        embedding.weight.weight_loader(InMemory(random(V, D)))
+        rows.append(embedding(torch.tensor(IDS)))
+    assert torch.equal(sum(rows), random(V, D)[IDS])
+    assert all(sum(bool(row[i].any()) for row in rows) == 1 for i in range(len(IDS)))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_logits_of_all_ranks_side_by_side_are_those_of_the_vocabulary(talk, monkeypatch, ranks, tied):
+    x, w = random(5, D, seed=3), random(V, D, seed=0 if tied else 1)
+    for rank in range(ranks):
+        tp = TPGroup(rank, ranks)
+        embedding = VocabParallelEmbedding(V, D, tp)
+        embedding.weight.weight_loader(InMemory(random(V, D)))
+        head = ParallelLMHead(V, D, tp, tied_to=embedding if tied else None)
+        if not tied:
+            head.weight.weight_loader(InMemory(w))
+        assert head.tied == tied
+        assert gather_logits(head(x), V, tp) is None
+    monkeypatch.setattr(vocab, "gather", lambda x, tp, name: talk)
+    logits = gather_logits(talk[0], V, TPGroup(0, ranks))
+    torch.testing.assert_close(logits, x @ w.T)
+    assert logits.shape == (5, V)
+
+
+@pytest.mark.parametrize("best", [1, 2, 3, V])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_the_best_of_all_are_among_the_best_of_each(talk, monkeypatch, ranks, best):
+    """Few different values: ties within a rank and between ranks; the padding would win."""
+    local = -(-V // ranks)
+    full = torch.randint(0, 4, (50, V), generator=torch.Generator().manual_seed(1)).float()
+    padded = torch.full((50, local * ranks), 9.0)
+    padded[:, :V] = full
+    shares = padded.split(local, dim=1)
+    if ranks == 1:
+        assert torch.equal(gather_best_logits(padded, best, V, TPGroup()), full)
+        return
+    assert [gather_best_logits(own, best, V, TPGroup(rank, ranks)) for rank, own in enumerate(shares)] == [None] * ranks
+    assert {tuple(pairs.shape) for pairs in talk} == {(50, min(best, local), 2)}
+    monkeypatch.setattr(vocab, "gather", lambda x, tp, name: talk)
+    few = gather_best_logits(shares[0], best, V, TPGroup(0, ranks))
+    kept, at = first_best(full, best)
+    assert torch.equal(few.gather(1, at), kept)
+    assert torch.equal(few.argmax(-1), full.argmax(-1))
 
 
 def best_of(best, dtype):

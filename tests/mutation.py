@@ -1,0 +1,263 @@
+"""Do the tests bite? One place of a module is changed, the module's own tests run, and at least one of them has to fail.
+
+python -m tests.mutation --sample 120                # as `make mutation` does
+python -m tests.mutation --module radix_cache        # every place of one module
+python -m tests.mutation --module linear --line 83 --keep
+
+A change is one of: a comparison moved by one or negated, an operator replaced, a number moved by one, True for False, a call
+dropped, a condition inverted, None returned. The tests run in one process and stop at the first failure; what takes much longer
+than unchanged counts as caught, as it might never end. No file is written: an import hook hands the changed module out, in a
+process forked from one that has torch and transformers loaded. A survivor that tests/MUTATION.md gives a reason for is `known`.
+"""
+
+import argparse
+import ast
+import contextlib
+import importlib.machinery
+import importlib.util
+import io
+import multiprocessing
+import os
+import random
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+HEAVY = [
+    "torch",
+    "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.auto.modeling_auto",
+    "hypothesis",
+    "pytest",
+]
+TIMES, SECONDS = 3, 20  # CPU time a change may take: so many times that of the module as it is, and so much more
+
+# folder | modules | the tests that they have to themselves
+TABLE = """
+ch06_tp_vllm      | block_manager                    | ch06/test_block_manager ch06/test_prefix_hits ch06/test_scheduler
+ch06_tp_vllm      | scheduler                        | ch06/test_scheduler ch06/test_llm ch06/test_prefix_hits
+ch06_tp_vllm      | llm_engine input_batch output_processor input_processor request | ch06/test_llm ch06/test_prefix_hits
+ch07_sglang_radix | radix_cache eviction tree_node   | ch07/test_radix_cache ch07/test_eviction
+ch07_sglang_radix | memory_pool                      | ch07/test_memory_pool ch07/test_radix_cache
+ch07_sglang_radix | schedule_policy                  | ch07/test_schedule_policy
+ch07_sglang_radix | prefill_adder                    | ch07/test_prefill_adder ch07/test_schedule_policy ch07/test_scheduler
+ch07_sglang_radix | tasks                            | ch07/test_tasks
+ch07_sglang_radix | scheduler scheduler_state admission step_tasks outcome retraction request_memory request schedule_batch |
+                    ch07/test_scheduler ch07/test_overlap ch07/test_schedule_policy ch07/test_engine_api
+common/attention  | torch_native kv_cache            | common/attention/test_torch_native common/attention/test_shared_prefix
+common/attention  | sequence_table                   | common/attention/test_sequence_table
+common/layers     | linear heads vocab               | common/layers/test_linear common/layers/test_heads common/layers/test_vocab
+common/models     | weights                          | common/models/test_weights
+common/sampling   | sampler                          | common/sampling/test_sampler common/sampling/test_bad_rows
+common/text       | tokenizer                        | common/text/test_tokenizer common/text/test_chat_template
+common/text       | detokenizer                      | common/text/test_detokenizer
+"""
+TESTS: dict[str, list[str]] = {
+    f"{folder.strip()}/{module}.py": tests.split()
+    for folder, modules, tests in (line.split("|") for line in TABLE.replace("|\n", "|").strip().splitlines())
+    for module in modules.split()
+}
+
+SWAPS = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And,
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.FloorDiv, ast.FloorDiv: ast.Mult, ast.Div: ast.Mult,
+    ast.Mod: ast.FloorDiv, ast.LShift: ast.RShift, ast.RShift: ast.LShift,
+}  # fmt: skip
+NAMES = {"min": "max", "max": "min", "all": "any", "any": "all"}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """The index-th change of a module; change: what stands there -> what is put there."""
+
+    module: str
+    index: int
+    line: int
+    change: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """container[key] = value is the change; shown(): the node whose text says what stands there."""
+
+    line: int
+    shown: Callable[[], ast.AST]
+    container: dict | list
+    key: str | int
+    value: object
+
+
+def places(tree: ast.AST) -> Iterator[Place]:
+    """Every place of a module that can be changed, in an order that is always the same."""
+    for node in _code(tree):
+        condition = isinstance(node, ast.If | ast.While | ast.IfExp)
+        shown = (lambda node=node: node.test) if condition else (lambda node=node: node)
+        for change in _changes(node):
+            yield Place(node.iter.lineno if isinstance(node, ast.comprehension) else node.lineno, shown, *change)
+
+
+def _changes(node: ast.AST) -> Iterator[tuple[dict | list, str | int, object]]:
+    if isinstance(node, ast.Compare):
+        yield from ((node.ops, i, SWAPS[type(op)]()) for i, op in enumerate(node.ops))
+    elif isinstance(node, ast.BinOp | ast.AugAssign | ast.BoolOp) and type(node.op) in SWAPS:
+        yield vars(node), "op", SWAPS[type(node.op)]()
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float):
+        yield vars(node), "value", not node.value if isinstance(node.value, bool) else node.value + 1
+    elif isinstance(node, ast.Expr | ast.Return) and node.value and not isinstance(node.value, ast.Constant):
+        yield vars(node), "value", ast.Constant(None)
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in NAMES:
+        yield vars(node.func), "id", NAMES[node.func.id]
+    elif isinstance(node, ast.If | ast.While | ast.IfExp) and not isinstance(node.test, ast.Compare):
+        yield vars(node), "test", ast.UnaryOp(ast.Not(), node.test)
+    elif isinstance(node, ast.comprehension):
+        yield from ((node.ifs, i, ast.UnaryOp(ast.Not(), test)) for i, test in enumerate(node.ifs))
+
+
+def _code(node: ast.AST) -> Iterator[ast.AST]:
+    """Every node that does something: no annotations, no decorators, no error messages."""
+    yield node
+    if isinstance(node, ast.Raise | ast.JoinedStr):
+        return
+    for name, value in ast.iter_fields(node):
+        if name not in ("annotation", "returns", "decorator_list", "msg"):
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    yield from _code(child)
+
+
+def mutants(module: str) -> list[Mutant]:
+    found = []
+    for index, place in enumerate(list(places(ast.parse((ROOT / module).read_text(encoding="utf-8"))))):
+        before, old = ast.unparse(place.shown()), place.container[place.key]
+        place.container[place.key] = place.value
+        found.append(Mutant(module, index, place.line, " ".join(f"{before} -> {ast.unparse(place.shown())}".split())))
+        place.container[place.key] = old
+    return found
+
+
+class Hook(importlib.machinery.SourceFileLoader):
+    """Finds and loads one module, changed; all others as ever."""
+
+    def __init__(self, mutant: Mutant):
+        super().__init__(mutant.module.removesuffix(".py").replace("/", "."), str(ROOT / mutant.module))
+        self.index = mutant.index
+
+    def find_spec(self, fullname, path=None, target=None):
+        return (
+            importlib.util.spec_from_file_location(fullname, self.path, loader=self) if fullname == self.name else None
+        )
+
+    def get_code(self, fullname):
+        tree = ast.parse(Path(self.path).read_text(encoding="utf-8"))
+        place = list(places(tree))[self.index]
+        place.container[place.key] = place.value
+        return compile(ast.fix_missing_locations(tree), self.path, "exec")
+
+
+def run_tests(mutant: Mutant | None, tests: list[str], results) -> None:
+    """In the child: sends pytest's exit status and what it said."""
+    import hypothesis  # noqa: PLC0415, so that the command itself starts at once
+    import pytest  # noqa: PLC0415
+
+    if mutant:
+        sys.meta_path.insert(0, Hook(mutant))
+    phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)  # making a failing example small takes long
+    hypothesis.settings.register_profile("mutation", phases=phases, database=None, derandomize=True)
+    hypothesis.settings.load_profile("mutation")
+    options = ["-x", "-q", "--tb=short", "-m", "not ranks", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout=300"]
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+        status = pytest.main([*options, *(str(ROOT / "tests" / f"{test}.py") for test in tests)])
+    results.send((int(status), said.getvalue()))
+
+
+class Bench:
+    """Tries changes one by one, each in a child of a server that has the heavy packages loaded."""
+
+    def __init__(self):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        forks = "forkserver" in multiprocessing.get_all_start_methods()
+        self.context = multiprocessing.get_context("forkserver" if forks else "spawn")
+        self.context.set_forkserver_preload(HEAVY)
+        self.seconds: dict[str, float] = {}  # CPU time of a module's tests as it is
+
+    def attempt(self, mutant: Mutant) -> tuple[str, str]:
+        """(which test caught it, "" if none did; what pytest said)."""
+        tests = TESTS[mutant.module]
+        if mutant.module not in self.seconds:
+            status, said, self.seconds[mutant.module] = self._run(None, tests, float("inf"))
+            if status:
+                raise SystemExit(f"{said}\n{mutant.module}: its tests fail as it is")
+        status, said, _ = self._run(mutant, tests, TIMES * self.seconds[mutant.module] + SECONDS)
+        found = re.search(r"^(?:FAILED|ERROR) (?:\S*?tests/)?(.+?)(?: - .*)?$", said, re.MULTILINE)
+        return "" if status == 0 else found.group(1) if found else "its end" if status > 0 else "the time limit", said
+
+    def _run(self, mutant: Mutant | None, tests: list[str], limit: float) -> tuple[int, str, float]:
+        """(exit status or -1, what pytest said, CPU seconds)."""
+        results, theirs = self.context.Pipe(duplex=False)
+        child = self.context.Process(target=run_tests, args=(mutant, tests, theirs))
+        child.start()
+        theirs.close()
+        used = 0.0
+        while not results.poll(0.2) and used <= limit:
+            with contextlib.suppress(psutil.Error):
+                used = sum(psutil.Process(child.pid).cpu_times()[:2])
+        try:
+            status, said = results.recv() if results.poll() else (-1, "")
+        except EOFError:  # it died
+            status, said = 1, ""
+        child.kill()
+        child.join()
+        return status, said, used
+
+
+def chosen(args: argparse.Namespace) -> list[Mutant]:
+    modules = [module for module in TESTS if args.module in (None, module, Path(module).stem)]
+    if not modules:
+        raise SystemExit(f"--module {args.module} is none of {', '.join(sorted(TESTS))}")
+    every = [mutant for module in modules for mutant in mutants(module) if args.line in (None, mutant.line)]
+    return sorted(
+        random.Random(args.seed).sample(every, min(args.sample, len(every))), key=lambda m: (m.module, m.index)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--module", help="one module, by its name or path; by default all, or those of the same name")
+    parser.add_argument("--sample", type=int, default=1 << 30, help="so many changes, drawn at random; by default all")
+    parser.add_argument("--seed", type=int, default=1, help="of the sample")
+    parser.add_argument("--line", type=int, help="the changes of this line only")
+    parser.add_argument("--keep", action="store_true", help="print what pytest says")
+    parser.add_argument("--log", type=Path, help="append the results to this file, and do not repeat those it has")
+    args = parser.parse_args()
+    known = set(
+        re.findall(r"^- `(.+? -> .+?)`: .", (ROOT / "tests" / "MUTATION.md").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    lines = args.log.read_text(encoding="utf-8").splitlines() if args.log and args.log.exists() else []
+    done, bench, verdicts = dict(line.split("\t")[:2] for line in lines), Bench(), []
+    for mutant in chosen(args):
+        place = f"{mutant.module}:{mutant.line}  {mutant.change}"
+        if place not in done:
+            start, (done[place], said) = time.monotonic(), bench.attempt(mutant)
+            if args.log:
+                with args.log.open("a", encoding="utf-8") as file:
+                    file.write(f"{place}\t{done[place]}\t{time.monotonic() - start:.0f} s\n")
+            if args.keep:
+                print(said)
+        verdicts.append(
+            "caught" if done[place] else "known" if f"{mutant.module}: {mutant.change}" in known else "survived"
+        )
+        print(f"{verdicts[-1]:<8}  {place}" + (f"  by {done[place]}" if done[place] else ""), flush=True)
+    caught, total = verdicts.count("caught"), max(len(verdicts), 1)
+    print(f"{caught} of {total} caught ({100 * caught / total:.1f} %), {verdicts.count('known')} known survivors")
+    sys.exit("survived" in verdicts)
+
+
+if __name__ == "__main__":
+    main()
