@@ -246,9 +246,9 @@ for eviction, order in orders.items():
     print(f"{eviction:5s}" + ", ".join(order))
 
 # %% [markdown]
-# A parent goes after its last child, in any order: whoever is below it needs it. Besides that, lru looks at the last use, fifo at the first insertion,
-# lfu at how many requests have come by, and mru turns lru round. (`ask a` goes third under fifo, before younger leaves: once it has no child, it
-# is a leaf like any other.)
+# A parent goes after its last child, in any order: whoever is below it needs it. Besides that, lru looks at the last use, fifo at when a node came to
+# be (the upper half of a cut is a new node), lfu at how many requests have come by, and mru turns lru round. (`ask a` goes third under fifo, before
+# younger leaves: once it has no child, it is a leaf like any other.)
 #
 # **Predict:** pages of two words, and the prompts "what is a page table now" and "what is a radix tree now". How many words are shared?
 

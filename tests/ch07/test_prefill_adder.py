@@ -155,3 +155,31 @@ def test_a_chunk_leaves_room_for_small_requests(share, left):
     alone = PrefillAdder(memory(), 32, 0.0, [long], share)
     alone.add(req(2, 100))
     assert alone.batch[0][1] == 32, "nobody small waits"
+
+
+def test_another_namespace_shares_nothing():
+    gate, first = InBatchPrefix(1, disable=False), list(range(40))
+    gate.computes(req(0, 50, first=first), 50)
+    other = Req(1, None, [*first, 7], SamplingParams(max_new_tokens=1), 0, extra_key="adapter")
+    assert gate(other, 0)
+
+
+def test_what_a_step_computes_in_part_is_shared_in_part():
+    gate, head = InBatchPrefix(1, disable=False), list(range(60))
+    gate.computes(req(0, 60, first=head), 20)
+    assert gate(req(1, 61, first=head), 0)
+    gate.computes(req(0, 60, first=head), 33)
+    assert not gate(req(1, 61, first=head), 0)
+
+
+def test_a_chunk_ends_at_a_page_s_end_and_leaves_the_rest_to_others():
+    one, long = memory(), req(0, 40)
+    adder(one, budget=10).add(long)
+    long.kv_len += 8
+    step = adder(one, budget=20)
+    step.add_chunk(long, limit=13)
+    assert (step.batch, step.budget) == ([(long, 12)], 8)
+    long.kv_len += 12
+    step = adder(one, budget=20)
+    step.add_chunk(long, limit=None)
+    assert (step.batch, step.chunked) == ([(long, 20)], None)
