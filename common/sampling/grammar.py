@@ -40,7 +40,7 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, gramm
 
 from common.distributed.transfer import upload
 from common.sampling.edits import Member
-from common.values import shown, text
+from common.values import several, shown, text
 
 KINDS = ("json_schema", "regex", "ebnf")  # SGLang's names; ebnf is Lark's form or GBNF
 MAX_BYTES = 1 << 16  # of a grammar; compiling takes time and memory in proportion at least
@@ -57,16 +57,18 @@ def check_grammar(grammar: Any) -> tuple[str, str] | None:
     """(kind, text), or None for none. ValueError, in one line, for what can be seen to be wrong without compiling it."""
     if grammar is None:
         return None
-    if not isinstance(grammar, tuple | list) or len(grammar) != 2 or grammar[0] not in KINDS:
-        raise ValueError(f"grammar={shown(grammar)} must be a kind ({', '.join(KINDS)}) and its text")
-    kind, written = grammar[0], text(str(grammar[0]), grammar[1], empty=False)
+    what = f"a kind ({', '.join(KINDS)}) and its text"
+    pair = several("grammar", grammar, what)
+    if len(pair) != 2 or not isinstance(pair[0], str) or pair[0] not in KINDS:
+        raise ValueError(f"grammar={shown(grammar)} must be {what}")
+    kind, written = str(pair[0]), text(str(pair[0]), pair[1], empty=False)
     size = len(written.encode())
     if size > MAX_BYTES:
         raise ValueError(f"{kind} has {size:,} bytes, and may have {MAX_BYTES:,}")
     depth = _json_depth(written) if kind == "json_schema" else _bracket_depth(written)
     if depth > MAX_DEPTH:
         raise ValueError(f"{kind} has brackets {depth:,} deep, and may have {MAX_DEPTH}")
-    return str(kind), written
+    return kind, written
 
 
 def _json_depth(written: str) -> int:
@@ -87,7 +89,7 @@ def _json_depth(written: str) -> int:
 
 
 def _bracket_depth(written: str) -> int:
-    """How deep at most: of brackets in quotes and behind a backslash only those count that make it more."""
+    """As a reader sees it: brackets in quotes and behind a backslash count like all others."""
     depth = most = 0
     for bracket in written:
         if bracket in "([{":
@@ -271,4 +273,5 @@ def _executor() -> LLExecutor:
 
 
 def _line(message: str) -> str:
-    return " ".join(message.split())[:MESSAGE]
+    """One line that can be printed, whatever of a grammar it quotes."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split())[:MESSAGE])
