@@ -6,6 +6,7 @@
                                          one step: BatchTokenIDs  ------->  ids -> text
       BatchStr           <-----------------------------------------------   one for each BatchTokenIDs
       ControlReply       <-------------  the answer to a Control
+      Event              <-------------  what wings want to hear of
       Hello              <-------------  and  <--------------------------   "I am ready", with VERSION
 
 A step of a hundred requests is one message and not a hundred: its lists are parallel, item i of each is about rids[i].
@@ -110,11 +111,18 @@ class BatchStr(Message):
     prompt_logprobs: list[msgspec.Raw]
 
 
+class Event(Message):
+    """Something that happened in the scheduler, for whoever in main listens to that name (TokenizerManager.on_event)."""
+
+    name: str
+    value: Any = None
+
+
 class Leave(Message):
     """To the scheduler, and from there to the detokenizer: no more work, end."""
 
 
-AnyMessage = Hello | TokenizedGenerate | Abort | Control | ControlReply | BatchTokenIDs | BatchStr | Leave
+AnyMessage = Hello | TokenizedGenerate | Abort | Control | ControlReply | BatchTokenIDs | BatchStr | Event | Leave
 
 encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(AnyMessage).decode  # raises msgspec.ValidationError for whatever is none of them
