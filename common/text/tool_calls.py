@@ -231,7 +231,7 @@ def _schema(schema: Mapping[str, Any] | None) -> str:
     """One way to write each value, with the blanks that Qwen was trained to write: else a model may put out blanks for ever."""
     nothing = {"type": "object", "properties": {}, "additionalProperties": False}
     style = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    return json.dumps({"x-guidance": style, "type": "object", **(nothing if schema is None else schema)})
+    return json.dumps({"type": "object", **(nothing if schema is None else schema), "x-guidance": style})
 
 
 def _quoted(text: str) -> str:
