@@ -6,7 +6,7 @@ errors can only be an event.
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -151,6 +151,14 @@ def tokenizer_of(manager: TokenizerManager) -> Tokenizer:
             raise APIError("the server is starting", status=503, kind="service_unavailable")
         raise APIError("this server has no tokenizer, so no text; use /generate with input_ids")
     return manager.tokenizer
+
+
+def room_for(manager: TokenizerManager, ids: Sequence[int]) -> int:
+    """The most tokens that can follow, for an answer that is as long as it likes."""
+    try:
+        return manager.room_for(ids)
+    except RequestError as error:
+        raise of_request_error(error, (), {}) from None
 
 
 def head(rid: str, kind: str, model: str) -> dict[str, Any]:

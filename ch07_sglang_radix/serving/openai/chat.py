@@ -8,11 +8,19 @@ from fastapi import Request, Response
 
 from ch07_sglang_radix.serving.io_struct import Answer, GenerateRequest
 from ch07_sglang_radix.serving.openai.answering import (
-    Choice, check_model, ending, head, new_id, respond, token_name, tokenizer_of,
+    Choice,
+    check_model,
+    ending,
+    head,
+    new_id,
+    respond,
+    room_for,
+    token_name,
+    tokenizer_of,
 )  # fmt: skip
 from ch07_sglang_radix.serving.openai.chat_prompt import Tools, chosen_tools, constraint, rendered
 from ch07_sglang_radix.serving.openai.errors import APIError
-from ch07_sglang_radix.serving.openai.protocol import ChatBody, TO_SGLANG, namespace, read, sampling_params
+from ch07_sglang_radix.serving.openai.protocol import TO_SGLANG, ChatBody, namespace, read, sampling_params
 from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
 from common.text.reasoning import ReasoningParser, Split, opens_thought
 from common.text.tokenizer import Tokenizer
@@ -31,7 +39,7 @@ async def chat(manager: TokenizerManager, http: Request) -> Response:
         raise APIError("top_logprobs needs logprobs=true", "top_logprobs")
     prompt = await asyncio.to_thread(rendered, body, tools, tokenizer, manager.args.chat_template)
     ids = tokenizer.encode_bare(prompt)
-    length = body.max_completion_tokens or body.max_tokens or manager.room_for(ids)
+    length = body.max_completion_tokens or body.max_tokens or room_for(manager, ids)
     reasons = manager.args.reasoning_parser is not None
     rid = body.rid or new_id("chatcmpl-")
     request = GenerateRequest(
@@ -47,7 +55,7 @@ async def chat(manager: TokenizerManager, http: Request) -> Response:
 class ChatReply:
     """thought_is_open: whether the prompt opened a thought; None if thoughts are not looked for."""
 
-    renamed = {value: key for key, value in TO_SGLANG.items()} | {  # noqa: RUF012
+    renamed = {value: key for key, value in TO_SGLANG.items()} | {
         "max_new_tokens": "max_completion_tokens", "top_logprobs_num": "top_logprobs", "input_ids": "messages",
     }  # fmt: skip
 

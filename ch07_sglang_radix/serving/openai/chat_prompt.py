@@ -6,8 +6,17 @@ from typing import Any
 
 from ch07_sglang_radix.serving.openai.errors import APIError
 from ch07_sglang_radix.serving.openai.protocol import (
-    AllowedToolChoice, Assistant, ChatBody, Content, JSONObjectFormat, JSONSchemaFormat, Message, NamedTool, Tool,
-    ToolResult, one_constraint,
+    AllowedToolChoice,
+    Assistant,
+    ChatBody,
+    Content,
+    JSONObjectFormat,
+    JSONSchemaFormat,
+    Message,
+    NamedTool,
+    Tool,
+    ToolResult,
+    one_constraint,
 )  # fmt: skip
 from common import values
 from common.text.tokenizer import Tokenizer

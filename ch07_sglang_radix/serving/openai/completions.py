@@ -8,11 +8,23 @@ from fastapi import Request, Response
 
 from ch07_sglang_radix.serving.io_struct import Answer, GenerateRequest
 from ch07_sglang_radix.serving.openai.answering import (
-    Choice, check_model, ending, head, new_id, respond, token_name, tokenizer_of,
+    Choice,
+    check_model,
+    ending,
+    head,
+    new_id,
+    respond,
+    token_name,
+    tokenizer_of,
 )  # fmt: skip
 from ch07_sglang_radix.serving.openai.errors import APIError
 from ch07_sglang_radix.serving.openai.protocol import (
-    CompletionBody, TO_SGLANG, namespace, one_constraint, read, sampling_params,
+    TO_SGLANG,
+    CompletionBody,
+    namespace,
+    one_constraint,
+    read,
+    sampling_params,
 )  # fmt: skip
 from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
 from common.text.tokenizer import Tokenizer
@@ -61,7 +73,7 @@ def _prompts(prompt: str | list[str | int | list[int]]) -> tuple[list[Any], bool
 class CompletionReply:
     """echoed: of each prompt, the text that comes before its answers."""
 
-    renamed = {value: key for key, value in TO_SGLANG.items()} | {  # noqa: RUF012
+    renamed = {value: key for key, value in TO_SGLANG.items()} | {
         "max_new_tokens": "max_tokens", "top_logprobs_num": "logprobs", "input_ids": "prompt",
     }  # fmt: skip
 
