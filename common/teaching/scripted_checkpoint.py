@@ -133,12 +133,12 @@ def _weights(ids: list[int], vocab_size: int, config: dict[str, Any]) -> dict[st
 def _tokens(hf: PreTrainedTokenizerFast, script: str) -> list[int]:
     """The script's ids; adds tokens to the tokenizer."""
     pieces: list[tuple[str, list[int]]] = []  # a text and its tokens; none if it is to become one
-    for character_s, ids in _whole_characters(hf, script):
-        text = character_s
+    for piece, ids in _whole_characters(hf, script):
+        text = piece
         used = {token for _, tokens in pieces for token in tokens}
-        while text in {piece for piece, _ in pieces}:
+        while text in {before for before, _ in pieces}:
             text = pieces.pop()[0] + text
-        pieces.append((text, ids if text == character_s and used.isdisjoint(ids) else []))
+        pieces.append((text, ids if text == piece and used.isdisjoint(ids) else []))
     hf.add_tokens([AddedToken(text, normalized=False) for text, ids in pieces if not ids])
     found = [token for text, ids in pieces for token in ids or [hf.convert_tokens_to_ids(text)]]
     if hf.decode(found) != script:
