@@ -37,13 +37,12 @@ CHAT_TEMPLATE = """\
 {% endfor %}</tools>
 A call is {"name": ..., "arguments": ...} in <tool_call></tool_call>.<|im_end|>
 {% endif %}
-{%- for message in messages if not (tools and loop.first and message.role == 'system') -%}
+{%- for message in (messages[1:] if tools and messages[0].role == 'system' else messages) -%}
 <|im_start|>{{ 'user' if message.role == 'tool' else message.role }}
 {% if message.role == 'tool' %}<tool_response>
 {{ message.content }}
 </tool_response>{% else %}{{ message.content }}{% endif %}
-{%- for call in message.tool_calls or [] %}
-<tool_call>
+{%- for call in message.tool_calls or [] %}{{ '\\n' if message.content or not loop.first }}<tool_call>
 {"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
 </tool_call>
 {%- endfor %}<|im_end|>
@@ -51,6 +50,7 @@ A call is {"name": ..., "arguments": ...} in <tool_call></tool_call>.<|im_end|>
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% if enable_thinking is defined %}<think>
 {% if not enable_thinking %}
+
 </think>
 
 {% endif %}{% endif %}{% endif %}"""

@@ -57,7 +57,7 @@ def test_token_ids_are_recited_as_they_are_cut(tmp_path_factory):
 
 
 def test_what_cannot_be_recited_is_refused_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match="token 7 .* comes twice"):
+    with pytest.raises(ValueError, match=r"token 7 .* comes twice"):
         scripted_checkpoint(tmp_path, [7, 8, 7], TINY_QWEN_PATH)
     with pytest.raises(ValueError, match="script is empty"):
         scripted_checkpoint(tmp_path, "", TINY_QWEN_PATH)
