@@ -10,19 +10,15 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
-import msgspec
 from fastapi import Request, Response
-from fastapi.responses import StreamingResponse
 
 from ch07_sglang_radix.serving.io_struct import Answer, GenerateRequest, RequestError
 from ch07_sglang_radix.serving.openai.errors import APIError, of_abort, of_request_error
 from ch07_sglang_radix.serving.openai.protocol import DEFAULT_MODEL, Sampled
+from ch07_sglang_radix.serving.responses import DONE, EventStream, as_json, event, unless_gone
 from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
 from common.text.detokenizer import REPLACEMENT
 from common.text.tokenizer import Tokenizer
-
-DONE = b"data: [DONE]\n\n"
-CLIENT_CLOSED_REQUEST = 499  # nginx' status; nobody reads it
 
 Choice = dict[str, Any]
 
@@ -44,30 +40,35 @@ class Reply(Protocol):
 async def respond(
     manager: TokenizerManager, request: GenerateRequest, body: Sampled, reply: Reply, http: Request
 ) -> Response:
-    answers = manager.generate(request, http.is_disconnected)
+    answers = manager.generate(request)
     try:
-        first = await anext(answers, None)
+        if not request.stream:
+            return as_json(_whole(await unless_gone(http.receive, _collected(answers)), reply))
+        first = await unless_gone(http.receive, anext(answers))
     except RequestError as error:
         raise of_request_error(error, body.__struct_fields__, reply.renamed) from None
-    if first is None:
-        raise APIError("the client is gone", status=CLIENT_CLOSED_REQUEST)
-    if error := of_abort(first["meta_info"]["finish_reason"]):
+    if error := of_abort(first):
         await answers.aclose()
         raise error
-    if request.stream:
-        with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        return EventStream(answers, _events(answers, first, reply, with_usage))
+    with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    return EventStream(_events(answers, first, reply, with_usage))
+
+
+async def _collected(answers: AsyncIterator[Answer]) -> dict[int, Answer]:
+    """{index: the answer}. Raises APIError if one of them ends in an error; the others are aborted then."""
+    found = {}
     async with aclosing(answers):
-        by_index = {first["index"]: first}
         async for answer in answers:
-            if error := of_abort(answer["meta_info"]["finish_reason"]):
+            if error := of_abort(answer):
                 raise error
-            by_index[answer["index"]] = answer
-    whole = reply.head | {
-        "choices": [reply.whole(by_index[i]) for i in sorted(by_index)],
-        "usage": usage({i: answer["meta_info"] for i, answer in by_index.items()}, reply.n),
-    }
-    return Response(msgspec.json.encode(whole), media_type="application/json")
+            found[answer["index"]] = answer
+    return found
+
+
+def _whole(answers: dict[int, Answer], reply: Reply) -> dict[str, Any]:
+    choices = [reply.whole(answers[i]) for i in sorted(answers)]
+    metas = {i: answer["meta_info"] for i, answer in answers.items()}
+    return reply.head | {"choices": choices, "usage": usage(metas, reply.n)}
 
 
 async def _events(
@@ -75,38 +76,19 @@ async def _events(
 ) -> AsyncIterator[bytes]:
     no_usage = {"usage": None} if with_usage else {}
     metas = {}
-    answer: Answer | None = first
-    while answer is not None:
-        if error := of_abort(answer["meta_info"]["finish_reason"]):
-            yield event(error.body) + DONE
-            return
-        metas[answer["index"]] = answer["meta_info"]
-        chunks = [event(reply.head | {"choices": [choice]} | no_usage) for choice in reply.chunks(answer)]
-        if chunks:
-            yield b"".join(chunks)
-        answer = await anext(answers, None)
+    async with aclosing(answers):
+        answer: Answer | None = first
+        while answer is not None:
+            if error := of_abort(answer):
+                yield event(error.body) + DONE
+                return
+            metas[answer["index"]] = answer["meta_info"]
+            chunks = [event(reply.head | {"choices": [choice]} | no_usage) for choice in reply.chunks(answer)]
+            if chunks:
+                yield b"".join(chunks)
+            answer = await anext(answers, None)
     last = event(reply.head | {"choices": [], "usage": usage(metas, reply.n)}) if with_usage else b""
     yield last + DONE
-
-
-def event(value: Any) -> bytes:
-    """A server-sent event."""
-    return b"data: " + msgspec.json.encode(value) + b"\n\n"
-
-
-class EventStream(StreamingResponse):
-    """Closes the answers however it ends, even if the client leaves before the first byte: what still runs is aborted then."""
-
-    def __init__(self, answers: AsyncIterator[Answer], events: AsyncIterator[bytes]):
-        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        self._answers, self._events = answers, events
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._events.aclose()
-            await self._answers.aclose()
 
 
 def usage(metas: Mapping[int, Mapping[str, Any]], n: int) -> dict[str, Any]:

@@ -7,13 +7,12 @@ official client reads too, but not every other one.
 import re
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import wraps
-from http import HTTPStatus
 from typing import Any
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse
 
-from ch07_sglang_radix.serving.io_struct import RequestError
+from ch07_sglang_radix.serving.io_struct import Answer, RequestError
+from ch07_sglang_radix.serving.responses import as_json
 
 
 class APIError(Exception):
@@ -39,13 +38,12 @@ def of_request_error(error: RequestError, fields: Collection[str], renamed: Mapp
     return APIError(message, param, status=error.status, kind=error.kind)
 
 
-def of_abort(finish_reason: Mapping[str, Any] | None) -> APIError | None:
-    """The error with which an answer has ended, if it has. An abort that was asked for has no status, and is none."""
-    if not finish_reason or finish_reason["type"] != "abort" or not finish_reason.get("status_code"):
+def of_abort(answer: Answer) -> APIError | None:
+    """The error with which an answer has ended, if it has. An abort that somebody asked for has no status, and is none."""
+    reason = answer["meta_info"]["finish_reason"]
+    if reason is None or reason["type"] != "abort" or "status_code" not in reason:
         return None
-    status = int(finish_reason["status_code"])
-    kind = finish_reason.get("err_type") or ("invalid_request_error" if status < 500 else HTTPStatus(status).phrase)
-    return APIError(finish_reason.get("message") or "the request was ended", status=status, kind=kind)
+    return APIError(reason["message"], status=reason["status_code"], kind=reason["err_type"])
 
 
 def answers_errors(route: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -56,6 +54,6 @@ def answers_errors(route: Callable[[Request], Awaitable[Response]]) -> Callable[
         try:
             return await route(request)
         except APIError as error:
-            return JSONResponse(error.body, error.status)
+            return as_json(error.body, error.status)
 
     return wrapped

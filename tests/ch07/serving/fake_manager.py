@@ -1,8 +1,8 @@
 """A tokenizer manager without an engine: it says given texts, token by token, and remembers what it was asked."""
 
 import asyncio
-from types import SimpleNamespace
 
+from ch07_sglang_radix.serving.http_args import HttpArgs
 from ch07_sglang_radix.serving.io_struct import GenerateRequest, RequestError
 from common.text.detokenizer import IncrementalDetokenizer
 from common.text.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ class FakeManager:
     def __init__(self, *texts: str, tokenizer: Tokenizer | None = None, **args):
         self.texts = texts or ("Hello there.",)
         self.tokenizer = tokenizer or Tokenizer(TINY_QWEN_PATH)
-        self.args = SimpleNamespace(**{"reasoning_parser": None, "chat_template": None, **args})
+        self.args = HttpArgs(served_model_name="fake", **args)
         self.finish: dict | None = None
         self.refusal: RequestError | None = None
         self.pause = 0.0

@@ -9,7 +9,7 @@ import openai
 import uvicorn
 from fastapi import FastAPI
 
-from ch07_sglang_radix.serving.openai.routes import openai_router
+from ch07_sglang_radix.serving.http_server import make_app
 
 
 @contextmanager
@@ -29,10 +29,11 @@ def served(app: FastAPI):
 
 @contextmanager
 def client_of(manager):
-    """The official client of an app with nothing but the OpenAI routes."""
-    app = FastAPI()
-    app.include_router(openai_router(manager))
-    with served(app) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20) as client:
+    """The official client of this manager's server."""
+    with (
+        served(make_app(manager)) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20) as client,
+    ):
         yield client
 
 
