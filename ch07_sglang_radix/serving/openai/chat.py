@@ -18,7 +18,7 @@ from ch07_sglang_radix.serving.openai.answering import (
     token_name,
     tokenizer_of,
 )  # fmt: skip
-from ch07_sglang_radix.serving.openai.chat_prompt import Tools, chosen_tools, constraint, rendered
+from ch07_sglang_radix.serving.openai.chat_prompt import Tools, chosen_tools, constraint, prompt_of
 from ch07_sglang_radix.serving.openai.errors import APIError
 from ch07_sglang_radix.serving.openai.protocol import TO_SGLANG, ChatBody, namespace, read, sampling_params
 from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
@@ -29,7 +29,8 @@ from common.text.tool_calls import Arguments, CallBegins, CallEnds, Text, ToolCa
 Delta = dict[str, Any]
 
 
-async def chat(manager: TokenizerManager, http: Request) -> Response:
+async def chat(manager: TokenizerManager, template: str | None, http: Request) -> Response:
+    """template: instead of the checkpoint's own."""
     body = read(await http.body(), ChatBody)
     model = await check_model(manager, body)
     tokenizer = tokenizer_of(manager)
@@ -37,8 +38,7 @@ async def chat(manager: TokenizerManager, http: Request) -> Response:
     constraints = constraint(body, tools)
     if body.top_logprobs is not None and not body.logprobs:
         raise APIError("top_logprobs needs logprobs=true", "top_logprobs")
-    prompt = await asyncio.to_thread(rendered, body, tools, tokenizer, manager.args.chat_template)
-    ids = tokenizer.encode_bare(prompt)
+    prompt, ids = await asyncio.to_thread(prompt_of, body, tools, tokenizer, template)
     length = body.max_completion_tokens or body.max_tokens or room_for(manager, ids)
     reasons = manager.args.reasoning_parser is not None
     rid = body.rid or new_id("chatcmpl-")

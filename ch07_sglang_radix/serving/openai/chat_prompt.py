@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ch07_sglang_radix.serving.openai.errors import APIError
@@ -99,8 +100,21 @@ def _json_schema(body: ChatBody) -> str | None:
 # --- the prompt
 
 
-def rendered(body: ChatBody, tools: Tools, tokenizer: Tokenizer, chat_template: str | None) -> str:
-    """May take as long as a template may; called in a thread. Raises APIError for what the template does not take."""
+def read_template(given: str | None) -> str | None:
+    """--chat-template: a file, or a template itself."""
+    if given is None or "{" in given:
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"chat_template={values.shown(given)} cannot be read: {error}; give a file in Jinja") from None
+
+
+def prompt_of(body: ChatBody, tools: Tools, tokenizer: Tokenizer, chat_template: str | None) -> tuple[str, list[int]]:
+    """Text and token ids. May take as long as a template may: called in a thread.
+
+    Raises APIError for what the template does not take.
+    """
     if not body.messages:
         raise APIError("messages is empty", "messages")
     given = body.chat_template_kwargs or {}
@@ -108,11 +122,12 @@ def rendered(body: ChatBody, tools: Tools, tokenizer: Tokenizer, chat_template: 
         raise APIError(f"chat_template_kwargs: {taken[0]} is not the template's own", "chat_template_kwargs")
     goes_on = bool(body.continue_final_message)
     try:
-        return tokenizer.render_chat(
+        text = tokenizer.render_chat(
             [_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)], tools=tools.shown,
             chat_template=chat_template, add_generation_prompt=not goes_on, continue_final_message=goes_on,
             **given, **_effort(body, chat_template or str(tokenizer.hf.chat_template)),
         )  # fmt: skip
+        return text, tokenizer.encode_bare(text)  # the template writes what the model wants to see
     except ValueError as error:
         raise APIError(str(error), "messages") from None
 

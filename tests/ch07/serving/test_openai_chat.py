@@ -6,6 +6,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from ch07_sglang_radix.serving.openai.chat_prompt import read_template
 from common.teaching.scripted_checkpoint import CHAT_TEMPLATE
 from tests.ch07.serving.fake_manager import FakeManager
 from tests.ch07.serving.web import client_of, post
@@ -124,6 +125,13 @@ def test_a_chat_that_the_template_refuses_is_a_400(ask):
     with pytest.raises(openai.BadRequestError, match="refuses these messages: no") as raised:
         ask("x", args={"chat_template": "{{ raise_exception('no') }}"})
     assert raised.value.param == "messages"
+
+
+def test_the_template_of_a_flag_is_a_file_or_a_template(tmp_path):
+    (tmp_path / "chat.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
+    assert read_template(str(tmp_path / "chat.jinja")) == read_template("{{ messages[0].content }}")
+    with pytest.raises(ValueError, match=r"chat_template='.*none.jinja' cannot be read"):
+        read_template(str(tmp_path / "none.jinja"))
 
 
 # --- structure
