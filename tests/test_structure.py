@@ -114,7 +114,7 @@ ROOMS = {
         "attention", "distributed", "kernels", "layers", "models", "parallel_state", "sampling", "text", "tiny_qwen",
     },
     "request": {"sampling", "text", "values"},
-    "teaching": {"distributed"},
+    "teaching": {"distributed", "text", "values"},
     "tiny_qwen": {"distributed", "teaching"},
 }  # fmt: skip
 

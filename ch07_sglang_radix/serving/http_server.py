@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from ch07_sglang_radix.serving.control import control_router
 from ch07_sglang_radix.serving.io_struct import RequestError
 from ch07_sglang_radix.serving.native import native_router
+from ch07_sglang_radix.serving.openai.routes import openai_router
 from ch07_sglang_radix.serving.responses import CLIENT_HAS_GONE, ClientHasGone, as_json
 from ch07_sglang_radix.serving.security import guarded
 from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
@@ -24,6 +25,7 @@ def make_app(manager: TokenizerManager) -> FastAPI:
     app = FastAPI(title="ch07_sglang_radix", docs_url=None, redoc_url=None)
     app.include_router(native_router(manager))
     app.include_router(control_router(manager))
+    app.include_router(openai_router(manager))
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:

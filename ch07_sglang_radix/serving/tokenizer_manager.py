@@ -10,7 +10,7 @@ which long texts meet in a thread. SGLang's is srt/managers/tokenizer_manager.py
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from itertools import count
 from typing import Any, Literal
 from uuid import uuid4
@@ -240,6 +240,11 @@ class TokenizerManager:
     @property
     def num_in_flight(self) -> int:
         return len(self._in_flight)
+
+    def room_for(self, ids: Sequence[int]) -> int:
+        """The most tokens that can follow these. Raises RequestError while the engine is not known."""
+        self._check_ready()
+        return self._prepare.intake.room_for(ids)
 
     # --- control
 
