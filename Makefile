@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-all mutation shell lint tiny-qwen bench-cpu bench-cpu-real bench-gpu notebooks figures clean
+.PHONY: setup demo test test-all mutation chat lint tiny-qwen bench-cpu bench-cpu-real bench-gpu notebooks figures clean
 
 setup: .venv/installed
 
@@ -23,8 +23,8 @@ SAMPLE ?= 120
 mutation: setup
 	$(BIN)/python -m tests.mutation --sample $(SAMPLE)
 
-shell: setup
-	$(BIN)/python -m ch07_sglang_radix.shell
+chat: setup
+	$(BIN)/python -m ch07_sglang_radix.chat
 
 lint: setup
 	$(BIN)/ruff check .
