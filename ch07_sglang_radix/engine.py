@@ -14,10 +14,12 @@ import secrets
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ch07_sglang_radix.async_loop import SchedulerLoop
 from ch07_sglang_radix.generate_request import GenerateCall, GenerateRequest, LogprobOptions, check_rid
+from ch07_sglang_radix.profiler import RankProfiler, profile_name
 from ch07_sglang_radix.scheduler import DEFAULT_CHUNK, NO_CHUNKS, TPScheduler
 from ch07_sglang_radix.server_args import DEFAULT_PAGE, ServerArgs
 from ch07_sglang_radix.streams import Stream, listen, wait_for
@@ -58,6 +60,8 @@ class Engine:
             radix_eviction_policy=args.radix_eviction_policy, overlap=overlap, gather_best=args.gather_best,
             seed=_seed(args), schedule_conservativeness=args.schedule_conservativeness, check=args.check, trace=args.trace,
         )  # fmt: skip
+        profiler = RankProfiler(tp.rank)
+        self._scheduler.control.notes |= {"start_profile": profiler.start, "stop_profile": profiler.stop}
         self._loop: SchedulerLoop | None = None  # from the first async_generate on
         self._stream: Callable[[], Stream | None] = lambda: None  # the open one; not held: who drops it, closes it
         self._turn = threading.RLock()  # whoever steps the scheduler holds it
@@ -175,6 +179,18 @@ class Engine:
 
         return self._at_rest(flush) if self.scheduler.tp.rank == 0 else True
 
+    def start_profile(self, output_dir: str | Path, record_shapes: bool = False, with_stack: bool = False) -> str:
+        """torch.profiler on every rank from here to stop_profile; returns what the names of their files begin with."""
+        name = profile_name()
+        self._note(
+            "start_profile", folder=str(output_dir), name=name, record_shapes=record_shapes, with_stack=with_stack
+        )
+        return name
+
+    def stop_profile(self) -> str:
+        """Every rank writes what it has seen; returns this rank's file."""
+        return self._note("stop_profile")
+
     def get_server_info(self) -> dict[str, Any]:
         """What the engine is, and on rank 0 also pool, tree, queue and hit rate as they stand."""
         s = self.scheduler
@@ -229,6 +245,13 @@ class Engine:
         open_one = self._stream()
         if open_one is not None and not open_one.closed:
             raise ValueError("a stream of this engine is still open; read it to its end, or close it")
+
+    def _note(self, name: str, **arguments: Any) -> Any:
+        """On all ranks: those that follow are told, those that run the same script come here themselves."""
+        control = self.scheduler.control
+        if control.tp.spawned or self._loop:
+            return self._at_rest(lambda: control.note(name, **arguments))
+        return control.notes[name](**arguments)
 
     def _at_rest(self, call: Callable[[], Any]) -> Any:
         """Between two steps: now, or when the loop gets there."""

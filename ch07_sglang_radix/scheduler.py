@@ -53,6 +53,7 @@ from common.values import flag, shown, whole
 
 NO_CHUNKS = -1
 DEFAULT_CHUNK = {"cpu": 1024, "cuda": 8192}  # tokens a step: on a CPU what its caches like, on a GPU SGLang's default
+PROBE = -1  # the number of a request that is not counted
 WORDS = Words("max_new_tokens", "input_ids", "max_total_tokens")
 
 
@@ -154,23 +155,29 @@ class TPScheduler(SchedulerState):
     def enqueue(
         self, text: str | None, ids: list[int], params: SamplingParams, *, words: Mapping[str, Any] | None = None,
         extra_key: str | None = None, priority: int = 0, name: str | None = None,
-        routing_key: str | None = None,
+        routing_key: str | None = None, shows_text: bool = True, probe: bool = False,
     ) -> int:  # fmt: skip
         """What add_request does once the intake has found nothing wrong; returns the id.
 
         words: AnswerText's arguments: what ends the answer, and how its text is made. extra_key: namespace of the radix tree.
         priority: for the schedule and the eviction policy of that name. name: the user's own, to abort it by.
-        routing_key: for the schedule policy of that name.
+        routing_key: for the schedule policy of that name. shows_text: False if somebody else turns the tokens into text;
+        then only stop texts are looked for here. probe: it asks whether the engine lives, and is counted nowhere and cached
+        nowhere; one at a time.
         """
-        rid, self.num_requests = self.num_requests, self.num_requests + 1
+        rid = PROBE if probe else self.num_requests
+        self.num_requests += not probe
         if self.tp.rank == 0:
             seed = params.seed if params.seed is not None else int(uniform(self.seed, rid) * (1 << 24))
             ends = frozenset(params.stop_token_ids + self.wrapper.config.eos_token_ids)
             stops = frozenset(params.stop_token_ids) if params.ignore_eos else ends
+            words = words or {}
+            needs_text = shows_text or words.get("stop") or words.get("stop_regex")
             self.waiting.append(
                 Req(
-                    rid, text, ids, params, seed, extra_key, priority, name, routing_key, stops=stops, held_back=ends,
-                    text=AnswerText(self.wrapper.tokenizer, ids, **(words or {})), wanted=params.max_new_tokens,
+                    rid, text, ids, params, seed, extra_key, priority, name, routing_key, probe, stops=stops, held_back=ends,
+                    text=AnswerText(self.wrapper.tokenizer if needs_text else None, ids, **words),
+                    wanted=params.max_new_tokens,
                 )
             )  # fmt: skip
         return rid
