@@ -5,11 +5,12 @@ token); here the same AnswerText makes the text that is shown: half a character 
 held back, and a stop is cut off. SGLang: srt/managers/detokenizer_manager.py.
 """
 
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 
 from ch07_sglang_radix.serving.channels import Pull, Push
-from ch07_sglang_radix.serving.messages import BatchStr, BatchTokenIDs, Begin, Leave
+from ch07_sglang_radix.serving.messages import VERSION, BatchStr, BatchTokenIDs, Begin, Hello, Leave
 from common.request.answer import Answer, End
 from common.sampling.params import SamplingParams
 from common.text.answer import AnswerText
@@ -61,6 +62,13 @@ class DetokenizerManager:
             new, shown.characters = text[shown.characters :], len(text)
             return new
         return ""
+
+
+def detokenize(tokenizer_folder: str, inbox: Pull, main: Push) -> None:
+    """What the process does, or the thread."""
+    manager = DetokenizerManager(Tokenizer(tokenizer_folder), inbox, main)
+    main.send(Hello(VERSION, "detokenizer", os.getpid()))
+    manager.run()
 
 
 def as_end(finish_reason: dict) -> End:

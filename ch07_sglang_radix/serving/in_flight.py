@@ -14,6 +14,7 @@ import msgspec
 from ch07_sglang_radix.generate_request import GenerateCall
 from ch07_sglang_radix.request import RequestOutput
 from ch07_sglang_radix.serving.messages import BatchStr
+from ch07_sglang_radix.serving.sessions import Node
 from common.sampling.logprobs import TokenLogprobs
 
 LOOK_FOR_THE_CLIENT_S = 0.5
@@ -65,6 +66,7 @@ class InFlight:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     cached_tokens: int = 0
     finish_reason: dict[str, Any] | None = None
+    node: Node | None = None  # its place in a session
 
     def take(self, batch: BatchStr, i: int) -> None:
         """Row i of a message is about this one."""

@@ -21,8 +21,8 @@ class RequestError(Exception):
 class SessionParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Continue a session. id: its name. rid: the request of it to continue from; without, it begins with nothing.
 
-    offset: so many tokens of that request's context are kept. replace: that request (no rid: every one) and all that
-    continue it are ended and forgotten. drop_previous_output: its prompt alone is continued.
+    offset: so many tokens of that request's prompt and answer are kept. replace: what continued it so far (no rid: every
+    request) is ended and forgotten, and so is what it still computes. drop_previous_output: its prompt alone is continued.
     """
 
     id: str

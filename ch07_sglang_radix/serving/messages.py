@@ -1,7 +1,7 @@
 """What the processes of a server say to each other: typed structs, in MessagePack, never pickle.
 
     main (HTTP, TokenizerManager)        scheduler (rank 0)                 detokenizer
-      TokenizedGenerate  ------------->  queue it
+      (Batch)TokenizedGenerate  ------>  queue it
       Abort, Control     ------------->  between two steps
                                          one step: BatchTokenIDs  ------->  ids -> text
       BatchStr           <-----------------------------------------------   one for each BatchTokenIDs
@@ -52,11 +52,16 @@ class TokenizedGenerate(Message):
     require_reasoning: bool = False  # the grammar holds from the end of the thought on
 
 
+class BatchTokenizedGenerate(Message):
+    """All answers of one call, so that they enter the queue together, before the next step."""
+
+    requests: list[TokenizedGenerate]
+
+
 class Abort(Message):
-    """End a request. exact: this one; else all that the user's rid means: rid itself, and rid_0, rid_1... of its n answers."""
+    """End this one request: nobody waits for it any more. (What a user's rid means, with its n answers, is a Control's.)"""
 
     rid: str
-    exact: bool = True
 
 
 class Control(Message):
@@ -122,7 +127,8 @@ class Leave(Message):
     """To the scheduler, and from there to the detokenizer: no more work, end."""
 
 
-AnyMessage = Hello | TokenizedGenerate | Abort | Control | ControlReply | BatchTokenIDs | BatchStr | Event | Leave
+ToScheduler = TokenizedGenerate | BatchTokenizedGenerate | Abort | Control
+AnyMessage = Hello | ToScheduler | ControlReply | BatchTokenIDs | BatchStr | Event | Leave
 
 encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(AnyMessage).decode  # raises msgspec.ValidationError for whatever is none of them

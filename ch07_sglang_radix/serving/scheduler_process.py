@@ -12,6 +12,7 @@ requests. With nothing to do it waits on the socket, and says so to the other ra
 SGLang: srt/managers/scheduler.py, event_loop_normal, where every rank runs such a loop; here rank 0 alone has sockets.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,14 +23,28 @@ from ch07_sglang_radix.engine import Engine
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.serving.channels import Pull, Push
 from ch07_sglang_radix.serving.messages import (
-    Abort, BatchStr, BatchTokenIDs, Begin, Control, ControlReply, Leave, TokenizedGenerate, encode,
+    VERSION,
+    Abort,
+    BatchStr,
+    BatchTokenIDs,
+    BatchTokenizedGenerate,
+    Begin,
+    Control,
+    ControlReply,
+    Hello,
+    Leave,
+    TokenizedGenerate,
+    ToScheduler,
+    encode,
 )  # fmt: skip
+from ch07_sglang_radix.serving.watch import Watch
 from ch07_sglang_radix.tasks import StopTask
 from common.sampling.logprobs import TokenLogprobs
 from common.sampling.params import SamplingParams
 from common.text.detokenizer import context_of
 
 HEARTBEAT_S = 10.0  # a collective that waits longer than a minute counts as a dead peer
+UNKNOWN = -2  # a number that no request has: it has ended meanwhile
 NOTHING = msgspec.Raw(encode([]))
 
 
@@ -54,6 +69,7 @@ class SchedulerProcess:
         self.requests: dict[int, Told] = {}  # by the scheduler's own number
         self.numbers: dict[str, int] = {}
         self.paused, self.steps_asked_for = False, 0
+        self.working = False  # in a step
         self.ops: dict[str, Callable[..., Any]] = {
             "flush_cache": engine.flush_cache, "server_info": engine.get_server_info, "ping": lambda: True,
             "pause": self.pause, "resume": self.resume, "step": self.step, "abort": engine.abort_request,
@@ -69,7 +85,9 @@ class SchedulerProcess:
                 self.give_out()  # aborted ones
                 continue
             self.steps_asked_for = max(0, self.steps_asked_for - 1)
+            self.working = True
             busy = self.scheduler.step()
+            self.working = False
             self.give_out()
         if self.texts:
             self.texts.send(Leave())
@@ -90,11 +108,14 @@ class SchedulerProcess:
                 self.take(message)
                 wait = False
 
-    def take(self, message: TokenizedGenerate | Abort | Control) -> None:
+    def take(self, message: ToScheduler) -> None:
         if isinstance(message, TokenizedGenerate):
             self.enqueue(message)
+        elif isinstance(message, BatchTokenizedGenerate):
+            for one in message.requests:
+                self.enqueue(one)
         elif isinstance(message, Abort):
-            self.scheduler.abort(self.numbers.get(message.rid, -1))
+            self.scheduler.outcome.abort(self.numbers.get(message.rid, UNKNOWN))
         else:
             self.main.send(self.obey(message))
 
@@ -170,6 +191,34 @@ class SchedulerProcess:
         if req.ended:
             del self.requests[req.rid], self.numbers[told.request.rid]
         return row
+
+
+def schedule(
+    engine_args: dict[str, Any], inbox: Pull, main: Push, texts: Push | None, watch: Watch | None = None
+) -> None:
+    """What the process does, or the thread. The watch learns whom rank 0 must not lose, and whether a step gets on."""
+    with Engine(**engine_args) as engine:
+        process = SchedulerProcess(engine, inbox, main, texts)
+        scheduler = engine.scheduler
+        if watch:
+            ranks = {f"rank {rank}": pid for rank, (_, pid) in enumerate(scheduler.tp.peers) if rank > 0}
+            watch.processes = watch.processes | ranks
+            watch.step = lambda: scheduler.step_number if process.working else None
+        main.send(Hello(VERSION, "scheduler", os.getpid(), facts_of(engine)))
+        process.run()
+        if watch:
+            watch.leave()
+
+
+def facts_of(engine: Engine) -> dict[str, Any]:
+    """What main must know: for the intake, for the banner, and for whoever asks what is served here."""
+    info, intake = engine.get_server_info(), engine.scheduler.intake
+    facts = {name: info[name] for name in ("model", "tp_size", "device", "dtype", "kv_cache_dtype", "page_size")}
+    return facts | {
+        "vocab_size": intake.vocab_size, "context_length": intake.model_limit, "max_total_num_tokens": intake.pool_tokens,
+        "max_running_requests": engine.wrapper.max_running_requests,
+        "pids": [pid for _, pid in engine.scheduler.tp.peers] or [os.getpid()],
+    }  # fmt: skip
 
 
 def without_text(batch: BatchTokenIDs) -> BatchStr:

@@ -11,32 +11,39 @@ which long texts meet in a thread. SGLang's is srt/managers/tokenizer_manager.py
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import fields
 from itertools import count
 from typing import Any, Literal
 from uuid import uuid4
 
-from ch07_sglang_radix.generate_request import GenerateCall, LogprobOptions
+from ch07_sglang_radix.generate_request import GenerateCall
 from ch07_sglang_radix.scheduler import WORDS
 from ch07_sglang_radix.serving.channels import Pull, Push
 from ch07_sglang_radix.serving.http_args import HttpArgs
 from ch07_sglang_radix.serving.in_flight import InFlight, News
 from ch07_sglang_radix.serving.io_struct import Answer, GenerateRequest, RequestError
-from ch07_sglang_radix.serving.limits import check_limits
 from ch07_sglang_radix.serving.logs import log
 from ch07_sglang_radix.serving.messages import (
-    VERSION, Abort, AnyMessage, BatchStr, Control, ControlReply, Event, Hello, Leave, TokenizedGenerate,
+    VERSION,
+    Abort,
+    AnyMessage,
+    BatchStr,
+    BatchTokenizedGenerate,
+    Control,
+    ControlReply,
+    Event,
+    Hello,
+    Leave,
+    TokenizedGenerate,
 )  # fmt: skip
+from ch07_sglang_radix.serving.prepare import Preparation, changed, is_several
+from ch07_sglang_radix.serving.sessions import Continuation, Node, Sessions
 from common.request.intake import Intake
-from common.sampling.params import SamplingParams
 from common.text.tokenizer import Tokenizer
 from common.values import shown
 
 State = Literal["starting", "ready", "draining", "failed"]
-LONG_TEXT = 20_000  # characters, from which on encoding takes longer than other callers should wait
 PROBE_S = 20.0  # SGLang's HEALTH_CHECK_TIMEOUT
 FAILED = {"type": "abort", "status_code": 500, "err_type": "InternalServerError"}
-_DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
 
 
 class TokenizerManager:
@@ -57,13 +64,14 @@ class TokenizerManager:
         self.ready = asyncio.Event()
         self.idle = asyncio.Event()  # nothing is in flight
         self.idle.set()
+        self.sessions = Sessions()
         self._missing = {"scheduler"} | ({"detokenizer"} if tokenizer else set())
         self._in_flight: dict[str, InFlight] = {}
         self._replies: dict[int, asyncio.Future] = {}
         self._numbers = count()
         self._signs_of_life = 0  # messages about requests so far
         self._probe: str | None = None
-        self._intake: Intake | None = None
+        self._prepare: Preparation | None = None
 
     # --- what comes from the scheduler and the detokenizer
 
@@ -100,10 +108,11 @@ class TokenizerManager:
         self.facts |= hello.facts
         if not self._missing:
             facts = self.facts
-            self._intake = Intake(
+            intake = Intake(
                 self.tokenizer, facts["vocab_size"], facts["context_length"], facts["max_total_num_tokens"],
                 facts["page_size"], WORDS,
             )  # fmt: skip
+            self._prepare = Preparation(self.args, intake, self.sessions)
             self.state = "ready"
             self.ready.set()
 
@@ -145,9 +154,9 @@ class TokenizerManager:
         iterator, or is cancelled, or says yes to is_disconnected, has the request aborted.
         """
         self._check_ready()
-        call = await self._tokenized(request)
+        call, continuation = await self._prepare(request)
         self._check_ready()  # tokenizing may have taken a while
-        mine = self._send(request, call)
+        mine = self._send(request, call, continuation)
         news = mine[0].news
         missing = len(mine)
         try:
@@ -173,30 +182,7 @@ class TokenizerManager:
         answers = [last[index] for index in sorted(last)]
         return answers if is_several(request) else answers[0] if answers else None
 
-    async def _tokenized(self, request: GenerateRequest) -> GenerateCall:
-        """Raises RequestError for whatever cannot run."""
-        if (request.text is None) == (request.input_ids is None):
-            raise RequestError(400, "give either text or input_ids")
-        try:
-            check_limits(request, self.args)
-            texts = [request.text] if isinstance(request.text, str) else request.text or []
-            if sum(map(len, texts)) > LONG_TEXT:
-                return await asyncio.to_thread(self._call, request)
-            return self._call(request)
-        except ValueError as error:
-            raise RequestError(400, str(error)) from None
-
-    def _call(self, request: GenerateRequest) -> GenerateCall:
-        logprobs = LogprobOptions.of(
-            request.return_logprob, request.logprob_start_len, request.top_logprobs_num, request.token_ids_logprob,
-            request.return_text_in_logprobs,
-        )  # fmt: skip
-        return GenerateCall.of(
-            self._intake, request.text, request.input_ids, request.sampling_params, logprobs, request.rid,
-            request.extra_key, request.priority, request.routing_key,
-        )  # fmt: skip
-
-    def _send(self, request: GenerateRequest, call: GenerateCall) -> list[InFlight]:
+    def _send(self, request: GenerateRequest, call: GenerateCall, continuation: Continuation | None) -> list[InFlight]:
         """All of a call, or nothing of it. Raises RequestError for an rid in use and a full queue."""
         for one in call.requests:
             if one.name in self._in_flight:
@@ -206,14 +192,20 @@ class TokenizerManager:
         mine = [
             InFlight(one.name or uuid4().hex, i, call, news, request.stream, now) for i, one in enumerate(call.requests)
         ]
-        for flying, one in zip(mine, call.requests, strict=True):
-            self._in_flight[flying.rid] = flying
-            self._scheduler.send(
-                TokenizedGenerate(
-                    flying.rid, one.ids, _changed(one.params), dict(one.words), request.stream, one.extra_key,
-                    one.priority, one.routing_key,
-                )
-            )  # fmt: skip
+        if continuation is not None:
+            mine[0].node = Node(mine[0].rid, call.requests[0].ids, mine[0].output_ids)
+            self.sessions.add(continuation, mine[0].node)
+            for rid in continuation.ended:
+                self._scheduler.send(Abort(rid))
+        wanted = [
+            TokenizedGenerate(
+                flying.rid, one.ids, changed(one.params), dict(one.words), request.stream, one.extra_key, one.priority,
+                one.routing_key,
+            )
+            for flying, one in zip(mine, call.requests, strict=True)
+        ]  # fmt: skip
+        self._scheduler.send(wanted[0] if len(wanted) == 1 else BatchTokenizedGenerate(wanted))
+        self._in_flight |= {flying.rid: flying for flying in mine}
         self.idle.clear()
         return mine
 
@@ -221,6 +213,8 @@ class TokenizerManager:
         """It has ended, or nobody waits for it any more; False if it was forgotten already."""
         if self._in_flight.pop(one.rid, None) is None:
             return False
+        if one.node:
+            one.node.finished = True
         if not self._in_flight:
             self.idle.set()
         log.request_ended(one)
@@ -334,14 +328,3 @@ class TokenizerManager:
                 return False
             await asyncio.sleep(0.01)
         return True
-
-
-def is_several(request: GenerateRequest) -> bool:
-    """Does a list come back?"""
-    batch = isinstance(request.text, list) or (bool(request.input_ids) and isinstance(request.input_ids[0], list))
-    params = request.sampling_params if isinstance(request.sampling_params, list) else [request.sampling_params or {}]
-    return batch or any((one.get("n") or 1) > 1 for one in params)
-
-
-def _changed(params: SamplingParams) -> dict[str, Any]:
-    return {name: value for name, default in _DEFAULTS.items() if (value := getattr(params, name)) != default}
