@@ -213,6 +213,7 @@ class Engine:
                 "schedule_policy": s.policy.name, "radix_eviction_policy": s.tree.eviction,
                 "max_total_num_tokens": s.pool.size, "free_tokens": s.pool.free_slots,
                 "evictable_tokens": s.tree.evictable_size, "protected_tokens": s.tree.protected_size,
+                "held_tokens": s.held_slots,
                 "waiting": len(s.waiting), "running": len(s.admitted),
                 "prompt_tokens": served, "cached_tokens": s.served["cached"],
                 "hit_rate": s.served["cached"] / served if served else 0.0,

@@ -299,7 +299,7 @@ class TPScheduler(SchedulerState):
     ) -> QueuedStep[Req]:
         """Have all ranks do it for `reqs`, and draw a token for each of `emitting`; `queued` moves the lengths on."""
         self.work["samplings"] += bool(emitting)
-        self.work["sampled"] += len(emitting)
+        self.work["sampled"] += sum(not req.probe for req in emitting)
         if self.trace:
             self.trace.task(task)
         try:

@@ -91,6 +91,13 @@ class SchedulerState:
     def step_number(self) -> int:
         return self.steps["prefill"] + self.steps["decode"]
 
+    @property
+    def held_slots(self) -> int:
+        """Slots that are neither free nor in the tree, counted at those who hold them and not by subtraction."""
+        requests = sum(req.allocated_len - req.prefix_len for req in self.admitted)
+        others = sum(len(pages) for more in self.more_owners for _, pages in more())
+        return requests + others * self.page_size
+
     def owners(self) -> Owners:
         """Everybody who owns pages; a page has one owner, and none has no owner (invariants.py)."""
         rows = self.req_to_token.req_to_token
