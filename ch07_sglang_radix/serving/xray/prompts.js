@@ -1,9 +1,14 @@
 // Requests that the page sends to the engine it shows: the prompt box, and the workloads whose trees are worth watching.
 
+import { fit, plain } from "./events.js";
+
+const $ = (id) => document.getElementById(id);
+const ANSWERS = 30;   // kept on the page
+
 const SAYS = ["\ue000", "\ue001", "\ue002"];   // where a chat template has system, user and assistant (router.py)
 
 // Fills a chat: turns are user, assistant, user, ...; without a template the words alone.
-export function chat(source, turns) {
+function chat(source, turns) {
   if (!source.chat) return [source.system ?? "", ...turns].filter(Boolean).join("\n") + "\n";
   const put = (text, words) => SAYS.reduce((filled, place, i) => filled.split(place).join(words[i] ?? ""), text);
   let text = put(source.chat.first, [source.system, turns[0]]);
@@ -12,7 +17,7 @@ export function chat(source, turns) {
 }
 
 // One request to /generate; the answer as it comes from there. Throws an Error with the server's own words.
-export async function generate(text, { most = 40, temperature = 0, key = "" } = {}) {
+async function generate(text, { most = 40, temperature = 0, key = "" } = {}) {
   const headers = { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
   const body = JSON.stringify({ text, sampling_params: { max_new_tokens: most, temperature } });
   const response = await fetch("generate", { method: "POST", headers, body });
@@ -29,7 +34,7 @@ const WORDS = ["all-gather", "all-reduce", "admission control", "arithmetic inte
 const pause = (ms) => new Promise((done) => setTimeout(done, ms));
 
 // send(turns, most) -> the answer's text. Each preset is a workload, and what to look at.
-export const PRESETS = {
+const PRESETS = {
   "shared prefix": {
     look: "Eight questions behind one long system prompt: its tokens are computed once, and every later request hangs on the same node.",
     async run(send) {
@@ -74,3 +79,47 @@ export const PRESETS = {
     },
   },
 };
+
+// Makes the prompt box and the buttons of the workloads work. poolTokens(): how large the engine's pool is.
+export function asking(source, poolTokens) {
+  const send = async (text, most) => {
+    const line = $("answers").insertBefore(document.createElement("li"), $("answers").firstChild);
+    while ($("answers").childElementCount > ANSWERS) $("answers").lastChild.remove();
+    line.textContent = "…";
+    try {
+      const answer = await generate(text, { most, temperature: Number($("temperature").value), key: $("key").value });
+      const { prompt_tokens, cached_tokens, completion_tokens } = answer.meta_info;
+      line.textContent = `${cached_tokens} of ${prompt_tokens} from the tree, ${completion_tokens} new: ${fit(plain(answer.text), 300)}`;
+      return answer.text;
+    } catch (error) {
+      line.textContent = error.message;
+      line.className = "gone";
+      throw error;
+    }
+  };
+  const most = () => Number($("most").value);
+  const sendChat = (turns, tokens = most()) => send(chat(source, turns), tokens);
+
+  $("as-chat-label").hidden = !source.chat;
+  $("ask").addEventListener("submit", (event) => {
+    event.preventDefault();
+    const words = $("prompt").value, asChat = source.chat && $("as-chat").checked;
+    send(asChat ? chat(source, [words]) : words, most()).catch(() => {});   // said in the list
+  });
+  $("prompt").addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    $("ask").requestSubmit();
+  });
+  $("chapters").replaceChildren(...Object.entries(PRESETS).map(([name, preset]) => {
+    const button = document.createElement("button");
+    button.textContent = name;
+    button.title = preset.look;
+    button.addEventListener("click", async () => {
+      button.disabled = true;
+      await preset.run(sendChat, poolTokens()).catch(() => {});   // said in the list
+      button.disabled = false;
+    });
+    return button;
+  }));
+}

@@ -1,11 +1,11 @@
 // The page: takes events from a running engine or a recording, keeps them all, and shows one moment. Time on the page is its own:
 // a recording and a live engine can both be stopped, taken step by step and gone back in; the engine does not wait for that.
 
-import { Recording, count, fit, happened, plain, some } from "./events.js";
+import { Recording, count, happened, plain, some } from "./events.js";
 import { Lanes, question } from "./lanes.js";
 import { sparkline, themeChanged } from "./paint.js";
 import { Pool, ownerOf, shares } from "./pool.js";
-import { PRESETS, chat, generate } from "./prompts.js";
+import { asking } from "./prompts.js";
 import { Tree, describe } from "./tree.js";
 
 const $ = (id) => document.getElementById(id);
@@ -176,18 +176,16 @@ function drawChapters() {
       tick.style.left = `${(100 * index) / last}%`;
       return tick;
     }));
-    $("chapters").replaceChildren(...recording.marks.map(([index, mark]) => button(mark, () => { view.playing = false; show(index); })));
+    $("chapters").replaceChildren(...recording.marks.map(([index, mark]) => {
+      const button = document.createElement("button");
+      button.textContent = mark;
+      button.addEventListener("click", () => { view.playing = false; show(index); });
+      return button;
+    }));
   }
   let current = -1;
   recording.marks.forEach(([index], i) => { if (index <= view.at) current = i; });
   [...$("chapters").children].forEach((one, i) => one.setAttribute("aria-pressed", String(i === current)));
-}
-
-function button(words, action) {
-  const made = document.createElement("button");
-  made.textContent = words;
-  made.addEventListener("click", action);
-  return made;
 }
 
 function drawStory(before, now) {
@@ -264,9 +262,8 @@ async function replay() {
 async function live() {
   $("ask-panel").hidden = false;
   $("save").hidden = false;
-  $("as-chat-label").hidden = !source.chat;
   $("speed").value = "0";
-  presets();
+  asking(source, () => recording.tail?.about.max_total_num_tokens ?? 0);
   for (;;) {
     try {
       await listen();
@@ -312,55 +309,6 @@ function about() {
     `schedule ${about.schedule_policy}`, `eviction ${about.radix_eviction_policy}`,
   ].join(" · ");
 }
-
-// --- asking (live)
-
-async function send(text, most) {
-  const line = $("answers").insertBefore(document.createElement("li"), $("answers").firstChild);
-  while ($("answers").childElementCount > 30) $("answers").lastChild.remove();
-  line.textContent = "…";
-  try {
-    const answer = await generate(text, { most, temperature: Number($("temperature").value), key: $("key").value });
-    const { prompt_tokens, cached_tokens, completion_tokens } = answer.meta_info;
-    line.textContent = `${cached_tokens} of ${prompt_tokens} from the tree, ${completion_tokens} new: ${fit(plain(answer.text), 300)}`;
-    return answer.text;
-  } catch (error) {
-    line.textContent = error.message;
-    line.className = "gone";
-    throw error;
-  }
-}
-
-const sendChat = (turns, most = Number($("most").value)) => send(chat(source, turns), most);
-
-function presets() {
-  const made = Object.entries(PRESETS).map(([name, preset]) => {
-    const start = button(name, async () => {
-      start.disabled = true;
-      $("story").textContent = preset.look;
-      try {
-        await preset.run(sendChat, recording.tail?.about.max_total_num_tokens ?? 0);
-      } catch { /* said in the list of answers */ }
-      start.disabled = false;
-    });
-    start.title = preset.look;
-    return start;
-  });
-  $("chapters").replaceChildren(...made);
-}
-
-$("ask").addEventListener("submit", (event) => {
-  event.preventDefault();
-  const words = $("prompt").value;
-  const text = source.chat && $("as-chat").checked ? chat(source, [words]) : words;
-  send(text, Number($("most").value)).catch(() => {});
-});
-$("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey) {
-    event.preventDefault();
-    $("ask").requestSubmit();
-  }
-});
 
 // --- buttons and keys
 
@@ -410,6 +358,12 @@ new ResizeObserver(drawSoon).observe($("tree-scroll"));
 new ResizeObserver(drawSoon).observe($("lanes-scroll"));
 new ResizeObserver(drawSoon).observe($("pool-box"));
 
-source = await (await fetch("xray/source")).json();
-requestAnimationFrame(tick);
-await (source.kind === "live" ? live() : replay());
+async function start() {
+  source = await (await fetch("xray/source")).json();
+  requestAnimationFrame(tick);
+  await (source.kind === "live" ? live() : replay());
+}
+
+start().catch((error) => badge("down", error.message));
+
+export { lanes, pool, recording, view };   // for whoever looks at the page from outside
