@@ -20,6 +20,7 @@ export function merged(state, change) {
 // Everything that was told, in order. Index i is a moment: 0 the first snapshot, i the state behind the i-th step.
 export class Recording {
   constructor() {
+    this.forgotten = 0;
     this.clear();
   }
 
@@ -31,7 +32,7 @@ export class Recording {
     this.totals = [];          // index -> {t, ...totals}
     this.marks = [];           // [index, chapter]
     this.tail = null;
-    this.seq = -1;
+    this.seq = null;
     this.lost = 0;
   }
 
@@ -74,6 +75,7 @@ export class Recording {
     const first = { type: "snapshot", version: VERSION, seq: this.events[count].seq, state: this.at(count) };
     const rest = this.events.slice(count + 1);
     this.clear();
+    this.forgotten += count;
     this.add(first);
     for (const event of rest) this.add(event);
   }

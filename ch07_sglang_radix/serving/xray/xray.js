@@ -242,8 +242,9 @@ function detail(now) {
 // --- where events come from
 
 function take(event) {
-  const following = view.at === recording.length - 1;
+  const following = view.at === recording.length - 1, forgotten = recording.forgotten;
   if (!recording.add(event)) return;
+  if (recording.forgotten > forgotten) view.at = Math.max(0, view.at - (recording.forgotten - forgotten));
   if (view.at < 0) show(0);
   else if (!following || !view.playing) drawSoon();
 }
@@ -280,6 +281,7 @@ async function listen() {
   const response = await fetch("xray/events", { headers: key ? { Authorization: `Bearer ${key}` } : {} });
   if (!response.ok) throw new Error(response.status === 401 ? "a key is needed: type it below" : `the server says ${response.status}`);
   badge("live", "");
+  recording.seq = null;   // whatever snapshot comes now is news
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
@@ -323,8 +325,9 @@ for (const [id, action] of Object.entries(actions)) $(id).addEventListener("clic
 $("scrub").addEventListener("input", () => { view.playing = false; show(Number($("scrub").value)); });
 const KEYS = { Home: "first", ArrowLeft: "back", " ": "play", ArrowRight: "next", End: "last" };
 document.addEventListener("keydown", (event) => {
-  const busy = event.target.closest?.("input, textarea, select, button, [role=region]");
-  if (!KEYS[event.key] || (busy && busy.id !== "scrub" && busy.tagName !== "SECTION") || event.ctrlKey || event.altKey || event.metaKey) return;
+  const inside = (selector) => event.target.closest?.(selector);
+  const hasItsOwn = inside("textarea, select, [role=region], input:not([type=range]):not([type=checkbox])") || (event.key === " " && inside("button"));
+  if (!KEYS[event.key] || hasItsOwn || event.ctrlKey || event.altKey || event.metaKey) return;
   event.preventDefault();
   actions[KEYS[event.key]]();
 });
