@@ -91,11 +91,11 @@ class SchedulerProcess:
         """A step, if there is one to do, and what has come of it and of aborts; False if there is nothing more to do."""
         busy = False
         if not self.paused or self.steps_asked_for:
-            self.steps_asked_for = max(0, self.steps_asked_for - 1)
             self.teller.begin()
             self.working = True
             busy = self.scheduler.step()
             self.working = False
+            self.steps_asked_for = max(0, self.steps_asked_for - 1) if busy else 0
         self.give_out()
         self.teller.turn()
         return busy
