@@ -31,12 +31,12 @@ class Stream(NamedTuple):
 
 
 def main() -> None:
-    with served("--single-process", "--log-level", "error") as (url, _):
+    with served("--single-process") as (url, _):
         heading("Three tokens in both forms: the bodies as they come")
         for path, body in asked(3).items():
             print(f"  POST {path}")
-            for line in raw(url, path, body).decode().split("\n\n"):
-                print(f"    {line[:110]}{'...' if len(line) > 110 else ''}" if line else "", end="\n" if line else "")
+            for line in raw(url, path, body).decode().split():
+                print(f"    {line if len(line) <= SHOWN else line[:24] + ' ... ' + line[29 - SHOWN :]}")
 
         heading("Bytes of an answer of n tokens")
         streams = {n: [ask(url, path, body) for path, body in asked(n).items()] for n in LENGTHS}

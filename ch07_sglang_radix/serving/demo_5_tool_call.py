@@ -52,7 +52,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         recites(Path(folder))
         tokenizer = Tokenizer(folder)
-        with served("--single-process", "--log-level", "error", "--model-path", folder, "--served-model-name", "recites") as (url, _):
+        with served("--single-process", "--model-path", folder, "--served-model-name", "recites") as (url, _):
             asyncio.run(there_and_back(url, tokenizer))
 
 

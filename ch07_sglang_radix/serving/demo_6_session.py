@@ -26,7 +26,7 @@ HALF = {"max_new_tokens": 10, "ignore_eos": True}  # an answer that its length c
 
 
 def main() -> None:
-    with served("--single-process", "--log-level", "error", "--page-size", "1") as (url, _):
+    with served("--single-process", "--page-size", "1") as (url, _):
         asyncio.run(tell(url))
 
 
