@@ -5,7 +5,7 @@ Names are SGLang's where SGLang has the thing; `OURS` lists what it has not.
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from ch07_sglang_radix.server_args import ELSEWHERE, ServerArgs
@@ -117,29 +117,27 @@ def parse_args(argv: Sequence[str]) -> HttpArgs:
     known = [one.name for owner in (ServerArgs, HttpArgs) for one in fields(owner)]
     if unknown and not names:
         raise ValueError(f"{unknown[0]!r} belongs to no flag")
-    refuse_unknown("flag", [f"--{name.replace('_', '-')}" for name in names], [], _hints(names, known))
+    refuse_unknown("flag", list(map(_flag, names)), list(map(_flag, known)), _hints(names))
     values = vars(given)
     server = {one.name: values.pop(one.name) for one in fields(HttpArgs) if one.name in values}
     return HttpArgs(engine=ServerArgs.of({"log_level": "info"} | values), **server)
 
 
-def _add(group: argparse._ArgumentGroup, one: Any) -> None:
-    kinds = {"int": int, "float": float, "str": str}
-    said = str(one.type if isinstance(one.type, str) else getattr(one.type, "__name__", one.type))
-    name = "--" + one.name.replace("_", "-")
-    shown = "" if one.default in (None, False, ()) else f"default {one.default}"
-    if "bool" in said:
+def _add(group: argparse._ArgumentGroup, one: Field) -> None:
+    kind, name = str(one.type), _flag(one.name)
+    if "bool" in kind:
         group.add_argument(name, action="store_true", default=argparse.SUPPRESS)
-    elif "tuple" in said:
+    elif "tuple" in kind:
         group.add_argument(name, nargs="*", default=argparse.SUPPRESS)
     else:
-        kind = next((kinds[word] for word in ("int", "float") if word in said), str)
-        group.add_argument(name, *ALIASES.get(one.name, ()), type=kind, default=argparse.SUPPRESS, help=shown)
+        read = int if "int" in kind else float if "float" in kind else str
+        said = "" if one.default is None else f"default {one.default}"
+        group.add_argument(name, *ALIASES.get(one.name, ()), type=read, default=argparse.SUPPRESS, help=said)
 
 
-def _hints(names: Sequence[str], known: Sequence[str]) -> dict[str, str]:
-    return {
-        f"--{name.replace('_', '-')}": f"it is SGLang's, not here: {NOT_HERE[name]}"
-        for name in names
-        if name in NOT_HERE
-    }
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _hints(names: Sequence[str]) -> dict[str, str]:
+    return {_flag(name): f"it is SGLang's, not here: {NOT_HERE[name]}" for name in names if name in NOT_HERE}

@@ -84,10 +84,10 @@ class SchedulerProcess:
                 busy = False
                 self.give_out()  # aborted ones
                 continue
-            self.steps_asked_for = max(0, self.steps_asked_for - 1)
             self.working = True
             busy = self.scheduler.step()
             self.working = False
+            self.steps_asked_for = max(0, self.steps_asked_for - 1) if busy else 0
             self.give_out()
         if self.texts:
             self.texts.send(Leave())
