@@ -6,7 +6,8 @@
 It is a real Llama folder, and the whole engine runs. Its one layer adds nothing (its weights are zero), so the last hidden
 state is the normalised embedding of the last token, and the LM head, which is not tied, is a table of who comes next:
 `lm_head[b] += 8 * embed[a]` for each token a of the text and the one behind it, b. No token can stand in the text twice,
-as nothing but the last token is known. Every token that is not in the text leads to its first, so any prompt starts it.
+as nothing but the last token is known. Every token that is not in the text leads to its first, so a prompt starts it; one
+that ends in a token of the text goes on from there.
 """
 
 import json
@@ -58,12 +59,13 @@ A call is {"name": ..., "arguments": ...} in <tool_call></tool_call>.<|im_end|>
 
 def scripted_checkpoint(
     folder: Path, script: str | Sequence[int], tokenizer_folder: str | Path, *, chat_template: str = CHAT_TEMPLATE,
-    max_position_embeddings: int = 2048,
+    prompt_end: str = "\n", max_position_embeddings: int = 2048,
 ) -> list[int]:  # fmt: skip
     """Write the folder; returns the token ids of the answer: the script's and the one that ends it.
 
     A text may repeat itself: what would be a token for the second time becomes, with what stands before it, a new token
-    of the folder's tokenizer. Token ids are taken as they are, where the cut matters (half a character).
+    of the folder's tokenizer. So does prompt_end, a token with which prompts end: after it the script begins.
+    Token ids are taken as they are, where the cut matters (half a character).
 
     Raises ValueError for an empty script, a token that comes twice, and a tokenizer that names no end token or cannot
     write the text.
@@ -71,7 +73,7 @@ def scripted_checkpoint(
     hf = Tokenizer(tokenizer_folder).hf
     if hf.eos_token_id is None:
         raise ValueError(f"{tokenizer_folder}: its tokenizer names no token that ends an answer (eos_token)")
-    ids = _tokens(hf, script) if isinstance(script, str) else list(script)
+    ids = _tokens(hf, script, prompt_end) if isinstance(script, str) else list(script)
     if not ids:
         raise ValueError("the script is empty: there is nothing to recite")
     ids.append(hf.eos_token_id)
@@ -130,15 +132,16 @@ def _weights(ids: list[int], vocab_size: int, config: dict[str, Any]) -> dict[st
 # --- a text in tokens of which none comes twice
 
 
-def _tokens(hf: PreTrainedTokenizerFast, script: str) -> list[int]:
+def _tokens(hf: PreTrainedTokenizerFast, script: str, prompt_end: str) -> list[int]:
     """The script's ids; adds tokens to the tokenizer."""
-    pieces: list[tuple[str, list[int]]] = []  # a text and its tokens; none if it is to become one
+    pieces: list[tuple[str, list[int]]] = [(prompt_end, hf.encode(prompt_end, add_special_tokens=False))]
     for piece, ids in _whole_characters(hf, script):
         text = piece
         used = {token for _, tokens in pieces for token in tokens}
-        while text in {before for before, _ in pieces}:
+        while len(pieces) > 1 and text in {before for before, _ in pieces}:
             text = pieces.pop()[0] + text
         pieces.append((text, ids if text == piece and used.isdisjoint(ids) else []))
+    pieces = pieces[1:]
     hf.add_tokens([AddedToken(text, normalized=False) for text, ids in pieces if not ids])
     found = [token for text, ids in pieces for token in ids or [hf.convert_tokens_to_ids(text)]]
     if hf.decode(found) != script:

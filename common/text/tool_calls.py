@@ -207,13 +207,13 @@ def tool_call_grammar(
     """A Lark grammar, in llguidance's dialect, of answers that are calls.
 
     tools: {name: JSON schema of its arguments, or None if it has none}; a name may hold letters, digits, _ and -.
-    One call or, with `several`, any number from one; with `words` perhaps none, and any text around them.
+    One call or, with `several`, any number from one; with `words` perhaps none, and any text before and between them.
     Each schema keeps a root of its own, so that `$ref: "#/$defs/..."` means what its writer meant.
     """
     opening, closing = _quoted(OPEN + "\n"), _quoted("\n" + CLOSE)
     if words:
         lines = [
-            f"start: (opening call {closing}){'*' if several else '?'} WORDS",
+            f"start: (opening call {closing})* WORDS" if several else f"start: opening call {closing} | WORDS",
             f"opening[lazy]: WORDS {opening}",
             r"WORDS: /(.|\n)*/",
         ]
