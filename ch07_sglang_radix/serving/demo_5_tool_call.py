@@ -22,7 +22,7 @@ from common.text.tokenizer import Tokenizer
 from common.tiny_qwen import TINY_QWEN_PATH
 
 CALL = 'I look it up.\n<tool_call>\n{"name": "length_of", "arguments": {"wall": "长城", "unit": "km"}}\n</tool_call>'
-ANSWER = "It is 21,196 kilometres long."
+ANSWER = "The Great Wall is 21,196 kilometres long."
 TURN = "<|endoftext|>"  # ends the first answer; behind it the script goes on, so the template puts it where the second begins
 TEMPLATE = CHAT_TEMPLATE.removesuffix("{% endif %}") + (
     "{% if messages[-1].role == 'tool' %}" + TURN + "{% endif %}{% endif %}"
@@ -72,7 +72,7 @@ async def there_and_back(url: str, tokenizer: Tokenizer) -> None:
         check("finish_reason tells that it waits for a result", chunks[-1]["finish_reason"] == "tool_calls")
         mistake(
             "arguments taken for an object, and before they are whole",
-            wrong=parsed("".join(pieces[:-1])),
+            wrong=parsed("".join(pieces)[:-1]),
             right=parsed("".join(pieces)),
         )
 
@@ -84,7 +84,7 @@ async def there_and_back(url: str, tokenizer: Tokenizer) -> None:
         heading("4. The client runs it, and sends the conversation back")
         result = length_of(**json.loads(call["function"]["arguments"]))
         print(f"  length_of(**{call['function']['arguments']}) = {result}")
-        back = [QUESTION, message, {"role": "tool", "tool_call_id": call["id"], "content": json.dumps(result)}]
+        back = [QUESTION, message, {"role": "tool", "tool_call_id": call["id"], "content": json.dumps(result, ensure_ascii=False)}]
         show_text(tokenizer.render_chat([rendered(one) for one in back], tools=[TOOL]), last=9)
         _, second = await client.call("POST", CHAT, {"messages": back, "tools": [TOOL]})
         said, usage = second["choices"][0], second["usage"]

@@ -15,14 +15,14 @@ from common.distributed.launch import run_main
 from common.teaching.show import check, heading, mistake, table
 
 OPENING = "<|im_start|>user\nWhat is a radix cache?<|im_end|>\n<|im_start|>assistant\n"
-NEXT = "<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+NEXT = "\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 REQUESTS = {  # rid: (the one it continues, what is new)
     "a": (None, OPENING),
     "b": ("a", NEXT.format("Say that in Chinese.")),
     "c": ("a", NEXT.format("What is a page?")),
     "d": ("c", NEXT.format("And what is a slot?")),
 }
-HALF = {"max_new_tokens": 10, "ignore_eos": True}  # an answer that its length cuts, in the middle of a word
+DRAWN = {"temperature": 1.5, "min_new_tokens": 40, "max_new_tokens": 40}  # drawn, not the best: spelled as it comes
 
 
 def main() -> None:
@@ -44,8 +44,11 @@ async def tell(url: str) -> None:
         context = {rid: prompt + new for rid, (prompt, _, _, new) in ((rid, counts(one)) for rid, one in answers.items())}
         found = {rid: counts(one)[1] for rid, one in answers.items()}
         # the last token of an answer was never fed in: it has no K and V
-        check("each found all of the one that it continues, but its last token", all(found[r] == context[p] - 1 for r, (p, _) in REQUESTS.items() if p))
-        check("b and c, which both continue a, found the same", found["b"] == found["c"])
+        check(
+            "each found all of the one that it continues, but its last token",
+            all(found[rid] >= context[parent] - 1 for rid, (parent, _) in REQUESTS.items() if parent),
+        )
+        check("c found more: its new words begin as b's do", found["c"] > found["b"] == context["a"] - 1)
         held = (await client.call("GET", "/server_info"))[1]["evictable_tokens"]
         print(f"  {sum(context.values())} tokens of context in four requests; the radix tree holds {held} for all of them")
 
@@ -56,16 +59,34 @@ async def tell(url: str) -> None:
         check("the same prompt and the same answer, all of it computed again", again["text"] == answers["d"]["text"] and counts(again)[1] == 0)
 
         heading("The mistake: joining texts instead of ids")
-        first = await turn(client, session, "half", None, "A radix cache is", HALF)
-        rest = " and"
-        by_ids = await turn(client, session, "ids", "half", rest, HALF)
-        joined = "A radix cache is" + first["text"] + rest
-        ids = await post(client, "/tokenize", {"prompt": joined})
-        print(f"  the text: {joined!r}")
-        print(f"  its end in ids that were joined: {await tokens(client, first['output_ids'][-4:])}")
-        print(f"  and cut anew:                    {await tokens(client, ids['tokens'][-4:])}")
-        del by_ids
-        mistake("", 1, 2)
+        rid, text, at = await spelled_otherwise(client, session)
+        by_ids = await turn(client, session, "ids", rid, NEXT.format("Go on."))
+        by_text = await post(client, "/generate", {"text": OPENING + text + NEXT.format("Go on.")})
+        print(f"  an answer: {shortened(text)}")
+        print(f"  its text, cut into tokens again, has another token {at} than the model drew")
+        mistake(
+            "tokens of the next prompt that are found",
+            wrong=f"{counts(by_text)[1]} of {counts(by_text)[0]}, if the client sends all as text",
+            right=f"{counts(by_ids)[1]} of {counts(by_ids)[0]}, if the session joins ids",
+        )
+
+
+async def spelled_otherwise(client: Client, session: str) -> tuple[str, str, int]:
+    """Of some drawn answers the one whose text is first cut otherwise: (rid, text, which of its tokens differs)."""
+    found = []
+    for seed in range(24):
+        rid = f"drawn {seed}"
+        answer = await turn(client, session, rid, None, OPENING, DRAWN | {"sampling_seed": seed})
+        again = (await post(client, "/tokenize", {"prompt": answer["text"]}))["tokens"]
+        alike = [a == b for a, b in zip(answer["output_ids"], again, strict=False)]
+        if False in alike:
+            found.append((alike.index(False), rid, answer["text"]))
+    at, rid, text = min(found)
+    return rid, text, at
+
+
+def shortened(text: str) -> str:
+    return repr(text if len(text) <= 70 else text[:67] + "...")
 
 
 async def post(client: Client, path: str, body: dict[str, Any]) -> Any:
@@ -81,10 +102,6 @@ async def turn(
     wanted = {"id": session} | ({"rid": parent} if parent else {})
     body = {"text": text, "rid": rid, "session_params": wanted, "sampling_params": params or {"max_new_tokens": 60}}
     return await post(client, "/generate", body)
-
-
-async def tokens(client: Client, ids: list[int]) -> list[str]:
-    return (await post(client, "/detokenize", {"tokens": [[one] for one in ids]}))["text"]
 
 
 def counts(answer: dict[str, Any]) -> tuple[int, int, int, int]:
