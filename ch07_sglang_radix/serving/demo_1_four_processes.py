@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -71,7 +72,9 @@ def main() -> None:
         post(server, "/flush_cache", {})
         seen = server.clear()
         show(seen)
-        check("the scheduler answers main itself", [one.receiver for one in seen][-3:] == ["scheduler", "main", "client"])
+        check(
+            "the scheduler answers main itself", [one.receiver for one in seen][-3:] == ["scheduler", "main", "client"]
+        )
 
     heading("Bytes that are no message")
     row = encode(BatchStr(1, ["demo"], ["text"], [[5]], [None], [0], [], []))
@@ -122,7 +125,7 @@ def said(one: Seen) -> str:
 def where(seen: list[Seen]) -> None:
     """Which process had the request for how long. A message that has left one lies with the next."""
     spent: Counter[str] = Counter()
-    for one, following in zip(seen, seen[1:], strict=False):
+    for one, following in pairwise(seen):
         spent[one.receiver] += following.at - one.at
     total = sum(spent.values())
     parts = ", ".join(f"{who} {1e3 * spent[who]:.1f}" for who in ("main", "scheduler", "detokenizer"))

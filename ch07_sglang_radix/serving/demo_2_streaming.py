@@ -17,6 +17,7 @@ from common.teaching.show import check, heading, mistake, table
 
 PROMPT = "What is a radix cache?"
 LENGTHS = (8, 32, 128, 512)
+SHOWN = 112  # characters of an event
 
 
 class Stream(NamedTuple):
@@ -41,20 +42,36 @@ def main() -> None:
         heading("Bytes of an answer of n tokens")
         streams = {n: [ask(url, path, body) for path, body in asked(n).items()] for n in LENGTHS}
         rows = [
-            (n, one.size, one.sizes[0], one.sizes[-1], other.size, other.sizes[0], other.sizes[-2], one.size / other.size)
+            (
+                n,
+                one.size,
+                one.sizes[0],
+                one.sizes[-1],
+                other.size,
+                other.sizes[0],
+                other.sizes[-2],
+                one.size / other.size,
+            )
             for n, (one, other) in streams.items()
         ]
         table(("n", "cumulative", "first event", "last", "delta", "first event", "last", "times"), rows)
         texts = {n: (one.events[-1]["text"], joined(other)) for n, (one, other) in streams.items()}
         check("both say the same", all(whole == parts for whole, parts in texts.values()))
         cumulative, delta = streams[LENGTHS[-1]]
-        check("each cumulative text begins with the one before", all(b.startswith(a) for a, b in pairwise(texts_of(cumulative))))
+        check(
+            "each cumulative text begins with the one before",
+            all(b.startswith(a) for a, b in pairwise(texts_of(cumulative))),
+        )
         check("a delta's size does not depend on what came before", max(delta.sizes) < 2 * min(delta.sizes))
         check("a cumulative event's does", cumulative.sizes[-1] > 10 * cumulative.sizes[0])
 
         heading("Each read as if it were the other")
         first = streams[LENGTHS[0]]
-        mistake("cumulative events added up", wrong=shortened("".join(texts_of(first[0]))), right=shortened(texts[LENGTHS[0]][0]))
+        mistake(
+            "cumulative events added up",
+            wrong=shortened("".join(texts_of(first[0]))),
+            right=shortened(texts[LENGTHS[0]][0]),
+        )
         last = first[1].events[-2]["choices"][0]["text"]
         mistake("the last delta taken for the answer", wrong=repr(last), right=shortened(texts[LENGTHS[0]][1]))
 

@@ -7,13 +7,14 @@ token can end in the middle of a character, and a text can end in what may becom
 what was sent cannot be taken back.
 """
 
+from itertools import pairwise
+
 from ch07_sglang_radix.serving.channels import MemoryPipe
 from ch07_sglang_radix.serving.detokenizer_manager import DetokenizerManager
 from ch07_sglang_radix.serving.messages import BatchTokenIDs, Begin
 from ch07_sglang_radix.serving.scheduler_process import NOTHING
 from common.distributed.launch import run_main
 from common.teaching.show import check, heading, mistake, table
-from common.text.detokenizer import REPLACEMENT
 from common.text.tokenizer import Tokenizer
 from common.tiny_qwen import TINY_QWEN_PATH
 
@@ -26,7 +27,11 @@ def main() -> None:
 
     heading("Half a character")
     ids = tokenizer.encode_bare(WALL)
-    sent, alone, whole = spoken(tokenizer, ids, []), [tokenizer.decode([token]) for token in ids], growing(tokenizer, ids)
+    sent, alone, whole = (
+        spoken(tokenizer, ids, []),
+        [tokenizer.decode([token]) for token in ids],
+        growing(tokenizer, ids),
+    )
     rows = [
         (token, tokenizer.token_bytes(token).hex(" "), repr(one), repr(all_of[-8:]), repr(new) if new else "(waits)")
         for token, one, all_of, new in zip(ids, alone, whole, sent, strict=True)
@@ -35,8 +40,10 @@ def main() -> None:
     check("all that was sent is the text", "".join(sent) == WALL)
     check("some tokens sent nothing: their character was not whole", "" in sent)
     mistake("decoded token by token", wrong=repr("".join(alone)), right=repr("".join(sent)))
-    taken_back = sum(not b.startswith(a) for a, b in zip(whole, whole[1:], strict=False))
-    mistake("texts that take back what the last one showed, if all is decoded each time", wrong=str(taken_back), right="0")
+    taken_back = sum(not b.startswith(a) for a, b in pairwise(whole))
+    mistake(
+        "texts that take back what the last one showed, if all is decoded each time", wrong=str(taken_back), right="0"
+    )
 
     heading(f"Half a stop string, stop={STOP!r}")
     ids = tokenizer.encode_bare(TAGGED)

@@ -52,7 +52,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         recites(Path(folder))
         tokenizer = Tokenizer(folder)
-        with served("--single-process", "--model-path", folder, "--served-model-name", "recites") as (url, _):
+        flags = ("--single-process", "--model-path", folder, "--served-model-name", "recites")
+        with served(*flags) as (url, _):
             asyncio.run(there_and_back(url, tokenizer))
 
 
@@ -62,7 +63,8 @@ async def there_and_back(url: str, tokenizer: Tokenizer) -> None:
         show_text(tokenizer.render_chat([QUESTION], tools=[TOOL]))
 
         heading("2. The answer as it streams: words, then a call in pieces")
-        chunks = [chunk["choices"][0] async for chunk in client.events(CHAT, {"messages": [QUESTION], "tools": [TOOL], "stream": True})]
+        body = {"messages": [QUESTION], "tools": [TOOL], "stream": True}
+        chunks = [chunk["choices"][0] async for chunk in client.events(CHAT, body)]
         table(("chunk", "content", "tool_calls"), [(i, *columns(chunk)) for i, chunk in enumerate(chunks)])
         message = put_together(chunks)
         (call,) = message["tool_calls"]
@@ -84,13 +86,17 @@ async def there_and_back(url: str, tokenizer: Tokenizer) -> None:
         heading("4. The client runs it, and sends the conversation back")
         result = length_of(**json.loads(call["function"]["arguments"]))
         print(f"  length_of(**{call['function']['arguments']}) = {result}")
-        back = [QUESTION, message, {"role": "tool", "tool_call_id": call["id"], "content": json.dumps(result, ensure_ascii=False)}]
+        returned = {"role": "tool", "tool_call_id": call["id"], "content": json.dumps(result, ensure_ascii=False)}
+        back = [QUESTION, message, returned]
         show_text(tokenizer.render_chat([rendered(one) for one in back], tools=[TOOL]), last=9)
         _, second = await client.call("POST", CHAT, {"messages": back, "tools": [TOOL]})
         said, usage = second["choices"][0], second["usage"]
         print(f"  -> {said['message']['content']}")
         check("the model had the result before it, and answered", said["message"]["content"] == ANSWER)
-        check("no call in it: finish_reason is stop", said["finish_reason"] == "stop" and said["message"]["tool_calls"] is None)
+        check(
+            "no call in it: finish_reason is stop",
+            (said["finish_reason"], said["message"]["tool_calls"]) == ("stop", None),
+        )
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         print(f"  {cached} of its {usage['prompt_tokens']} prompt tokens came from the radix tree")
         check("the first round was not computed again", cached > usage["prompt_tokens"] / 2)
@@ -107,7 +113,8 @@ def recites(folder: Path) -> None:
 
 def columns(chunk: dict[str, Any]) -> tuple[str, str]:
     delta = chunk["delta"]
-    calls = [{key: value for key, value in one.items() if key not in ("id", "type")} for one in delta.get("tool_calls", ())]
+    hidden = ("id", "type")
+    calls = [{key: value for key, value in one.items() if key not in hidden} for one in delta.get("tool_calls", ())]
     content = repr(delta["content"]) if "content" in delta else ""
     return content, ", ".join(json.dumps(one, ensure_ascii=False) for one in calls)
 

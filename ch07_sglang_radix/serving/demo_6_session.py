@@ -2,8 +2,8 @@
 
     python ch07_sglang_radix/serving/demo_6_session.py
 
-A conversation with a second branch. The session keeps token ids and no K or V: each request's prompt is joined from ids, and the radix
-tree is asked for it like for any other. What it gives back is `cached_tokens`.
+A conversation with a second branch. The session keeps token ids and no K or V: each request's prompt is joined from ids,
+and the radix tree is asked for it like for any other. What it gives back is `cached_tokens`.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ async def tell(url: str) -> None:
             print(f"  {line}")
         rows = [(rid, parent or "", *counts(answers[rid])) for rid, (parent, _) in REQUESTS.items()]
         table(("request", "continues", "prompt", "of it from the tree", "computed", "answer"), rows)
-        context = {rid: prompt + new for rid, (prompt, _, _, new) in ((rid, counts(one)) for rid, one in answers.items())}
+        context = {rid: counts(one)[0] + counts(one)[3] for rid, one in answers.items()}
         found = {rid: counts(one)[1] for rid, one in answers.items()}
         # the last token of an answer was never fed in: it has no K and V
         check(
@@ -50,13 +50,15 @@ async def tell(url: str) -> None:
         )
         check("c found more: its new words begin as b's do", found["c"] > found["b"] == context["a"] - 1)
         held = (await client.call("GET", "/server_info"))[1]["evictable_tokens"]
-        print(f"  {sum(context.values())} tokens of context in four requests; the radix tree holds {held} for all of them")
+        print(f"  {sum(context.values())} tokens of context in four requests; the radix tree holds {held} for all")
 
         heading("The tree forgets, the session does not")
         await client.call("POST", "/flush_cache", {})
         again = await turn(client, session, "e", "c", NEXT.format("And what is a slot?"))
-        table(("request", "prompt", "of it from the tree"), [("d", *counts(answers["d"])[:2]), ("e, after /flush_cache", *counts(again)[:2])])
-        check("the same prompt and the same answer, all of it computed again", again["text"] == answers["d"]["text"] and counts(again)[1] == 0)
+        rows = [("d", *counts(answers["d"])[:2]), ("e, after /flush_cache", *counts(again)[:2])]
+        table(("request", "prompt", "of it from the tree"), rows)
+        check("the same prompt, all of it computed again", counts(again)[1] == 0)
+        check("and the same answer", again["text"] == answers["d"]["text"])
 
         heading("The mistake: joining texts instead of ids")
         rid, text, at = await spelled_otherwise(client, session)

@@ -25,7 +25,8 @@ import psutil
 from common.distributed.launch import run_main
 from common.teaching.show import check, heading, table
 
-LONG = {"text": "Tell me all.", "sampling_params": {"max_new_tokens": 1900, "ignore_eos": True}, "stream": True}
+MOST = 1900  # tokens of an answer
+LONG = {"text": "Tell me all.", "sampling_params": {"max_new_tokens": MOST, "ignore_eos": True}, "stream": True}
 PATIENCE_S = 120.0
 CHILDREN = {"serving.child": lambda command: command[-1], "rank_main": lambda command: "rank 1"}
 
@@ -55,7 +56,9 @@ class Life:
         self.processes = {"main": main}
         for child in main.children(recursive=True):
             command = child.cmdline()
-            self.processes |= {name(command): child for mark, name in CHILDREN.items() if any(mark in one for one in command)}
+            self.processes |= {
+                name(command): child for mark, name in CHILDREN.items() if any(mark in word for word in command)
+            }
         return self
 
     def get(self, path: str) -> tuple[int, Any]:
@@ -100,7 +103,9 @@ class Client:
     def last_words(self) -> str:
         """What the last event says, if it is an error."""
         events = [one for one in b"".join(self.events).decode().split("\n\n") if one.startswith('data: {"error"')]
-        return json.loads(events[-1].removeprefix("data: "))["error"]["message"] if events else "the connection breaks off"
+        if not events:
+            return "the connection breaks off"
+        return json.loads(events[-1].removeprefix("data: "))["error"]["message"]
 
 
 def main() -> None:
@@ -127,8 +132,9 @@ def client_leaves(life: Life) -> None:
     gone = time.perf_counter()
     after = life.get("/server_info")[1]
     tokens = after["steps"]["decode"] - before["steps"]["decode"]
-    print(f"  its request is gone after {1e3 * (gone - zero):.0f} ms, and was computed for {tokens} tokens more, of {LONG['sampling_params']['max_new_tokens']}")
-    check("all its pages are free or in the tree", after["free_tokens"] + after["evictable_tokens"] == after["max_total_num_tokens"])
+    print(f"  its request is gone after {1e3 * (gone - zero):.0f} ms, and {tokens} steps more, of {MOST}")
+    free_or_cached = after["free_tokens"] + after["evictable_tokens"]
+    check("all its pages are free or in the tree", free_or_cached == after["max_total_num_tokens"])
 
 
 def operator_stops(life: Life) -> Client:

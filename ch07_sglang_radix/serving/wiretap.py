@@ -39,7 +39,7 @@ LOOK_MS = 100  # how often the tap looks whether it shall end
 
 @dataclass(frozen=True)
 class Seen:
-    """at: seconds of time.perf_counter(). size: bytes of the message, of HTTP those of the body. message: decoded; of HTTP the body."""
+    """at: seconds of time.perf_counter(). size: in bytes, of HTTP that of the body. message: decoded; of HTTP the body."""
 
     at: float
     sender: str
@@ -65,7 +65,9 @@ class TappedProcesses(Processes):
             ("scheduler", "detokenizer"): (own["scheduler"] / "detokenizer", own["detokenizer"] / "detokenizer"),
             ("detokenizer", "main"): (own["detokenizer"] / "main", self.folder / "main"),
         }
-        self._lines = {self._socket(zmq.PULL, there): (who, self._socket(zmq.PUSH, here)) for who, (there, here) in ends.items()}
+        self._lines = {
+            self._socket(zmq.PULL, there): (who, self._socket(zmq.PUSH, here)) for who, (there, here) in ends.items()
+        }
         self._thread = threading.Thread(target=self._hand_on, name="tap", daemon=True)
         self._thread.start()
 

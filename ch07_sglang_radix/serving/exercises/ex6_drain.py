@@ -16,8 +16,8 @@ happens. The clock is an argument, and so nothing here waits.
     returns    the status that a request gets: 200 if it may run, else 503; None for any other event. `life` is changed
 
 At SIGTERM nothing new is taken, and those that run go on until they are done or the deadline has come (it has at
-now == deadline): exit code 0 either way, and at once if nothing runs. Who was cut off is told. A second SIGTERM ends now, with
-exit code 1, and so does a death. Whenever it ends, all that run are told, and no longer in "running". After the end nothing changes.
+now == deadline): exit code 0 either way, and at once if nothing runs. A second SIGTERM ends now, with exit code 1, and so does
+a death. Whenever it ends, all that still run are told, and no longer in "running". After the end nothing changes.
 """
 
 from typing import Any

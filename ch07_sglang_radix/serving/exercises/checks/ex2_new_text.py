@@ -27,7 +27,9 @@ def check(m: ModuleType) -> None:
         expect(f"{text!r}, a token a byte: all that was sent", "".join(pieces), text)
         expect(f"{text!r}, a token a byte: sent after each", pieces, as_soon_as_whole(text.encode()))
     want = ["The", *(word.replace("▁", " ") for word in WORDS[1:])]
-    expect("words that lose their space if they stand first: sent after each", sent(m, range(len(WORDS)), in_words), want)
+    expect(
+        "words that lose their space if they stand first: sent after each", sent(m, range(len(WORDS)), in_words), want
+    )
     decoder, ids = Decoder(in_bytes), LONG.encode()
     expect("a long answer: all that was sent", "".join(sent(m, ids, decoder)), LONG)
     most = 12 * len(ids)

@@ -28,5 +28,7 @@ def check(m: ModuleType) -> None:
         before = min(ends, default=13) - 1  # so many characters can come before a stop is complete
         sent = [int(ask(m.certain, whole[:n], stops)) for n in range(before + 1)]
         for n, size in enumerate(sent):
-            want = n - max((k for stop in stops for k in range(1, len(stop)) if whole[:n].endswith(stop[:k])), default=0)
+            want = n - max(
+                (k for stop in stops for k in range(1, len(stop)) if whole[:n].endswith(stop[:k])), default=0
+            )
             expect(f"characters of {whole[:n]!r} that may be sent, stops {stops}", size, want)

@@ -33,7 +33,14 @@ def check(m: ModuleType) -> None:
         said = f"tokens allowed behind {text!r} ({END} is the end, 9 and 11 are special tokens without a text)"
         expect(said, [i for i, yes in enumerate(got) if yes], sorted(ids))
         expect(f"a value for each token, behind {text!r}", len(got), len(VOCAB))
-    for bits in ([True, False, True], [False] * 31 + [True], [False] * 32 + [True], [True] * 64, [False] * 40, [True] * 33):
+    for bits in (
+        [True, False, True],
+        [False] * 31 + [True],
+        [False] * 32 + [True],
+        [True] * 64,
+        [False] * 40,
+        [True] * 33,
+    ):
         expect(f"bitmask of {said_bits(bits)}", list(ask(m.bitmask, bits)), packed(bits))
     rng = random.Random(0)
     for trial in range(40):
@@ -69,4 +76,6 @@ def packed(bits: Sequence[bool]) -> list[int]:
 
 
 def said_bits(bits: Sequence[bool]) -> str:
-    return f"{len(bits)} tokens, allowed {[i for i, yes in enumerate(bits) if yes][:3]}{' ...' if sum(bits) > 3 else ''}"
+    return (
+        f"{len(bits)} tokens, allowed {[i for i, yes in enumerate(bits) if yes][:3]}{' ...' if sum(bits) > 3 else ''}"
+    )

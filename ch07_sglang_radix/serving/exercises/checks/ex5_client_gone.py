@@ -10,7 +10,9 @@ LONG_S = 5.0  # nothing here takes so long, if it is right
 class Scene:
     """A client and a scheduler, both played. tokens: of the answer; None: nothing comes at this point, for ever."""
 
-    def __init__(self, tokens: list[str | None], leaves_after: int | None = None, send_fails: bool = False, breaks: bool = False):
+    def __init__(
+        self, tokens: list[str | None], leaves_after: int | None = None, send_fails: bool = False, breaks: bool = False
+    ):
         self.tokens, self.leaves_after, self.send_fails, self.breaks = tokens, leaves_after, send_fails, breaks
         self.sent: list[str] = []
         self.aborts = 0

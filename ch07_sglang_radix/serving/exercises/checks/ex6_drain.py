@@ -4,7 +4,7 @@ from typing import Any
 from common.teaching.expect import ask, expect
 
 PATIENCE = 30.0
-A, B = ("request", "a"), ("request", "b")
+A, B, C = ("request", "a"), ("request", "b"), ("request", "c")
 TERM, TICK = ("SIGTERM",), ("tick",)
 
 
@@ -15,9 +15,15 @@ def check(m: ModuleType) -> None:
     said = "SIGTERM while a and b run"
     life = play(m, said, (0, A, 200), (1, B, 200), (10, TERM, None))
     expect(f"{said}: life", life, a_life(ready=False, running=["a", "b"], deadline=40.0))
-    life = play(m, said, (0, A, 200), (1, B, 200), (10, TERM, None), (11, ("request", "c"), 503), (12, ("done", "a"), None), (39, TICK, None))
-    expect(f"{said}, c comes, a is done: life before the deadline", life, a_life(ready=False, running=["b"], deadline=40.0))
-    life = play(m, said, (0, A, 200), (1, B, 200), (10, TERM, None), (12, ("done", "a"), None), (13, ("done", "b"), None))
+    life = play(
+        m, said, (0, A, 200), (1, B, 200), (10, TERM, None), (11, C, 503), (12, ("done", "a"), None), (39, TICK, None)
+    )
+    expect(
+        f"{said}, c comes, a is done: life before the deadline", life, a_life(ready=False, running=["b"], deadline=40.0)
+    )
+    life = play(
+        m, said, (0, A, 200), (1, B, 200), (10, TERM, None), (12, ("done", "a"), None), (13, ("done", "b"), None)
+    )
     expect(f"{said}, both are done: life", life, a_life(ready=False, deadline=40.0, exit=0))
     for when in (40, 41):
         life = play(m, said, (0, A, 200), (1, B, 200), (10, TERM, None), (12, ("done", "a"), None), (when, TICK, None))
@@ -41,7 +47,10 @@ def check(m: ModuleType) -> None:
     expect("a death and nothing runs: exit code, running, who was told", ended(life), (1, [], []))
 
     said = "after the end"
-    life = play(m, said, (0, A, 200), (1, ("died", "scheduler"), None), (2, TERM, None), (3, B, 503), (99, TICK, None), (100, TERM, None))
+    death = ("died", "scheduler")
+    life = play(
+        m, said, (0, A, 200), (1, death, None), (2, TERM, None), (3, B, 503), (99, TICK, None), (100, TERM, None)
+    )
     expect(f"{said}: exit code, running, who was told", ended(life), (1, [], ["a"]))
 
 
