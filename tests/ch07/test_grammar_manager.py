@@ -7,21 +7,19 @@ import time
 from concurrent.futures import Future
 
 import jsonschema
-import numpy as np
 import pytest
 import regex
 import torch
-from llguidance import LLMatcher
-from llguidance.hf import from_tokenizer
 
-from ch07_sglang_radix import Engine, grammar_manager
+from ch07_sglang_radix import Engine
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.parallel_state import get_tensor_parallel
+from common.sampling import grammar
 from common.sampling.grammar import GrammarCompiler
 from common.sampling.params import SamplingParams
 from common.tiny_qwen import TINY_QWEN_PATH
-from tests.oracle import greedy, reference_model
+from tests.oracle import greedy, greedy_under_grammar, reference_model
 
 END = 3583
 PERSON = json.dumps({
@@ -56,30 +54,10 @@ def question(engine):
 
 @pytest.fixture(scope="module")
 def plain_loop(engine):
-    """(prompt, kind, grammar, new tokens) -> tokens: transformers, llguidance, and nothing of ours."""
-    tokens = from_tokenizer(engine.wrapper.tokenizer.hf, n_vocab=engine.wrapper.config.vocab_size, eos_token=END)
-    make = {
-        "json_schema": lambda text: LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_flexible": False}),
-        "regex": LLMatcher.grammar_from_regex,
-        "ebnf": LLMatcher.grammar_from_lark,
-    }
-
     def run(prompt, kind, written, n):
-        matcher, output = LLMatcher(tokens, make[kind](written)), []
-        while len(output) < n and output[-1:] != [END]:
-            with torch.inference_mode():
-                logits = reference_model(TINY_QWEN_PATH)(torch.tensor([[*prompt, *output]])).logits[0, -1]
-            bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-            allowed = np.unpackbits(bits, bitorder="little")[: len(logits)].astype(bool)
-            output.append(int(logits.masked_fill(torch.from_numpy(~allowed), -torch.inf).argmax()))
-            assert matcher.consume_token(output[-1])
-        return output
+        return greedy_under_grammar(TINY_QWEN_PATH, engine.wrapper.tokenizer.hf, prompt, kind, written, n)
 
     return run
-
-
-def text_of(engine, output_ids):
-    return engine.wrapper.tokenizer.decode([token for token in output_ids if token != END])
 
 
 # --- the answers
@@ -107,8 +85,8 @@ def on_each_rank(grammars, prompt):
     answers = []
     for overlap in (False, True):
         scheduler = TPScheduler(wrapper, overlap=overlap, check=True)
-        for grammar in grammars:
-            scheduler.add_request(input_ids=prompt, sampling_params=SamplingParams(max_new_tokens=40, grammar=grammar))
+        for one in grammars:
+            scheduler.add_request(input_ids=prompt, sampling_params=SamplingParams(max_new_tokens=40, grammar=one))
         answers.append([output.output_ids for output in scheduler.process_requests().values()])
     return answers, get_tensor_parallel().rank
 
@@ -320,7 +298,7 @@ def test_a_request_that_waits_for_its_grammar_can_be_aborted(engine, slow):
 
 
 def test_a_grammar_that_takes_too_long_ends_its_request(engine, slow, monkeypatch):
-    monkeypatch.setattr(grammar_manager, "SECONDS", 0.05)
+    monkeypatch.setattr(grammar, "SECONDS", 0.05)
     scheduler = engine.scheduler
     held, other = add(scheduler, ("regex", "slow forever")), add(scheduler)
     began, results = time.monotonic(), scheduler.process_requests()
