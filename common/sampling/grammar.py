@@ -289,4 +289,5 @@ def _executor() -> LLExecutor:
 
 def _line(message: str) -> str:
     """One line that can be printed, whatever of a grammar it quotes."""
+    message = message.replace("<non-verbose/>", "")  # llguidance's mark of what verbose_errors=False leaves out
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split())[:MESSAGE])

@@ -110,7 +110,7 @@ def some_schema(rng, depth=0):
         return {"type": "array", "items": some_schema(rng, depth + 1), "minItems": rng.randint(0, 1), "maxItems": 2}
     low = rng.randint(-50, 50)
     return {
-        "string": {"type": "string", "maxLength": rng.randint(0, 6)}, "boolean": {"type": "boolean"},
+        "string": {"type": "string", "maxLength": rng.randint(0, 24)}, "boolean": {"type": "boolean"},
         "integer": {"type": "integer", "minimum": low, "maximum": low + rng.randint(0, 200)}, "null": {"type": "null"},
         "enum": {"enum": ["tree", 7, None, "ja, 是"]}, "number": {"type": "number", "multipleOf": 0.5, "minimum": 0, "maximum": 9},
         "any": {"anyOf": [{"const": "rank"}, {"type": "string", "pattern": "^[a-f]{2,4}$"}]},
@@ -123,12 +123,12 @@ def test_twenty_of_twenty_random_schemas_are_obeyed_at_temperature_1(overlap):
     rng = random.Random(15)
     schemas = [some_schema(rng) for _ in range(20)]
     with Engine(
-        device="cpu", check=True, page_size=4, max_total_tokens=400, max_running_requests=12,
+        device="cpu", check=True, page_size=4, max_total_tokens=300, max_running_requests=16,
         disable_overlap_schedule=not overlap, chunked_prefill_size=64,
     ) as engine:  # fmt: skip
         engine.scheduler.new_token_ratio = engine.scheduler.init_new_token_ratio = 0.05  # admit too many
         params = [
-            {"max_new_tokens": 250, "temperature": 1.0, "json_schema": json.dumps(schema, ensure_ascii=i % 2 == 0)}
+            {"max_new_tokens": 160, "temperature": 1.0, "json_schema": json.dumps(schema, ensure_ascii=i % 2 == 0)}
             for i, schema in enumerate(schemas)
         ]
         answers = engine.generate(["Describe a page as JSON: "] * 20, params)
@@ -149,7 +149,7 @@ def test_n_answers_each_obey_the_grammar_in_their_own_way(engine, question, kind
 def test_an_answer_may_be_cut_by_its_length(engine, question):
     answer = engine.generate(input_ids=question, sampling_params={"max_new_tokens": 5, "json_schema": PERSON})
     assert answer["meta_info"]["finish_reason"] == {"type": "length", "length": 5}
-    assert answer["text"].startswith('{"name":')
+    assert answer["text"].startswith('{"name"')
 
 
 def test_a_stop_text_ends_it_earlier(engine, question):
@@ -354,7 +354,7 @@ def test_a_dead_matcher_ends_its_own_request(engine, question):
     ]
 
     def kill(step):
-        if step == 3:
+        if scheduler.running and len(scheduler.running[0].output_ids) == 2:
             scheduler.running[0].grammar.matcher.consume_token(END)
         return False
 
@@ -362,6 +362,7 @@ def test_a_dead_matcher_ends_its_own_request(engine, question):
     reason = results[rids[0]].finish_reason
     assert (reason["type"], reason["status_code"]) == ("abort", 500)
     assert "dead end" in reason["message"]
+    assert reason["message"].isprintable()
     assert results[rids[1]].finish_reason == {"type": "length", "length": 8}
 
 
