@@ -15,9 +15,8 @@ from llguidance import LLMatcher
 
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
+from common.sampling import grammar
 from common.sampling.grammar import GrammarCompiler
-
-SECONDS = 30.0  # for a grammar, with the time in line; the other ranks take a longer silence for a dead rank 0
 
 
 class GrammarManager:
@@ -36,7 +35,7 @@ class GrammarManager:
     def start(self, req: Req) -> None:
         """A request that is about to be queued; most have no grammar."""
         if req.params.grammar:
-            self._compiling[req] = self.compiler.start(*req.params.grammar), monotonic() + SECONDS
+            self._compiling[req] = self.compiler.start(*req.params.grammar), monotonic() + grammar.SECONDS
 
     def __call__(self, req: Req, matched: int) -> bool:
         return req not in self._compiling
@@ -51,7 +50,7 @@ class GrammarManager:
             if req.ended:  # aborted meanwhile
                 continue
             if not future.done():
-                refused.append((req, f"{req.params.grammar[0]} is not compiled after {SECONDS:g} s; simplify it"))
+                refused.append((req, grammar.too_slow(req.params.grammar[0])))
             elif error := future.exception():
                 refused.append((req, str(error)))
             else:

@@ -61,7 +61,9 @@ class ReplicatedScheduler(TPScheduler):
         if params.prompt_logprobs is not None:
             raise ValueError("log-probabilities of a prompt are not told by this design; use TPScheduler")
         if params.grammar:
-            raise ValueError("grammars are not in this design: the ranks do not agree on whose is compiled; use TPScheduler")
+            raise ValueError(
+                "grammars are not in this design: the ranks do not agree on whose is compiled; use TPScheduler"
+            )
         self._inbox.append({"text": text, "ids": ids, "params": asdict(params), **more})
         return self.num_requests + len(self._inbox) - 1
 

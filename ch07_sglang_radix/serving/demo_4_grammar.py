@@ -3,15 +3,16 @@
     python ch07_sglang_radix/serving/demo_4_grammar.py
 
 The bundled model knows nothing of JSON: it recites its glossary. Under a JSON schema it answers in JSON all the same, and
-its own taste is still seen where the schema leaves a choice. The engine runs as ever; afterwards its answer is walked again
-with a matcher of our own, token by token, to look at each mask. The model's own wish is its best token without the mask:
-log-probabilities are those of the model itself, so `top_logprobs_num=1` tells it.
+where the schema leaves a choice its own taste decides. The engine runs as ever; afterwards its answer is walked again with
+a matcher of our own, token by token, to look at each mask. What the model wanted is its best token without the mask: the
+log-probabilities that are told are those of the model itself, so `top_logprobs_num=1` brings it.
 
-Then the mistake that is made most often: the end token left out of the grammar's hands.
+Then the mistake that is made most often: the end token is left out of the grammar's hands.
 """
 
 import json
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,81 +33,74 @@ SCHEMA = {
     "required": ["kind", "shared", "why"],
     "additionalProperties": False,
 }
-YES_OR_NO = "(yes|no)( and (yes|no))?"
-SHOWN = 4  # of the allowed tokens
+AGREES = "(yes|no)(, and (yes|no))?"
+SHOWN = 3  # of the allowed tokens
+
+
+class Step(NamedTuple):
+    """One mask and what came of it: token ids."""
+
+    before: list[int]
+    allowed: list[int]
+    wanted: int
+    taken: int
 
 
 def main() -> None:
     with Engine(device="cpu") as engine:
-        tokenizer, config = engine.wrapper.tokenizer, engine.wrapper.config
+        config, tokenizer = engine.wrapper.config, engine.wrapper.tokenizer
         compiler = GrammarCompiler(tokenizer.hf, config.vocab_size, config.eos_token_ids)
         prompt = tokenizer.encode_chat([{"role": "user", "content": QUESTION}])
+        (end,) = config.eos_token_ids
 
-        heading(f"{QUESTION} Without a grammar")
+        heading("Without a grammar")
         print(f"  {engine.generate(input_ids=prompt, sampling_params={'max_new_tokens': 24})['text']!r}")
 
-        written = json.dumps(SCHEMA)
-        heading(f"Under a JSON schema: the mask of each step, of {config.vocab_size:,} tokens")
-        answer, walked = walk(engine, compiler, prompt, "json_schema", written)
-        print(f"  {answer['text']}")
-        value = json.loads(answer["text"])
-        forced = sum(step.allowed == 1 for step in walked)
-        check("it is JSON with the three names of the schema", list(value) == ["kind", "shared", "why"])
-        check(f"{forced} of {len(walked)} tokens were the only one allowed", 0 < forced < len(walked))
-        check("every token taken was allowed", all(step.taken_is_allowed for step in walked))
+        heading(f"Under a JSON schema: of {config.vocab_size:,} tokens, each step's mask allows")
+        text, steps = walk(engine, compiler, prompt, "json_schema", json.dumps(SCHEMA))
+        forced = sum(len(step.allowed) == 1 for step in steps)
         check(
-            "the end token was allowed at the end alone",
-            [step.end for step in walked] == [False] * (len(walked) - 1) + [True],
+            "the text is JSON, with the names of the schema in its order", list(json.loads(text)) == SCHEMA["required"]
+        )
+        check("every token that was taken was allowed", all(step.taken in step.allowed for step in steps))
+        check(f"{forced} of {len(steps)} steps left no choice", 0 < forced < len(steps))
+        may_end = [end in step.allowed for step in steps]
+        check(
+            "the end token was allowed in the last step, and in no other",
+            may_end == [False] * (len(steps) - 1) + [True],
         )
 
-        heading(f"Under a regular expression, {YES_OR_NO}")
-        answer, walked = walk(engine, compiler, prompt, "regex", YES_OR_NO)
-        print(f"  {answer['text']}")
-        check(
-            "the end token is allowed wherever the text is complete", any(s.end for s in walked[:-1]) or walked[-1].end
-        )
+        heading(f"Under the regular expression {AGREES}")
+        _, steps = walk(engine, compiler, prompt, "regex", AGREES)
+        complete = [tokenizer.decode(step.before) in ("yes", "no") for step in steps]
+        check("where the text is complete and may go on, the end is one of several", any(complete))
+        check("there and at its very end it is allowed", [end in s.allowed for s in steps[:-1]] == complete[:-1])
 
         heading("The mistake: a mask that leaves the end token alone")
-        bits, end = first_mask(compiler, config.vocab_size, written), config.eos_token_ids[0]
-        sloppy = {*bits, end}
+        first = allowed_tokens(compiler.mask(compiler.compiled("regex", AGREES), False), config.vocab_size)
+        shortest = {True: "''", False: "'no'"}
         mistake(
-            "tokens that may begin the answer, the end among them?",
-            wrong=f"{len(sloppy)}, and the answer may be empty" if end in sloppy else "",
-            right=f"{len(bits)}, and it begins with {tokenizer.decode([min(bits)])!r}" if end not in bits else "",
+            "the shortest answer that a model may give",
+            wrong=shortest[end in {*first, end}],
+            right=shortest[end in first],
         )
-
-
-class Step:
-    """One mask, and what became of it."""
-
-    def __init__(self, text: str, allowed: Sequence[int], end: int, wish: int, taken: int):
-        self.text, self.ids, self.allowed = text, allowed, len(allowed)
-        self.end, self.wish, self.taken = end in allowed, wish, taken
-        self.taken_is_allowed = taken in allowed
 
 
 def walk(
     engine: Engine, compiler: GrammarCompiler, prompt: list[int], kind: str, written: str
-) -> tuple[dict, list[Step]]:
+) -> tuple[str, list[Step]]:
     """The engine's answer, and each of its masks seen again."""
-    params = {"max_new_tokens": 80, kind: written}
+    params: dict[str, Any] = {"max_new_tokens": 80, kind: written}
     answer = engine.generate(input_ids=prompt, sampling_params=params, return_logprob=True, top_logprobs_num=1)
-    wishes = [best[0][1] for best in answer["meta_info"]["output_top_logprobs"]]
-    output, tokenizer = answer["output_ids"], engine.wrapper.tokenizer
-    mask = compiler.mask(compiler.start(kind, written).result(), after_thinking=False)
-    (end,), steps = engine.wrapper.config.eos_token_ids, []
-    for n, (wish, taken) in enumerate(zip(wishes, output, strict=True)):
+    wanted = [best[0][1] for best in answer["meta_info"]["output_top_logprobs"]]
+    mask, output = compiler.mask(compiler.compiled(kind, written), after_thinking=False), answer["output_ids"]
+    steps = []
+    for n, taken in enumerate(output):
         mask.read(output[:n])
-        allowed = allowed_tokens(mask, engine.wrapper.config.vocab_size)
-        steps.append(Step(tokenizer.decode(output[:n]), allowed, end, wish, taken))
-    table(
-        ("so far", "allowed", "such as", "the model wanted", "taken"),
-        [
-            (repr(step.text[-16:]), step.allowed, such_as(tokenizer, step.ids), word(tokenizer, step.wish), word(tokenizer, step.taken))
-            for step in steps
-        ],
-    )  # fmt: skip
-    return answer, steps
+        steps.append(Step(output[:n], allowed_tokens(mask, engine.wrapper.config.vocab_size), wanted[n], taken))
+    show(engine.wrapper.tokenizer, steps)
+    print(f"  {answer['text']}")
+    return answer["text"], steps
 
 
 def allowed_tokens(mask: GrammarMask, vocab_size: int) -> list[int]:
@@ -115,20 +109,17 @@ def allowed_tokens(mask: GrammarMask, vocab_size: int) -> list[int]:
     return np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little")[:vocab_size]).tolist()
 
 
-def first_mask(compiler: GrammarCompiler, vocab_size: int, written: str) -> set[int]:
-    return set(allowed_tokens(compiler.mask(compiler.start("json_schema", written).result(), False), vocab_size))
+def show(tokenizer: Tokenizer, steps: Sequence[Step]) -> None:
+    def word(token: int) -> str:
+        return tokenizer.special_text(token) or repr(tokenizer.token_text(token))
 
-
-def such_as(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """The longest of them say most."""
-    longest = sorted(ids, key=lambda token: -len(tokenizer.token_text(token)))[:SHOWN]
-    return " ".join(word(tokenizer, token) for token in longest) + (" ..." if len(ids) > SHOWN else "")
-
-
-def word(tokenizer: Tokenizer, token: int) -> str:
-    return (
-        repr(tokenizer.token_text(token))[1:-1] if tokenizer.special_text(token) else repr(tokenizer.token_text(token))
-    )
+    rows = []
+    for step in steps:
+        longest = sorted(step.allowed, key=lambda token: -len(tokenizer.token_text(token)))  # they say most
+        such_as = " ".join(map(word, longest[:SHOWN])) + (" ..." if len(longest) > SHOWN else "")
+        so_far = repr(tokenizer.decode(step.before)[-14:])
+        rows.append((so_far, len(step.allowed), such_as, word(step.wanted), word(step.taken)))
+    table(("so far", "allowed", "such as", "the model wanted", "taken"), rows)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ A model that is asked for JSON mostly writes JSON. A grammar (a JSON schema, a r
 makes it certain, whatever the model and the temperature, and needs no training: before each draw the logits of all tokens
 that cannot be continued to a valid text become -inf. What is left keeps its order and its ratios.
 
-    grammar   {"ok": true} or {"ok": false}, without spaces          so far   {"ok":t
-    allowed   r, ru, rue, rue}      a token is a piece of text: it may end inside a word, or reach beyond it
-    not       }, ruin, " true"
-    and       <|im_end|>            only where the text is complete; where nothing else may follow, it alone
+    grammar   {"ok":true} or {"ok":false}
+    so far    {"ok":         allowed: t, tr, true, true}, f, fa ...   a token may end inside a word, or reach beyond it
+                             not: trunk, " true", }, <|im_end|>
+    so far    {"ok":tr       allowed: ue}, if there is such a token. Where one text alone can follow, llguidance leaves the one
+                             token with which the tokenizer itself goes on, so that the model reads what it is used to
+    so far    {"ok":true}    allowed: <|im_end|>, and nothing else
 
 Three things are easy to get wrong:
 - The end token is a token like any other. Allowed too early, half an object comes out; never, and the answer must go on
@@ -29,6 +31,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotInTime
 from functools import cache
 from typing import Any, ClassVar
 
@@ -47,6 +50,7 @@ MAX_BYTES = 1 << 16  # of a grammar; compiling takes time and memory in proporti
 MAX_DEPTH = 64  # of brackets within brackets
 CACHED = 128  # grammars that stay compiled
 THREADS = 2  # that compile
+SECONDS = 30.0  # for a grammar, with its time in line
 STACK_BYTES = 1 << 28  # of each: the compiler calls itself for what is nested, and a full stack would end the process
 MESSAGE = 300  # characters of an error
 THINK_END = b"</think>"  # closes a thought: Qwen3, DeepSeek-R1 and most others
@@ -134,6 +138,13 @@ class GrammarCompiler:
                 self._compiled.popitem(last=False)  # who waits for it has it
             return self._compiled[key]
 
+    def compiled(self, kind: str, written: str) -> LLMatcher:
+        """`start`, for who waits here until it is done."""
+        try:
+            return self.start(kind, written).result(SECONDS)
+        except NotInTime:
+            raise ValueError(too_slow(kind)) from None
+
     def mask(self, matcher: LLMatcher, after_thinking: bool) -> "GrammarMask":
         """A request's own: of n answers with one grammar each is somewhere else in it."""
         return GrammarMask(matcher.deep_copy(), self.tokens, THINK_END if after_thinking else b"")
@@ -182,6 +193,10 @@ class GrammarCompiler:
                 future.set_result(job())
             except BaseException as error:
                 future.set_exception(error)
+
+
+def too_slow(kind: str) -> str:
+    return f"{kind} is not compiled after {SECONDS:g} s; make it simpler"
 
 
 def _start_thread(call: Callable[[], None]) -> None:
@@ -274,4 +289,5 @@ def _executor() -> LLExecutor:
 
 def _line(message: str) -> str:
     """One line that can be printed, whatever of a grammar it quotes."""
+    message = message.replace("<non-verbose/>", "")  # llguidance's mark of what verbose_errors=False leaves out
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split())[:MESSAGE])

@@ -7,21 +7,19 @@ import time
 from concurrent.futures import Future
 
 import jsonschema
-import numpy as np
 import pytest
 import regex
 import torch
-from llguidance import LLMatcher
-from llguidance.hf import from_tokenizer
 
-from ch07_sglang_radix import Engine, grammar_manager
+from ch07_sglang_radix import Engine
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.parallel_state import get_tensor_parallel
+from common.sampling import grammar
 from common.sampling.grammar import GrammarCompiler
 from common.sampling.params import SamplingParams
 from common.tiny_qwen import TINY_QWEN_PATH
-from tests.oracle import greedy, reference_model
+from tests.oracle import greedy, greedy_under_grammar, reference_model
 
 END = 3583
 PERSON = json.dumps({
@@ -56,30 +54,10 @@ def question(engine):
 
 @pytest.fixture(scope="module")
 def plain_loop(engine):
-    """(prompt, kind, grammar, new tokens) -> tokens: transformers, llguidance, and nothing of ours."""
-    tokens = from_tokenizer(engine.wrapper.tokenizer.hf, n_vocab=engine.wrapper.config.vocab_size, eos_token=END)
-    make = {
-        "json_schema": lambda text: LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_flexible": False}),
-        "regex": LLMatcher.grammar_from_regex,
-        "ebnf": LLMatcher.grammar_from_lark,
-    }
-
     def run(prompt, kind, written, n):
-        matcher, output = LLMatcher(tokens, make[kind](written)), []
-        while len(output) < n and output[-1:] != [END]:
-            with torch.inference_mode():
-                logits = reference_model(TINY_QWEN_PATH)(torch.tensor([[*prompt, *output]])).logits[0, -1]
-            bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-            allowed = np.unpackbits(bits, bitorder="little")[: len(logits)].astype(bool)
-            output.append(int(logits.masked_fill(torch.from_numpy(~allowed), -torch.inf).argmax()))
-            assert matcher.consume_token(output[-1])
-        return output
+        return greedy_under_grammar(TINY_QWEN_PATH, engine.wrapper.tokenizer.hf, prompt, kind, written, n)
 
     return run
-
-
-def text_of(engine, output_ids):
-    return engine.wrapper.tokenizer.decode([token for token in output_ids if token != END])
 
 
 # --- the answers
@@ -107,8 +85,8 @@ def on_each_rank(grammars, prompt):
     answers = []
     for overlap in (False, True):
         scheduler = TPScheduler(wrapper, overlap=overlap, check=True)
-        for grammar in grammars:
-            scheduler.add_request(input_ids=prompt, sampling_params=SamplingParams(max_new_tokens=40, grammar=grammar))
+        for one in grammars:
+            scheduler.add_request(input_ids=prompt, sampling_params=SamplingParams(max_new_tokens=40, grammar=one))
         answers.append([output.output_ids for output in scheduler.process_requests().values()])
     return answers, get_tensor_parallel().rank
 
@@ -132,7 +110,7 @@ def some_schema(rng, depth=0):
         return {"type": "array", "items": some_schema(rng, depth + 1), "minItems": rng.randint(0, 1), "maxItems": 2}
     low = rng.randint(-50, 50)
     return {
-        "string": {"type": "string", "maxLength": rng.randint(0, 6)}, "boolean": {"type": "boolean"},
+        "string": {"type": "string", "maxLength": rng.randint(0, 24)}, "boolean": {"type": "boolean"},
         "integer": {"type": "integer", "minimum": low, "maximum": low + rng.randint(0, 200)}, "null": {"type": "null"},
         "enum": {"enum": ["tree", 7, None, "ja, 是"]}, "number": {"type": "number", "multipleOf": 0.5, "minimum": 0, "maximum": 9},
         "any": {"anyOf": [{"const": "rank"}, {"type": "string", "pattern": "^[a-f]{2,4}$"}]},
@@ -145,12 +123,12 @@ def test_twenty_of_twenty_random_schemas_are_obeyed_at_temperature_1(overlap):
     rng = random.Random(15)
     schemas = [some_schema(rng) for _ in range(20)]
     with Engine(
-        device="cpu", check=True, page_size=4, max_total_tokens=400, max_running_requests=12,
+        device="cpu", check=True, page_size=4, max_total_tokens=300, max_running_requests=16,
         disable_overlap_schedule=not overlap, chunked_prefill_size=64,
     ) as engine:  # fmt: skip
         engine.scheduler.new_token_ratio = engine.scheduler.init_new_token_ratio = 0.05  # admit too many
         params = [
-            {"max_new_tokens": 250, "temperature": 1.0, "json_schema": json.dumps(schema, ensure_ascii=i % 2 == 0)}
+            {"max_new_tokens": 160, "temperature": 1.0, "json_schema": json.dumps(schema, ensure_ascii=i % 2 == 0)}
             for i, schema in enumerate(schemas)
         ]
         answers = engine.generate(["Describe a page as JSON: "] * 20, params)
@@ -171,7 +149,7 @@ def test_n_answers_each_obey_the_grammar_in_their_own_way(engine, question, kind
 def test_an_answer_may_be_cut_by_its_length(engine, question):
     answer = engine.generate(input_ids=question, sampling_params={"max_new_tokens": 5, "json_schema": PERSON})
     assert answer["meta_info"]["finish_reason"] == {"type": "length", "length": 5}
-    assert answer["text"].startswith('{"name":')
+    assert answer["text"].startswith('{"name"')
 
 
 def test_a_stop_text_ends_it_earlier(engine, question):
@@ -320,7 +298,7 @@ def test_a_request_that_waits_for_its_grammar_can_be_aborted(engine, slow):
 
 
 def test_a_grammar_that_takes_too_long_ends_its_request(engine, slow, monkeypatch):
-    monkeypatch.setattr(grammar_manager, "SECONDS", 0.05)
+    monkeypatch.setattr(grammar, "SECONDS", 0.05)
     scheduler = engine.scheduler
     held, other = add(scheduler, ("regex", "slow forever")), add(scheduler)
     began, results = time.monotonic(), scheduler.process_requests()
@@ -376,7 +354,7 @@ def test_a_dead_matcher_ends_its_own_request(engine, question):
     ]
 
     def kill(step):
-        if step == 3:
+        if scheduler.running and len(scheduler.running[0].output_ids) == 2:
             scheduler.running[0].grammar.matcher.consume_token(END)
         return False
 
@@ -384,6 +362,7 @@ def test_a_dead_matcher_ends_its_own_request(engine, question):
     reason = results[rids[0]].finish_reason
     assert (reason["type"], reason["status_code"]) == ("abort", 500)
     assert "dead end" in reason["message"]
+    assert reason["message"].isprintable()
     assert results[rids[1]].finish_reason == {"type": "length", "length": 8}
 
 

@@ -69,6 +69,7 @@ SCHEMA = {
     "type": "object",
     "properties": {"kind": {"enum": ["cache", "cat", "c"]}, "hit": {"type": "boolean"}, "page": {"enum": [1, 16, 160]}},
     "required": ["kind", "hit", "page"],
+    "additionalProperties": False,
 }
 EVERY_JSON = [
     json.dumps({"kind": kind, "hit": hit, "page": page}, separators=(",", ":"))
@@ -87,8 +88,12 @@ def walk(mask, tokenizer, texts, answer, may_follow, complete):
     """Along an answer, after each of its tokens."""
     sofar, output = "", []
     for token in [*tokenizer.encode_bare(answer), None]:
-        want = {t for t, text in texts.items() if may_follow(sofar + text)}
-        assert allowed(mask) == [want | ({END} if complete(sofar) else set())], sofar
+        want = {t for t, text in texts.items() if may_follow(sofar + text)} | ({END} if complete(sofar) else set())
+        (got,) = allowed(mask)
+        if got != want:  # one text alone can follow: its token is the tokenizer's own, not one of a shorter beginning
+            stretch = max((texts[t] for t in want), key=len)
+            assert all(stretch.startswith(texts[t]) for t in want), sofar
+            assert got == {tokenizer.encode_bare(stretch)[0]}, sofar
         if token is not None:
             output.append(token)
             mask.read(output)
@@ -123,7 +128,7 @@ def test_where_nothing_may_follow_the_end_token_is_the_only_one(mask, tokenizer)
 
 
 def test_every_end_token_of_the_model_may_end_it(tokenizer):
-    several = GrammarCompiler(tokenizer.hf, TOKENS, [END, END - 2])
+    several = GrammarCompiler(tokenizer.hf, VOCABULARY, [END, END - 2])
     one = several.mask(several.start("regex", "a").result(30), False)
     assert not allowed(one)[0] & {END, END - 2}
     one.read(tokenizer.encode_bare("a"))
@@ -147,11 +152,8 @@ def test_ids_that_only_pad_the_vocabulary_are_never_allowed(mask):
 
 def test_answers_of_one_grammar_are_in_different_places_of_it(mask, tokenizer):
     first, second = mask("regex", "ab+"), mask("regex", "ab+")
-    first.read(tokenizer.encode_bare("a"))
-    assert allowed(second, first) == [
-        {tokenizer.encode_bare("a")[0]} | allowed(mask("regex", "ab+"))[0],
-        allowed(first)[0],
-    ]
+    first.read(tokenizer.encode_bare("ab"))
+    assert allowed(second, first) == [*allowed(mask("regex", "ab+")), *allowed(mask("regex", "b*"))]
     assert allowed(first) != allowed(second)
 
 
@@ -290,7 +292,6 @@ def test_what_is_right_is_kept_as_it_was_written():
         ("json_schema", '{"$ref": "file:///etc/passwd"}', "json_schema cannot be compiled"),
         ("regex", "(", "regex cannot be compiled"),
         ("regex", "(?=a)b", "regex cannot be compiled"),
-        ("regex", "(a{1000}){1000}{1000}", "regex cannot be compiled"),
         ("ebnf", "start: nothing", "ebnf cannot be compiled"),
         ("ebnf", 'begin: "a"', "ebnf cannot be compiled"),
         ("ebnf", "\x00\u202e", "ebnf cannot be compiled"),
