@@ -71,7 +71,7 @@ def test_a_stream_begins_with_the_role_and_ends_with_the_reason(ask):
     deltas = [chunk.choices[0].delta for chunk in chunks[:-1]]
     assert (deltas[0].role, deltas[0].content) == ("assistant", "")
     assert all(delta.role is None for delta in deltas[1:])
-    assert all("reasoning_content" in delta.model_fields_set for delta in deltas)
+    assert all("reasoning_content" in delta.model_extra for delta in deltas)
     assert "".join(pieces(chunks, "content")) == "It rains."
     assert len(pieces(chunks, "content")) > 2
     reasons = [chunk.choices[0].finish_reason for chunk in chunks[:-1]]
