@@ -24,7 +24,7 @@ from common.tiny_qwen.phrasings import SYSTEM_PROMPT
 POOL, PAGE_SIZE, CHUNK = 704, 4, 128
 TERMS = [
     "all-gather", "all-reduce", "admission control", "arithmetic intensity", "prefill", "decode", "page table",
-    "pipeline bubble", "KV cache", "tensor parallelism", "gather", "broadcast",
+    "pipeline bubble", "KV cache", "tensor parallelism", "gather", "broadcast", "sampling", "waiting queue",
 ]  # fmt: skip
 
 
@@ -43,7 +43,7 @@ WORKLOADS = [
     Workload("shared prefix", [[
         "What is a radix cache?", "What is tensor parallelism?", "Explain continuous batching.",
         "What does chunked prefill mean?", "What is the KV cache?", "Define retraction.", "什么是全归约？",
-    ]], 5, 40),
+    ]], 4, 36),
     Workload("multi-turn", [
         ["What is a radix cache?"], ["Say that in Chinese."], ["Name two related terms."], ["What is prefill?"],
     ], 1, 32),
@@ -51,7 +51,7 @@ WORKLOADS = [
         ["What is a scheduler?"], ["Say that in Chinese.", "Name two related terms.", "What is a waiting queue?"],
         ["What is prefill?", "What is decode?"],
     ], 2, 28),
-    Workload("small pool", [[f"What is {term}?" for term in TERMS]], 3, 72, "Answer briefly.", True),
+    Workload("small pool", [[f"What is {term}?" for term in TERMS]], 1, 56, "Answer briefly.", True),
 ]  # fmt: skip
 
 

@@ -131,7 +131,8 @@ export function happened(before, now) {
     if (request.phase === "prefill") {
       const first = !was || was.phase === "queued";
       const found = first ? `${request.cached} of ${request.prompt} from the tree, ` : "";
-      told.push(["prefill", `${name} prefill: ${found}${request.new} computed`]);
+      const back = was?.phase === "retracted" ? " again" : "";
+      told.push(["prefill", `${name} prefill${back}: ${found}${request.new} computed`]);
     } else if (request.phase === "retracted" && was && was.phase !== "retracted") {
       told.push(["retracted", `${name} retracted: its ${some(was.own, "page")} go back, its ${some(request.out, "token")} of answer stay`]);
     } else if (request.phase === "done") {

@@ -4,8 +4,8 @@
 import { fit, plain } from "./events.js";
 import { color, font, requestColor, sized } from "./paint.js";
 
-const AXIS = 20, LABEL = 200, LABEL_NARROW = 74, NARROW = 620;
-const ROW = 19, LEAST_ROW = 9, COLUMN = 11, LEAST_COLUMN = 7;
+const AXIS = 20, LABEL = 200, LABEL_NARROW = 36, NARROW = 620;
+const ROW = 19, LEAST_ROW = 13, COLUMN = 11, LEAST_COLUMN = 7;
 
 export class Lanes {
   // pick(request id or null)
@@ -73,6 +73,7 @@ export class Lanes {
     context.textAlign = "center";
     context.fillStyle = color("on-color");
     context.fillText(String(id), 16, y + row / 2 + 0.5);
+    if (label === LABEL_NARROW) return;
     font(context, size);
     context.textAlign = "left";
     context.fillStyle = color("text");

@@ -32,7 +32,7 @@ BURST_S = 0.5  # so much of it at once: a small workload is told step by step
 MOST_CELLS = 2048  # of the grid: larger pools put several pages into a cell
 MOST_NODES = 800  # those used last, and the nodes above them; more cannot be read on any screen
 TEXT_TOKENS = 96  # of a node: a longer one shows its beginning and its end
-TAIL_TOKENS = 40  # of a prompt or an answer: its end is what tells it from others
+PROMPT_TOKENS, ANSWER_TOKENS = 40, 20  # shown of a request: the end, which tells it from others
 FREE, OTHER, REQUEST = 0, 1 << 31, 1 << 32  # owners of pages as numbers: a node's is its own, a request's REQUEST + rid
 
 
@@ -288,19 +288,18 @@ class Recorder:
     def _request(self, req: Req, phase: str, new: int) -> State:
         page_size = self.scheduler.page_size
         if req.rid not in self._says:
-            self._says[req.rid] = self._tail(req.prompt_ids)
+            self._says[req.rid] = self._tail(req.prompt_ids, PROMPT_TOKENS)
         held = req.row >= 0 and phase not in ("done", "aborted")
         return {
-            "phase": phase, "says": self._says[req.rid], "text": self._tail(req.output_ids),
+            "phase": phase, "says": self._says[req.rid], "text": self._tail(req.output_ids, ANSWER_TOKENS),
             "prompt": len(req.prompt_ids), "cached": req.cached_tokens or 0, "computed": req.kv_len, "new": new,
             "out": len(req.output_ids), "most": req.params.max_new_tokens,
             "own": (req.allocated_len - req.prefix_len) // page_size if held else 0,
             "why": self.scheduler.held.get(req.rid, "") if phase in ("queued", "retracted") else "",
         }  # fmt: skip
 
-    def _tail(self, ids: list[int]) -> str:
-        tokenizer = self.scheduler.wrapper.tokenizer
-        tail = ids[-TAIL_TOKENS:]
+    def _tail(self, ids: list[int], most: int) -> str:
+        tokenizer, tail = self.scheduler.wrapper.tokenizer, ids[-most:]
         # it may begin or end within a character
         return tokenizer.decode(tail).strip("\ufffd") if tokenizer else " ".join(map(str, tail))
 

@@ -108,7 +108,7 @@ function drawNumbers(now) {
   sparkline($("line-rate"), steps.map((i) => recording.rate(i)), "decode");
 }
 
-const KINDS = { protected: "protected", request: "a request's own", evictable: "evictable", free: "free" };
+const KINDS = { protected: "protected", request: "requests", evictable: "evictable", free: "free" };
 
 function drawPool(now) {
   const pages = shares(now), all = now.about.num_pages;
@@ -145,7 +145,7 @@ function drawSent(now) {
   $("sent").replaceChildren(...rows);
   const wire = now.sent.reduce((sum, row) => sum + row[4], 0), times = now.sent.reduce((sum, row) => sum + row[2], 0);
   const alone = now.about.ranks === 1 ? "one rank: nothing to send" : "nothing in this step";
-  $("sent-count").textContent = times ? `${some(times, "message")}, ${size(wire)} on the wire` : alone;
+  $("sent-count").textContent = times ? `${some(times, "message")}, ${size(wire)}` : alone;
 }
 
 const size = (bytes) => (bytes < 10000 ? `${count(bytes)} B` : bytes < 1e7 ? `${count(Math.round(bytes / 1024))} KiB` : `${(bytes / 1048576).toFixed(1)} MiB`);
@@ -157,7 +157,7 @@ function drawPlayer(now) {
   const mixed = now.now.kind === "several" ? "several steps" : now.now.kind;
   $("where").textContent = `step ${count(now.now.step)} · ${mixed} · ${now.now.t.toFixed(2)} s`;
   const running = view.playing && (source.kind === "live" || behind > 0);
-  $("play").textContent = running ? "⏸" : "▶";
+  $("play").classList.toggle("on", running);
   $("play").setAttribute("aria-label", running ? "pause" : "play");
   const lost = recording.lost ? `, ${some(recording.lost, "gap")}` : "";
   if (source.kind === "live" && !$("badge").classList.contains("down")) {

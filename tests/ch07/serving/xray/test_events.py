@@ -17,12 +17,10 @@ from ch07_sglang_radix.serving.xray.events import (
     step,
 )
 
-leaves = st.booleans() | st.integers() | st.text(max_size=3) | st.lists(st.integers(), max_size=2)
-names = st.sampled_from("abcde")
-states = st.recursive(
-    st.dictionaries(names, leaves, max_size=4),
-    lambda inner: st.dictionaries(names, leaves | inner, max_size=4),
-    max_leaves=12,
+leaves = st.sampled_from([0, 1, True, "", "a", [], [1], [2, 3]])
+flat = st.dictionaries(st.sampled_from("abcd"), leaves, max_size=3)
+states = st.dictionaries(
+    st.sampled_from("abcd"), leaves | flat | st.dictionaries(st.sampled_from("ab"), flat), max_size=4
 )
 
 

@@ -116,7 +116,7 @@ def ask(scheduler, random_, most=24):
     ids=["page_1", "page_4", "overlap", "mixed", "no_tree"],
 )
 def test_at_every_step_the_events_are_the_scheduler(page_size, settings):
-    scheduler = make(page_size, chunked_prefill_size=32, **settings)
+    scheduler = make(page_size, 160, chunked_prefill_size=32, **settings)
     scheduler.new_token_ratio = 0.1  # bold: so that requests must be sent back
     page, random_ = Page(), random.Random(page_size)
     recorder = Recorder(scheduler, page, share=1.0)
