@@ -1,5 +1,6 @@
 """The interfaces: LLM.generate, LLMEngine's loop, and what they refuse."""
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from ch06_tp_vllm import LLM, LLMEngine, SamplingParams
 from common.parallel_state import get_tensor_parallel
 from common.text.detokenizer import IncrementalDetokenizer
+from tests.common.models.files import rewrite
 from tests.oracle import greedy, some_prompts
 
 
@@ -350,6 +352,17 @@ def test_text_that_is_none_is_refused(llm):
 def test_the_engine_s_own_values(options, message):
     with pytest.raises(ValueError, match=message):
         LLMEngine(device="cpu", **options)
+
+
+def test_weights_that_are_not_finite_are_named_on_request(copy):
+    folder, pool = copy("qwen2"), {"device": "cpu", "num_gpu_blocks_override": 8}
+    rewrite(folder, lambda weights: weights["model.norm.weight"][3:5].fill_(math.nan))
+    with pytest.raises(ValueError, match=r"NaN or infinity as float32 in 1 tensors: model.norm.weight \(2 of 112\)"):
+        LLM(str(folder), check_finite=True, **pool)
+    with LLM(str(folder), **pool) as llm:
+        (output,) = llm.generate([[1, 2, 3]], params(2), use_tqdm=False)
+    assert output.outputs[0].finish_reason == "error"
+    assert "NaN or infinite" in output.outputs[0].stop_reason
 
 
 def test_after_shutdown_there_is_one_line(checkpoint):

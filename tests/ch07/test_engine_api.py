@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from ch07_sglang_radix import Engine
 from ch07_sglang_radix.tasks import PrefillTask
 from common.tiny_qwen import TINY_QWEN_PATH
+from tests.common.models.files import rewrite
 from tests.oracle import greedy
 
 
@@ -392,6 +394,27 @@ def test_bad_parameters_are_refused_before_anything_runs(engine, params, complai
         engine.generate(["What?", "Why?"], [{}, params])
     assert engine.scheduler.steps == steps
     at_rest(engine)
+
+
+def refusal(folder, options):
+    """What this rank says to them; None if it takes them."""
+    try:
+        Engine(str(folder), device="cpu", **options)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_weights_that_are_not_finite_are_named_on_request_by_all_ranks(copy, ranks):
+    folder = copy("qwen2")
+    assert ranks(2).run(refusal, folder, {"check_finite": True}) == [None, None]
+    rewrite(folder, lambda weights: weights["model.norm.weight"][3:5].fill_(math.inf))
+    both = ranks(2).run(refusal, folder, {"check_finite": True})
+    assert both[0] == both[1]
+    assert "NaN or infinity as float32 in 1 tensors: model.norm.weight (2 of 112)" in both[0]
+    with Engine(str(folder), device="cpu") as engine:
+        result = engine.generate(input_ids=[1, 2, 3], sampling_params={"max_new_tokens": 2})
+    assert "NaN or infinite" in result["meta_info"]["finish_reason"]["message"]
 
 
 def stream_and_follow(prompt):
