@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ch07_sglang_radix.eviction import pick_strategy
+from ch07_sglang_radix.schedule_policy import check_policy
 from common.request.intake import refuse_unknown
 from common.values import choice, flag, new_file, path, real, text, whole
 
@@ -112,6 +114,8 @@ class ServerArgs:
                 self._set(name, value)
         for name in ("device", "kv_cache_dtype", "schedule_policy", "radix_eviction_policy", "attention_backend"):
             self._set(name, text(name, getattr(self, name)))
+        check_policy(self.schedule_policy, self.disable_radix_cache)  # now, and not when the model is there
+        pick_strategy(self.radix_eviction_policy)
         self._set("dtype", text("dtype", self.dtype, none=True))
         self._set("dtype", HALF.get(self.dtype, self.dtype))
         choice("log_level", self.log_level, LEVELS)

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from ch07_sglang_radix import Engine
+from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tasks import PrefillTask
+from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.common.models.files import rewrite
 from tests.oracle import greedy
@@ -415,6 +417,29 @@ def test_weights_that_are_not_finite_are_named_on_request_by_all_ranks(copy, ran
     with Engine(str(folder), device="cpu") as engine:
         result = engine.generate(input_ids=[1, 2, 3], sampling_params={"max_new_tokens": 2})
     assert "NaN or infinite" in result["meta_info"]["finish_reason"]["message"]
+
+
+def scheduler_refusal(options):
+    wrapper = TPRadixAttentionModelWrapper(device="cpu", max_total_tokens=64)
+    try:
+        TPScheduler(wrapper, **options)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"schedule_policy": "lru"}, "schedule_policy='lru' is unknown; use fcfs"),
+        ({"radix_eviction_policy": "lpm"}, "radix_eviction_policy='lpm' is unknown; use lru"),
+        ({"schedule_policy": "shortest-prefill-first", "disable_radix_cache": True}, "needs the radix cache"),
+    ],
+)
+def test_what_rank_0_alone_uses_is_refused_by_all_ranks(options, complaint, ranks):
+    for both in (ranks(2).run(refusal, TINY_QWEN_PATH, options), ranks(2).run(scheduler_refusal, options)):
+        assert both[0] == both[1]
+        assert complaint in both[0]
 
 
 def stream_and_follow(prompt):
