@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -100,6 +101,21 @@ def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(engine, question):
     assert result["meta_info"]["completion_tokens"] < 30
     one = engine.generate(input_ids=question, sampling_params={"max_new_tokens": 30, "stop": whole[5:9]})
     assert one["text"] == whole[:5], "across tokens"
+
+
+@pytest.mark.parametrize("no_stop_trim", [False, True])
+def test_a_stop_pattern_cuts_where_its_match_begins_and_is_named_itself(engine, question, no_stop_trim):
+    """Inside a word, and with the space behind it: wherever tokens are cut."""
+    whole = engine.generate(input_ids=question, sampling_params={"max_new_tokens": 30})["text"]
+    pattern = re.escape(whole[6:8]) + r"\S*\s"
+    found = re.search(pattern, whole)
+    params = {"max_new_tokens": 30, "stop_regex": ["@@+", pattern], "no_stop_trim": no_stop_trim}
+    result = engine.generate(input_ids=question, sampling_params=params)
+    assert result["text"] == whole[: found.end() if no_stop_trim else found.start()]
+    assert result["meta_info"]["finish_reason"] == {"type": "stop", "matched": pattern}
+    assert result["meta_info"]["completion_tokens"] < 30
+    chunks = list(engine.generate(input_ids=question, sampling_params=params, stream=True))
+    assert all(result["text"].startswith(chunk["text"]) for chunk in chunks)
 
 
 def test_stop_strings_that_end_inside_a_character(engine):
