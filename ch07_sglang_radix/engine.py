@@ -48,7 +48,8 @@ class Engine:
             max_running_requests=args.max_running_requests, attention_backend=args.attention_backend,
             disable_cuda_graph=args.disable_cuda_graph, mem_fraction_static=args.mem_fraction_static,
             kv_cache_dtype=args.kv_cache_dtype, tokenizer_path=args.tokenizer_path,
-            skip_tokenizer_init=args.skip_tokenizer_init, context_length=args.context_length, tp=tp,
+            skip_tokenizer_init=args.skip_tokenizer_init, context_length=args.context_length,
+            check_finite=args.check_finite, tp=tp,
         )  # fmt: skip
         overlap = None if args.disable_overlap_schedule is None else not args.disable_overlap_schedule
         self._scheduler: TPScheduler | None = TPScheduler(
