@@ -20,6 +20,7 @@ control_plane.svg     <- control_plane.csv     torchrun --nproc_per_node=2 ch07_
 """
 
 import csv
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -399,8 +400,11 @@ def _control_plane_of(axis, rows):
         values = [float(row[phase]) for row in rows]
         axis.barh(range(len(rows)), values, left=left, color=colour, label=phase)
         left = [a + b for a, b in zip(left, values, strict=True)]
+    most = min(max(left), 4 * statistics.median(left))  # one step that waited long would make all the others invisible
     for y, (row, end) in enumerate(zip(rows, left, strict=True)):
-        axis.text(end, y, f" {row['control %']} % of {float(row['step']) / 1e3:,.1f} ms", va="center", fontsize=7)
+        said = f" {row['control %']} % of {float(row['step']) / 1e3:,.1f} ms"
+        cut = f" ... {end:,.0f} us:" if end > most else ""
+        axis.text(min(end, most), y, cut + said, va="center", fontsize=7)
     design = {"rank0": "rank 0 decides", "replicated": "every rank decides"}
     names = [
         f"{row['running']} running, context {int(row['context']):,}: {design[row['control plane']]}" for row in rows
@@ -409,7 +413,7 @@ def _control_plane_of(axis, rows):
     axis.invert_yaxis()
     axis.set_title(f"{rows[0]['model']}, {rows[0]['ranks']} ranks, {rows[0]['device']}, {rows[0]['date']}", fontsize=8)
     axis.tick_params(axis="x", labelsize=7)
-    axis.set_xlim(0, 1.3 * max(left))
+    axis.set_xlim(0, most)
     axis.spines[["top", "right"]].set_visible(False)
 
 
