@@ -54,7 +54,7 @@ class Admission:
                 s.held[req.rid] = answer.value
             if answer is Answer.FULL:
                 break
-            if answer is Answer.ADDED and first:
+            if answer is Answer.ADDED and first and not req.probe:
                 s.policy.admitted(req.kv_len, len(req.prompt_ids))
                 s.served["prompt"] += len(req.prompt_ids)
                 s.served["cached"] += req.kv_len

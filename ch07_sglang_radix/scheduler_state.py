@@ -70,7 +70,7 @@ class SchedulerState:
         self.init_new_token_ratio = min(INIT_NEW_TOKEN_RATIO * schedule_conservativeness, 1.0)
         self.new_token_ratio = self.init_new_token_ratio
         self.resumed: Req | None = None  # whose prompt the newest prefill step goes on with
-        self.held: dict[int, str] = {}  # who was asked for the newest prefill step and did not get in: later, full
+        self.held: dict[int, str] = {}  # who was asked for the newest prefill step and did not get in: Answer's words
 
         # decoding
         self.running: list[Req] = []
@@ -97,6 +97,13 @@ class SchedulerState:
     @property
     def step_number(self) -> int:
         return self.steps["prefill"] + self.steps["decode"]
+
+    @property
+    def held_slots(self) -> int:
+        """Slots that are neither free nor in the tree, counted at those who hold them and not by subtraction."""
+        requests = sum(req.allocated_len - req.prefix_len for req in self.admitted)
+        others = sum(len(pages) for more in self.more_owners for _, pages in more())
+        return requests + others * self.page_size
 
     def owners(self) -> Owners:
         """Everybody who owns pages; a page has one owner, and none has no owner (invariants.py)."""
