@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-all mutation chat lint tiny-qwen bench-cpu bench-cpu-real bench-gpu load-test notebooks figures clean
+.PHONY: setup demo test test-all mutation serve chat lint tiny-qwen bench-cpu bench-cpu-real bench-gpu load-test notebooks figures clean
 
 setup: .venv/installed
 
@@ -22,6 +22,9 @@ test-all: setup
 SAMPLE ?= 120
 mutation: setup
 	$(BIN)/python -m tests.mutation --sample $(SAMPLE)
+
+serve: setup
+	$(BIN)/python -m ch07_sglang_radix.launch_server
 
 chat: setup
 	$(BIN)/python -m ch07_sglang_radix.chat

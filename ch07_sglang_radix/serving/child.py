@@ -1,5 +1,6 @@
-"""A process of the server that main has started: python -m ch07_sglang_radix.serving.child, a line of JSON as its input.
+"""A process of the server that main has started: python -m ch07_sglang_radix.serving.child NAME, a line of JSON as its input.
 
+The name is for whoever reads `ps`; all that counts is in the line.
 Like the ranks that rank 0 starts (common/distributed/spawn.py, where it says why not multiprocessing): main says what to be
 and where the sockets are; the child ends with main, whatever becomes of main, and takes the socket files with it.
 """

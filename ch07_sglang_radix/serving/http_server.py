@@ -15,6 +15,7 @@ from ch07_sglang_radix.serving.control import control_router
 from ch07_sglang_radix.serving.io_struct import RequestError
 from ch07_sglang_radix.serving.metrics import Metrics, metrics_router
 from ch07_sglang_radix.serving.native import native_router
+from ch07_sglang_radix.serving.openai.routes import openai_router
 from ch07_sglang_radix.serving.responses import CLIENT_HAS_GONE, ClientHasGone, as_json
 from ch07_sglang_radix.serving.security import guarded
 from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
@@ -23,8 +24,10 @@ from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
 def make_app(manager: TokenizerManager) -> FastAPI:
     # no page that loads scripts from another host: /openapi.json is there, /docs is not
     app = FastAPI(title="ch07_sglang_radix", docs_url=None, redoc_url=None)
+    app.state.manager = manager
     app.include_router(native_router(manager))
     app.include_router(control_router(manager))
+    app.include_router(openai_router(manager))
     if manager.args.enable_metrics:
         metrics = Metrics(manager.args.served_model_name)
         metrics.connect(manager)

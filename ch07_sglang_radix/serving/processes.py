@@ -57,7 +57,7 @@ class Processes:
             "log_level": self.args.engine.log_level, "log_format": self.args.log_format,
         }  # fmt: skip
         child = subprocess.Popen(
-            [sys.executable, "-m", "ch07_sglang_radix.serving.child"], cwd=ROOT, stdin=subprocess.PIPE
+            [sys.executable, "-m", "ch07_sglang_radix.serving.child", who], cwd=ROOT, stdin=subprocess.PIPE
         )
         with child.stdin as pipe:
             pipe.write(json.dumps(job).encode())

@@ -1,14 +1,18 @@
 """Keys, origins and sizes, over the whole application; nothing behind the routes is needed for that."""
 
 import asyncio
+import re
+from pathlib import Path
 
 import httpx
 import pytest
 from starlette.routing import Route
 
+from ch07_sglang_radix.serving import security
 from ch07_sglang_radix.serving.channels import MemoryPipe
 from ch07_sglang_radix.serving.http_args import HttpArgs
 from ch07_sglang_radix.serving.http_server import make_app
+from ch07_sglang_radix.serving.io_struct import RequestError
 from ch07_sglang_radix.serving.security import PREFIXES, ROUTES, guard_of
 from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
 
@@ -26,10 +30,14 @@ def ask(application, path, method="GET", headers=None, content=None, base="http:
 
 
 def routes(application):
-    """(path, a method of it) of every route, mounted ones included."""
-    for route in application.routes:
+    """(path, a method of it) of every route, those of routers included."""
+    found = list(application.routes)
+    for route in found:
+        if inner := getattr(route, "original_router", None):  # FastAPI's way to include a router
+            found += inner.routes
+            continue
         assert isinstance(route, Route), "a mount needs a prefix in the table, and a line here"
-        yield route.path, next(iter(sorted(route.methods - {"HEAD", "OPTIONS"})))
+        yield route.path, min(route.methods - {"HEAD", "OPTIONS"})
 
 
 def test_every_route_stands_in_the_table():
@@ -77,8 +85,6 @@ def test_the_scheme_is_written_as_one_likes():
 
 
 def test_keys_are_compared_in_constant_time(monkeypatch):
-    from ch07_sglang_radix.serving import security  # noqa: PLC0415
-
     compared = []
     real = security.hmac.compare_digest
     monkeypatch.setattr(security.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))
@@ -142,21 +148,15 @@ def test_a_body_that_does_not_fit_says_where(body, said):
     manager_is_ready(application)
     answer = ask(application, "/generate", "POST", content=body)
     assert answer.status_code == 400
-    assert __import__("re").search(said, answer.json()["error"]["message"])
+    assert re.search(said, answer.json()["error"]["message"])
 
 
 def manager_is_ready(application):
     """Far enough for a body to be read."""
-    for route in application.routes:
-        for cell in getattr(route.endpoint, "__closure__", None) or ():
-            if isinstance(cell.cell_contents, TokenizerManager):
-                cell.cell_contents.state = "ready"
-                cell.cell_contents._prepare = _prepare
+    application.state.manager.state, application.state.manager._prepare = "ready", _prepare
 
 
 async def _prepare(request):
-    from ch07_sglang_radix.serving.io_struct import RequestError  # noqa: PLC0415
-
     raise RequestError(400, "give either text or input_ids")
 
 
@@ -171,3 +171,11 @@ def test_nothing_is_served_before_it_is_ready():
 def test_unknown_paths_and_methods_are_json_errors():
     assert ask(app(), "/nowhere").json() == {"error": {"message": "Not Found"}}
     assert ask(app(), "/generate", "DELETE").json() == {"error": {"message": "Method Not Allowed"}}
+
+
+def test_the_readme_s_table_is_the_table_of_the_code():
+    readme = (Path(security.__file__).parent / "README.md").read_text(encoding="utf-8")
+    table = re.search(r"<!-- routes -->(.*?)<!-- /routes -->", readme, re.DOTALL).group(1)
+    rows = dict(re.findall(r"^\| (\w+) \| (`.*`) \|$", table, re.MULTILINE))
+    told = {path: guard for guard, paths in rows.items() for path in re.findall(r"`(.*?)`", paths)}
+    assert told == ROUTES
