@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 import numpy as np
@@ -177,9 +177,8 @@ class Chat:
         except ValueError:
             raise ValueError(f"{value!r} is no number") from None
         params = self.params | {name: number}
-        self.model.ask(
-            self._said("hello"), params | {"max_new_tokens": 1}, Answer(), lambda: None
-        )  # refused now, not later
+        with suppress(_EnoughError):  # what is refused is refused now and not later
+            self.model.ask(self._said("hello"), params, Answer(), _enough)
         self.params = params
 
     def _said(self, text: str) -> Said:
@@ -212,6 +211,14 @@ class Chat:
                 self.say(f"  {name:22s} {value:,.3f}" if isinstance(value, float) else f"  {name:22s} {value:,}")
         if steps := info.get("steps"):
             self.say(f"  {'steps':22s} {steps['prefill']} prefill, {steps['decode']} decode")
+
+
+class _EnoughError(Exception):
+    """The answer has begun, so nothing was refused."""
+
+
+def _enough() -> None:
+    raise _EnoughError
 
 
 def _from_the_tree(answer: Answer) -> str:
@@ -247,9 +254,9 @@ def main() -> None:
 
 def talk(model: InProcess | OverHttp, where: str) -> None:
     """Line by line from standard input, to its end or /quit."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends an answer, not the program
     chat = Chat(model)
     print(f"{model.name} on {where}. /help lists the commands.")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends an answer, not the program
     while True:
         try:
             if not chat.line(input("> ")):

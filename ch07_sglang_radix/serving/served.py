@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 
 from ch07_sglang_radix.serving.http_client import Client
@@ -42,7 +43,12 @@ def served(*flags: str) -> Iterator[tuple[str, int]]:
         listener = threading.Thread(target=listen, args=(process.stderr,), daemon=True)
         listener.start()
         try:
-            url = address.result(START_S)
+            try:
+                url = address.result(START_S)
+            except FutureTimeout:
+                raise ValueError(
+                    f"the server has not said its address within {START_S:g} s (is --log-level info?)"
+                ) from None
             asyncio.run(_until_ready(url))
             yield url, process.pid
             process.terminate()

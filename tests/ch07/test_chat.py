@@ -88,7 +88,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat():
         done.stdin.write("/set max_new_tokens 1500\n/set min_new_tokens 1500\nWhat is a rank?\n")
         done.stdin.flush()
         seen = ""
-        while "ank" not in seen:  # the answer has begun
+        while not re.search(r"(> .*){3}\w", seen, re.DOTALL):  # behind the third prompt: the answer has begun
             seen += done.stdout.read(1)
         done.send_signal(signal.SIGINT)
         out, err = done.communicate("/new\n/set min_new_tokens 0\nWhat is a page?\n/quit\n", timeout=200)
@@ -111,6 +111,9 @@ class Serving(threading.Thread):
         self._loop.run_until_complete(self.server.__aenter__())
         self._ready.set()
         self._loop.run_forever()
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        self._loop.run_until_complete(asyncio.sleep(0))
 
     def __enter__(self):
         self.start()

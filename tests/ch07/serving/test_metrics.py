@@ -250,7 +250,7 @@ def series():
     return found
 
 
-@pytest.mark.parametrize(("panel", "expr"), expressions())
+@pytest.mark.parametrize(("panel", "expr"), list(expressions()))
 def test_every_query_of_the_dashboard_finds_what_it_asks_for(panel, expr, series):
     assert not unresolved(expr, series), f"{panel}: {expr}"
 

@@ -98,6 +98,12 @@ class Tab:
             time.sleep(0.05)
         return value
 
+    def point(self, selector: str) -> None:
+        """Move the mouse to the middle of an element."""
+        middle = f"(({{ x, y, width, height }}) => [x + width / 2, y + height / 2])(document.querySelector({json.dumps(selector)})"
+        x, y = self.run(f"{middle}.getBoundingClientRect())")
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
     def picture(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 

@@ -47,8 +47,10 @@ def live(**engine_args: Any) -> Iterator[tuple[Engine, str]]:
         thread.start()
         while not server.started:
             thread.join(0.02)
-        yield engine, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        loop.call_soon_threadsafe(feed.close)
-        server.should_exit = True
-        thread.join(20)
+        try:
+            yield engine, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        finally:
+            loop.call_soon_threadsafe(feed.close)
+            server.should_exit = True
+            thread.join(20)
         assert not thread.is_alive()
