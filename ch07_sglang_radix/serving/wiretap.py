@@ -25,9 +25,9 @@ import zmq
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ch07_sglang_radix.serving.channels import ipc
-from ch07_sglang_radix.serving.http_args import parse_args
+from ch07_sglang_radix.serving.http_args import bind, parse_args
 from ch07_sglang_radix.serving.http_server import make_app
-from ch07_sglang_radix.serving.launcher import bind, tokenizer_folder
+from ch07_sglang_radix.serving.launcher import tokenizer_folder
 from ch07_sglang_radix.serving.logs import set_up_logging
 from ch07_sglang_radix.serving.messages import AnyMessage, decode
 from ch07_sglang_radix.serving.processes import Processes
