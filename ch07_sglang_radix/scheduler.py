@@ -161,9 +161,8 @@ class TPScheduler(SchedulerState):
 
         words: AnswerText's arguments: what ends the answer, and how its text is made. extra_key: namespace of the radix tree.
         priority: for the schedule and the eviction policy of that name. name: the user's own, to abort it by.
-        routing_key: for the schedule policy of that name. shows_text: False if somebody else turns the tokens into text;
-        then only stop texts are looked for here. probe: it asks whether the engine lives, and is counted nowhere and cached
-        nowhere; one at a time.
+        routing_key: for the schedule policy of that name. shows_text: False if others turn tokens into text, and only stop
+        texts are looked for here. probe: does the engine live? Counted nowhere and cached nowhere; one at a time.
         """
         rid = PROBE if probe else self.num_requests
         self.num_requests += not probe
@@ -171,12 +170,11 @@ class TPScheduler(SchedulerState):
             seed = params.seed if params.seed is not None else int(uniform(self.seed, rid) * (1 << 24))
             ends = frozenset(params.stop_token_ids + self.wrapper.config.eos_token_ids)
             stops = frozenset(params.stop_token_ids) if params.ignore_eos else ends
-            words = words or {}
-            needs_text = shows_text or words.get("stop") or words.get("stop_regex")
+            needs_text = shows_text or any((words or {}).get(name) for name in ("stop", "stop_regex"))
             self.waiting.append(
                 Req(
                     rid, text, ids, params, seed, extra_key, priority, name, routing_key, probe, stops=stops, held_back=ends,
-                    text=AnswerText(self.wrapper.tokenizer if needs_text else None, ids, **words),
+                    text=AnswerText(self.wrapper.tokenizer if needs_text else None, ids, **(words or {})),
                     wanted=params.max_new_tokens,
                 )
             )  # fmt: skip
@@ -320,8 +318,10 @@ class TPScheduler(SchedulerState):
 
         Returns how many there were to end. A text is the user's own name of a request, and of all its n answers.
         """
-        ours = [r.rid for r in self.unfinished if rid in (r.rid, r.name) or (r.name or "").startswith(f"{rid}_")]
-        return sum(self.outcome.abort(one) for one in ours)
+        if not isinstance(rid, str):
+            return int(self.outcome.abort(rid))
+        ours = [r.rid for r in self.unfinished if r.name == rid or (r.name or "").startswith(f"{rid}_")]
+        return sum(map(self.outcome.abort, ours))
 
     def output_of(self, req: Req) -> RequestOutput:
         """What a request has so far; finish_reason is None while it runs."""

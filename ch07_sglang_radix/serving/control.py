@@ -77,7 +77,8 @@ def control_router(manager: TokenizerManager) -> APIRouter:
 
     # --- what an operator wants
 
-    @router.api_route("/flush_cache", methods=["GET", "POST"])
+    @router.post("/flush_cache")
+    @router.get("/flush_cache", include_in_schema=False)
     async def flush_cache() -> Response:
         done = await manager.flush_cache()
         said = "Cache flushed." if done else "Nothing flushed: requests are waiting or running."

@@ -30,7 +30,7 @@ class DetokenizerManager:
 
     def __init__(self, tokenizer: Tokenizer, inbox: Pull, main: Push):
         self.tokenizer, self.inbox, self.main = tokenizer, inbox, main
-        self.answers: dict[str, Shown] = {}  # that have not ended: one for each request that the scheduler has
+        self.answers: dict[int, Shown] = {}  # that have not ended: one for each request that the scheduler has
 
     def run(self) -> None:
         """Until the scheduler says that there is no more."""
@@ -39,21 +39,21 @@ class DetokenizerManager:
 
     def with_text(self, batch: BatchTokenIDs) -> BatchStr:
         texts = [
-            self._new_text(*one) for one in zip(batch.rids, batch.begins, batch.new_ids, batch.finished, strict=True)
+            self._new_text(*one) for one in zip(batch.tickets, batch.begins, batch.new_ids, batch.finished, strict=True)
         ]
         return BatchStr(
-            batch.step, batch.rids, texts, batch.new_ids, batch.finished, batch.cached_tokens, batch.logprobs,
+            batch.step, batch.tickets, texts, batch.new_ids, batch.finished, batch.cached_tokens, batch.logprobs,
             batch.prompt_logprobs,
         )  # fmt: skip
 
-    def _new_text(self, rid: str, begin: Begin | None, new_ids: list[int], finished: dict | None) -> str:
+    def _new_text(self, ticket: int, begin: Begin | None, new_ids: list[int], finished: dict | None) -> str:
         if begin is not None:
             text = AnswerText(self.tokenizer, begin.context, **begin.words)
-            self.answers[rid] = Shown(Answer(SamplingParams(), frozenset(), text))
-        shown = self.answers[rid]
+            self.answers[ticket] = Shown(Answer(SamplingParams(), frozenset(), text))
+        shown = self.answers[ticket]
         shown.answer.output_ids += new_ids
         if finished is not None:
-            del self.answers[rid]
+            del self.answers[ticket]
             shown.answer.end = as_end(finished)
         with suppress(
             ValueError

@@ -22,6 +22,7 @@ from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
 def make_app(manager: TokenizerManager) -> FastAPI:
     # no page that loads scripts from another host: /openapi.json is there, /docs is not
     app = FastAPI(title="ch07_sglang_radix", docs_url=None, redoc_url=None)
+    app.state.manager = manager
     app.include_router(native_router(manager))
     app.include_router(control_router(manager))
 

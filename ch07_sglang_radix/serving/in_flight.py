@@ -5,7 +5,9 @@ whoever is slow to look finds the newest state, not a queue of old ones.
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +30,7 @@ class News:
     def __init__(self):
         self._grown: dict[int, None] = {}  # in order, each once
         self._event = asyncio.Event()
+        self._look_at = time.monotonic() + LOOK_FOR_THE_CLIENT_S
 
     def put(self, index: int) -> None:
         self._grown[index] = None
@@ -35,15 +38,15 @@ class News:
 
     async def take(self, is_disconnected: Callable[[], Awaitable[bool]] | None) -> list[int]:
         """Waits until there is some; [] if the client has gone."""
-        while not self._event.is_set():
-            if is_disconnected is None:
-                await self._event.wait()
-                continue
-            try:
-                await asyncio.wait_for(self._event.wait(), LOOK_FOR_THE_CLIENT_S)
-            except asyncio.TimeoutError:
+        if is_disconnected is None:
+            await self._event.wait()
+        while not self._event.is_set() or (is_disconnected and time.monotonic() > self._look_at):
+            if time.monotonic() > self._look_at:
                 if await is_disconnected():
                     return []
+                self._look_at = time.monotonic() + LOOK_FOR_THE_CLIENT_S
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._event.wait(), LOOK_FOR_THE_CLIENT_S)
         grown, self._grown = list(self._grown), {}
         self._event.clear()
         return grown
@@ -51,8 +54,9 @@ class News:
 
 @dataclass(eq=False)
 class InFlight:
-    """One answer. index: which of its call's."""
+    """One answer. ticket: what messages call it; rid: what its user does. index: which of its call's."""
 
+    ticket: int
     rid: str
     index: int
     call: GenerateCall

@@ -9,7 +9,7 @@
       Event              <-------------  what wings want to hear of
       Hello              <-------------  and  <--------------------------   "I am ready", with VERSION
 
-A step of a hundred requests is one message and not a hundred: its lists are parallel, item i of each is about rids[i].
+A step of a hundred requests is one message and not a hundred: its lists are parallel, item i of each is about tickets[i].
 Only what is new travels, so that a message does not grow with the answer; whoever shows cumulative text adds it up.
 
 SGLang 0.5.23 has the same hops and batches (srt/managers/io_struct.py), and still pickles them unless
@@ -37,8 +37,12 @@ class Hello(Message):
 
 
 class TokenizedGenerate(Message):
-    """One answer that is wanted. params: SamplingParams' fields that differ from their defaults; words: AnswerText's."""
+    """One answer that is wanted. ticket: main's number for it, never used twice, where a user may use an rid again while the
+    last of an earlier request of that name is still on its way. params: SamplingParams' fields that differ from their
+    defaults; words: AnswerText's.
+    """
 
+    ticket: int
     rid: str
     input_ids: list[int]
     params: dict[str, Any]
@@ -61,7 +65,7 @@ class BatchTokenizedGenerate(Message):
 class Abort(Message):
     """End this one request: nobody waits for it any more. (What a user's rid means, with its n answers, is a Control's.)"""
 
-    rid: str
+    ticket: int
 
 
 class Control(Message):
@@ -94,7 +98,7 @@ class BatchTokenIDs(Message):
     """
 
     step: int
-    rids: list[str]
+    tickets: list[int]
     begins: list[Begin | None]
     new_ids: list[list[int]]
     finished: list[dict[str, Any] | None]
@@ -107,7 +111,7 @@ class BatchStr(Message):
     """The same with text. new_text[i]: what became certain; half a character, and what may be half a stop, is held back."""
 
     step: int
-    rids: list[str]
+    tickets: list[int]
     new_text: list[str]
     new_ids: list[list[int]]
     finished: list[dict[str, Any] | None]

@@ -67,7 +67,7 @@ class SchedulerProcess:
     def __init__(self, engine: Engine, inbox: Pull, main: Push, texts: Push | None = None):
         self.engine, self.scheduler, self.inbox, self.main, self.texts = engine, engine.scheduler, inbox, main, texts
         self.requests: dict[int, Told] = {}  # by the scheduler's own number
-        self.numbers: dict[str, int] = {}
+        self.numbers: dict[int, int] = {}  # of each ticket
         self.paused, self.steps_asked_for = False, 0
         self.working = False  # in a step
         self.ops: dict[str, Callable[..., Any]] = {
@@ -84,10 +84,10 @@ class SchedulerProcess:
                 busy = False
                 self.give_out()  # aborted ones
                 continue
-            self.steps_asked_for = max(0, self.steps_asked_for - 1)
             self.working = True
             busy = self.scheduler.step()
             self.working = False
+            self.steps_asked_for = max(0, self.steps_asked_for - 1) if busy else 0
             self.give_out()
         if self.texts:
             self.texts.send(Leave())
@@ -115,7 +115,7 @@ class SchedulerProcess:
             for one in message.requests:
                 self.enqueue(one)
         elif isinstance(message, Abort):
-            self.scheduler.outcome.abort(self.numbers.get(message.rid, UNKNOWN))
+            self.scheduler.outcome.abort(self.numbers.get(message.ticket, UNKNOWN))
         else:
             self.main.send(self.obey(message))
 
@@ -125,7 +125,7 @@ class SchedulerProcess:
             None, one.input_ids, SamplingParams(**one.params), words=one.words, extra_key=one.extra_key,
             priority=one.priority, name=one.rid, routing_key=one.routing_key, shows_text=False, probe=one.probe,
         )  # fmt: skip
-        self.requests[number], self.numbers[one.rid] = Told(one), number
+        self.requests[number], self.numbers[one.ticket] = Told(one), number
 
     def obey(self, control: Control) -> ControlReply:
         try:
@@ -183,13 +183,13 @@ class SchedulerProcess:
             begin = Begin(context_of(self.scheduler.wrapper.tokenizer, req.prompt_ids, skip), words)
         logprobs, prompt_logprobs = req.answer.logprobs, req.prompt_logprobs
         row = (
-            told.request.rid, begin, req.output_ids[told.tokens :], req.finish_reason, req.cached_tokens or 0,
+            told.request.ticket, begin, req.output_ids[told.tokens :], req.finish_reason, req.cached_tokens or 0,
             _raw(logprobs[told.tokens :]) if logprobs else NOTHING,
             _raw(prompt_logprobs[told.prompt_logprobs :]) if prompt_logprobs else NOTHING,
         )  # fmt: skip
         told.begun, told.tokens, told.prompt_logprobs = True, len(req.output_ids), len(prompt_logprobs)
         if req.ended:
-            del self.requests[req.rid], self.numbers[told.request.rid]
+            del self.requests[req.rid], self.numbers[told.request.ticket]
         return row
 
 
@@ -224,7 +224,7 @@ def facts_of(engine: Engine) -> dict[str, Any]:
 def without_text(batch: BatchTokenIDs) -> BatchStr:
     """What the detokenizer would have made of it, had there been one."""
     return BatchStr(
-        batch.step, batch.rids, [""] * len(batch.rids), batch.new_ids, batch.finished, batch.cached_tokens,
+        batch.step, batch.tickets, [""] * len(batch.tickets), batch.new_ids, batch.finished, batch.cached_tokens,
         batch.logprobs, batch.prompt_logprobs,
     )  # fmt: skip
 

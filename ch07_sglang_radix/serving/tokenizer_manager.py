@@ -66,11 +66,12 @@ class TokenizerManager:
         self.idle.set()
         self.sessions = Sessions()
         self._missing = {"scheduler"} | ({"detokenizer"} if tokenizer else set())
-        self._in_flight: dict[str, InFlight] = {}
+        self._in_flight: dict[int, InFlight] = {}
+        self._rids: set[str] = set()  # of those in flight
         self._replies: dict[int, asyncio.Future] = {}
         self._numbers = count()
         self._signs_of_life = 0  # messages about requests so far
-        self._probe: str | None = None
+        self._probe: int | None = None
         self._prepare: Preparation | None = None
 
     # --- what comes from the scheduler and the detokenizer
@@ -83,12 +84,12 @@ class TokenizerManager:
     def take(self, message: AnyMessage) -> None:
         if isinstance(message, BatchStr):
             self._signs_of_life += 1
-            for i, rid in enumerate(message.rids):
-                if one := self._in_flight.get(rid):  # else its caller has gone
+            for i, ticket in enumerate(message.tickets):
+                if one := self._in_flight.get(ticket):  # else its caller has gone
                     one.take(message, i)
                     if one.finish_reason is not None:
                         self._forget(one)
-                elif rid == self._probe and message.finished[i] is not None:
+                elif ticket == self._probe and message.finished[i] is not None:
                     self._probe = None
         elif isinstance(message, ControlReply):
             if reply := self._replies.pop(message.number, None):
@@ -170,7 +171,7 @@ class TokenizerManager:
         finally:
             for one in mine:
                 if self._forget(one):
-                    self._scheduler.send(Abort(one.rid))
+                    self._scheduler.send(Abort(one.ticket))
 
     async def answer(
         self, request: GenerateRequest, is_disconnected: Callable[[], Awaitable[bool]] | None = None
@@ -185,34 +186,38 @@ class TokenizerManager:
     def _send(self, request: GenerateRequest, call: GenerateCall, continuation: Continuation | None) -> list[InFlight]:
         """All of a call, or nothing of it. Raises RequestError for an rid in use and a full queue."""
         for one in call.requests:
-            if one.name in self._in_flight:
+            if one.name in self._rids:
                 raise RequestError(400, f"rid={shown(one.name)} is in use: a request of that name is still running")
         self._check_queue(len(call.requests))
         news, now = News(), time.monotonic()
         mine = [
-            InFlight(one.name or uuid4().hex, i, call, news, request.stream, now) for i, one in enumerate(call.requests)
+            InFlight(next(self._numbers), one.name or uuid4().hex, i, call, news, request.stream, now)
+            for i, one in enumerate(call.requests)
         ]
         if continuation is not None:
             mine[0].node = Node(mine[0].rid, call.requests[0].ids, mine[0].output_ids)
             self.sessions.add(continuation, mine[0].node)
-            for rid in continuation.ended:
-                self._scheduler.send(Abort(rid))
+            for one in self._in_flight.values():
+                if one.rid in continuation.ended:
+                    self._scheduler.send(Abort(one.ticket))
         wanted = [
             TokenizedGenerate(
-                flying.rid, one.ids, changed(one.params), dict(one.words), request.stream, one.extra_key, one.priority,
-                one.routing_key,
+                flying.ticket, flying.rid, one.ids, changed(one.params), dict(one.words), request.stream, one.extra_key,
+                one.priority, one.routing_key,
             )
             for flying, one in zip(mine, call.requests, strict=True)
         ]  # fmt: skip
         self._scheduler.send(wanted[0] if len(wanted) == 1 else BatchTokenizedGenerate(wanted))
-        self._in_flight |= {flying.rid: flying for flying in mine}
+        self._in_flight |= {flying.ticket: flying for flying in mine}
+        self._rids |= {flying.rid for flying in mine}
         self.idle.clear()
         return mine
 
     def _forget(self, one: InFlight) -> bool:
         """It has ended, or nobody waits for it any more; False if it was forgotten already."""
-        if self._in_flight.pop(one.rid, None) is None:
+        if self._in_flight.pop(one.ticket, None) is None:
             return False
+        self._rids.discard(one.rid)
         if one.node:
             one.node.finished = True
         if not self._in_flight:
@@ -320,9 +325,9 @@ class TokenizerManager:
             return await self.control("ping")
         before = self._signs_of_life
         if self._probe is None:
-            self._probe = f"health-{uuid4().hex}"
+            self._probe = next(self._numbers)
             params = {"max_new_tokens": 1, "ignore_eos": True}
-            self._scheduler.send(TokenizedGenerate(self._probe, [0], params, {}, probe=True))
+            self._scheduler.send(TokenizedGenerate(self._probe, "health", [0], params, {}, probe=True))
         while self._signs_of_life == before:
             if self.state == "failed":
                 return False

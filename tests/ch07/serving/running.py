@@ -156,5 +156,9 @@ class InThisProcess:
     def end(self) -> None:
         self.manager.leave()
         self.workers.end()
-        self.loop.call_soon_threadsafe(self.listening.cancel)
+        self.run(self._stop_listening())
         self.loop.call_soon_threadsafe(self.loop.stop)
+
+    async def _stop_listening(self) -> None:
+        self.listening.cancel()
+        await asyncio.gather(self.listening, return_exceptions=True)

@@ -15,7 +15,7 @@ import pytest
 from ch07_sglang_radix.serving.watch import wait_until
 from tests.ch07.serving.running import RunningServer, a_server
 
-LONG = {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 3000, "ignore_eos": True}}
+LONG = {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True}}
 ALL_END_S = 5.0
 STOPPED_S = 1.5  # the watchdog's, in these tests
 
@@ -186,7 +186,7 @@ def test_when_one_is_stopped_all_others_end_in_the_watchdog_s_time(who):
 
 
 def test_a_step_that_takes_too_long_ends_the_server_and_shows_where():
-    with a_server("--watchdog-timeout", "0.5", "--chunked-prefill-size", "-1", "--max-total-tokens", "30000") as server:
+    with a_server("--watchdog-timeout", "0.5", "--chunked-prefill-size", "-1", "--max-total-tokens", "20000") as server:
         body = {"input_ids": list(range(2, 1500)) * 16, "sampling_params": {"max_new_tokens": 2}}
         status, answer = server.call("/generate", body | {"return_logprob": True, "logprob_start_len": 0})
         assert (status, server.process.wait(10)) == (500, 1), answer

@@ -22,19 +22,19 @@ from ch07_sglang_radix.serving.messages import (
 
 NONE = msgspec.Raw(encode([]))
 ONE = TokenizedGenerate(
-    "a", [1, 2], {"temperature": 0.5}, {"stop": ["x"]}, True, "key", -3, "route", grammar=("ebnf", "g")
+    4, "a", [1, 2], {"temperature": 0.5}, {"stop": ["x"]}, True, "key", -3, "route", grammar=("ebnf", "g")
 )
 MESSAGES = [
     Hello(VERSION, "scheduler", 12, {"page_size": 4}),
     ONE,
-    BatchTokenizedGenerate([ONE, TokenizedGenerate("b", [3], {}, {})]),
-    Abort("a"),
+    BatchTokenizedGenerate([ONE, TokenizedGenerate(5, "b", [3], {}, {})]),
+    Abort(4),
     Control(3, "pause", {"mode": "retract"}),
     ControlReply(3, {"x": [1.5, None]}, None),
     BatchTokenIDs(
-        7, ["a", "b"], [Begin([5], {"stop": []}), None], [[1], []], [None, {"type": "abort"}], [0, 4], [NONE] * 2, [NONE] * 2
+        7, [4, 5], [Begin([5], {"stop": []}), None], [[1], []], [None, {"type": "abort"}], [0, 4], [NONE] * 2, [NONE] * 2
     ),
-    BatchStr(7, ["a"], ["half"], [[1]], [{"type": "stop", "matched": "."}], [2], [NONE], [NONE]),
+    BatchStr(7, [4], ["half"], [[1]], [{"type": "stop", "matched": "."}], [2], [NONE], [NONE]),
     Event("trace", {"step": 1}),
     Leave(),
 ]  # fmt: skip
@@ -55,7 +55,7 @@ def test_a_message_comes_back_as_it_was(message):
         [],
         ["Nobody"],
         ["Abort"],
-        ["Abort", 5],
+        ["Abort", "5"],
         ["Leave", 1, 2],
         ["Hello", "1", "scheduler", 1],
         {"type": "Leave"},
@@ -79,5 +79,5 @@ def test_a_pickle_is_refused():
 
 def test_a_message_does_not_grow_with_the_answer():
     """Only what is new travels."""
-    step = lambda n: BatchTokenIDs(n, ["a"], [None], [[17]], [None], [0], [NONE], [NONE])  # noqa: E731
+    step = lambda n: BatchTokenIDs(n, [4], [None], [[17]], [None], [0], [NONE], [NONE])  # noqa: E731
     assert len(encode(step(1))) == len(encode(step(100)))

@@ -15,10 +15,10 @@ def sessions():
     return made
 
 
-def ask(sessions, rid, new_ids, *, answer=(), finished=True, **params):
+def ask(sessions, name, new_ids, *, answer=(), finished=True, **params):
     """A request of session "s"; returns its prompt and whom it ended."""
     found = sessions.continued(SessionParams("s", **params), list(new_ids), BOS)
-    sessions.add(found, Node(rid, found.prompt_ids, list(answer), finished))
+    sessions.add(found, Node(name, found.prompt_ids, list(answer), finished))
     return found.prompt_ids, set(found.ended)
 
 

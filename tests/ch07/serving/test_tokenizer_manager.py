@@ -11,7 +11,7 @@ from ch07_sglang_radix.serving.io_struct import GenerateRequest, RequestError, S
 from tests.ch07.serving.calls import CALLS, engine_call, expected
 from tests.ch07.serving.running import InThisProcess
 
-SETTINGS = {"page_size": 4, "max_total_tokens": 4096, "random_seed": 3}
+SETTINGS = {"page_size": 4, "max_total_tokens": 8192, "random_seed": 3}
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,8 @@ def test_a_name_that_is_in_use_is_refused(here):
 @pytest.mark.parametrize("how", ["closed", "cancelled", "disconnected"])
 @pytest.mark.parametrize("stream", [True, False])
 def test_whoever_goes_away_gives_every_page_back(here, how, stream):
-    request = GenerateRequest(input_ids=[[3, 4], [5, 6]], sampling_params={"max_new_tokens": 1000}, stream=stream)
+    params = {"max_new_tokens": 2000, "ignore_eos": True}
+    request = GenerateRequest(input_ids=[[3, 4], [5, 6]], sampling_params=params, stream=stream)
 
     async def leave():
         if how == "closed" and stream:
@@ -169,7 +170,7 @@ def test_whoever_goes_away_gives_every_page_back(here, how, stream):
     before = at_rest(here)
     here.run(leave())
     after = at_rest(here)
-    assert after["steps"]["decode"] - before["steps"]["decode"] < 1000
+    assert after["steps"]["decode"] - before["steps"]["decode"] < 2000
     assert here.manager.num_in_flight == 0
 
 
