@@ -246,12 +246,12 @@ class Engine:
         if open_one is not None and not open_one.closed:
             raise ValueError("a stream of this engine is still open; read it to its end, or close it")
 
-    def _note(self, name: str, **arguments: Any) -> Any:
+    def _note(self, note: str, /, **arguments: Any) -> Any:
         """On all ranks: those that follow are told, those that run the same script come here themselves."""
         control = self.scheduler.control
         if control.tp.spawned or self._loop:
-            return self._at_rest(lambda: control.note(name, **arguments))
-        return control.notes[name](**arguments)
+            return self._at_rest(lambda: control.note(note, **arguments))
+        return control.notes[note](**arguments)
 
     def _at_rest(self, call: Callable[[], Any]) -> Any:
         """Between two steps: now, or when the loop gets there."""
