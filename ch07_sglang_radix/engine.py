@@ -16,9 +16,10 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ch07_sglang_radix.admission import NO_CHUNKS
 from ch07_sglang_radix.async_loop import SchedulerLoop
 from ch07_sglang_radix.generate_request import GenerateCall, GenerateRequest, LogprobOptions, check_rid
-from ch07_sglang_radix.scheduler import DEFAULT_CHUNK, NO_CHUNKS, TPScheduler
+from ch07_sglang_radix.scheduler import DEFAULT_CHUNK, TPScheduler
 from ch07_sglang_radix.server_args import DEFAULT_PAGE, ServerArgs
 from ch07_sglang_radix.streams import Stream, listen, wait_for
 from ch07_sglang_radix.tasks import LEAVE
