@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from ch07_sglang_radix.serving.control import control_router
 from ch07_sglang_radix.serving.io_struct import RequestError
+from ch07_sglang_radix.serving.metrics import Metrics, metrics_router
 from ch07_sglang_radix.serving.native import native_router
 from ch07_sglang_radix.serving.openai.routes import openai_router
 from ch07_sglang_radix.serving.responses import CLIENT_HAS_GONE, ClientHasGone, as_json
@@ -27,6 +28,10 @@ def make_app(manager: TokenizerManager) -> FastAPI:
     app.include_router(native_router(manager))
     app.include_router(control_router(manager))
     app.include_router(openai_router(manager))
+    if manager.args.enable_metrics:
+        metrics = Metrics(manager.args.served_model_name)
+        metrics.connect(manager)
+        app.include_router(metrics_router(metrics))
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:

@@ -37,6 +37,7 @@ from ch07_sglang_radix.serving.messages import (
     ToScheduler,
     encode,
 )  # fmt: skip
+from ch07_sglang_radix.serving.step_state import StepTeller
 from ch07_sglang_radix.serving.watch import Watch
 from ch07_sglang_radix.tasks import StopTask
 from common.parallel_state import RankFailure
@@ -71,27 +72,34 @@ class SchedulerProcess:
         self.numbers: dict[int, int] = {}  # of each ticket
         self.paused, self.steps_asked_for = False, 0
         self.working = False  # in a step
+        self.teller = StepTeller(self.scheduler, main)
         self.ops: dict[str, Callable[..., Any]] = {
             "flush_cache": engine.flush_cache, "server_info": engine.get_server_info, "ping": lambda: True,
             "pause": self.pause, "resume": self.resume, "step": self.step, "abort": engine.abort_request,
             "start_profile": engine.start_profile, "stop_profile": engine.stop_profile,
+            "tell_steps": self.teller.switch_on,
         }  # fmt: skip
 
     def run(self) -> None:
         """Until Leave. A step that fails for all ranks raises; one that fails for its requests ends those."""
         busy = True
         while self.take_in(wait=not busy):
-            if self.paused and not self.steps_asked_for:
-                busy = False
-                self.give_out()  # aborted ones
-                continue
+            busy = self.turn()
+        if self.texts:
+            self.texts.send(Leave())
+
+    def turn(self) -> bool:
+        """A step, if there is one to do, and what has come of it and of aborts; False if there is nothing more to do."""
+        busy = False
+        if not self.paused or self.steps_asked_for:
+            self.teller.begin()
             self.working = True
             busy = self.scheduler.step()
             self.working = False
             self.steps_asked_for = max(0, self.steps_asked_for - 1) if busy else 0
-            self.give_out()
-        if self.texts:
-            self.texts.send(Leave())
+        self.give_out()
+        self.teller.turn()
+        return busy
 
     # --- in
 
@@ -127,6 +135,8 @@ class SchedulerProcess:
             priority=one.priority, name=one.rid, routing_key=one.routing_key, shows_text=False, probe=one.probe,
         )  # fmt: skip
         self.requests[number], self.numbers[one.ticket] = Told(one), number
+        if not one.probe:
+            self.teller.queued(number)
 
     def obey(self, control: Control) -> ControlReply:
         try:

@@ -50,7 +50,8 @@ class TokenizerManager:
     """scheduler, inbox: the ends of the pipes that are main's. tokenizer: None with skip_tokenizer_init, or if there is none.
 
     facts: what the scheduler said of its engine when it was ready. on_event: what wings hear of the scheduler, by name.
-    on_end: called with each answer that has ended.
+    at_start: ops that the scheduler is told when it is ready. on_tokens: called with each answer that has grown, and by how
+    many tokens. on_end: with each that has ended, or whose caller has gone.
     """
 
     def __init__(self, args: HttpArgs, tokenizer: Tokenizer | None, scheduler: Push, inbox: Pull):
@@ -60,6 +61,8 @@ class TokenizerManager:
         self.facts: dict[str, Any] = {}
         self.paused = False
         self.on_event: dict[str, Callable[[Any], None]] = {}
+        self.at_start: list[str] = []
+        self.on_tokens: list[Callable[[InFlight, int], None]] = []
         self.on_end: list[Callable[[InFlight], None]] = []
         self.ready = asyncio.Event()
         self.idle = asyncio.Event()  # nothing is in flight
@@ -87,6 +90,8 @@ class TokenizerManager:
             for i, ticket in enumerate(message.tickets):
                 if one := self._in_flight.get(ticket):  # else its caller has gone
                     one.take(message, i)
+                    for call in self.on_tokens:
+                        call(one, len(message.new_ids[i]))
                     if one.finish_reason is not None:
                         self._forget(one)
                 elif ticket == self._probe and message.finished[i] is not None:
@@ -114,6 +119,8 @@ class TokenizerManager:
                 facts["page_size"], WORDS,
             )  # fmt: skip
             self._prepare = Preparation(self.args, intake, self.sessions)
+            for op in self.at_start:
+                self._scheduler.send(Control(next(self._numbers), op))
             self.state = "ready"
             self.ready.set()
 
