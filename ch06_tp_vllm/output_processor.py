@@ -53,7 +53,7 @@ class OutputProcessor:
         grown = []
         for request, token, told in step.take():
             if token < 0:
-                request.finish(End("error", message=problem(token)))
+                request.finish(End("error", message=(request.grammar and request.grammar.error) or problem(token)))
             else:
                 request.append(token, told)
                 self.generation_tokens += 1

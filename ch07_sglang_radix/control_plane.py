@@ -61,10 +61,10 @@ class ControlPlane:
         """Of the tokens behind the scored ones of the last prefill task. Waits for the device."""
         return [one for part in self.wrapper.prompt_logprobs(tokens, top, ids) for one in part.take()]
 
-    def note(self, name: str, **arguments: Any) -> Any:
-        """Have all ranks do `notes[name]`, between two steps; returns what it is on this rank. arguments: JSON."""
-        mine = self.notes[name](**arguments)  # first: what is refused here is not done anywhere
-        self.send_task(NoteTask(0, json.dumps([name, arguments])))
+    def note(self, note: str, /, **arguments: Any) -> Any:
+        """Have all ranks do `notes[note]`, between two steps; returns what it is on this rank. arguments: JSON."""
+        mine = self.notes[note](**arguments)  # first: what is refused here is not done anywhere
+        self.send_task(NoteTask(0, json.dumps([note, arguments])))
         return mine
 
     def send_task(self, task: Task) -> None:
@@ -77,8 +77,8 @@ class ControlPlane:
         """Execute what rank 0 sends until it says stop; returns how it said so."""
         while not isinstance(task := self.receive_task(), StopTask):
             if isinstance(task, NoteTask):
-                name, arguments = json.loads(task.text)
-                self.notes[name](**arguments)
+                note, arguments = json.loads(task.text)
+                self.notes[note](**arguments)
                 continue
             self._execute(task)
             if any(task.columns.get("scored", ())):

@@ -85,22 +85,24 @@ class Engine:
         input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None, return_logprob: bool = False,
         logprob_start_len: int | None = None, top_logprobs_num: int | None = None,
         token_ids_logprob: Sequence[int] | None = None, stream: bool = False, *, rid: str | Sequence[str] | None = None,
-        extra_key: str | None = None, priority: int = 0, routing_key: str | None = None,
+        extra_key: str | None = None, priority: int = 0, routing_key: str | None = None, require_reasoning: bool = False,
     ) -> Answer | list[Answer] | Iterator[Answer]:  # fmt: skip
         """One prompt -> one result, a list -> a list in the same order; with n > 1 a list, n results a prompt.
 
         A result has `text`, `output_ids` and `meta_info`: id, prompt_tokens, cached_tokens,
         completion_tokens, finish_reason and, with return_logprob, output_token_logprobs: (log-probability, token id, None) for
         each token; top_logprobs_num and token_ids_logprob add lists of others, logprob_start_len >= 0 the same for the prompt from
-        there on. Without
-        `temperature` the answer is greedy (SGLang's own default is 1). `stop`, a string or several, ends an answer
-        and is not part of it. With `stream` an iterator comes back: of each answer that has grown, all it has so
-        far, and `index`, which of the answers it is; on ranks other than 0 only the whole answers, at the end. Who leaves
+        there on. Without `temperature` the answer is greedy (SGLang's own default is 1). `stop`, a string or several, ends an
+        answer and is not part of it. `json_schema`, `regex` or `ebnf` says what the answer must be (grammar.py), with
+        require_reasoning what must come after </think>; a grammar that cannot be compiled ends its own request, with
+        finish_reason abort and status_code 400. With `stream` an iterator comes back: of each answer that has grown, all it has
+        so far, and `index`, which of the answers it is; on ranks other than 0 only the whole answers, at the end. Who leaves
         the iterator early ends what still runs. Nothing runs if any prompt or parameter is refused (ValueError).
         """
         stream = flag("stream", stream)
         logprobs = LogprobOptions.of(return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob)
-        call = self._call(prompt, sampling_params, input_ids, logprobs, rid, extra_key, priority, routing_key)
+        own = (rid, extra_key, priority, routing_key, require_reasoning)
+        call = GenerateCall.of(self.scheduler.intake, prompt, input_ids, sampling_params, logprobs, *own)
         with self._turn:
             self._no_stream_is_open()
             if not self._loop:
@@ -123,7 +125,7 @@ class Engine:
         input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None, return_logprob: bool = False,
         logprob_start_len: int | None = None, top_logprobs_num: int | None = None,
         token_ids_logprob: Sequence[int] | None = None, stream: bool = False, *, rid: str | Sequence[str] | None = None,
-        extra_key: str | None = None, priority: int = 0, routing_key: str | None = None,
+        extra_key: str | None = None, priority: int = 0, routing_key: str | None = None, require_reasoning: bool = False,
     ) -> Answer | list[Answer] | AsyncIterator[Answer]:  # fmt: skip
         """`generate` for many callers at once: their requests run together. With `stream`, an async iterator.
 
@@ -133,7 +135,8 @@ class Engine:
             raise ValueError("async_generate is rank 0's; the other ranks call engine.follow()")
         stream = flag("stream", stream)
         logprobs = LogprobOptions.of(return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob)
-        call = self._call(prompt, sampling_params, input_ids, logprobs, rid, extra_key, priority, routing_key)
+        own = (rid, extra_key, priority, routing_key, require_reasoning)
+        call = GenerateCall.of(self.scheduler.intake, prompt, input_ids, sampling_params, logprobs, *own)
         with self._turn:
             self._no_stream_is_open()
             self._loop = self._loop or SchedulerLoop(self.scheduler)
@@ -222,14 +225,6 @@ class Engine:
 
     # --- inside
 
-    def _call(
-        self, prompt, sampling_params, input_ids, logprobs, rid, extra_key, priority, routing_key
-    ) -> GenerateCall:
-        intake = self.scheduler.intake
-        return GenerateCall.of(
-            intake, prompt, input_ids, sampling_params, logprobs, rid, extra_key, priority, routing_key
-        )
-
     def _enqueue(self, one: GenerateRequest) -> int:
         return self.scheduler.enqueue(
             None,
@@ -247,12 +242,12 @@ class Engine:
         if open_one is not None and not open_one.closed:
             raise ValueError("a stream of this engine is still open; read it to its end, or close it")
 
-    def _note(self, name: str, **arguments: Any) -> Any:
+    def _note(self, note: str, /, **arguments: Any) -> Any:
         """On all ranks: those that follow are told, those that run the same script come here themselves."""
         control = self.scheduler.control
         if control.tp.spawned or self._loop:
-            return self._at_rest(lambda: control.note(name, **arguments))
-        return control.notes[name](**arguments)
+            return self._at_rest(lambda: control.note(note, **arguments))
+        return control.notes[note](**arguments)
 
     def _at_rest(self, call: Callable[[], Any]) -> Any:
         """Between two steps: now, or when the loop gets there."""

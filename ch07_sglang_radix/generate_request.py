@@ -11,6 +11,7 @@ from typing import Any
 from ch07_sglang_radix.request import RequestOutput
 from common.request.intake import Intake, refuse_unknown
 from common.sampling.batch import uniform
+from common.sampling.grammar import KINDS
 from common.sampling.logprobs import TokenLogprobs
 from common.sampling.params import SamplingParams
 from common.text.answer import compiled
@@ -23,11 +24,10 @@ SAMPLING = (
     "frequency_penalty", "sampling_seed", "stop_token_ids", "ignore_eos", "logit_bias",
 )  # fmt: skip
 TEXT_FLAGS = {"no_stop_trim": False, "skip_special_tokens": True, "spaces_between_special_tokens": True}
-PARAM_NAMES = (*SAMPLING, *TEXT_FLAGS, "n", "stop", "stop_regex")
+PARAM_NAMES = (*SAMPLING, *TEXT_FLAGS, *KINDS, "n", "stop", "stop_regex")
 ELSEWHERE = {
     "max_tokens": "SGLang calls it max_new_tokens", "seed": "SGLang calls it sampling_seed",
-    "json_schema": "structured output is not here", "regex": "structured output is not here",
-    "ebnf": "structured output is not here", "structural_tag": "structured output is not here",
+    "structural_tag": "write it as ebnf, in Lark's form: a lazy rule for what comes before a tag",
     "custom_params": "custom logit processors are not here",
 }  # fmt: skip
 MAX_ANSWERS = 1024  # n
@@ -92,19 +92,20 @@ class GenerateCall:
     @classmethod
     def of(
         cls, intake: Intake, prompt: Any, input_ids: Any, sampling_params: Any, logprobs: LogprobOptions, rid: Any,
-        extra_key: Any, priority: Any, routing_key: Any,
+        extra_key: Any, priority: Any, routing_key: Any, require_reasoning: Any = False,
     ) -> "GenerateCall":  # fmt: skip
         """Raises ValueError, in one line, for whatever cannot run."""
         if (prompt is None) == (input_ids is None):
             raise ValueError("give either prompt or input_ids")
         extra_key, priority = intake.namespace("extra_key", extra_key), intake.priority(priority)
         routing_key = text("routing_key", routing_key, empty=False, none=True)
+        more = logprobs.params() | {"after_thinking": flag("require_reasoning", require_reasoning)}
         several, single = _prompts(prompt, input_ids)
         given = one_each("sampling_params", sampling_params, len(several), Mapping, {})
         requests: list[GenerateRequest] = []
         for one, values, name in zip(several, given, _names(rid, len(several), single), strict=True):
             ids = intake.ids(one)
-            params, n, words = _params(values, logprobs)
+            params, n, words = _params(values, more)
             intake.stops((*words["stop"], *words["stop_regex"]))
             intake.fits(ids, params)
             single = single and n == 1
@@ -173,8 +174,8 @@ def _names(rid: Any, n: int, single: bool) -> list[str | None]:
     return names
 
 
-def _params(given: Mapping[str, Any], logprobs: LogprobOptions) -> tuple[SamplingParams, int, dict[str, Any]]:
-    """SGLang's dictionary -> our parameters, n, AnswerText's arguments."""
+def _params(given: Mapping[str, Any], more: Mapping[str, Any]) -> tuple[SamplingParams, int, dict[str, Any]]:
+    """SGLang's dictionary, and parameters that stand outside of it -> our parameters, n, AnswerText's arguments."""
     refuse_unknown("sampling parameter", list(given), PARAM_NAMES, ELSEWHERE)
     known = {RENAMED.get(key, key): value for key, value in given.items() if value is not None}
     n = whole("n", known.pop("n", 1), 1, MAX_ANSWERS)
@@ -182,7 +183,10 @@ def _params(given: Mapping[str, Any], logprobs: LogprobOptions) -> tuple[Samplin
     stop, patterns = (texts(name, known.pop(name, None)) for name in ("stop", "stop_regex"))
     for pattern in patterns:
         compiled(pattern)
-    params = SamplingParams(**known, **logprobs.params())
+    grammars = [(kind, known.pop(kind)) for kind in KINDS if kind in known]
+    if len(grammars) > 1:
+        raise ValueError(f"{' and '.join(kind for kind, _ in grammars)}: an answer has one grammar; give one")
+    params = SamplingParams(**known, **more, grammar=grammars[0] if grammars else None)
     words = {
         "stop": stop, "stop_regex": patterns, "include_stop": flags["no_stop_trim"], "not_before": params.min_new_tokens,
         "skip_special_tokens": flags["skip_special_tokens"],

@@ -10,13 +10,18 @@ The log says the address, and "ready" with model, ranks and pool. Ctrl-C lets ru
 import os
 import sys
 
-from ch07_sglang_radix.serving.http_args import parse_args
-from ch07_sglang_radix.serving.launcher import Server
+from ch07_sglang_radix.serving.http_args import bind, parse_args
 
 
 def main() -> None:
     try:
-        code = Server(parse_args(sys.argv[1:])).run()
+        if "RANK" in os.environ:
+            raise ValueError("start one launch_server, not one a rank: --tp-size starts the ranks")
+        args = parse_args(sys.argv[1:])
+        bound = bind(args.host, args.port)
+        from ch07_sglang_radix.serving.launcher import Server  # noqa: PLC0415, seconds; a wrong flag is told at once
+
+        code = Server(args, bound).run()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1

@@ -21,7 +21,7 @@ class Outcome:
         for req, token, told in step.take():
             if token < 0:
                 s.running.remove(req)
-                self._fail(req, problem(token))
+                self._fail(req, (req.grammar and req.grammar.error) or problem(token))
                 continue
             req.take_token(token, told)
             s.grown[req.rid] = req
@@ -65,6 +65,12 @@ class Outcome:
             s.waiting.remove(req)
         self.report(req)
         return True
+
+    def refuse(self, req: Req, why: str) -> None:
+        """A waiting request can never run, by its own fault."""
+        self.state.waiting.remove(req)
+        req.finish(End("refused", message=why))
+        self.report(req)
 
     def fail(self, reqs: Sequence[Req], error: BaseException) -> None:
         """A step could not be carried out: its requests end with the error, and nobody else."""

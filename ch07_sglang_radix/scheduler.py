@@ -20,6 +20,7 @@ follows. This file is the loop; each of its questions has a place of its own:
     what is known                     scheduler_state.py
     may this request be queued        common/request/intake.py
     who may enter, and who first      admission.py, schedule_policy.py, prefill_adder.py
+    what must its text be             grammar_manager.py, common/sampling/grammar.py
     what a step is made of            step_tasks.py, tasks.py
     what comes back                   outcome.py, common/request/queued_step.py
     no page left: who goes back       retraction.py
@@ -27,14 +28,17 @@ follows. This file is the loop; each of its questions has a place of its own:
     is nothing lost                   invariants.py
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ch07_sglang_radix.admission import Admission
+from ch07_sglang_radix.grammar_manager import GrammarManager
 from ch07_sglang_radix.invariants import check_invariants
 from ch07_sglang_radix.outcome import Outcome
+from ch07_sglang_radix.prefill_adder import Answer
 from ch07_sglang_radix.request import Req, RequestOutput
 from ch07_sglang_radix.retraction import Retraction
 from ch07_sglang_radix.scheduler_state import SchedulerState
@@ -52,6 +56,7 @@ from common.text.answer import AnswerText
 from common.values import flag, shown, whole
 
 NO_CHUNKS = -1
+HELD_S = 0.002  # between two looks at closed gates, while nothing else is to be done
 DEFAULT_CHUNK = {"cpu": 1024, "cuda": 8192}  # tokens a step: on a CPU what its caches like, on a GPU SGLang's default
 PROBE = -1  # the number of a request that is not counted
 WORDS = Words("max_new_tokens", "input_ids", "max_total_tokens")
@@ -118,6 +123,8 @@ class TPScheduler(SchedulerState):
             small_request_share,
             self.retraction.make_room,
         )
+        self.grammars = GrammarManager(wrapper)
+        self.admission.gates.append(self.grammars)
         self.step_tasks = StepTasks(self, gather_best)
         self._queued: QueuedStep[Req] | None = None  # the step whose tokens nobody has looked at
         self._owes_decode = False  # those that run have waited for a prefill step
@@ -170,14 +177,16 @@ class TPScheduler(SchedulerState):
             seed = params.seed if params.seed is not None else int(uniform(self.seed, rid) * (1 << 24))
             ends = frozenset(params.stop_token_ids + self.wrapper.config.eos_token_ids)
             stops = frozenset(params.stop_token_ids) if params.ignore_eos else ends
+            if params.grammar:  # behind the end of what it allows nothing may follow
+                ends = stops = ends.union(self.grammars.end_ids)
             needs_text = shows_text or any((words or {}).get(name) for name in ("stop", "stop_regex"))
-            self.waiting.append(
-                Req(
-                    rid, text, ids, params, seed, extra_key, priority, name, routing_key, probe, stops=stops, held_back=ends,
-                    text=AnswerText(self.wrapper.tokenizer if needs_text else None, ids, **(words or {})),
-                    wanted=params.max_new_tokens,
-                )
+            req = Req(
+                rid, text, ids, params, seed, extra_key, priority, name, routing_key, probe, stops=stops, held_back=ends,
+                text=AnswerText(self.wrapper.tokenizer if needs_text else None, ids, **(words or {})),
+                wanted=params.max_new_tokens,
             )  # fmt: skip
+            self.grammars.start(req)
+            self.waiting.append(req)
         return rid
 
     def process_requests(self, arrivals: Callable[[int], bool] | None = None) -> dict[int, RequestOutput]:
@@ -243,6 +252,8 @@ class TPScheduler(SchedulerState):
         """Schedule, execute, sample, account. False if there was nothing to do."""
         if self.trace:
             self.trace.begin()
+        for req, why in self.grammars.take():
+            self.outcome.refuse(req, why)
         decoding = any(req.wanted for req in self.running)
         batch = None if decoding and self._owes_decode else self.admission.next_prefill()
         if batch and batch.reqs:
@@ -254,11 +265,13 @@ class TPScheduler(SchedulerState):
             self._owes_decode = False
             queued = self._queue_decode()
         elif self._queued is None:
-            if self.waiting:
+            if self.waiting and Answer.HELD.value not in self.held.values():
                 raise AssertionError(
                     f"request {self.waiting[0].rid} cannot start although nothing runs: pages were lost"
                 )
-            return False
+            if self.waiting:
+                time.sleep(HELD_S)
+            return bool(self.waiting)
         else:
             queued = None
         if self.trace:
@@ -301,8 +314,8 @@ class TPScheduler(SchedulerState):
             req.wanted -= 1
         drawn = None
         if emitting:
-            if any(req.params.needs_last_token for req in emitting):
-                self._settle()  # a penalty, say, must know every token before the one it is for
+            if any(req.grammar or req.params.needs_last_token for req in emitting):
+                self._settle()  # a grammar or a penalty must know every token before the one it is for
             drawn = self.control.sample(logits, self.step_tasks.sampling(task, emitting))
         queued()
         return QueuedStep(list(emitting), drawn)

@@ -63,7 +63,7 @@ class SchedulerState:
         self.init_new_token_ratio = min(INIT_NEW_TOKEN_RATIO * schedule_conservativeness, 1.0)
         self.new_token_ratio = self.init_new_token_ratio
         self.resumed: Req | None = None  # whose prompt the newest prefill step goes on with
-        self.held: dict[int, str] = {}  # who was asked for the newest prefill step and did not get in: later, full
+        self.held: dict[int, str] = {}  # who was asked for the newest prefill step and did not get in: Answer's words
 
         # decoding
         self.running: list[Req] = []

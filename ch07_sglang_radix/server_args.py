@@ -24,7 +24,7 @@ ELSEWHERE = {
     "speculative_algorithm": "one token a step here; leave it out",
     "enable_lora": "adapters are not here; merge them into the weights",
     "lora_paths": "adapters are not here; merge them into the weights",
-    "grammar_backend": "structured output is not here",
+    "grammar_backend": "llguidance is the only one here; leave it out",
     "disaggregation_mode": "prefill and decode run in one engine here",
     "max_queued_requests": "the queue has no end here; leave it out",
     "trust_remote_code": "a folder's Python is never run here; leave it out",

@@ -66,6 +66,7 @@ def _work(job: dict) -> int:
             if texts:
                 texts.close()
         to_main.close()
+        inbox.close()
         zmq.Context.instance().term()  # once the last messages have left
     except BaseException as error:
         known = isinstance(error, ValueError | OSError)

@@ -4,6 +4,8 @@ Names are SGLang's where SGLang has the thing; `OURS` lists what it has not.
 """
 
 import argparse
+import os
+import socket
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
@@ -141,3 +143,19 @@ def _flag(name: str) -> str:
 
 def _hints(names: Sequence[str]) -> dict[str, str]:
     return {_flag(name): f"it is SGLang's, not here: {NOT_HERE[name]}" for name in names if name in NOT_HERE}
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Raises ValueError, in one line, if the port is in use or the host is not this machine's."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind, protocol)
+        if os.name == "posix":  # elsewhere it would let two servers share a port
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+        found.listen(2048)
+    except OSError as error:
+        raise ValueError(
+            f"{host}:{port} cannot be served: {error.strerror or error}; another --port, or 0 for any"
+        ) from None
+    return found

@@ -42,14 +42,11 @@ class _Http(uvicorn.Server):
 
 
 class Server:
-    """One life of a server. `run` returns its exit code."""
+    """One life of a server, on a socket that is bound. `run` returns its exit code."""
 
-    def __init__(self, args: HttpArgs):
-        if "RANK" in os.environ:
-            raise ValueError("start one launch_server, not one a rank: --tp-size starts the ranks")
-        self.args, self.began = args, time.monotonic()
+    def __init__(self, args: HttpArgs, bound: socket.socket):
+        self.args, self.socket, self.began = args, bound, time.monotonic()
         set_up_logging("main", args.engine.log_level, args.log_format)
-        self.socket = bind(args.host, args.port)
         host, port = self.socket.getsockname()[:2]
         self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self.stopping = 0  # signals so far
@@ -152,19 +149,3 @@ def tokenizer_folder(args: HttpArgs) -> str | None:
         return None
     folder = resolve_model(engine.tokenizer_path) if engine.tokenizer_path else model
     return str(folder) if engine.tokenizer_path or Tokenizer.lies_in(folder) else None
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Raises ValueError, in one line, if the port is in use or the host is not this machine's."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        found = socket.socket(family, kind, protocol)
-        if os.name == "posix":  # elsewhere it would let two servers share a port
-            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-        found.listen(2048)
-    except OSError as error:
-        raise ValueError(
-            f"{host}:{port} cannot be served: {error.strerror or error}; another --port, or 0 for any"
-        ) from None
-    return found

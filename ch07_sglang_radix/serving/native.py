@@ -85,7 +85,7 @@ def described(kind: type) -> dict[str, Any]:
     """The body, for /openapi.json."""
     _, parts = msgspec.json.schema_components([kind], ref_template="#/$defs/{name}")
     (schema,) = (parts.pop(name) for name in [kind.__name__])
-    schema = schema | ({"$defs": parts} if parts else {})
+    schema = schema | {"$id": f"/schemas/{kind.__name__}", "$defs": parts}  # with an $id, #/$defs is its own
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 

@@ -55,7 +55,7 @@ class Preparation:
         )  # fmt: skip
         return GenerateCall.of(
             self.intake, text, input_ids, request.sampling_params, logprobs, request.rid, request.extra_key,
-            request.priority, request.routing_key,
+            request.priority, request.routing_key, request.require_reasoning,
         )  # fmt: skip
 
 

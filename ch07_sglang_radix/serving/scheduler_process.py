@@ -40,6 +40,7 @@ from ch07_sglang_radix.serving.messages import (
 from ch07_sglang_radix.serving.step_state import StepTeller
 from ch07_sglang_radix.serving.watch import Watch
 from ch07_sglang_radix.tasks import StopTask
+from common.parallel_state import RankFailure
 from common.sampling.logprobs import TokenLogprobs
 from common.sampling.params import SamplingParams
 from common.text.detokenizer import context_of
@@ -142,8 +143,10 @@ class SchedulerProcess:
             if control.op not in self.ops:
                 raise ValueError(f"unknown operation {control.op}")
             return ControlReply(control.number, self.ops[control.op](**control.arguments))
-        except (ValueError, OSError) as error:
-            return ControlReply(control.number, error=str(error))
+        except RankFailure:  # the ranks are out of step
+            raise
+        except Exception as error:  # an operator's wish is no reason to end everybody's requests
+            return ControlReply(control.number, error=str(error) or type(error).__name__)
 
     # --- control
 

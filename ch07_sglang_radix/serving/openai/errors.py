@@ -14,14 +14,18 @@ from fastapi import Request, Response
 from ch07_sglang_radix.serving.io_struct import Answer, RequestError
 from ch07_sglang_radix.serving.responses import as_json
 
+MOST_CHARACTERS = 500
+
 
 class APIError(Exception):
-    """A request that is not served. param: the field that is to blame, as `messages[0].content`."""
+    """A request that is not served, in one line. param: the field that is to blame, as `messages[0].content`."""
 
     def __init__(
         self, message: str, param: str | None = None, *, status: int = 400, kind: str = "invalid_request_error",
         code: str | None = None,
     ):  # fmt: skip
+        message = " ".join(message.split())  # names of fields can hold anything
+        message, param = message[:MOST_CHARACTERS], param and param[:MOST_CHARACTERS]
         super().__init__(message)
         self.message, self.param, self.status, self.kind, self.code = message, param, status, kind, code
 

@@ -58,9 +58,11 @@ def engine_call(call: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def expected(answer: Any) -> Any:
-    """Tuples as JSON has them; log-probabilities to five digits: a step's sums depend on who else is in it."""
+    """Tuples as JSON has them; log-probabilities to four digits: each process picks the form of its matrix products by
+    their speed, and sums in another order.
+    """
     if isinstance(answer, dict):
         return {key: expected(value) for key, value in answer.items()}
     if isinstance(answer, list | tuple):
         return [expected(value) for value in answer]
-    return pytest.approx(answer, abs=1e-5) if isinstance(answer, float) else answer
+    return pytest.approx(answer, abs=1e-4) if isinstance(answer, float) else answer

@@ -36,7 +36,7 @@ class Client:
             self.status = answer.status
             while piece := answer.read1():
                 self.text += piece
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, AttributeError, ValueError) as error:  # the last two are its own slips
             self.error = error
 
     def started(self):
@@ -187,7 +187,7 @@ def test_when_one_is_stopped_all_others_end_in_the_watchdog_s_time(who):
 
 def test_a_step_that_takes_too_long_ends_the_server_and_shows_where():
     with a_server("--watchdog-timeout", "0.5", "--chunked-prefill-size", "-1", "--max-total-tokens", "20000") as server:
-        body = {"input_ids": list(range(2, 1500)) * 16, "sampling_params": {"max_new_tokens": 2}}
+        body = {"input_ids": [[i, *range(2, 1950)] for i in range(14)], "sampling_params": {"max_new_tokens": 2}}
         status, answer = server.call("/generate", body | {"return_logprob": True, "logprob_start_len": 0})
         assert (status, server.process.wait(10)) == (500, 1), answer
         assert "--watchdog-timeout" in answer["error"]["message"]

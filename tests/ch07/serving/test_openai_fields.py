@@ -3,6 +3,8 @@ is refused by name. The list of fields is the client's own (openai.types).
 """
 
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 from openai.resources.chat.completions import Completions as ChatResource
@@ -11,6 +13,7 @@ from openai.types import chat as chat_types
 from openai.types.chat import completion_create_params as chat_params
 from openai.types.completion_create_params import CompletionCreateParamsStreaming
 
+from ch07_sglang_radix.serving import openai as openai_package
 from ch07_sglang_radix.serving.openai import protocol
 from tests.ch07.serving.fake_manager import ROOM, FakeManager
 from tests.ch07.serving.web import client_of, post
@@ -335,3 +338,12 @@ def test_without_a_limit_a_chat_may_be_as_long_as_there_is_room(manager, client)
     client.completions.create(model="fake", prompt="Hi")
     assert manager.asked.sampling_params["max_new_tokens"] == 16
     assert manager.asked.sampling_params["temperature"] == 1
+
+
+def test_the_readme_lists_the_fields():
+    readme = (Path(openai_package.__file__).parent / "README.md").read_text(encoding="utf-8")
+    table = re.search(r"<!-- fields -->(.*)<!-- /fields -->", readme, re.DOTALL)[1]
+    rows = [[re.findall(r"`(\w+)`", cell) for cell in line.split("|")[2:4]] for line in table.splitlines()[3:5]]
+    for column, fields in enumerate((COMPLETION_FIELDS, CHAT_FIELDS)):
+        assert rows[0][column] == [name for name in fields if name not in protocol.REFUSED]
+        assert rows[1][column] == [name for name in fields if name in protocol.REFUSED]
