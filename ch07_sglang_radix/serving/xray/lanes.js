@@ -5,7 +5,7 @@ import { fit, plain } from "./events.js";
 import { color, font, requestColor, sized } from "./paint.js";
 
 const AXIS = 20, LABEL = 200, LABEL_NARROW = 36, NARROW = 620;
-const ROW = 19, LEAST_ROW = 13, COLUMN = 11, LEAST_COLUMN = 7;
+const ROW = 19, LEAST_ROW = 14, COLUMN = 11, LEAST_COLUMN = 7;
 
 export class Lanes {
   // pick(request id or null)
@@ -64,7 +64,7 @@ export class Lanes {
   }
 
   drawLabel(context, id, y, row, label, says) {
-    const size = Math.min(12, row - 3);
+    const size = Math.min(12, row - 2);
     context.fillStyle = requestColor(id);
     context.beginPath();
     context.roundRect(1, y + 2, 30, row - 4, 4);
