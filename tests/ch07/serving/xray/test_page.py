@@ -120,7 +120,7 @@ def test_a_recording_is_drawn_as_it_was(tab, size):
             assert why in said, said
         if why == "retracted":
             assert any(
-                f"#{rid} retracted" in said for rid, row in now["requests"].items() if row["phase"] == "retracted"
+                f"#{rid}" in said for rid, row in now["requests"].items() if row["phase"] == "retracted"
             )
     assert tab.run("document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out at the side"
 
