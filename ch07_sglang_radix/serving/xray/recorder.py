@@ -57,6 +57,13 @@ class Recorder:
 
     # --- on and off
 
+    def watch(self, on: bool) -> None:
+        """What a Feed asks for."""
+        if on:
+            self.start()
+        else:
+            self.stop()
+
     def start(self) -> None:
         """Tell everything there is, and from now on what changes. If it is on already: a snapshot for who has come late."""
         if not self.on:
@@ -105,12 +112,20 @@ class Recorder:
             try:
                 self.record()
             except Exception as error:  # a page that cannot be shown must not end the engine
-                log.warning("the X-ray page gets no more events: %s: %s", type(error).__name__, error)
+                log.error("the X-ray page gets no more events: %s: %s", type(error).__name__, error)
                 self.stop()
             self._credit -= time.thread_time() - began
 
+    def at_rest(self) -> None:
+        """Before the scheduler waits for work: tells of an abort or a flush, which no step follows."""
+        if self.on and (
+            self._what_moves_the_tree() != self._tree_is
+            or self._live.keys() != {r.rid for r in self.scheduler.unfinished}
+        ):
+            self.record()
+
     def record(self) -> None:
-        """Tell what has changed since the last event. After an abort or a flush with nothing to do: no step follows that would."""
+        """Tell what has changed since the last event."""
         if not self.on:
             return
         cells = self.state.pop("pages")

@@ -119,9 +119,7 @@ def test_a_recording_is_drawn_as_it_was(tab, size):
         if why in ("split", "evicted", "retracted"):
             assert why in said, said
         if why == "retracted":
-            assert any(
-                f"#{rid}" in said for rid, row in now["requests"].items() if row["phase"] == "retracted"
-            )
+            assert any(f"#{rid}" in said for rid, row in now["requests"].items() if row["phase"] == "retracted")
     assert tab.run("document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out at the side"
 
 
