@@ -44,6 +44,7 @@ class Retraction:
         for req in retracted:
             s.memory.release(req)
         s.running, s.chunked = [], None
+        s.batch = s.empty_batch()  # the same requests may run again in the next decode step, in other rows
         self._back_to_the_queue(retracted)
 
     def lacks_room(self, steps: int) -> bool:

@@ -83,7 +83,7 @@ class Metrics:
     def __init__(self, model_name: str, clock: Callable[[], float] = time.monotonic):
         self.registry, self._clock = CollectorRegistry(), clock
         self._model = model_name
-        self._newest_token: dict[str, float] = {}  # rid: when its newest tokens came
+        self._newest_token: dict[int, float] = {}  # ticket: when its newest tokens came
         self._newest = StepState()
         self._generated = _Rate(clock())
         # what requests did
@@ -137,17 +137,17 @@ class Metrics:
         """`new` tokens of it have come back; several that come together share the time since the last ones."""
         if not new:
             return
-        now, before = self._clock(), self._newest_token.get(one.rid)
+        now, before = self._clock(), self._newest_token.get(one.ticket)
         if before is None:
             self._ttft.labels(self._model, _streams(one)).observe(now - one.started)
         else:
             for _ in range(new):
                 self._itl.observe((now - before) / new)
-        self._newest_token[one.rid] = now
+        self._newest_token[one.ticket] = now
 
     def ended(self, one: InFlight) -> None:
         """Its last answer has come, or its caller has gone and none is waited for."""
-        self._newest_token.pop(one.rid, None)
+        self._newest_token.pop(one.ticket, None)
         reason = one.finish_reason["type"] if one.finish_reason else "abort"
         streams = _streams(one)
         self._requests.labels(self._model, streams, reason).inc()

@@ -166,14 +166,17 @@ class TokenizerManager:
         self._check_ready()  # tokenizing may have taken a while
         mine = self._send(request, call, continuation)
         news = mine[0].news
-        missing = len(mine)
+        unfinished = set(range(len(mine)))
         try:
-            while missing:
+            while unfinished:
                 grown = await news.take(is_disconnected)
                 if not grown:
                     return
                 for index in grown:
-                    missing -= mine[index].finish_reason is not None
+                    if index not in unfinished:
+                        continue  # its end came while its caller took what was before, and was told with that
+                    if mine[index].finish_reason is not None:
+                        unfinished.discard(index)
                     yield mine[index].answer()
         finally:
             for one in mine:

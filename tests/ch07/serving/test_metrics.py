@@ -55,16 +55,16 @@ def value(metrics, name, **labels):
     return metrics.registry.get_sample_value(f"sglang:{name}", MODEL | labels)
 
 
-def in_flight(clock, rid="r", streams=True, prompt=10):
+def in_flight(clock, ticket=1, streams=True, prompt=10):
     """An answer as the manager holds it, whose request has just come in."""
     call = SimpleNamespace(requests=[SimpleNamespace(ids=[0] * prompt)], logprobs=SimpleNamespace(wanted=False))
-    return InFlight(rid, 0, call, News(), streams, clock.now)
+    return InFlight(ticket, "r", 0, call, News(), streams, clock.now)
 
 
 def come(metrics, one, new, cached=4, reason=None):
     """So many tokens come back, as the manager takes them."""
     finished = {"type": reason} if reason else None
-    one.take(BatchStr(1, [one.rid], [""], [[7] * new], [finished], [cached], [NOTHING], [NOTHING]), 0)
+    one.take(BatchStr(1, [one.ticket], [""], [[7] * new], [finished], [cached], [NOTHING], [NOTHING]), 0)
     metrics.tokens(one, new)
     if reason:
         metrics.ended(one)
@@ -119,7 +119,7 @@ def test_an_aborted_request_has_counts_and_no_latency(metrics, clock, told):
 def test_nothing_is_kept_of_a_request_that_has_ended(metrics, clock):
     for _ in range(10):
         one_request(metrics, clock)
-        one = in_flight(clock, "gone")
+        one = in_flight(clock, 2)
         come(metrics, one, 1)
         metrics.ended(one)
     assert not metrics._newest_token
@@ -174,10 +174,10 @@ def test_the_pool_in_the_metrics_is_the_scheduler_s(monkeypatch, clock):
         assert process.obey(Control(0, "tell_steps")).error is None
         for i in range(10):
             ids = [5, 6, 7, 8, *range(10 + 3 * (i % 3), 40 + 3 * (i % 3))]
-            process.take(TokenizedGenerate(str(i), ids, {"max_new_tokens": 24, "ignore_eos": True}, {}))
-        process.take(TokenizedGenerate("aborted", [9] * 40, {"max_new_tokens": 8}, {}))
-        process.take(Abort("aborted"))
-        process.take(TokenizedGenerate("probe", [0], {"max_new_tokens": 1}, {}, probe=True))
+            process.take(TokenizedGenerate(i, str(i), ids, {"max_new_tokens": 24, "ignore_eos": True}, {}))
+        process.take(TokenizedGenerate(10, "aborted", [9] * 40, {"max_new_tokens": 8}, {}))
+        process.take(Abort(10))
+        process.take(TokenizedGenerate(11, "probe", [0], {"max_new_tokens": 1}, {}, probe=True))
         while process.turn():
             pass
         info = engine.get_server_info()
