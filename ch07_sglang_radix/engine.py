@@ -115,7 +115,7 @@ class Engine:
                 rids = [self._enqueue(request) for request in call.requests]
                 outputs = self.scheduler.process_requests()
                 return call.results([outputs[rid] for rid in rids])
-        answers = wait_for(self._loop, call, self._enqueue)  # no turn is held: others run meanwhile
+        answers = wait_for(self._loop, call, self._enqueue, stream)  # no turn is held: others run meanwhile
         if stream:
             return answers
         last = {answer["index"]: answer for answer in answers}
@@ -142,7 +142,7 @@ class Engine:
         with self._turn:
             self._no_stream_is_open()
             self._loop = self._loop or SchedulerLoop(self.scheduler)
-        answers = listen(self._loop, call, self._enqueue)
+        answers = listen(self._loop, call, self._enqueue, stream)
         if stream:
             return answers
         last = {}

@@ -125,6 +125,21 @@ def test_stop_strings_that_end_inside_a_character(engine):
     assert engine.generate(input_ids=ids, sampling_params={"max_new_tokens": 40, "stop": whole[6]})["text"] == whole[:6]
 
 
+def test_who_does_not_stream_is_told_once(question, monkeypatch):
+    """An answer as it grows costs a dictionary and a trip to the caller's loop for every token."""
+    told = []
+    with Engine(device="cpu", page_size=4) as engine:
+        output_of = engine.scheduler.output_of
+        monkeypatch.setattr(engine.scheduler, "output_of", lambda req: told.append(req.rid) or output_of(req))
+        params = {"max_new_tokens": 6, "ignore_eos": True}
+        answer = asyncio.run(engine.async_generate(input_ids=question, sampling_params=params))
+        assert len(answer["output_ids"]) == 6
+        assert engine.generate(input_ids=question, sampling_params=params)["output_ids"] == answer["output_ids"]
+        assert told == []
+        assert len(list(engine.generate(input_ids=question, sampling_params=params, stream=True))) == 6
+        assert len(told) == 5, "the last one is told as a result"
+
+
 def test_many_callers_at_once_run_together(question):
     engine = Engine(device="cpu", check=True, page_size=4)
 
