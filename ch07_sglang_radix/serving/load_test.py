@@ -31,6 +31,8 @@ from common.distributed.launch import run_main
 
 LEAVE, BAD = 0.20, 0.05  # shares of the requests
 SETTLED = 0.2  # share of the requests after which a process may grow no more
+# a small pool, so that there is eviction and retraction, and so that all of its memory has been touched soon
+FLAGS = ("--device", "cpu", "--dtype", "float32", "--max-total-tokens", "8192", "--enable-metrics")
 GROWTH_MB = 16.0  # what counts as flat: allocators and counters breathe
 ANSWER_S, IDLE_S = 300.0, 30.0
 QUESTIONS = (
@@ -299,8 +301,7 @@ def main() -> None:
     args = parser.parse_args()
     with Engine(device="cpu", dtype="float32") as engine:
         calls = calls_of(engine)
-    flags = ("--device", "cpu", "--dtype", "float32", "--tp-size", str(args.tp_size), "--enable-metrics")
-    with served(*flags) as (url, pid):
+    with served(*FLAGS, "--tp-size", str(args.tp_size)) as (url, pid):
         names = {process: Footprint(pid).name(process) for process in Footprint(pid).megabytes()}
         outcome = asyncio.run(load(url, pid, calls, args.requests, args.concurrency, args.seed))
     report(outcome, names)

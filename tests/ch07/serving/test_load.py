@@ -7,10 +7,18 @@ import pytest
 
 from ch07_sglang_radix import Engine
 from ch07_sglang_radix.serving.http_client import Client
-from ch07_sglang_radix.serving.load_test import BAD_BODIES, Call, Crowd, Footprint, calls_of, conservation, grown, load
+from ch07_sglang_radix.serving.load_test import (
+    BAD_BODIES,
+    FLAGS,
+    Call,
+    Crowd,
+    Footprint,
+    calls_of,
+    conservation,
+    grown,
+    load,
+)
 from ch07_sglang_radix.serving.served import served
-
-FLAGS = ("--device", "cpu", "--dtype", "float32", "--enable-metrics")
 
 
 @pytest.fixture(scope="module")
