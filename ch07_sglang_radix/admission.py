@@ -10,8 +10,12 @@ from dataclasses import dataclass, field
 from ch07_sglang_radix.prefill_adder import Answer, Gate, PrefillAdder
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.scheduler_state import SchedulerState
+from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
+from common.values import whole
 
 NO_LIMIT = 1 << 62  # tokens of a step
+NO_CHUNKS = -1
+DEFAULT_CHUNK = {"cpu": 1024, "cuda": 8192}  # tokens a step: on a CPU what its caches like, on a GPU SGLang's default
 
 
 @dataclass(frozen=True)
@@ -83,3 +87,18 @@ class Admission:
         for req in waiting[: last + 1]:
             req.passed_over += req not in added
         self.state.waiting = [req for req in waiting if req not in added]
+
+
+def chunk_size(size: int | None, wrapper: TPRadixAttentionModelWrapper) -> int:
+    """chunked_prefill_size, or the device's default in whole pages. ValueError for parts that are no whole pages."""
+    page_size = wrapper.page_size
+    if size is None:
+        return max(DEFAULT_CHUNK[wrapper.tp.device.type] // page_size, 1) * page_size
+    size = whole("chunked_prefill_size", size, NO_CHUNKS)
+    if size < 1 and size != NO_CHUNKS:
+        raise ValueError(f"chunked_prefill_size={size} must be at least 1, or {NO_CHUNKS} for no limit")
+    if size > 0 and size % page_size:
+        below, above = size // page_size * page_size, -(-size // page_size) * page_size
+        way_out = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(f"page_size={page_size} does not divide chunked_prefill_size={size}; use {way_out}")
+    return size

@@ -17,10 +17,11 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ch07_sglang_radix.admission import DEFAULT_CHUNK, NO_CHUNKS
 from ch07_sglang_radix.async_loop import SchedulerLoop
 from ch07_sglang_radix.generate_request import GenerateCall, GenerateRequest, LogprobOptions, check_rid
 from ch07_sglang_radix.profiler import RankProfiler, profile_name
-from ch07_sglang_radix.scheduler import DEFAULT_CHUNK, NO_CHUNKS, TPScheduler
+from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.server_args import DEFAULT_PAGE, ServerArgs
 from ch07_sglang_radix.streams import Stream, listen, wait_for
 from ch07_sglang_radix.tasks import LEAVE
@@ -50,7 +51,8 @@ class Engine:
             max_running_requests=args.max_running_requests, attention_backend=args.attention_backend,
             disable_cuda_graph=args.disable_cuda_graph, mem_fraction_static=args.mem_fraction_static,
             kv_cache_dtype=args.kv_cache_dtype, tokenizer_path=args.tokenizer_path,
-            skip_tokenizer_init=args.skip_tokenizer_init, context_length=args.context_length, tp=tp,
+            skip_tokenizer_init=args.skip_tokenizer_init, context_length=args.context_length,
+            check_finite=args.check_finite, tp=tp,
         )  # fmt: skip
         overlap = None if args.disable_overlap_schedule is None else not args.disable_overlap_schedule
         self._scheduler: TPScheduler | None = TPScheduler(

@@ -34,7 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ch07_sglang_radix.admission import Admission
+from ch07_sglang_radix.admission import Admission, chunk_size
 from ch07_sglang_radix.grammar_manager import GrammarManager
 from ch07_sglang_radix.invariants import check_invariants
 from ch07_sglang_radix.outcome import Outcome
@@ -55,9 +55,7 @@ from common.sampling.params import SamplingParams
 from common.text.answer import AnswerText
 from common.values import flag, shown, whole
 
-NO_CHUNKS = -1
 HELD_S = 0.002  # between two looks at closed gates, while nothing else is to be done
-DEFAULT_CHUNK = {"cpu": 1024, "cuda": 8192}  # tokens a step: on a CPU what its caches like, on a GPU SGLang's default
 PROBE = -1  # the number of a request that is not counted
 WORDS = Words("max_new_tokens", "input_ids", "max_total_tokens")
 
@@ -89,7 +87,7 @@ class TPScheduler(SchedulerState):
         overlap: bool | None = None, gather_best: bool = False, seed: int = 0, schedule_conservativeness: float = 1.0,
         check: bool = False, trace: str | Path | None = None,
     ):  # fmt: skip
-        self.chunked_prefill_size = _chunk_size(chunked_prefill_size, wrapper)
+        self.chunked_prefill_size = chunk_size(chunked_prefill_size, wrapper)
         if not 0 <= small_request_share < 1:
             raise ValueError(f"small_request_share={small_request_share} must be in [0, 1); 0 reserves nothing")
         switches = {
@@ -346,18 +344,3 @@ class TPScheduler(SchedulerState):
             self.abort(req.rid)
         self._queued, self.batch = None, self.empty_batch()
         self.results, self.grown = {}, {}
-
-
-def _chunk_size(size: int | None, wrapper: TPRadixAttentionModelWrapper) -> int:
-    """chunked_prefill_size, or the device's default in whole pages. ValueError for parts that are no whole pages."""
-    page_size = wrapper.page_size
-    if size is None:
-        return max(DEFAULT_CHUNK[wrapper.tp.device.type] // page_size, 1) * page_size
-    size = whole("chunked_prefill_size", size, NO_CHUNKS)
-    if size < 1 and size != NO_CHUNKS:
-        raise ValueError(f"chunked_prefill_size={size} must be at least 1, or {NO_CHUNKS} for no limit")
-    if size > 0 and size % page_size:
-        below, above = size // page_size * page_size, -(-size // page_size) * page_size
-        way_out = f"{below} or {above}" if below else f"{above}"
-        raise ValueError(f"page_size={page_size} does not divide chunked_prefill_size={size}; use {way_out}")
-    return size

@@ -3,7 +3,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -147,3 +149,9 @@ def checkpoint(tmp_path_factory):
         return made[name]
 
     return get
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    """copy(name) -> a copy of that checkpoint, to be changed."""
+    return lambda name: Path(shutil.copytree(checkpoint(name), tmp_path / name))

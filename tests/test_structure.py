@@ -100,6 +100,13 @@ def test_nothing_is_unpickled():
         assert not re.search(r"import pickle|torch\.load\(|broadcast_object_list|all_gather_object", text), path
 
 
+@pytest.mark.parametrize("path", [path for path in MODULES if LEAF.match(path.name)], ids=lambda path: path.name)
+def test_a_demo_ends_in_one_line_whatever_happens(path):
+    """Ctrl-C and bad input are one line and exit code 1, not a traceback: common/distributed/launch.py."""
+    last = path.read_text(encoding="utf-8").splitlines()[-1]
+    assert last.strip() == "run_main(main)"
+
+
 # what a room of common/ may stand on; kernels are Triton forms of what attention, layers and sampling define, which pick them
 ROOMS = {
     "values": set(),

@@ -36,7 +36,12 @@ class Client:
             self.status = answer.status
             while piece := answer.read1():
                 self.text += piece
-        except (OSError, http.client.HTTPException, AttributeError, ValueError) as error:  # the last two are its own slips
+        except (
+            OSError,
+            http.client.HTTPException,
+            AttributeError,
+            ValueError,
+        ) as error:  # the last two are its own slips
             self.error = error
 
     def started(self):

@@ -10,9 +10,9 @@ from pydantic import BaseModel, Field
 
 from common.teaching.scripted_checkpoint import scripted_checkpoint
 from common.tiny_qwen import TINY_QWEN_PATH
-from tests.ch07.serving.running import a_server
-from tests.ch07.serving.test_openai_server import QUESTION, client_of
+from tests.ch07.serving.web import client_of_an_engine
 
+QUESTION = [{"role": "user", "content": "What is a radix cache?"}]
 CITY = {
     "type": "object", "additionalProperties": False, "required": ["city", "unit", "days"],
     "properties": {
@@ -31,7 +31,7 @@ class City(BaseModel):
 
 @pytest.fixture(scope="module")
 def ask():
-    with a_server() as server, client_of(server) as client:
+    with client_of_an_engine(max_total_tokens=4096) as client:
 
         def ask(**body):
             return client.chat.completions.create(
@@ -40,7 +40,6 @@ def ask():
 
         ask.client = client
         yield ask
-        server.at_rest()
 
 
 def test_a_required_call_is_one_of_the_tools_with_arguments_that_are_valid(ask):
@@ -122,7 +121,7 @@ def test_a_thought_is_free_and_the_answer_behind_it_is_not(tmp_path):
     """The script's thought comes as it is; its answer, which is no JSON, does not."""
     scripted_checkpoint(tmp_path, "Paris? I think so.\n</think>\n\nIt is Paris.", TINY_QWEN_PATH)
     thinks = {"chat_template_kwargs": {"enable_thinking": True}}
-    with a_server("--model-path", str(tmp_path), "--reasoning-parser", "qwen3") as server, client_of(server) as client:
+    with client_of_an_engine(model_path=str(tmp_path), reasoning_parser="qwen3") as client:
         body = {"model": "default", "messages": QUESTION, "max_tokens": 100, "extra_body": thinks}
         free = client.chat.completions.create(**body).choices[0].message
         bound = client.chat.completions.create(**body, response_format={"type": "json_object"}).choices[0].message

@@ -10,6 +10,7 @@ from common.teaching.scripted_checkpoint import scripted_checkpoint
 from common.text.tokenizer import Tokenizer
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.ch07.serving.running import a_server
+from tests.ch07.serving.web import client_of_an_engine, openai_client
 from tests.oracle import greedy
 
 QUESTION = [{"role": "user", "content": "What is a radix cache?"}]
@@ -21,13 +22,9 @@ SCRIPT = (
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
 
 
-def client_of(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
-
-
 @pytest.fixture(scope="module")
 def client():
-    with a_server() as server, client_of(server) as client:
+    with a_server() as server, openai_client(server.url) as client:
         yield client
 
 
@@ -35,9 +32,15 @@ def client():
 def scripted(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("scripted")
     scripted_checkpoint(folder, SCRIPT, TINY_QWEN_PATH)
-    flags = ("--model-path", str(folder), "--served-model-name", "scripted", "--reasoning-parser", "qwen3")
-    with a_server(*flags, "--tp-size", str(request.param)) as server, client_of(server) as client:
-        yield client
+    if request.param == 1:
+        with client_of_an_engine(model_path=str(folder), reasoning_parser="qwen3") as client:
+            yield client
+    else:
+        with (
+            a_server("--model-path", str(folder), "--reasoning-parser", "qwen3", "--tp-size", "2") as server,
+            openai_client(server.url) as client,
+        ):
+            yield client
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +129,7 @@ def test_what_does_not_fit_is_a_400_in_this_api_s_words(client):
 
 
 def test_a_model_that_thinks_and_calls_by_itself(scripted):
-    answer = scripted.chat.completions.create(model="scripted", messages=QUESTION, tools=[WEATHER], temperature=0)
+    answer = scripted.chat.completions.create(model="default", messages=QUESTION, tools=[WEATHER], temperature=0)
     message = answer.choices[0].message
     assert (message.reasoning_content, message.content) == ("Paris 长城 😀? I look it up.", "One moment.")
     (call,) = message.tool_calls
@@ -136,7 +139,7 @@ def test_a_model_that_thinks_and_calls_by_itself(scripted):
 
 def test_the_same_in_a_stream_where_nothing_is_taken_back(scripted):
     thought = words = arguments = ""
-    for chunk in scripted.chat.completions.create(model="scripted", messages=QUESTION, tools=[WEATHER], stream=True):
+    for chunk in scripted.chat.completions.create(model="default", messages=QUESTION, tools=[WEATHER], stream=True):
         delta = chunk.choices[0].delta
         thought += delta.reasoning_content or ""
         words += delta.content or ""
@@ -146,5 +149,5 @@ def test_the_same_in_a_stream_where_nothing_is_taken_back(scripted):
 
 
 def test_the_whole_text_is_what_transformers_says(scripted):
-    answer = scripted.completions.create(model="scripted", prompt="Say it.", max_tokens=200)
+    answer = scripted.completions.create(model="default", prompt="Say it.", max_tokens=200)
     assert answer.choices[0].text == SCRIPT

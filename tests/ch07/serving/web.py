@@ -1,40 +1,59 @@
 """A web app on a free port of this machine, while a test looks at it through the official client."""
 
+import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import Thread
 from time import monotonic, sleep
 
 import openai
 import uvicorn
-from fastapi import FastAPI
 
 from ch07_sglang_radix.serving.http_server import make_app
+from tests.ch07.serving.running import InThisProcess
 
 
 @contextmanager
-def served(app: FastAPI):
-    """Yields its address."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off"))
-    thread = Thread(target=server.run, daemon=True)
-    thread.start()
+def served(manager, run):
+    """Yields the address. run: executes a coroutine in another thread, and returns a future."""
+    server = uvicorn.Server(
+        uvicorn.Config(make_app(manager), host="127.0.0.1", port=0, log_level="error", lifespan="off")
+    )
+    serving = run(server.serve())
     wait_until(lambda: server.started)
     try:
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(10)
-        assert not thread.is_alive()
+        serving.result(10)
 
 
 @contextmanager
 def client_of(manager):
-    """The official client of this manager's server."""
+    """The official client of a manager that needs no event loop of its own."""
     with (
-        served(make_app(manager)) as url,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20) as client,
+        ThreadPoolExecutor(1) as pool,
+        served(manager, lambda job: pool.submit(asyncio.run, job)) as url,
+        openai_client(url) as client,
     ):
         yield client
+
+
+@contextmanager
+def client_of_an_engine(**args):
+    """The same of a real manager, with scheduler and detokenizer as threads of this process. args: the engine's, the server's."""
+    http = {name: args.pop(name) for name in ("reasoning_parser",) if name in args}
+    server = InThisProcess(args, **http)
+    with served(server.manager, lambda job: asyncio.run_coroutine_threadsafe(job, server.loop)) as url:
+        with openai_client(url) as client:
+            yield client
+        info = server.run(server.manager.server_info())
+        assert info["free_tokens"] + info["evictable_tokens"] == info["max_total_num_tokens"]
+    server.end()
+
+
+def openai_client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
 
 
 def wait_until(true, seconds: float = 10.0) -> None:
