@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from ch07_sglang_radix.prefill_adder import Answer, Gate, PrefillAdder
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.scheduler_state import SchedulerState
-from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.values import whole
 
+NO_CHUNKS = -1  # chunked_prefill_size: a prompt is computed as a whole
 NO_LIMIT = 1 << 62  # tokens of a step
-NO_CHUNKS = -1
 DEFAULT_CHUNK = {"cpu": 1024, "cuda": 8192}  # tokens a step: on a CPU what its caches like, on a GPU SGLang's default
 
 
@@ -89,11 +88,10 @@ class Admission:
         self.state.waiting = [req for req in waiting if req not in added]
 
 
-def chunk_size(size: int | None, wrapper: TPRadixAttentionModelWrapper) -> int:
-    """chunked_prefill_size, or the device's default in whole pages. ValueError for parts that are no whole pages."""
-    page_size = wrapper.page_size
+def chunk_size(size: int | None, page_size: int, default: int) -> int:
+    """chunked_prefill_size, or the default in whole pages. ValueError for parts that are no whole pages."""
     if size is None:
-        return max(DEFAULT_CHUNK[wrapper.tp.device.type] // page_size, 1) * page_size
+        return max(default // page_size, 1) * page_size
     size = whole("chunked_prefill_size", size, NO_CHUNKS)
     if size < 1 and size != NO_CHUNKS:
         raise ValueError(f"chunked_prefill_size={size} must be at least 1, or {NO_CHUNKS} for no limit")

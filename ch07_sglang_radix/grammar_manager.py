@@ -8,6 +8,7 @@ SGLang 0.5.23 does the same with a queue of its own beside the waiting one (cons
 There every rank compiles and the ranks must agree on who is ready; here rank 0 alone does, as it alone samples.
 """
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from time import monotonic
 
@@ -28,9 +29,9 @@ class GrammarManager:
         self._compiling: dict[Req, tuple[Future[LLMatcher], float]] = {}  # until when
 
     @property
-    def end_ids(self) -> tuple[int, ...]:
-        """The tokens that are allowed where a grammar accepts, and end the answer."""
-        return self.compiler.end_ids
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that are allowed where a grammar accepts. They end the answer, ignore_eos or not: nothing may follow."""
+        return frozenset(self.compiler.end_ids)
 
     def start(self, req: Req) -> None:
         """A request that is about to be queued; most have no grammar."""
@@ -40,19 +41,18 @@ class GrammarManager:
     def __call__(self, req: Req, matched: int) -> bool:
         return req not in self._compiling
 
-    def take(self) -> list[tuple[Req, str]]:
-        """Whoever is ready has a mask from now on. Returns who can never run, and why."""
-        refused = []
+    def take(self, refuse: Callable[[Req, str], None]) -> None:
+        """Whoever is ready has a mask from now on; `refuse` is told of those who can never run, and why."""
         for req, (future, until) in list(self._compiling.items()) if self._compiling else ():
-            if not future.done() and monotonic() < until and not req.ended:
+            late = monotonic() > until
+            if not (future.done() or late or req.ended):
                 continue
             del self._compiling[req]
             if req.ended:  # aborted meanwhile
-                continue
-            if not future.done():
-                refused.append((req, grammar.too_slow(req.params.grammar[0])))
+                pass
+            elif not future.done():
+                refuse(req, grammar.too_slow(req.params.grammar[0]))
             elif error := future.exception():
-                refused.append((req, str(error)))
+                refuse(req, str(error))
             else:
                 req.grammar = self.compiler.mask(future.result(), req.params.after_thinking)
-        return refused

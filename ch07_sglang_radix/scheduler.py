@@ -34,7 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ch07_sglang_radix.admission import Admission, chunk_size
+from ch07_sglang_radix.admission import DEFAULT_CHUNK, Admission, chunk_size
 from ch07_sglang_radix.grammar_manager import GrammarManager
 from ch07_sglang_radix.invariants import check_invariants
 from ch07_sglang_radix.outcome import Outcome
@@ -87,7 +87,8 @@ class TPScheduler(SchedulerState):
         overlap: bool | None = None, gather_best: bool = False, seed: int = 0, schedule_conservativeness: float = 1.0,
         check: bool = False, trace: str | Path | None = None,
     ):  # fmt: skip
-        self.chunked_prefill_size = chunk_size(chunked_prefill_size, wrapper)
+        default = DEFAULT_CHUNK[wrapper.tp.device.type]
+        self.chunked_prefill_size = chunk_size(chunked_prefill_size, wrapper.page_size, default)
         if not 0 <= small_request_share < 1:
             raise ValueError(f"small_request_share={small_request_share} must be in [0, 1); 0 reserves nothing")
         switches = {
@@ -114,13 +115,8 @@ class TPScheduler(SchedulerState):
             return
         self.outcome = Outcome(self)
         self.retraction = Retraction(self, self._settle)
-        self.admission = Admission(
-            self,
-            self.chunked_prefill_size,
-            enable_mixed_chunk,
-            small_request_share,
-            self.retraction.make_room,
-        )
+        limits = (self.chunked_prefill_size, enable_mixed_chunk, small_request_share)
+        self.admission = Admission(self, *limits, self.retraction.make_room)
         self.grammars = GrammarManager(wrapper)
         self.admission.gates.append(self.grammars)
         self.step_tasks = StepTasks(self, gather_best)
@@ -175,8 +171,8 @@ class TPScheduler(SchedulerState):
             seed = params.seed if params.seed is not None else int(uniform(self.seed, rid) * (1 << 24))
             ends = frozenset(params.stop_token_ids + self.wrapper.config.eos_token_ids)
             stops = frozenset(params.stop_token_ids) if params.ignore_eos else ends
-            if params.grammar:  # behind the end of what it allows nothing may follow
-                ends = stops = ends.union(self.grammars.end_ids)
+            if params.grammar:
+                ends = stops = ends | self.grammars.end_ids
             needs_text = shows_text or any((words or {}).get(name) for name in ("stop", "stop_regex"))
             req = Req(
                 rid, text, ids, params, seed, extra_key, priority, name, routing_key, probe, stops=stops, held_back=ends,
@@ -250,8 +246,7 @@ class TPScheduler(SchedulerState):
         """Schedule, execute, sample, account. False if there was nothing to do."""
         if self.trace:
             self.trace.begin()
-        for req, why in self.grammars.take():
-            self.outcome.refuse(req, why)
+        self.grammars.take(self.outcome.refuse)
         decoding = any(req.wanted for req in self.running)
         batch = None if decoding and self._owes_decode else self.admission.next_prefill()
         if batch and batch.reqs:
@@ -263,13 +258,13 @@ class TPScheduler(SchedulerState):
             self._owes_decode = False
             queued = self._queue_decode()
         elif self._queued is None:
-            if self.waiting and Answer.HELD.value not in self.held.values():
-                raise AssertionError(
-                    f"request {self.waiting[0].rid} cannot start although nothing runs: pages were lost"
-                )
-            if self.waiting:
-                time.sleep(HELD_S)
-            return bool(self.waiting)
+            if not self.waiting:
+                return False
+            if Answer.HELD.value not in self.held.values():
+                first = self.waiting[0].rid
+                raise AssertionError(f"request {first} cannot start although nothing runs: pages were lost")
+            time.sleep(HELD_S)
+            return True
         else:
             queued = None
         if self.trace:

@@ -110,13 +110,14 @@ def test_a_demo_ends_in_one_line_whatever_happens(path):
 # what a room of common/ may stand on; kernels are Triton forms of what attention, layers and sampling define, which pick them
 ROOMS = {
     "values": set(),
+    "bounded": set(),
     "parallel_state": {"distributed"},
     "distributed": {"parallel_state", "kernels"},
     "kernels": {"attention", "sampling"},
     "layers": {"parallel_state", "kernels"},
     "attention": {"distributed", "kernels"},
-    "sampling": {"distributed", "kernels", "layers", "values"},
-    "text": {"values"},
+    "sampling": {"bounded", "distributed", "kernels", "layers", "values"},
+    "text": {"bounded", "values"},
     "models": {"attention", "distributed", "layers", "parallel_state", "values"},
     "executor": {
         "attention", "distributed", "kernels", "layers", "models", "parallel_state", "sampling", "text", "tiny_qwen",

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import torch
 
 from ch07_sglang_radix.engine import Engine
 from common.distributed.launch import run_main
@@ -161,6 +162,7 @@ class ServerSide:
 def engine_arguments(args: argparse.Namespace) -> dict:
     return {
         "model_path": args.model_path, "device": args.device, "tp_size": args.tp_size, "max_running_requests": args.concurrency,
+        "mem_fraction_static": args.mem_fraction_static,
     }  # fmt: skip
 
 
@@ -185,8 +187,11 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--mem-fraction-static", type=float, help="of a GPU, for each of the two; default there: 0.4")
     parser.add_argument("--no-stream", dest="stream", action="store_false")
     args = parser.parse_args()
+    if args.mem_fraction_static is None and args.device != "cpu" and torch.cuda.is_available():
+        args.mem_fraction_static = 0.4  # both are there at once
     sides = {"Engine": EngineSide(args), "server": ServerSide(args)}
     ids = prompts(args.requests, args.prompt_tokens, sides["Engine"].engine.wrapper.config.vocab_size)
     runs: dict[str, list[Run]] = {name: [] for name in sides}

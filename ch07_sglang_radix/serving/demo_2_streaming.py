@@ -36,7 +36,7 @@ def main() -> None:
         heading("Three tokens in both forms: the bodies as they come")
         for path, body in asked(3).items():
             print(f"  POST {path}")
-            for line in raw(url, path, body).decode().split():
+            for line in raw(url, path, body).decode().split("\n\n")[:-1]:
                 print(f"    {line if len(line) <= SHOWN else line[:24] + ' ... ' + line[29 - SHOWN :]}")
 
         heading("Bytes of an answer of n tokens")

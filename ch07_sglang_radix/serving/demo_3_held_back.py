@@ -71,7 +71,7 @@ def spoken(tokenizer: Tokenizer, ids: list[int], stop: list[str], finished: dict
     begin, said = Begin(tokenizer.encode_bare("Say it: "), {"stop": stop}), []
     for step, token in enumerate(ids):
         end = (finished or {"type": "length", "length": len(ids)}) if step == len(ids) - 1 else None
-        batch = BatchTokenIDs(step, ["demo"], [None if step else begin], [[token]], [end], [0], [NOTHING], [NOTHING])
+        batch = BatchTokenIDs(step, [0], [None if step else begin], [[token]], [end], [0], [NOTHING], [NOTHING])
         said += detokenizer.with_text(batch).new_text
     return said
 

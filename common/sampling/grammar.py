@@ -32,29 +32,29 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotInTime
+from copy import copy
 from functools import cache
 from typing import Any, ClassVar
 
-import llguidance.hf
 import llguidance.numpy
 import numpy as np
 import torch
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
+from common.bounded.process import BoundedProcess
 from common.distributed.transfer import upload
 from common.sampling.edits import Member
+from common.sampling.grammar_process import make_tokens, new_matcher, one_line
 from common.values import several, shown, text
 
 KINDS = ("json_schema", "regex", "ebnf")  # SGLang's names; ebnf is Lark's form or GBNF
 MAX_BYTES = 1 << 16  # of a grammar; compiling takes time and memory in proportion at least
-MAX_DEPTH = 64  # of brackets within brackets
 CACHED = 128  # grammars that stay compiled
-THREADS = 2  # that compile
 SECONDS = 30.0  # for a grammar, with its time in line
-STACK_BYTES = 1 << 28  # of each: the compiler calls itself for what is nested, and a full stack would end the process
-MESSAGE = 300  # characters of an error
+TRIAL_SECONDS = 5.0  # of them to try it out; most take some milliseconds
+TRIAL_BYTES = 1 << 30  # of memory; with 150,000 tokens it needs a third of that
+STACK_BYTES = 1 << 28  # of a thread that compiles: more than the process had that tried it out, whatever the system
 THINK_END = b"</think>"  # closes a thought: Qwen3, DeepSeek-R1 and most others
-COMPACT = {"whitespace_flexible": False}  # JSON without spaces; a schema's own "x-guidance" may say otherwise
 
 
 def check_grammar(grammar: Any) -> tuple[str, str] | None:
@@ -69,43 +69,42 @@ def check_grammar(grammar: Any) -> tuple[str, str] | None:
     size = len(written.encode())
     if size > MAX_BYTES:
         raise ValueError(f"{kind} has {size:,} bytes, and may have {MAX_BYTES:,}")
-    depth = _json_depth(written) if kind == "json_schema" else _bracket_depth(written)
-    if depth > MAX_DEPTH:
-        raise ValueError(f"{kind} has brackets {depth:,} deep, and may have {MAX_DEPTH}")
+    if kind == "json_schema":
+        _check_json(written)
     return kind, written
 
 
-def _json_depth(written: str) -> int:
+def _check_json(written: str) -> None:
     try:
         schema = json.loads(written)
     except RecursionError:
-        raise ValueError(f"json_schema has brackets too deep for a parser, and may have {MAX_DEPTH}") from None
+        raise ValueError("json_schema is nested too deeply for any parser") from None
     except ValueError as error:
-        raise ValueError(f"json_schema={shown(written)} is no JSON: {_line(str(error))}") from None
+        raise ValueError(f"json_schema={shown(written)} is no JSON: {one_line(str(error))}") from None
     if not isinstance(schema, dict):
         raise ValueError(f'json_schema={shown(written)} must be a JSON object, such as {{"type": "object"}}')
-    depth, level = 0, [schema]
-    while level:
-        depth += 1
-        values = [one for each in level for one in (each.values() if isinstance(each, dict) else each)]
-        level = [one for one in values if isinstance(one, dict | list)]
-    return depth
 
 
-def _bracket_depth(written: str) -> int:
-    """As a reader sees it: brackets in quotes and behind a backslash count like all others."""
-    depth = most = 0
-    for bracket in written:
-        if bracket in "([{":
-            depth += 1
-            most = max(most, depth)
-        elif bracket in ")]}":
-            depth = max(depth - 1, 0)
-    return most
+class Trial(BoundedProcess):
+    """Where a grammar is compiled first: some take for ever, or all memory, or end the process (multipleOf: 123456789 does the
+    first two, a chain of 6,000 Lark rules the third). One that is no such thing is then compiled in the engine, too.
+    """
+
+    def __init__(self, tokens: dict[str, Any]):
+        super().__init__("common.sampling.grammar_process", "compiling it", "tries it out")
+        self.tokens = tokens
+
+    def grammar(self, kind: str, written: str) -> str:
+        """In the form that a matcher takes. Raises ValueError, in one line."""
+        line = json.dumps({"kind": kind, "written": written}).encode() + b"\n"
+        return self._answer(line, TRIAL_SECONDS, TRIAL_BYTES)["grammar"]
+
+    def _first_lines(self) -> list[bytes]:
+        return [json.dumps(self.tokens).encode() + b"\n"]
 
 
 class GrammarCompiler:
-    """Grammar texts -> matchers, made in threads and kept. One for an engine: the tokens' trie is made once, with the first.
+    """Grammar texts -> matchers, made in a thread and kept. One for an engine: the tokens' trie is made once, with the first.
 
     tokenizer: a fast one of Hugging Face. vocab_size V: width of the logits; ids beyond the tokenizer's have no text and are
     never allowed. end_ids: tokens that end an answer; without any the tokenizer's own.
@@ -115,23 +114,23 @@ class GrammarCompiler:
         self._hf, self._vocab_size = tokenizer, vocab_size
         own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         self.end_ids = tuple(i for i in end_ids or own if i < vocab_size)
+        self._trial: Trial | None = None
         self._tokens: LLTokenizer | None = None
-        self._making_tokens = threading.Lock()
         self._compiled: OrderedDict[tuple[str, str], Future[LLMatcher]] = (
             OrderedDict()
         )  # the one asked for last at the end
-        self._jobs: deque[tuple[Future[LLMatcher], Callable[[], LLMatcher]]] = deque()
-        self._workers, self._lock = 0, threading.Lock()
+        self._jobs: deque[tuple[str, str, Future[LLMatcher]]] = deque()
+        self._working, self._lock = False, threading.Lock()
 
     def start(self, kind: str, written: str) -> "Future[LLMatcher]":
         """Compile it, unless that was done before. The future brings a matcher to copy, or a ValueError in one line."""
+        key = (kind, written)
         with self._lock:
-            key = (kind, written)
             if key not in self._compiled:
-                self._compiled[key] = future = Future()
-                self._jobs.append((future, lambda: self._compile(kind, written)))
-                if self._workers < THREADS:
-                    self._workers += 1
+                self._compiled[key] = Future()
+                self._jobs.append((*key, self._compiled[key]))
+                if not self._working:
+                    self._working = True
                     _start_thread(self._work)
             self._compiled.move_to_end(key)
             while len(self._compiled) > CACHED:
@@ -147,52 +146,44 @@ class GrammarCompiler:
 
     def mask(self, matcher: LLMatcher, after_thinking: bool) -> "GrammarMask":
         """A request's own: of n answers with one grammar each is somewhere else in it."""
-        return GrammarMask(matcher.deep_copy(), self.tokens, THINK_END if after_thinking else b"")
-
-    @property
-    def tokens(self) -> LLTokenizer:
-        """All tokens as a trie of bytes. Takes 0.2 s for 3,584 tokens, some seconds for 150,000."""
-        with self._making_tokens:
-            if self._tokens is None:
-                self._tokens = self._make_tokens()
-            return self._tokens
-
-    def _make_tokens(self) -> LLTokenizer:
-        if not self.end_ids:
-            raise ValueError("this model has no end token, so no answer under a grammar could come to its end")
-        try:
-            return llguidance.hf.from_tokenizer(self._hf, n_vocab=self._vocab_size, eos_token=list(self.end_ids))
-        except Exception as error:  # it takes tokenizers of Hugging Face's Rust library alone, and not all of those
-            raise ValueError(f"this checkpoint's tokenizer cannot follow a grammar: {_line(str(error))}") from None
-
-    def _compile(self, kind: str, written: str) -> LLMatcher:
-        tokens = self.tokens
-        try:
-            if kind == "json_schema":
-                grammar = LLMatcher.grammar_from_json_schema(written, defaults=COMPACT)
-            else:
-                grammar = grammar_from(kind, written)
-        except Exception as error:
-            raise ValueError(f"{kind} cannot be compiled: {_line(str(error))}") from None
-        matcher = LLMatcher(tokens, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
-        if not matcher.is_error():
-            matcher.compute_bitmask()  # here and not in everybody's first step; it may turn out to be too complex
-        if matcher.is_error():
-            raise ValueError(f"{kind} cannot be compiled: {_line(matcher.get_error())}")
-        return matcher
+        return GrammarMask(matcher.deep_copy(), self._tokens, THINK_END if after_thinking else b"")
 
     def _work(self) -> None:
-        """A thread's life: compile as long as there is something to compile."""
+        """The thread's life: one grammar after the other, as long as there are some."""
         while True:
             with self._lock:
                 if not self._jobs:
-                    self._workers -= 1
+                    self._working = False
                     return
-                future, job = self._jobs.popleft()
+                kind, written, future = self._jobs.popleft()
             try:
-                future.set_result(job())
+                future.set_result(self._compile(kind, written))
             except BaseException as error:
                 future.set_exception(error)
+
+    def _compile(self, kind: str, written: str) -> LLMatcher:
+        if self._trial is None:
+            self._trial = Trial(self._tokens_as_json())
+        grammar = self._trial.grammar(kind, written)
+        if self._tokens is None:  # not before the trial has shown that it can be made
+            self._tokens = make_tokens(**self._trial.tokens)
+        matcher = new_matcher(self._tokens, grammar)
+        if matcher.is_error():  # it had none a moment ago, in the other process
+            raise ValueError(f"{kind} cannot be compiled: {one_line(matcher.get_error())}")
+        return matcher
+
+    def _tokens_as_json(self) -> dict[str, Any]:
+        """make_tokens' arguments. Raises ValueError if this model's answers cannot follow a grammar."""
+        if not self.end_ids:
+            raise ValueError("this model has no end token, so no answer under a grammar could come to its end")
+        if not getattr(self._hf, "is_fast", False):
+            raise ValueError(
+                "this checkpoint's tokenizer cannot follow a grammar: it is not of Hugging Face's Rust library"
+            )
+        backend = copy(self._hf.backend_tokenizer)
+        backend.no_padding()
+        backend.no_truncation()
+        return {"tokenizer": backend.to_str(), "vocab_size": self._vocab_size, "end_ids": list(self.end_ids)}
 
 
 def too_slow(kind: str) -> str:
@@ -250,7 +241,7 @@ class GrammarMask:
         for mask, row in zip(masks, bits, strict=True):
             if mask.matcher.is_error():  # llguidance then allows the end token, as if the answer were complete
                 row[:] = 0
-                mask.error = f"the grammar of this request has come to a dead end: {_line(mask.matcher.get_error())}"
+                mask.error = f"the grammar of this request has come to a dead end: {one_line(mask.matcher.get_error())}"
         return bits
 
 
@@ -285,9 +276,3 @@ def forbid_unset(logits: torch.Tensor, rows: Sequence[int], bits: np.ndarray) ->
 def _executor() -> LLExecutor:
     """Threads that fill the rows of a step side by side: of 256 requests each takes some 50 us."""
     return LLExecutor()
-
-
-def _line(message: str) -> str:
-    """One line that can be printed, whatever of a grammar it quotes."""
-    message = message.replace("<non-verbose/>", "")  # llguidance's mark of what verbose_errors=False leaves out
-    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split())[:MESSAGE])

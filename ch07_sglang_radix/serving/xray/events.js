@@ -120,30 +120,29 @@ const number = new Intl.NumberFormat("en");
 export const count = (value) => number.format(value);
 export const some = (value, word) => `${count(value)} ${word}${value === 1 ? "" : "s"}`;
 
+const FEW = 2;   // requests told of one by one; more share a line
+const names = (ids) => ids.slice(0, 6).map((id) => `#${id}`).join(" ") + (ids.length > 6 ? ` and ${ids.length - 6} more` : "");
+
 // What lies between two states, in words: [[kind, text]]. kind is a class of the page's colours.
 export function happened(before, now) {
   const told = [];
-  const entries = Object.entries(now.requests);
-  for (const [id, request] of entries) {
-    const was = before.requests[id];
-    const name = `#${id}`;
-    if (!was) told.push(["queued", `${name} arrives with ${some(request.prompt, "token")}`]);
-    if (request.phase === "prefill") {
-      const first = !was || was.phase === "queued";
-      const found = first ? `${request.cached} of ${request.prompt} from the tree, ` : "";
-      const back = was?.phase === "retracted" ? " again" : "";
-      told.push(["prefill", `${name} prefill${back}: ${found}${request.new} computed`]);
-    } else if (request.phase === "retracted" && was && was.phase !== "retracted") {
-      told.push(["retracted", `${name} retracted: its ${some(was.own, "page")} go back, its ${some(request.out, "token")} of answer stay`]);
-    } else if (request.phase === "done") {
-      told.push(["done", `${name} done after ${some(request.out, "token")}`]);
-    } else if (request.phase === "aborted") told.push(["gone", `${name} aborted`]);
-  }
-  const decoding = entries.filter(([, request]) => request.phase === "decode").map(([id]) => `#${id}`);
-  if (decoding.length) {
-    const shown = decoding.length > 6 ? `${decoding.slice(0, 6).join(" ")} and ${decoding.length - 6} more` : decoding.join(" ");
-    told.push(["decode", `decode: a token each for ${shown}`]);
-  }
+  const of = (phase) => Object.keys(now.requests).filter((id) => now.requests[id].phase === phase);
+  const tell = (kind, ids, one, many) => {
+    if (ids.length > FEW) told.push([kind, many(names(ids))]);
+    else for (const id of ids) told.push([kind, one(`#${id}`, now.requests[id], before.requests[id])]);
+  };
+  tell("queued", Object.keys(now.requests).filter((id) => !(id in before.requests)),
+    (name, { prompt }) => `${name} arrives with ${some(prompt, "token")}`, (all) => `${all} arrive`);
+  tell("prefill", of("prefill"), (name, request, was) => {
+    const found = !was || was.phase === "queued" ? `${request.cached} of ${request.prompt} from the tree, ` : "";
+    return `${name} prefill${was?.phase === "retracted" ? " again" : ""}: ${found}${request.new} computed`;
+  }, (all) => `prefill: ${all}, ${some(of("prefill").reduce((sum, id) => sum + now.requests[id].new, 0), "token")} computed`);
+  tell("retracted", of("retracted").filter((id) => id in before.requests && before.requests[id].phase !== "retracted"),
+    (name, request, was) => `${name} retracted: its ${some(was.own, "page")} go back, its ${some(request.out, "token")} of answer stay`,
+    (all) => `${all} retracted: their pages go back, their answers stay`);
+  tell("done", of("done"), (name, { out }) => `${name} done after ${some(out, "token")}`, (all) => `${all} done`);
+  tell("gone", of("aborted"), (name) => `${name} aborted`, (all) => `${all} aborted`);
+  if (of("decode").length) told.push(["decode", `decode: a token each for ${names(of("decode"))}`]);
   for (const [upper, lower] of splits(before, now)) {
     told.push(["cut", `split: node ${lower} is cut after ${some(now.nodes[upper].length, "token")}`]);
   }

@@ -5,7 +5,7 @@ import { fit, plain } from "./events.js";
 import { color, font, requestColor, sized } from "./paint.js";
 
 const AXIS = 20, LABEL = 200, LABEL_NARROW = 36, NARROW = 620;
-const ROW = 19, LEAST_ROW = 13, COLUMN = 11, LEAST_COLUMN = 7;
+const ROW = 19, LEAST_ROW = 14, COLUMN = 11, LEAST_COLUMN = 7;
 
 export class Lanes {
   // pick(request id or null)
@@ -23,8 +23,8 @@ export class Lanes {
     const width = this.box.clientWidth, narrow = width < NARROW, label = narrow ? LABEL_NARROW : LABEL;
     const column = narrow ? LEAST_COLUMN : COLUMN, columns = Math.max(8, Math.floor((width - label - 6) / column));
     const first = Math.max(0, index - columns + 1), shown = recording.lanes.slice(first, index + 1);
-    const ids = [...new Set(shown.flatMap((lane) => [...lane.keys()]))].sort((a, b) => a - b);
     const room = Math.max(this.box.clientHeight - AXIS - 2, 4 * ROW);
+    const ids = inPicture(shown, Math.floor(room / LEAST_ROW));
     const row = (this.row = Math.max(LEAST_ROW, Math.min(ROW, Math.floor(room / Math.max(ids.length, 1)))));
     this.rows = ids;
     const context = sized(this.canvas, width, AXIS + Math.max(ids.length * row, room));
@@ -64,7 +64,7 @@ export class Lanes {
   }
 
   drawLabel(context, id, y, row, label, says) {
-    const size = Math.min(12, row - 3);
+    const size = Math.min(12, row - 2);
     context.fillStyle = requestColor(id);
     context.beginPath();
     context.roundRect(1, y + 2, 30, row - 4, 4);
@@ -79,6 +79,15 @@ export class Lanes {
     context.fillStyle = color("text");
     context.fillText(fit(question(says), Math.floor((label - 42) / (size * 0.602))), 36, y + row / 2 + 0.5);
   }
+}
+
+// Requests of these steps, by age; where they are more than `most`, without those that ended first.
+function inPicture(lanes, most) {
+  const last = new Map();
+  lanes.forEach((lane, i) => { for (const id of lane.keys()) last.set(id, i); });
+  const ended = [...last].filter(([, i]) => i < lanes.length - 1).sort((a, b) => a[1] - b[1]).map(([id]) => id);
+  const left = new Set(ended.slice(0, Math.max(0, last.size - most)));
+  return [...last.keys()].filter((id) => !left.has(id)).sort((a, b) => a - b);
 }
 
 // What a prompt asks: the last line of it that is not the beginning of the answer.

@@ -44,6 +44,7 @@ export function font(context, size, weight = "") {
 
 // A line of the last values, without axes: how it goes, not how much it is.
 export function sparkline(canvas, values, name) {
+  canvas.removeAttribute("style");   // its size is the style sheet's
   const width = canvas.clientWidth || 80, height = canvas.clientHeight || 24;
   const context = sized(canvas, width, height);
   if (values.length < 2) return;

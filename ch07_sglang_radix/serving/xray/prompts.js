@@ -16,13 +16,13 @@ function chat(source, turns) {
   return text;
 }
 
-// One request to /generate; the answer as it comes from there. Throws an Error with the server's own words.
-async function generate(text, { most = 40, temperature = 0, key = "" } = {}) {
+// POST: the answer as JSON. Throws an Error with the server's own words.
+async function post(path, body) {
+  const key = $("key").value;
   const headers = { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
-  const body = JSON.stringify({ text, sampling_params: { max_new_tokens: most, temperature } });
-  const response = await fetch("generate", { method: "POST", headers, body });
+  const response = await fetch(path, { method: "POST", headers, body: JSON.stringify(body) });
   const answer = await response.json().catch(() => ({}));
-  if (!response.ok) throw new Error(answer.error?.message ?? `${response.status} ${response.statusText}`);
+  if (!response.ok) throw new Error(answer.error?.message ?? answer.error ?? `${response.status} ${response.statusText}`);
   return answer;
 }
 
@@ -82,12 +82,16 @@ const PRESETS = {
 
 // Makes the prompt box and the buttons of the workloads work. poolTokens(): how large the engine's pool is.
 export function asking(source, poolTokens) {
-  const send = async (text, most) => {
+  const newLine = () => {
     const line = $("answers").insertBefore(document.createElement("li"), $("answers").firstChild);
     while ($("answers").childElementCount > ANSWERS) $("answers").lastChild.remove();
     line.textContent = "…";
+    return line;
+  };
+  const send = async (text, most) => {
+    const line = newLine();
     try {
-      const answer = await generate(text, { most, temperature: Number($("temperature").value), key: $("key").value });
+      const answer = await post("generate", { text, sampling_params: { max_new_tokens: most, temperature: Number($("temperature").value) } });
       const { prompt_tokens, cached_tokens, completion_tokens } = answer.meta_info;
       line.textContent = `${cached_tokens} of ${prompt_tokens} from the tree, ${completion_tokens} new: ${fit(plain(answer.text), 300)}`;
       return answer.text;
@@ -100,6 +104,12 @@ export function asking(source, poolTokens) {
   const most = () => Number($("most").value);
   const sendChat = (turns, tokens = most()) => send(chat(source, turns), tokens);
 
+  const ORDERS = { pause_generation: { mode: "in_place" }, step_generation: { steps: 1 }, continue_generation: {} };
+  for (const button of $("engine").querySelectorAll("button")) {
+    button.addEventListener("click", () => post(button.dataset.path, ORDERS[button.dataset.path]).catch((error) => {
+      Object.assign(newLine(), { textContent: error.message, className: "gone" });
+    }));
+  }
   $("as-chat-label").hidden = !source.chat;
   $("ask").addEventListener("submit", (event) => {
     event.preventDefault();

@@ -57,12 +57,19 @@ class Recorder:
 
     # --- on and off
 
+    def watch(self, on: bool) -> None:
+        """What a Feed asks for."""
+        if on:
+            self.start()
+        else:
+            self.stop()
+
     def start(self) -> None:
         """Tell everything there is, and from now on what changes. If it is on already: a snapshot for who has come late."""
         if not self.on:
             self.on = True
             self._begin()
-            self.state = self._look()
+            self.state = self._look() | {"pages": self._moved_cells()}
             self.scheduler.after_step.append(self.after_step)
         self.publish(events.snapshot(self._seq, self.state))
 
@@ -88,7 +95,7 @@ class Recorder:
         self._known: dict[TreeNode, Known] = {}
         self._live: dict[int, tuple[Req, int]] = {}  # who waited or ran, and with how many tokens computed
         self._says: dict[int, str] = {}
-        self._pages = np.zeros(0, dtype=np.int64)
+        self._cells = np.zeros(-(-self.scheduler.pool.num_pages // self._pages_per_cell), dtype=np.int64)  # all free
         self._tree_is, self._of_tree = (), np.zeros(self.scheduler.pool.num_pages, dtype=np.int64)
         self._steps, self._computed = dict(self.scheduler.steps), self.scheduler.work["tokens"]
 
@@ -101,35 +108,47 @@ class Recorder:
         self._credit = min(BURST_S, self._credit + self.share * (now - self._looked))
         self._looked = now
         if self._credit > 0 or self.share >= 1 or not self.scheduler.unfinished:
+            began = time.thread_time()  # of this thread alone, whatever else the machine does
             try:
                 self.record()
             except Exception as error:  # a page that cannot be shown must not end the engine
-                log.warning("the X-ray page gets no more events: %s: %s", type(error).__name__, error)
+                log.error("the X-ray page gets no more events: %s: %s", type(error).__name__, error)
                 self.stop()
-            self._credit -= time.perf_counter() - now
+            self._credit -= time.thread_time() - began
+
+    def at_rest(self) -> None:
+        """Before the scheduler waits for work: tells of an abort or a flush, which no step follows."""
+        if self.on and (
+            self._what_moves_the_tree() != self._tree_is
+            or self._live.keys() != {r.rid for r in self.scheduler.unfinished}
+        ):
+            self.record()
 
     def record(self) -> None:
-        """Tell what has changed since the last event. After an abort or a flush with nothing to do: no step follows that would."""
+        """Tell what has changed since the last event."""
         if not self.on:
             return
+        cells = self.state.pop("pages")
         after = self._look()
         change = events.difference(self.state, after)
-        self.state, self._seq = after, self._seq + 1
+        if moved := self._moved_cells():
+            change["pages"], cells = moved, events.merged(cells, moved)
+        self.state, self._seq = after | {"pages": cells}, self._seq + 1
         self.publish(events.step(self._seq, change))
 
     # --- the state
 
     def _look(self) -> State:
+        """All but the pages, which are too many to be compared one by one."""
         kind = self._kind()
         tree_is = self._what_moves_the_tree()
         nodes = self.state.get("nodes")
         if nodes is None or tree_is != self._tree_is:
             self._tree_is, nodes = tree_is, self._nodes()
-        pages = self._owners()
         requests = self._requests()
         state = {
             "about": self.state.get("about") or self._about(), "now": self._now(kind), "totals": self._totals(),
-            "nodes": nodes, "requests": requests, "pages": self._cells(pages), "sent": self._sent(),
+            "nodes": nodes, "requests": requests, "sent": self._sent(),
         }  # fmt: skip
         self._steps, self._computed = dict(self.scheduler.steps), self.scheduler.work["tokens"]
         return state
@@ -252,13 +271,13 @@ class Recorder:
                 owners[pages] = OTHER
         return owners
 
-    def _cells(self, owners: np.ndarray) -> dict[str, str]:
-        """A cell of several pages shows the one that is most in use: a request's, then the newest node's."""
+    def _moved_cells(self) -> dict[str, str | None]:
+        """{cell: its new owner}. A cell of several pages shows the one that is most in use: a request's, then the newest node's."""
+        owners = self._owners()
         cells = np.maximum.reduceat(owners, np.arange(0, len(owners), self._pages_per_cell))
-        if np.array_equal(cells, self._pages):
-            return self.state["pages"]
-        self._pages = cells
-        return {str(cell): _owner(int(cells[cell])) for cell in np.flatnonzero(cells)}
+        moved = np.flatnonzero(cells != self._cells)
+        self._cells = cells
+        return {str(cell): _owner(int(cells[cell])) for cell in moved}
 
     # --- the requests
 
@@ -327,7 +346,9 @@ def _path(node: TreeNode) -> Iterator[TreeNode]:
         node = node.parent
 
 
-def _owner(number: int) -> str:
+def _owner(number: int) -> str | None:
+    if number == FREE:
+        return None
     if number >= REQUEST:
         return f"r{number - REQUEST}"
     return "x" if number == OTHER else f"n{number}"

@@ -11,7 +11,7 @@ import torch
 
 from common.sampling import grammar as module
 from common.sampling.batch import SamplingBatch
-from common.sampling.grammar import MAX_BYTES, MAX_DEPTH, GrammarCompiler, GrammarMask, check_grammar, forbid_unset
+from common.sampling.grammar import MAX_BYTES, GrammarCompiler, GrammarMask, check_grammar, forbid_unset
 from common.sampling.params import SamplingParams
 from common.sampling.sampler import ALL_FORBIDDEN, sample
 from common.text.tokenizer import Tokenizer
@@ -245,10 +245,6 @@ def test_the_grammar_holds_from_behind_the_thought_on(mask, tokenizer, thought):
 
 # --- what is refused
 
-DEEP = {"type": "array"}
-for _ in range(MAX_DEPTH):
-    DEEP = {"type": "array", "items": DEEP}
-
 
 @pytest.mark.parametrize(
     ("given", "message"),
@@ -261,10 +257,7 @@ for _ in range(MAX_DEPTH):
         (("json_schema", "{"), "is no JSON"),
         (("json_schema", "[]"), "must be a JSON object"),
         (("json_schema", "true"), "must be a JSON object"),
-        (("json_schema", "[" * 50_000), "brackets"),
-        (("json_schema", json.dumps(DEEP)), f"brackets {MAX_DEPTH + 1} deep"),
-        (("regex", "(" * 70 + "a" + ")" * 70), "brackets 70 deep"),
-        (("ebnf", f"start: {'(' * 999}"), "brackets 999 deep"),
+        (("json_schema", "[" * 50_000), "nested too deeply"),
         (("json_schema", json.dumps({"const": "a" * (1 << 20)})), "1,048,589 bytes, and may have 65,536"),
         (("regex", "ä" * MAX_BYTES), "bytes"),
         (("regex", "a\ud800"), "surrogate"),
@@ -292,6 +285,9 @@ def test_what_is_right_is_kept_as_it_was_written():
         ("json_schema", '{"$ref": "file:///etc/passwd"}', "json_schema cannot be compiled"),
         ("regex", "(", "regex cannot be compiled"),
         ("regex", "(?=a)b", "regex cannot be compiled"),
+        ("regex", "(" * 9999, "regex cannot be compiled"),
+        ("json_schema", '{"items": ' * 200 + "{}" + "}" * 200, "json_schema cannot be compiled"),
+        ("ebnf", f"start: {'(' * 999}", "ebnf cannot be compiled: .*too deeply nested"),
         ("ebnf", "start: nothing", "ebnf cannot be compiled"),
         ("ebnf", 'begin: "a"', "ebnf cannot be compiled"),
         ("ebnf", "\x00\u202e", "ebnf cannot be compiled"),
@@ -325,22 +321,56 @@ def test_the_grammars_asked_for_last_stay_compiled(tokenizer, monkeypatch):
     assert second.result(30), "who waits for one that is forgotten still gets it"
 
 
-def test_many_ask_at_once_and_a_few_threads_compile(tokenizer, monkeypatch):
-    busy, most, lock = 0, 0, threading.Lock()
+def test_many_ask_at_once_and_each_grammar_is_compiled_once(tokenizer):
+    compiled, lock = [], threading.Lock()
 
-    class Slow(GrammarCompiler):
+    class Noted(GrammarCompiler):
         def _compile(self, kind, written):
-            nonlocal busy, most
-            with lock:
-                busy += 1
-                most = max(most, busy)
-            time.sleep(0.01)
-            with lock:
-                busy -= 1
-            return super()._compile(kind, written)
+            assert lock.acquire(blocking=False), "one at a time"
+            compiled.append(written)
+            matcher = super()._compile(kind, written)
+            lock.release()
+            return matcher
 
-    compiler = Slow(tokenizer.hf, TOKENS, [END])
+    compiler = Noted(tokenizer.hf, TOKENS, [END])
     futures = [compiler.start("regex", f"a{i % 9}") for i in range(30)]
-    assert [f.result(30) is futures[i % 9].result(30) for i, f in enumerate(futures)] == [True] * 30
-    assert most == module.THREADS
-    assert compiler.start("regex", "later").result(30), "threads that have gone are started again"
+    assert all(f.result(30) is futures[i % 9].result(30) for i, f in enumerate(futures))
+    assert compiled == [f"a{i}" for i in range(9)]
+    assert compiler.start("regex", "later").result(30), "the thread that has gone is started again"
+
+
+# --- what is no grammar but an attack
+
+
+CHAIN = "start: a0\n" + "".join(f"a{i}: a{i + 1}\n" for i in range(5000)) + 'a5000: "x"\n'
+
+
+@pytest.mark.parametrize(
+    ("kind", "written", "message"),
+    [
+        ("json_schema", '{"type": "integer", "multipleOf": 123456789}', "compiling it takes more than"),
+        (
+            "ebnf",
+            'start: "n=" %json {"type": "integer", "multipl\\u0065Of": 123456789}',
+            "compiling it takes more than",
+        ),
+        ("ebnf", "start: " + "a{" * 20_000, "ebnf cannot be compiled|ended the process that tries it out"),
+    ],
+)
+def test_a_grammar_that_would_take_the_engine_with_it_takes_a_small_process(
+    compiler, monkeypatch, kind, written, message
+):
+    monkeypatch.setattr(module, "TRIAL_SECONDS", 1.0)
+    check_grammar((kind, written))
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=message) as error:
+        compiler.compiled(kind, written)
+    assert time.monotonic() - began < 20
+    assert str(error.value).isprintable()
+    assert compiler.compiled("regex", f"the next one after {message}"), "it goes on"
+
+
+def test_what_the_small_process_could_compile_the_engine_can(compiler):
+    """A chain of rules is compiled by calls within calls, as deep as it is long."""
+    error = compiler.start("ebnf", CHAIN).exception(30)
+    assert error is None or "ended the process that tries it out" in str(error)

@@ -165,6 +165,27 @@ def test_who_comes_late_gets_the_state_that_the_others_have():
     assert len(late.lines) == 5, "one snapshot, and then changes"
 
 
+def test_at_rest_what_no_step_tells_of_is_told():
+    scheduler, page = make(), Page()
+    recorder = Recorder(scheduler, page, share=1.0)
+    recorder.at_rest()
+    recorder.watch(True)
+    rid = scheduler.add_request("What is a radix cache?", 20)
+    for _ in range(4):
+        scheduler.step()
+    told = len(page.lines)
+    recorder.at_rest()
+    assert len(page.lines) == told, "nothing has changed"
+    scheduler.abort(rid)
+    recorder.at_rest()
+    assert page.state["requests"][str(rid)]["phase"] == "aborted"
+    scheduler.tree.evict(SLOTS)
+    recorder.at_rest()
+    assert (page.state["nodes"], page.state["pages"]) == ({}, {})
+    recorder.watch(False)
+    assert not recorder.on
+
+
 def test_off_it_is_not_there():
     scheduler, page = make(), Page()
     users, ledger = list(scheduler.after_step), scheduler.tp.ledger
