@@ -261,15 +261,19 @@ class _GrammarMasks:
 def forbid_unset(logits: torch.Tensor, rows: Sequence[int], bits: np.ndarray) -> None:
     """-inf where a bit is 0, in place. logits [B, V]; rows: n of the B; bits [n, V / 32] int32, on the CPU.
 
-    Nothing waits for a GPU. The bytes of a word are in the order of its tokens on every machine that torch runs on (the
-    least significant one first), so a byte is unpacked like a word: bit i of byte b is token 8 b + i.
+    The bytes of a word are in the order of its tokens on every machine that torch runs on (the least significant one first),
+    so a byte is unpacked like a word: bit i of byte b is token 8 b + i. The last ones may reach beyond the vocabulary.
     """
-    device = logits.device
-    there = upload(bits.view(np.uint8), device).unsqueeze(-1)  # [n, V / 8, 1]
-    unset = there >> torch.arange(8, dtype=torch.uint8, device=device) & 1 == 0  # [n, V / 8, 8]
-    forbidden = unset.flatten(1)[:, : logits.shape[1]]  # the last word may reach beyond the vocabulary
-    where = upload(np.array(rows, dtype=np.int64), device)
-    logits[where] = logits[where].masked_fill(forbidden, -torch.inf)
+    size, packed = logits.shape[1], bits.view(np.uint8)  # [n, V / 8]
+    if logits.device.type == "cpu":  # row by row: with 151,936 tokens ten times as fast as all rows at once
+        here, unset = logits.numpy(), np.unpackbits(~packed, axis=1, count=size, bitorder="little").view(bool)
+        for row, forbidden in zip(rows, unset, strict=True):
+            here[row][forbidden] = -np.inf
+        return
+    there = upload(packed, logits.device).unsqueeze(-1)  # [n, V / 8, 1]; nothing here waits for the GPU
+    unset = there >> torch.arange(8, dtype=torch.uint8, device=logits.device) & 1 == 0  # [n, V / 8, 8]
+    where = upload(np.array(rows, dtype=np.int64), logits.device)
+    logits[where] = logits[where].masked_fill(unset.flatten(1)[:, :size], -torch.inf)
 
 
 @cache
