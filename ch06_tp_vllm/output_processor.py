@@ -123,4 +123,6 @@ class OutputProcessor:
         return found
 
     def _decoded(self, token: int) -> str | None:
-        return self.tokenizer and self.tokenizer.decode([token])
+        """With its space and as it is written, as in vLLM 0.33 (tokenizers/detokenizer_utils.py, convert_ids_list_to_tokens).
+        Of a character that several tokens make, vLLM gives the last one all of it; here each reads as U+FFFD."""
+        return self.tokenizer and self.tokenizer.token_text(token)

@@ -14,6 +14,7 @@ from common.values import whole
 
 NO_CHUNKS = -1  # chunked_prefill_size: a prompt is computed as a whole
 NO_LIMIT = 1 << 62  # tokens of a step
+DEFAULT_CHUNK = {"cpu": 1024, "cuda": 8192}  # tokens a step: on a CPU what its caches like, on a GPU SGLang's default
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Admission:
                 s.held[req.rid] = answer.value
             if answer is Answer.FULL:
                 break
-            if answer is Answer.ADDED and first:
+            if answer is Answer.ADDED and first and not req.probe:
                 s.policy.admitted(req.kv_len, len(req.prompt_ids))
                 s.served["prompt"] += len(req.prompt_ids)
                 s.served["cached"] += req.kv_len

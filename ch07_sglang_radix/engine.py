@@ -15,12 +15,14 @@ import secrets
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from ch07_sglang_radix.admission import NO_CHUNKS
+from ch07_sglang_radix.admission import DEFAULT_CHUNK, NO_CHUNKS
 from ch07_sglang_radix.async_loop import SchedulerLoop
 from ch07_sglang_radix.generate_request import GenerateCall, GenerateRequest, LogprobOptions, check_rid
-from ch07_sglang_radix.scheduler import DEFAULT_CHUNK, TPScheduler
+from ch07_sglang_radix.profiler import RankProfiler, profile_name
+from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.server_args import DEFAULT_PAGE, ServerArgs
 from ch07_sglang_radix.streams import Stream, listen, wait_for
 from ch07_sglang_radix.tasks import LEAVE
@@ -50,7 +52,8 @@ class Engine:
             max_running_requests=args.max_running_requests, attention_backend=args.attention_backend,
             disable_cuda_graph=args.disable_cuda_graph, mem_fraction_static=args.mem_fraction_static,
             kv_cache_dtype=args.kv_cache_dtype, tokenizer_path=args.tokenizer_path,
-            skip_tokenizer_init=args.skip_tokenizer_init, context_length=args.context_length, tp=tp,
+            skip_tokenizer_init=args.skip_tokenizer_init, context_length=args.context_length,
+            check_finite=args.check_finite, tp=tp,
         )  # fmt: skip
         overlap = None if args.disable_overlap_schedule is None else not args.disable_overlap_schedule
         self._scheduler: TPScheduler | None = TPScheduler(
@@ -60,6 +63,8 @@ class Engine:
             radix_eviction_policy=args.radix_eviction_policy, overlap=overlap, gather_best=args.gather_best,
             seed=_seed(args), schedule_conservativeness=args.schedule_conservativeness, check=args.check, trace=args.trace,
         )  # fmt: skip
+        profiler = RankProfiler(tp.rank)
+        self._scheduler.control.notes |= {"start_profile": profiler.start, "stop_profile": profiler.stop}
         self._loop: SchedulerLoop | None = None  # from the first async_generate on
         self._stream: Callable[[], Stream | None] = lambda: None  # the open one; not held: who drops it, closes it
         self._turn = threading.RLock()  # whoever steps the scheduler holds it
@@ -180,6 +185,18 @@ class Engine:
 
         return self._at_rest(flush) if self.scheduler.tp.rank == 0 else True
 
+    def start_profile(self, output_dir: str | Path, record_shapes: bool = False, with_stack: bool = False) -> str:
+        """torch.profiler on every rank from here to stop_profile; returns what the names of their files begin with."""
+        name = profile_name()
+        self._note(
+            "start_profile", folder=str(output_dir), name=name, record_shapes=record_shapes, with_stack=with_stack
+        )
+        return name
+
+    def stop_profile(self) -> str:
+        """Every rank writes what it has seen; returns this rank's file."""
+        return self._note("stop_profile")
+
     def get_server_info(self) -> dict[str, Any]:
         """What the engine is, and on rank 0 also pool, tree, queue and hit rate as they stand."""
         s = self.scheduler
@@ -199,6 +216,7 @@ class Engine:
                 "schedule_policy": s.policy.name, "radix_eviction_policy": s.tree.eviction,
                 "max_total_num_tokens": s.pool.size, "free_tokens": s.pool.free_slots,
                 "evictable_tokens": s.tree.evictable_size, "protected_tokens": s.tree.protected_size,
+                "held_tokens": s.held_slots,
                 "waiting": len(s.waiting), "running": len(s.admitted),
                 "prompt_tokens": served, "cached_tokens": s.served["cached"],
                 "hit_rate": s.served["cached"] / served if served else 0.0,
@@ -226,6 +244,13 @@ class Engine:
         open_one = self._stream()
         if open_one is not None and not open_one.closed:
             raise ValueError("a stream of this engine is still open; read it to its end, or close it")
+
+    def _note(self, note: str, /, **arguments: Any) -> Any:
+        """On all ranks: those that follow are told, those that run the same script come here themselves."""
+        control = self.scheduler.control
+        if control.tp.spawned or self._loop:
+            return self._at_rest(lambda: control.note(note, **arguments))
+        return control.notes[note](**arguments)
 
     def _at_rest(self, call: Callable[[], Any]) -> Any:
         """Between two steps: now, or when the loop gets there."""

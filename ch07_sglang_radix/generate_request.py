@@ -57,16 +57,20 @@ class LogprobOptions:
     start: int = OUTPUTS_ONLY
     top: int = 0
     ids: tuple[int, ...] = ()
+    texts: bool = False  # of the tokens, too
 
     @classmethod
-    def of(cls, wanted: Any, start: Any, top: Any, ids: Any) -> "LogprobOptions":
+    def of(cls, wanted: Any, start: Any, top: Any, ids: Any, texts: Any = False) -> "LogprobOptions":
         wanted = flag("return_logprob", wanted)
         start = OUTPUTS_ONLY if start is None else whole("logprob_start_len", start, OUTPUTS_ONLY)
         top = whole("top_logprobs_num", 0 if top is None else top, 0)
         ids = token_ids("token_ids_logprob", () if ids is None else ids)
-        if not wanted and (start != OUTPUTS_ONLY or top or ids):
-            raise ValueError("logprob_start_len, top_logprobs_num and token_ids_logprob need return_logprob=True")
-        return cls(wanted, start, top, ids)
+        texts = flag("return_text_in_logprobs", texts)
+        if not wanted and (start != OUTPUTS_ONLY or top or ids or texts):
+            raise ValueError(
+                "logprob_start_len, top_logprobs_num, token_ids_logprob and return_text_in_logprobs need return_logprob=True"
+            )
+        return cls(wanted, start, top, ids, texts)
 
     def params(self) -> dict[str, Any]:
         """The same in the sampler's terms."""
@@ -126,11 +130,12 @@ class GenerateCall:
 
     def _told(self, which: str, told: Sequence[TokenLogprobs]) -> dict[str, Any]:
         """[(log-probability, token id, its text or None)], and lists of such for the best ones and for those asked for."""
-        lists = {f"{which}_token_logprobs": [(one.logprob, one.token, None) for one in told]}
+        say = self.tokenizer.token_text if self.logprobs.texts and self.tokenizer else lambda token: None
+        lists = {f"{which}_token_logprobs": [(one.logprob, one.token, say(one.token)) for one in told]}
         if self.logprobs.top:
-            lists[f"{which}_top_logprobs"] = [[(p, token, None) for token, p in one.top] for one in told]
+            lists[f"{which}_top_logprobs"] = [[(p, token, say(token)) for token, p in one.top] for one in told]
         if self.logprobs.ids:
-            lists[f"{which}_token_ids_logprobs"] = [[(p, token, None) for token, p in one.wanted] for one in told]
+            lists[f"{which}_token_ids_logprobs"] = [[(p, token, say(token)) for token, p in one.wanted] for one in told]
         return lists
 
     def results(self, outputs: list[RequestOutput]) -> dict[str, Any] | list[dict[str, Any]]:

@@ -35,12 +35,15 @@ class Outcome:
         """A running request has come to its end: leave to the tree what is known, take the rest back."""
         # without what a step that is on its way still computes for it
         req.kv_len = len(req.prompt_ids) + max(len(req.output_ids) - 1, 0)
-        self.state.memory.finish(req)
+        if req.probe:
+            self.state.memory.release(req)
+        else:
+            self.state.memory.finish(req)
         self.report(req)
 
     def report(self, req: Req) -> None:
         s = self.state
-        s.num_finished += 1
+        s.num_finished += not req.probe
         s.grown[req.rid] = req
         s.results[req.rid] = self.output_of(req)
 

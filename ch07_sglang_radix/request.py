@@ -37,6 +37,7 @@ class Req:
     priority: int = 0  # higher is sooner
     name: str | None = None  # the user's own
     routing_key: str | None = None  # for the policy of that name
+    probe: bool = False  # it asks whether the engine lives: counted nowhere, cached nowhere
 
     stops: frozenset[int] = frozenset()  # tokens that end it
     text: AnswerText | None = None  # what ends it as text; without it the answer has none

@@ -34,7 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ch07_sglang_radix.admission import Admission, chunk_size
+from ch07_sglang_radix.admission import DEFAULT_CHUNK, Admission, chunk_size
 from ch07_sglang_radix.grammar_manager import GrammarManager
 from ch07_sglang_radix.invariants import check_invariants
 from ch07_sglang_radix.outcome import Outcome
@@ -56,7 +56,7 @@ from common.text.answer import AnswerText
 from common.values import flag, shown, whole
 
 HELD_S = 0.002  # between two looks at closed gates, while nothing else is to be done
-DEFAULT_CHUNK = {"cpu": 1024, "cuda": 8192}  # tokens a step: on a CPU what its caches like, on a GPU SGLang's default
+PROBE = -1  # the number of a request that is not counted
 WORDS = Words("max_new_tokens", "input_ids", "max_total_tokens")
 
 
@@ -156,24 +156,28 @@ class TPScheduler(SchedulerState):
     def enqueue(
         self, text: str | None, ids: list[int], params: SamplingParams, *, words: Mapping[str, Any] | None = None,
         extra_key: str | None = None, priority: int = 0, name: str | None = None,
-        routing_key: str | None = None,
+        routing_key: str | None = None, shows_text: bool = True, probe: bool = False,
     ) -> int:  # fmt: skip
         """What add_request does once the intake has found nothing wrong; returns the id.
 
         words: AnswerText's arguments: what ends the answer, and how its text is made. extra_key: namespace of the radix tree.
         priority: for the schedule and the eviction policy of that name. name: the user's own, to abort it by.
-        routing_key: for the schedule policy of that name.
+        routing_key: for the schedule policy of that name. shows_text: False if others turn tokens into text, and only stop
+        texts are looked for here. probe: does the engine live? Counted nowhere and cached nowhere; one at a time.
         """
-        rid, self.num_requests = self.num_requests, self.num_requests + 1
+        rid = PROBE if probe else self.num_requests
+        self.num_requests += not probe
         if self.tp.rank == 0:
             seed = params.seed if params.seed is not None else int(uniform(self.seed, rid) * (1 << 24))
             ends = frozenset(params.stop_token_ids + self.wrapper.config.eos_token_ids)
             stops = frozenset(params.stop_token_ids) if params.ignore_eos else ends
             if params.grammar:
                 ends = stops = ends | self.grammars.end_ids
+            needs_text = shows_text or any((words or {}).get(name) for name in ("stop", "stop_regex"))
             req = Req(
-                rid, text, ids, params, seed, extra_key, priority, name, routing_key, stops=stops, held_back=ends,
-                text=AnswerText(self.wrapper.tokenizer, ids, **(words or {})), wanted=params.max_new_tokens,
+                rid, text, ids, params, seed, extra_key, priority, name, routing_key, probe, stops=stops, held_back=ends,
+                text=AnswerText(self.wrapper.tokenizer if needs_text else None, ids, **(words or {})),
+                wanted=params.max_new_tokens,
             )  # fmt: skip
             self.grammars.start(req)
             self.waiting.append(req)
@@ -286,7 +290,7 @@ class TPScheduler(SchedulerState):
     ) -> QueuedStep[Req]:
         """Have all ranks do it for `reqs`, and draw a token for each of `emitting`; `queued` moves the lengths on."""
         self.work["samplings"] += bool(emitting)
-        self.work["sampled"] += len(emitting)
+        self.work["sampled"] += sum(not req.probe for req in emitting)
         if self.trace:
             self.trace.task(task)
         try:
@@ -320,8 +324,10 @@ class TPScheduler(SchedulerState):
 
         Returns how many there were to end. A text is the user's own name of a request, and of all its n answers.
         """
-        ours = [r.rid for r in self.unfinished if rid in (r.rid, r.name) or (r.name or "").startswith(f"{rid}_")]
-        return sum(self.outcome.abort(one) for one in ours)
+        if not isinstance(rid, str):
+            return int(self.outcome.abort(rid))
+        ours = [r.rid for r in self.unfinished if r.name == rid or (r.name or "").startswith(f"{rid}_")]
+        return sum(map(self.outcome.abort, ours))
 
     def output_of(self, req: Req) -> RequestOutput:
         """What a request has so far; finish_reason is None while it runs."""

@@ -48,7 +48,8 @@ class StepTasks:
         s.steps["prefill"] += 1
         for req, n in batch.reqs:
             req.kv_len += n
-            s.tree.cache_unfinished_req(req)
+            if not req.probe:
+                s.tree.cache_unfinished_req(req)
         for req in batch.decodes:
             req.kv_len += 1
         s.running += emitting[: len(emitting) - len(batch.decodes)]
