@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-all mutation shell lint tiny-qwen bench-cpu bench-cpu-real bench-gpu notebooks figures clean
+.PHONY: setup demo test test-all mutation serve chat lint tiny-qwen bench-cpu bench-cpu-real bench-gpu load-test notebooks figures clean
 
 setup: .venv/installed
 
@@ -23,8 +23,11 @@ SAMPLE ?= 120
 mutation: setup
 	$(BIN)/python -m tests.mutation --sample $(SAMPLE)
 
-shell: setup
-	$(BIN)/python -m ch07_sglang_radix.shell
+serve: setup
+	$(BIN)/python -m ch07_sglang_radix.launch_server
+
+chat: setup
+	$(BIN)/python -m ch07_sglang_radix.chat
 
 lint: setup
 	$(BIN)/ruff check .
@@ -54,6 +57,11 @@ else ifeq ($(PART),large-tp2)
 else
 	$(BIN)/python -m ch07_sglang_radix.benchmarks.bench_gpu --part $(PART)
 endif
+
+# 10,000 clients, 500 at once, of whom some leave and some send rubbish; then 10,000 made-up requests
+load-test: setup
+	$(BIN)/python -m ch07_sglang_radix.serving.load_test --requests 10000 --concurrency 500
+	$(BIN)/python -m tests.ch07.serving.openapi_fuzz --cases 10000
 
 # runs the .py files and stores what they show in the .ipynb beside them
 notebooks: setup

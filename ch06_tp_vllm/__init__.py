@@ -3,6 +3,6 @@
 from ch06_tp_vllm.llm import LLM
 from ch06_tp_vllm.llm_engine import LLMEngine
 from ch06_tp_vllm.outputs import CompletionOutput, RequestOutput
-from ch06_tp_vllm.sampling_params import SamplingParams
+from ch06_tp_vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
-__all__ = ["LLM", "CompletionOutput", "LLMEngine", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CompletionOutput", "LLMEngine", "RequestOutput", "SamplingParams", "StructuredOutputsParams"]

@@ -38,8 +38,9 @@ class EngineArgs:
     allows, gpu_memory_utilization of the device's memory for weights and pool together. scheduler_reserve_full_isl: a
     request enters only if its whole prompt fits, and a share `watermark` of the blocks stays free. enforce_eager: no CUDA graphs.
     async_scheduling: queue a step before the last one's tokens are seen; None: on a GPU. generation_config: "auto" takes
-    sampling defaults from the model's generation_config.json, "vllm" takes vLLM's own. check: test the conservation of
-    blocks after every step. trace: a file to which every step writes a line (trace.py).
+    sampling defaults from the model's generation_config.json, "vllm" takes vLLM's own. check_finite: look for NaN and
+    infinity in the weights before they are used, and name them. check: test the conservation of blocks after every step.
+    trace: a file to which every step writes a line (trace.py).
     Raises ValueError for a value of a wrong kind or outside its range.
     """
 
@@ -68,6 +69,7 @@ class EngineArgs:
     async_scheduling: bool | None = None
     attention_backend: str = "auto"
     generation_config: str = "auto"
+    check_finite: bool = False
     check: bool = False
     trace: str | Path | None = None
 
@@ -86,7 +88,7 @@ class EngineArgs:
         self._set("seed", whole("seed", self.seed, -(1 << 63), (1 << 63) - 1))
         switches = (
             "skip_tokenizer_init", "trust_remote_code", "enable_prefix_caching", "enable_chunked_prefill",
-            "scheduler_reserve_full_isl", "enforce_eager", "check",
+            "scheduler_reserve_full_isl", "enforce_eager", "check_finite", "check",
         )  # fmt: skip
         for name in switches:
             self._set(name, flag(name, getattr(self, name)))

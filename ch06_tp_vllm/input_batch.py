@@ -43,8 +43,8 @@ class InputBatch:
         if is_decode and self._decoding and self._decoding[0] == requests:
             self._decoding[1].advance()
             return self._decoding[1]
-        if any(request.params.needs_last_token for request in requests):
-            self.settle()  # a penalty, say, must know every token before the one it is for
+        if any(request.grammar or request.params.needs_last_token for request in requests):
+            self.settle()  # a grammar or a penalty must know every token before the one it is for
         batch = SamplingBatch([request.sampling_row() for request in requests])
         self._decoding = (requests, batch) if is_decode and not batch.needs_last_token else None
         return batch

@@ -11,6 +11,8 @@ from ch06_tp_vllm.sampling_params import SamplingParams
 from common.models.config import ModelConfig
 from common.request.intake import Intake, Words, refuse_unknown
 from common.sampling.batch import uniform
+from common.sampling.grammar import GrammarCompiler, GrammarMask
+from common.sampling.params import SamplingParams as RowParams
 from common.text.answer import AnswerText
 from common.values import shown, text
 
@@ -30,6 +32,8 @@ class InputProcessor:
 
     def __init__(self, intake: Intake, config: ModelConfig, seed: int, step_limit: int | None):
         self.intake, self.config, self.seed, self.step_limit = intake, config, seed, step_limit
+        tokenizer = intake.tokenizer
+        self._compiler = tokenizer and GrammarCompiler(tokenizer.hf, config.vocab_size, config.eos_token_ids)
 
     def read(self, prompt: Prompt) -> tuple[str | None, list[int], str | None]:
         """A prompt in any of its forms -> (its text, if it came as one, token ids, cache_salt)."""
@@ -65,6 +69,7 @@ class InputProcessor:
             raise ValueError("this checkpoint has no tokenizer, so bad_words are no tokens; use logit_bias")
         row = params.row(self.max_tokens(ids, params), self.intake.tokenizer)
         self.intake.fits(ids, row)
+        self._grammar(row)
         total = len(ids) + row.max_new_tokens
         if self.step_limit is not None and total > self.step_limit:
             raise ValueError(
@@ -86,6 +91,8 @@ class InputProcessor:
         row = params.row(self.max_tokens(ids, params), self.intake.tokenizer)
         ends = frozenset(row.stop_token_ids + self.config.eos_token_ids)
         stops = frozenset(row.stop_token_ids) if row.ignore_eos else ends
+        if row.grammar:  # behind the end of what it allows nothing may follow
+            ends = stops = ends.union(self._compiler.end_ids)
         requests: list[Request] = []
         for i in range(params.n):
             seed = int(uniform(self.seed, first + i) * (1 << 24)) if row.seed is None else row.seed + i
@@ -98,9 +105,18 @@ class InputProcessor:
             requests.append(
                 Request(
                     request_id, i, ids, row, seed, priority, first + i, salt, stops=stops, text=words, held_back=ends,
+                    grammar=self._grammar(row),
                 )
             )  # fmt: skip
         return requests
+
+    def _grammar(self, row: RowParams) -> GrammarMask | None:
+        """Waits until it is compiled, so that a bad one is refused here. vLLM queues the request and compiles meanwhile
+        (v1/structured_output/, StructuredOutputManager.grammar_init).
+        """
+        if row.grammar is None:
+            return None
+        return self._compiler.mask(self._compiler.compiled(*row.grammar), row.after_thinking)
 
 
 def check_name(request_id: Any) -> str:

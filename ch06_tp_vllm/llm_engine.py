@@ -66,7 +66,7 @@ class LLMEngine:
             attention_backend=args.attention_backend, disable_cuda_graph=args.enforce_eager,
             mem_fraction_static=args.gpu_memory_utilization, kv_cache_dtype=args.kv_cache_dtype,
             tokenizer_path=args.tokenizer, skip_tokenizer_init=args.skip_tokenizer_init,
-            context_length=args.max_model_len, tp=self.tp,
+            context_length=args.max_model_len, check_finite=args.check_finite, tp=self.tp,
         )  # fmt: skip
         config, tokenizer = self.runner.config, self.runner.tokenizer
         self.blocks = BlockManager(

@@ -53,7 +53,7 @@ class OutputProcessor:
         grown = []
         for request, token, told in step.take():
             if token < 0:
-                request.finish(End("error", message=problem(token)))
+                request.finish(End("error", message=(request.grammar and request.grammar.error) or problem(token)))
             else:
                 request.append(token, told)
                 self.generation_tokens += 1
@@ -123,4 +123,6 @@ class OutputProcessor:
         return found
 
     def _decoded(self, token: int) -> str | None:
-        return self.tokenizer and self.tokenizer.decode([token])
+        """With its space and as it is written, as in vLLM 0.33 (tokenizers/detokenizer_utils.py, convert_ids_list_to_tokens).
+        Of a character that several tokens make, vLLM gives the last one all of it; here each reads as U+FFFD."""
+        return self.tokenizer and self.tokenizer.token_text(token)

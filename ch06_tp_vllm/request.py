@@ -10,6 +10,7 @@ from enum import Enum
 
 from common.request.answer import Answer, End
 from common.sampling.batch import SamplingRow
+from common.sampling.grammar import GrammarMask
 from common.sampling.logprobs import TokenLogprobs
 from common.sampling.params import SamplingParams as RowParams
 from common.text.answer import AnswerText
@@ -44,6 +45,7 @@ class Request:
     stops: frozenset[int] = frozenset()
     text: AnswerText | None = None
     held_back: frozenset[int] = frozenset()  # tokens that min_tokens forbids: all that could end an answer
+    grammar: GrammarMask | None = None  # what its text must be; a preemption leaves it as it is
 
     # sampling
     status: RequestStatus = RequestStatus.WAITING
@@ -98,7 +100,8 @@ class Request:
             self.prompt_token_ids,
             self.output_token_ids,
             self.pending - 1,
-            end_ids=self.held_back,
+            self.held_back,
+            (self.grammar,) if self.grammar else (),
         )
 
     def append(self, token: int, told: TokenLogprobs | None = None) -> None:

@@ -1,9 +1,12 @@
 """vLLM's SamplingParams, for the names; what they mean is in common/sampling/params.py."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, fields
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
+from common.sampling.grammar import check_grammar
 from common.sampling.params import SamplingParams as RowParams
 from common.text.tokenizer import Tokenizer
 from common.values import MAX_INT, flag, shown, texts, token_ids, whole
@@ -27,13 +30,58 @@ class RequestOutputKind(Enum):
 
 
 @dataclass(frozen=True)
+class StructuredOutputsParams:
+    """What an answer must be, by exactly one of: json, a schema (a text or a dict); regex; choice, one of several texts; grammar,
+    in Lark's form or GBNF's; json_object=True, any object. Its JSON has no white space: disable_any_whitespace is always on.
+    """
+
+    json: Any = None
+    regex: Any = None
+    choice: Any = None
+    grammar: Any = None
+    json_object: bool | None = None
+
+    def __post_init__(self):
+        if len(self._given) != 1:
+            raise ValueError(
+                f"structured_outputs says by one of its fields what an answer must be, not by {len(self._given)}"
+            )
+        _ = self.row
+
+    @property
+    def _given(self) -> list[str]:
+        return [field.name for field in fields(self) if getattr(self, field.name) is not None]
+
+    @cached_property
+    def row(self) -> tuple[str, str]:
+        """The same in the sampler's terms: grammar.py."""
+        (name,) = self._given
+        value = getattr(self, name)
+        if name == "json_object":
+            if not flag(name, value):
+                raise ValueError("json_object=False says nothing; leave structured_outputs out")
+            return check_grammar(("json_schema", '{"type": "object"}'))
+        if name == "choice":
+            if not (words := texts(name, value)):
+                raise ValueError("choice is empty: no answer would be right")
+            return check_grammar(("ebnf", "start: " + " | ".join(map(json.dumps, words))))
+        if name == "json" and isinstance(value, dict):
+            try:
+                value = json.dumps(value)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ValueError(f"json={shown(value)} is no JSON: {error}") from None
+        return check_grammar(({"json": "json_schema", "regex": "regex", "grammar": "ebnf"}[name], value))
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How to answer one prompt: n answers of at most max_tokens each. As in vLLM the default draws (temperature 1).
 
     max_tokens: None is as many as the model and the pool allow. top_k: 0 or -1 is no limit. stop: texts that end an answer;
     they are in it only with include_stop_str_in_output. bad_words: texts that are never completed. logit_bias: {token id: what is
-    added to its logit}. logprobs: None, or how many of the best beside each chosen token; prompt_logprobs the same for the tokens
-    of the prompt. detokenize=False leaves `text` empty. output_kind: see RequestOutputKind.
+    added to its logit}. structured_outputs: what the answer must be. logprobs: None, or how many of the best beside each
+    chosen token; prompt_logprobs the same for the tokens of the prompt. detokenize=False leaves `text` empty. output_kind:
+    see RequestOutputKind.
     Raises ValueError for a value of a wrong kind or outside its range.
     """
 
@@ -53,6 +101,7 @@ class SamplingParams:
     bad_words: Any = ()
     logit_bias: Any = None
     allowed_token_ids: Any = None
+    structured_outputs: StructuredOutputsParams | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
@@ -78,6 +127,8 @@ class SamplingParams:
                 kept[name] = whole(name, getattr(self, name), 0)
         if not isinstance(self.output_kind, RequestOutputKind):
             raise ValueError(f"output_kind={shown(self.output_kind)} must be a RequestOutputKind")
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise ValueError(f"structured_outputs={shown(self.structured_outputs)} must be a StructuredOutputsParams")
         if kept["stop"] and not kept["detokenize"]:
             raise ValueError("stop needs the text of the answer; leave detokenize=True, or use stop_token_ids")
         self._keep(kept)
@@ -99,6 +150,7 @@ class SamplingParams:
             logit_bias=() if self.logit_bias is None else self.logit_bias, allowed_token_ids=self.allowed_token_ids,
             bad_words_ids=words, logprobs=self.logprobs is not None, top_logprobs=self.logprobs or 0,
             prompt_logprobs=self.prompt_logprobs,
+            grammar=self.structured_outputs.row if self.structured_outputs else None,
         )  # fmt: skip
 
 

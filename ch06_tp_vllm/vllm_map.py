@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.distributed.launch import run_main
 
-VERSION = "0.33.0"
+VERSION, COMMIT = "0.33.0", "4ba787ec9"  # as the release's own _version.py has them
 README = Path(__file__).with_name("README.md")
 
 
@@ -26,10 +26,17 @@ def main() -> None:
         print("vLLM is not installed here: its side is not looked up")
         return
     root = Path(spec.origin).parent
-    version = re.search(r"version = '(\S+?)'", (root / "_version.py").read_text(encoding="utf-8"))
+    said = (root / "_version.py").read_text(encoding="utf-8")
+    version, commit = re.search(r" version = '(\S+?)'", said), re.search(r" commit_id = 'g(\w+)'", said)
     if version is None or version[1] != VERSION:
         raise ValueError(f"the map is of vLLM {VERSION}, this is {version and version[1]}; pip install vllm=={VERSION}")
-    report(f"names of vLLM {VERSION} that exist", theirs, {name for name in theirs if defines(root / name[0], name[1])})
+    if commit is None or not commit[1].startswith(COMMIT):
+        raise ValueError(f"the map is of commit {COMMIT}, this is {commit and commit[1]}; pip install vllm=={VERSION}")
+    report(
+        f"names of vLLM {VERSION}, commit {COMMIT}, that exist",
+        theirs,
+        {name for name in theirs if defines(root / name[0], name[1])},
+    )
 
 
 def report(said: str, names: list[tuple[str, str]], found: set[tuple[str, str]]) -> None:

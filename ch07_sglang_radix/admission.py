@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from ch07_sglang_radix.prefill_adder import Answer, Gate, PrefillAdder
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.scheduler_state import SchedulerState
+from common.values import whole
 
+NO_CHUNKS = -1  # chunked_prefill_size: a prompt is computed as a whole
 NO_LIMIT = 1 << 62  # tokens of a step
+DEFAULT_CHUNK = {"cpu": 1024, "cuda": 8192}  # tokens a step: on a CPU what its caches like, on a GPU SGLang's default
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Admission:
                 s.held[req.rid] = answer.value
             if answer is Answer.FULL:
                 break
-            if answer is Answer.ADDED and first:
+            if answer is Answer.ADDED and first and not req.probe:
                 s.policy.admitted(req.kv_len, len(req.prompt_ids))
                 s.served["prompt"] += len(req.prompt_ids)
                 s.served["cached"] += req.kv_len
@@ -83,3 +86,17 @@ class Admission:
         for req in waiting[: last + 1]:
             req.passed_over += req not in added
         self.state.waiting = [req for req in waiting if req not in added]
+
+
+def chunk_size(size: int | None, page_size: int, default: int) -> int:
+    """chunked_prefill_size, or the default in whole pages. ValueError for parts that are no whole pages."""
+    if size is None:
+        return max(default // page_size, 1) * page_size
+    size = whole("chunked_prefill_size", size, NO_CHUNKS)
+    if size < 1 and size != NO_CHUNKS:
+        raise ValueError(f"chunked_prefill_size={size} must be at least 1, or {NO_CHUNKS} for no limit")
+    if size > 0 and size % page_size:
+        below, above = size // page_size * page_size, -(-size // page_size) * page_size
+        way_out = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(f"page_size={page_size} does not divide chunked_prefill_size={size}; use {way_out}")
+    return size

@@ -29,6 +29,7 @@ class SchedulerLoop:
         self._scheduler = scheduler
         self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future] | None] = queue.SimpleQueue()
         self._listeners: dict[int, Callable[[RequestOutput], None]] = {}
+        self._growing: set[int] = set()  # whose listeners want every token
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
@@ -41,9 +42,11 @@ class SchedulerLoop:
             self._refuse()
         return done
 
-    def listen(self, rid: int, on_output: Callable[[RequestOutput], None]) -> None:
-        """Call `on_output`, in the loop's thread, for each new token of a request, the last one included."""
+    def listen(self, rid: int, on_output: Callable[[RequestOutput], None], as_it_grows: bool) -> None:
+        """Call `on_output`, in the loop's thread: for each new token of a request, or once, when it has ended."""
         self._listeners[rid] = on_output
+        if as_it_grows:
+            self._growing.add(rid)
 
     def abort(self, rids: list[int]) -> None:
         """Between two steps, end those of `rids` that still run; the list is read then."""
@@ -104,8 +107,9 @@ class SchedulerLoop:
         grown, scheduler.grown = scheduler.grown, {}
         finished, scheduler.results = scheduler.results, {}
         for rid, req in grown.items():
-            if rid in self._listeners and rid not in finished:
+            if rid in self._growing and rid not in finished:
                 self._listeners[rid](scheduler.output_of(req))
         for rid, output in finished.items():
+            self._growing.discard(rid)
             if on_output := self._listeners.pop(rid, None):
                 on_output(output)

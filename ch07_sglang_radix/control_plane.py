@@ -16,11 +16,13 @@ This is the book's design. SGLang itself runs the same scheduler on every rank, 
 wire but needs all of them to decide alike, always (replicated.py); here only one can be wrong.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from ch07_sglang_radix.tasks import DecodeTask, PrefillTask, StopTask, Task, decode, encode
+from ch07_sglang_radix.tasks import DecodeTask, NoteTask, PrefillTask, StopTask, Task, decode, encode
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.distributed.messages import receive, send
 from common.layers.vocab import gather_best_logits, gather_logits
@@ -31,10 +33,14 @@ from common.sampling.sampler import Drawn, sample
 
 
 class ControlPlane:
-    """The protocol between rank 0 and the others, over one wrapper a rank."""
+    """The protocol between rank 0 and the others, over one wrapper a rank.
+
+    notes: what rank 0 may ask of all ranks that is no step, by name; the same names on every rank.
+    """
 
     def __init__(self, wrapper: TPRadixAttentionModelWrapper):
         self.wrapper, self.tp = wrapper, wrapper.tp
+        self.notes: dict[str, Callable[..., Any]] = {}
 
     # --- rank 0
 
@@ -55,6 +61,12 @@ class ControlPlane:
         """Of the tokens behind the scored ones of the last prefill task. Waits for the device."""
         return [one for part in self.wrapper.prompt_logprobs(tokens, top, ids) for one in part.take()]
 
+    def note(self, note: str, /, **arguments: Any) -> Any:
+        """Have all ranks do `notes[note]`, between two steps; returns what it is on this rank. arguments: JSON."""
+        mine = self.notes[note](**arguments)  # first: what is refused here is not done anywhere
+        self.send_task(NoteTask(0, json.dumps([note, arguments])))
+        return mine
+
     def send_task(self, task: Task) -> None:
         if self.tp.size > 1:
             send(encode(task), self.tp, "task")
@@ -64,6 +76,10 @@ class ControlPlane:
     def follow(self) -> StopTask:
         """Execute what rank 0 sends until it says stop; returns how it said so."""
         while not isinstance(task := self.receive_task(), StopTask):
+            if isinstance(task, NoteTask):
+                note, arguments = json.loads(task.text)
+                self.notes[note](**arguments)
+                continue
             self._execute(task)
             if any(task.columns.get("scored", ())):
                 self.wrapper.prompt_logprobs()

@@ -10,6 +10,7 @@ import numpy as np
 
 from ch07_sglang_radix.memory_pool import TokenToKVPool
 from ch07_sglang_radix.radix_cache import RadixCache
+from common.distributed.launch import run_main
 from common.teaching.show import check, heading
 
 WORDS: dict[str, int] = {}
@@ -113,4 +114,4 @@ def show(tree: RadixCache) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

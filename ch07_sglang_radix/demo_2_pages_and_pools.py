@@ -11,6 +11,7 @@ from ch07_sglang_radix.memory_pool import ReqToTokenPool, TokenToKVPool
 from ch07_sglang_radix.radix_cache import RadixCache
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.request_memory import RequestMemory
+from common.distributed.launch import run_main
 from common.sampling.params import SamplingParams
 from common.teaching.show import check, heading, table
 
@@ -120,4 +121,4 @@ def layout(memory: RequestMemory, req: Req) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

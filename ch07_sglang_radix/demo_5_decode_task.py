@@ -15,6 +15,7 @@ from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.request_memory import RequestMemory
 from ch07_sglang_radix.schedule_batch import ScheduleBatch
 from ch07_sglang_radix.tasks import DecodeTask, PageUpdate, decode, encode
+from common.distributed.launch import run_main
 from common.sampling.params import SamplingParams
 from common.teaching.show import check, heading, table
 
@@ -112,4 +113,4 @@ def words_by_context() -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

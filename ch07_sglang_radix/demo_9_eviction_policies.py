@@ -17,6 +17,7 @@ import random
 from ch07_sglang_radix.eviction import STRATEGIES
 from ch07_sglang_radix.memory_pool import TokenToKVPool
 from ch07_sglang_radix.radix_cache import RadixCache
+from common.distributed.launch import run_main
 from common.teaching.show import check, heading, table
 
 PAGE_SIZE, PAGES, FITS = 4, 4, 8
@@ -113,4 +114,4 @@ def best_rate(uses: list[int]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -16,6 +16,7 @@ from ch07_sglang_radix.invariants import InvariantError, check_invariants
 from ch07_sglang_radix.request import RequestOutput
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
+from common.distributed.cost_model import wire_bytes
 from common.distributed.launch import run_main
 from common.parallel_state import TPGroup, initialize_tensor_parallel
 from common.sampling.params import SamplingParams
@@ -203,7 +204,8 @@ def print_summary(scheduler: TPScheduler, tp: TPGroup, results: dict[int, Reques
     print(f"{scheduler.steps['prefill']} prefill and {scheduler.steps['decode']} decode steps, {tp.size} rank(s)")
     formula = expected_comm(scheduler, tp)
     for op, said in sorted(tp.ledger.summary().items()):
-        line = f"  {op:<11}{said['calls']:6} calls {said['bytes']:12,} bytes"
+        wire = wire_bytes(op, said["bytes"], tp.size)
+        line = f"  {op:<11}{said['calls']:6} calls {said['bytes']:12,} bytes {wire:12,} on the wire"
         if op in formula:
             right = "as the formula says" if said == formula[op] else f"NOT the formula's {formula[op]}"
             line += (
@@ -212,6 +214,10 @@ def print_summary(scheduler: TPScheduler, tp: TPGroup, results: dict[int, Reques
         else:
             line += "   tasks and tokens, rank 0 -> all; the answers, once"
         print(line)
+    if tp.size > 1:
+        print(
+            f"  bytes: of rank 0's tensors; on the wire: between all {tp.size} ranks together (common/distributed/cost_model.py)"
+        )
     free, cached_pages = scheduler.pool.num_free_pages, scheduler.tree.evictable_size // scheduler.page_size
     pages = f"{scheduler.pool.num_pages} pages = {free} free + {cached_pages} cached"
     print(f"conservation: {'BROKEN: ' + broken if broken else pages + ', no page lost, none with two owners'}")

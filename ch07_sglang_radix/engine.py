@@ -14,11 +14,14 @@ import secrets
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from ch07_sglang_radix.admission import DEFAULT_CHUNK, NO_CHUNKS
 from ch07_sglang_radix.async_loop import SchedulerLoop
 from ch07_sglang_radix.generate_request import GenerateCall, GenerateRequest, LogprobOptions, check_rid
-from ch07_sglang_radix.scheduler import DEFAULT_CHUNK, NO_CHUNKS, TPScheduler
+from ch07_sglang_radix.profiler import RankProfiler, profile_name
+from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.server_args import DEFAULT_PAGE, ServerArgs
 from ch07_sglang_radix.streams import Stream, listen, wait_for
 from ch07_sglang_radix.tasks import LEAVE
@@ -48,7 +51,8 @@ class Engine:
             max_running_requests=args.max_running_requests, attention_backend=args.attention_backend,
             disable_cuda_graph=args.disable_cuda_graph, mem_fraction_static=args.mem_fraction_static,
             kv_cache_dtype=args.kv_cache_dtype, tokenizer_path=args.tokenizer_path,
-            skip_tokenizer_init=args.skip_tokenizer_init, context_length=args.context_length, tp=tp,
+            skip_tokenizer_init=args.skip_tokenizer_init, context_length=args.context_length,
+            check_finite=args.check_finite, tp=tp,
         )  # fmt: skip
         overlap = None if args.disable_overlap_schedule is None else not args.disable_overlap_schedule
         self._scheduler: TPScheduler | None = TPScheduler(
@@ -58,6 +62,8 @@ class Engine:
             radix_eviction_policy=args.radix_eviction_policy, overlap=overlap, gather_best=args.gather_best,
             seed=_seed(args), schedule_conservativeness=args.schedule_conservativeness, check=args.check, trace=args.trace,
         )  # fmt: skip
+        profiler = RankProfiler(tp.rank)
+        self._scheduler.control.notes |= {"start_profile": profiler.start, "stop_profile": profiler.stop}
         self._loop: SchedulerLoop | None = None  # from the first async_generate on
         self._stream: Callable[[], Stream | None] = lambda: None  # the open one; not held: who drops it, closes it
         self._turn = threading.RLock()  # whoever steps the scheduler holds it
@@ -81,22 +87,24 @@ class Engine:
         input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None, return_logprob: bool = False,
         logprob_start_len: int | None = None, top_logprobs_num: int | None = None,
         token_ids_logprob: Sequence[int] | None = None, stream: bool = False, *, rid: str | Sequence[str] | None = None,
-        extra_key: str | None = None, priority: int = 0, routing_key: str | None = None,
+        extra_key: str | None = None, priority: int = 0, routing_key: str | None = None, require_reasoning: bool = False,
     ) -> Answer | list[Answer] | Iterator[Answer]:  # fmt: skip
         """One prompt -> one result, a list -> a list in the same order; with n > 1 a list, n results a prompt.
 
         A result has `text`, `output_ids` and `meta_info`: id, prompt_tokens, cached_tokens,
         completion_tokens, finish_reason and, with return_logprob, output_token_logprobs: (log-probability, token id, None) for
         each token; top_logprobs_num and token_ids_logprob add lists of others, logprob_start_len >= 0 the same for the prompt from
-        there on. Without
-        `temperature` the answer is greedy (SGLang's own default is 1). `stop`, a string or several, ends an answer
-        and is not part of it. With `stream` an iterator comes back: of each answer that has grown, all it has so
-        far, and `index`, which of the answers it is; on ranks other than 0 only the whole answers, at the end. Who leaves
+        there on. Without `temperature` the answer is greedy (SGLang's own default is 1). `stop`, a string or several, ends an
+        answer and is not part of it. `json_schema`, `regex` or `ebnf` says what the answer must be (grammar.py), with
+        require_reasoning what must come after </think>; a grammar that cannot be compiled ends its own request, with
+        finish_reason abort and status_code 400. With `stream` an iterator comes back: of each answer that has grown, all it has
+        so far, and `index`, which of the answers it is; on ranks other than 0 only the whole answers, at the end. Who leaves
         the iterator early ends what still runs. Nothing runs if any prompt or parameter is refused (ValueError).
         """
         stream = flag("stream", stream)
         logprobs = LogprobOptions.of(return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob)
-        call = self._call(prompt, sampling_params, input_ids, logprobs, rid, extra_key, priority, routing_key)
+        own = (rid, extra_key, priority, routing_key, require_reasoning)
+        call = GenerateCall.of(self.scheduler.intake, prompt, input_ids, sampling_params, logprobs, *own)
         with self._turn:
             self._no_stream_is_open()
             if not self._loop:
@@ -107,7 +115,7 @@ class Engine:
                 rids = [self._enqueue(request) for request in call.requests]
                 outputs = self.scheduler.process_requests()
                 return call.results([outputs[rid] for rid in rids])
-        answers = wait_for(self._loop, call, self._enqueue)  # no turn is held: others run meanwhile
+        answers = wait_for(self._loop, call, self._enqueue, stream)  # no turn is held: others run meanwhile
         if stream:
             return answers
         last = {answer["index"]: answer for answer in answers}
@@ -119,7 +127,7 @@ class Engine:
         input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None, return_logprob: bool = False,
         logprob_start_len: int | None = None, top_logprobs_num: int | None = None,
         token_ids_logprob: Sequence[int] | None = None, stream: bool = False, *, rid: str | Sequence[str] | None = None,
-        extra_key: str | None = None, priority: int = 0, routing_key: str | None = None,
+        extra_key: str | None = None, priority: int = 0, routing_key: str | None = None, require_reasoning: bool = False,
     ) -> Answer | list[Answer] | AsyncIterator[Answer]:  # fmt: skip
         """`generate` for many callers at once: their requests run together. With `stream`, an async iterator.
 
@@ -129,11 +137,12 @@ class Engine:
             raise ValueError("async_generate is rank 0's; the other ranks call engine.follow()")
         stream = flag("stream", stream)
         logprobs = LogprobOptions.of(return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob)
-        call = self._call(prompt, sampling_params, input_ids, logprobs, rid, extra_key, priority, routing_key)
+        own = (rid, extra_key, priority, routing_key, require_reasoning)
+        call = GenerateCall.of(self.scheduler.intake, prompt, input_ids, sampling_params, logprobs, *own)
         with self._turn:
             self._no_stream_is_open()
             self._loop = self._loop or SchedulerLoop(self.scheduler)
-        answers = listen(self._loop, call, self._enqueue)
+        answers = listen(self._loop, call, self._enqueue, stream)
         if stream:
             return answers
         last = {}
@@ -175,6 +184,18 @@ class Engine:
 
         return self._at_rest(flush) if self.scheduler.tp.rank == 0 else True
 
+    def start_profile(self, output_dir: str | Path, record_shapes: bool = False, with_stack: bool = False) -> str:
+        """torch.profiler on every rank from here to stop_profile; returns what the names of their files begin with."""
+        name = profile_name()
+        self._note(
+            "start_profile", folder=str(output_dir), name=name, record_shapes=record_shapes, with_stack=with_stack
+        )
+        return name
+
+    def stop_profile(self) -> str:
+        """Every rank writes what it has seen; returns this rank's file."""
+        return self._note("stop_profile")
+
     def get_server_info(self) -> dict[str, Any]:
         """What the engine is, and on rank 0 also pool, tree, queue and hit rate as they stand."""
         s = self.scheduler
@@ -194,6 +215,7 @@ class Engine:
                 "schedule_policy": s.policy.name, "radix_eviction_policy": s.tree.eviction,
                 "max_total_num_tokens": s.pool.size, "free_tokens": s.pool.free_slots,
                 "evictable_tokens": s.tree.evictable_size, "protected_tokens": s.tree.protected_size,
+                "held_tokens": s.held_slots,
                 "waiting": len(s.waiting), "running": len(s.admitted),
                 "prompt_tokens": served, "cached_tokens": s.served["cached"],
                 "hit_rate": s.served["cached"] / served if served else 0.0,
@@ -204,14 +226,6 @@ class Engine:
         return fixed | self._at_rest(info)
 
     # --- inside
-
-    def _call(
-        self, prompt, sampling_params, input_ids, logprobs, rid, extra_key, priority, routing_key
-    ) -> GenerateCall:
-        intake = self.scheduler.intake
-        return GenerateCall.of(
-            intake, prompt, input_ids, sampling_params, logprobs, rid, extra_key, priority, routing_key
-        )
 
     def _enqueue(self, one: GenerateRequest) -> int:
         return self.scheduler.enqueue(
@@ -229,6 +243,13 @@ class Engine:
         open_one = self._stream()
         if open_one is not None and not open_one.closed:
             raise ValueError("a stream of this engine is still open; read it to its end, or close it")
+
+    def _note(self, note: str, /, **arguments: Any) -> Any:
+        """On all ranks: those that follow are told, those that run the same script come here themselves."""
+        control = self.scheduler.control
+        if control.tp.spawned or self._loop:
+            return self._at_rest(lambda: control.note(note, **arguments))
+        return control.notes[note](**arguments)
 
     def _at_rest(self, call: Callable[[], Any]) -> Any:
         """Between two steps: now, or when the loop gets there."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ch07_sglang_radix.tree_node import TreeNode
+from common.values import choice
 
 PROTECTED_HITS = 2  # SLRU: the request that computed a node, and one that came back for it
 
@@ -54,6 +55,5 @@ STRATEGIES: dict[str, Callable[[TreeNode], Any]] = {
 
 
 def pick_strategy(name: str) -> Callable[[TreeNode], Any]:
-    if name not in STRATEGIES:
-        raise ValueError(f"radix_eviction_policy={name!r} is unknown; use {', '.join(STRATEGIES)}")
-    return STRATEGIES[name]
+    """Raises ValueError for an unknown name."""
+    return STRATEGIES[choice("radix_eviction_policy", name, tuple(STRATEGIES))]

@@ -11,6 +11,7 @@ from typing import Any
 from ch07_sglang_radix.request import RequestOutput
 from common.request.intake import Intake, refuse_unknown
 from common.sampling.batch import uniform
+from common.sampling.grammar import KINDS
 from common.sampling.logprobs import TokenLogprobs
 from common.sampling.params import SamplingParams
 from common.text.answer import compiled
@@ -23,11 +24,10 @@ SAMPLING = (
     "frequency_penalty", "sampling_seed", "stop_token_ids", "ignore_eos", "logit_bias",
 )  # fmt: skip
 TEXT_FLAGS = {"no_stop_trim": False, "skip_special_tokens": True, "spaces_between_special_tokens": True}
-PARAM_NAMES = (*SAMPLING, *TEXT_FLAGS, "n", "stop", "stop_regex")
+PARAM_NAMES = (*SAMPLING, *TEXT_FLAGS, *KINDS, "n", "stop", "stop_regex")
 ELSEWHERE = {
     "max_tokens": "SGLang calls it max_new_tokens", "seed": "SGLang calls it sampling_seed",
-    "json_schema": "structured output is not here", "regex": "structured output is not here",
-    "ebnf": "structured output is not here", "structural_tag": "structured output is not here",
+    "structural_tag": "write it as ebnf, in Lark's form: a lazy rule for what comes before a tag",
     "custom_params": "custom logit processors are not here",
 }  # fmt: skip
 MAX_ANSWERS = 1024  # n
@@ -57,16 +57,20 @@ class LogprobOptions:
     start: int = OUTPUTS_ONLY
     top: int = 0
     ids: tuple[int, ...] = ()
+    texts: bool = False  # of the tokens, too
 
     @classmethod
-    def of(cls, wanted: Any, start: Any, top: Any, ids: Any) -> "LogprobOptions":
+    def of(cls, wanted: Any, start: Any, top: Any, ids: Any, texts: Any = False) -> "LogprobOptions":
         wanted = flag("return_logprob", wanted)
         start = OUTPUTS_ONLY if start is None else whole("logprob_start_len", start, OUTPUTS_ONLY)
         top = whole("top_logprobs_num", 0 if top is None else top, 0)
         ids = token_ids("token_ids_logprob", () if ids is None else ids)
-        if not wanted and (start != OUTPUTS_ONLY or top or ids):
-            raise ValueError("logprob_start_len, top_logprobs_num and token_ids_logprob need return_logprob=True")
-        return cls(wanted, start, top, ids)
+        texts = flag("return_text_in_logprobs", texts)
+        if not wanted and (start != OUTPUTS_ONLY or top or ids or texts):
+            raise ValueError(
+                "logprob_start_len, top_logprobs_num, token_ids_logprob and return_text_in_logprobs need return_logprob=True"
+            )
+        return cls(wanted, start, top, ids, texts)
 
     def params(self) -> dict[str, Any]:
         """The same in the sampler's terms."""
@@ -88,19 +92,20 @@ class GenerateCall:
     @classmethod
     def of(
         cls, intake: Intake, prompt: Any, input_ids: Any, sampling_params: Any, logprobs: LogprobOptions, rid: Any,
-        extra_key: Any, priority: Any, routing_key: Any,
+        extra_key: Any, priority: Any, routing_key: Any, require_reasoning: Any = False,
     ) -> "GenerateCall":  # fmt: skip
         """Raises ValueError, in one line, for whatever cannot run."""
         if (prompt is None) == (input_ids is None):
             raise ValueError("give either prompt or input_ids")
         extra_key, priority = intake.namespace("extra_key", extra_key), intake.priority(priority)
         routing_key = text("routing_key", routing_key, empty=False, none=True)
+        more = logprobs.params() | {"after_thinking": flag("require_reasoning", require_reasoning)}
         several, single = _prompts(prompt, input_ids)
         given = one_each("sampling_params", sampling_params, len(several), Mapping, {})
         requests: list[GenerateRequest] = []
         for one, values, name in zip(several, given, _names(rid, len(several), single), strict=True):
             ids = intake.ids(one)
-            params, n, words = _params(values, logprobs)
+            params, n, words = _params(values, more)
             intake.stops((*words["stop"], *words["stop_regex"]))
             intake.fits(ids, params)
             single = single and n == 1
@@ -125,11 +130,12 @@ class GenerateCall:
 
     def _told(self, which: str, told: Sequence[TokenLogprobs]) -> dict[str, Any]:
         """[(log-probability, token id, its text or None)], and lists of such for the best ones and for those asked for."""
-        lists = {f"{which}_token_logprobs": [(one.logprob, one.token, None) for one in told]}
+        say = self.tokenizer.token_text if self.logprobs.texts and self.tokenizer else lambda token: None
+        lists = {f"{which}_token_logprobs": [(one.logprob, one.token, say(one.token)) for one in told]}
         if self.logprobs.top:
-            lists[f"{which}_top_logprobs"] = [[(p, token, None) for token, p in one.top] for one in told]
+            lists[f"{which}_top_logprobs"] = [[(p, token, say(token)) for token, p in one.top] for one in told]
         if self.logprobs.ids:
-            lists[f"{which}_token_ids_logprobs"] = [[(p, token, None) for token, p in one.wanted] for one in told]
+            lists[f"{which}_token_ids_logprobs"] = [[(p, token, say(token)) for token, p in one.wanted] for one in told]
         return lists
 
     def results(self, outputs: list[RequestOutput]) -> dict[str, Any] | list[dict[str, Any]]:
@@ -168,8 +174,8 @@ def _names(rid: Any, n: int, single: bool) -> list[str | None]:
     return names
 
 
-def _params(given: Mapping[str, Any], logprobs: LogprobOptions) -> tuple[SamplingParams, int, dict[str, Any]]:
-    """SGLang's dictionary -> our parameters, n, AnswerText's arguments."""
+def _params(given: Mapping[str, Any], more: Mapping[str, Any]) -> tuple[SamplingParams, int, dict[str, Any]]:
+    """SGLang's dictionary, and parameters that stand outside of it -> our parameters, n, AnswerText's arguments."""
     refuse_unknown("sampling parameter", list(given), PARAM_NAMES, ELSEWHERE)
     known = {RENAMED.get(key, key): value for key, value in given.items() if value is not None}
     n = whole("n", known.pop("n", 1), 1, MAX_ANSWERS)
@@ -177,7 +183,10 @@ def _params(given: Mapping[str, Any], logprobs: LogprobOptions) -> tuple[Samplin
     stop, patterns = (texts(name, known.pop(name, None)) for name in ("stop", "stop_regex"))
     for pattern in patterns:
         compiled(pattern)
-    params = SamplingParams(**known, **logprobs.params())
+    grammars = [(kind, known.pop(kind)) for kind in KINDS if kind in known]
+    if len(grammars) > 1:
+        raise ValueError(f"{' and '.join(kind for kind, _ in grammars)}: an answer has one grammar; give one")
+    params = SamplingParams(**known, **more, grammar=grammars[0] if grammars else None)
     words = {
         "stop": stop, "stop_regex": patterns, "include_stop": flags["no_stop_trim"], "not_before": params.min_new_tokens,
         "skip_special_tokens": flags["skip_special_tokens"],

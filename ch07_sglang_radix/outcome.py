@@ -21,7 +21,7 @@ class Outcome:
         for req, token, told in step.take():
             if token < 0:
                 s.running.remove(req)
-                self._fail(req, problem(token))
+                self._fail(req, (req.grammar and req.grammar.error) or problem(token))
                 continue
             req.take_token(token, told)
             s.grown[req.rid] = req
@@ -35,12 +35,15 @@ class Outcome:
         """A running request has come to its end: leave to the tree what is known, take the rest back."""
         # without what a step that is on its way still computes for it
         req.kv_len = len(req.prompt_ids) + max(len(req.output_ids) - 1, 0)
-        self.state.memory.finish(req)
+        if req.probe:
+            self.state.memory.release(req)
+        else:
+            self.state.memory.finish(req)
         self.report(req)
 
     def report(self, req: Req) -> None:
         s = self.state
-        s.num_finished += 1
+        s.num_finished += not req.probe
         s.grown[req.rid] = req
         s.results[req.rid] = self.output_of(req)
 
@@ -62,6 +65,12 @@ class Outcome:
             s.waiting.remove(req)
         self.report(req)
         return True
+
+    def refuse(self, req: Req, why: str) -> None:
+        """A waiting request can never run, by its own fault."""
+        self.state.waiting.remove(req)
+        req.finish(End("refused", message=why))
+        self.report(req)
 
     def fail(self, reqs: Sequence[Req], error: BaseException) -> None:
         """A step could not be carried out: its requests end with the error, and nobody else."""

@@ -21,6 +21,7 @@ IN_BATCH_PREFIX = 32  # tokens shared with a prompt of this very step that are w
 class Answer(Enum):
     ADDED = "added"
     LATER = "later"  # not in this step, but the next request may be
+    HELD = "held"  # the same, for a reason from outside: a gate is closed
     FULL = "full"  # nobody else either
 
 
@@ -33,7 +34,7 @@ class Gate(Protocol):
 
 
 class InBatchPrefix:
-    """The first gate: who could share a prompt that this very step computes waits a step, and hits.
+    """The adder's own gate: who could share a prompt that this very step computes waits a step, and hits.
 
     A tree of what the step computes, without pages behind it.
     """
@@ -69,7 +70,7 @@ class PrefillAdder:
         share = int(budget * small_share)
         self._for_small = min(share, sum(req.seq_len for req in waiting if req.seq_len <= share)) if share else 0
         self._in_batch = InBatchPrefix(self.page_size, self.tree.disable)
-        self._gates = (*gates, self._in_batch)
+        self._gates = gates
 
     def add_chunk(self, req: Req, limit: int | None = None) -> None:
         """The next part of a prompt that was begun before, `limit` tokens at most: it goes first.
@@ -85,10 +86,10 @@ class PrefillAdder:
             return Answer.FULL
         match = self.tree.match_prefix(req.matchable_ids, req.extra_key)
         new = req.seq_len - len(match.slots)
-        if self.chunked and new > self.budget:
-            return Answer.LATER  # one prompt in parts is enough
+        if (self.chunked and new > self.budget) or not self._in_batch(req, len(match.slots)):
+            return Answer.LATER  # one prompt in parts is enough; what is being computed need not be computed twice
         if not all(gate(req, len(match.slots)) for gate in self._gates):
-            return Answer.LATER
+            return Answer.HELD
         if new > self.budget and self.budget < self.page_size:
             return Answer.FULL  # not even a chunk of one page
         if not self._reserve(req, match):

@@ -60,6 +60,10 @@ class ReplicatedScheduler(TPScheduler):
     def enqueue(self, text: str | None, ids: list[int], params: SamplingParams, **more: Any) -> int:
         if params.prompt_logprobs is not None:
             raise ValueError("log-probabilities of a prompt are not told by this design; use TPScheduler")
+        if params.grammar:
+            raise ValueError(
+                "grammars are not in this design: the ranks do not agree on whose is compiled; use TPScheduler"
+            )
         self._inbox.append({"text": text, "ids": ids, "params": asdict(params), **more})
         return self.num_requests + len(self._inbox) - 1
 

@@ -14,11 +14,13 @@ import numpy as np
 from ch07_sglang_radix.tree_node import TreeNode
 from common.request.answer import Answer, End
 from common.sampling.batch import SamplingRow
+from common.sampling.grammar import GrammarMask
 from common.sampling.logprobs import TokenLogprobs
 from common.sampling.params import SamplingParams
 from common.text.answer import AnswerText
 
-SERVER_ERROR = 500  # HTTP's, which SGLang puts into finish_reason
+# (HTTP's number, its name), which SGLang puts into finish_reason (managers/schedule_batch.py, FINISH_ABORT)
+FAULTS = {"error": (500, "InternalServerError"), "refused": (400, "BadRequestError")}
 
 
 @dataclass(eq=False)
@@ -35,6 +37,7 @@ class Req:
     priority: int = 0  # higher is sooner
     name: str | None = None  # the user's own
     routing_key: str | None = None  # for the policy of that name
+    probe: bool = False  # it asks whether the engine lives: counted nowhere, cached nowhere
 
     stops: frozenset[int] = frozenset()  # tokens that end it
     text: AnswerText | None = None  # what ends it as text; without it the answer has none
@@ -51,6 +54,8 @@ class Req:
     prefix_len: int = 0  # slots of the row that belong to the tree
     cache_inserted_len: int = 0  # tokens it has inserted into the tree itself
     cached_tokens: int | None = None  # prompt tokens found in the tree when it was first admitted
+
+    grammar: GrammarMask | None = None  # once it is compiled (grammar_manager.py); a retraction leaves it as it is
 
     # each step
     pending: int = 0  # tokens that are drawn, or being drawn, and not yet in output_ids
@@ -95,8 +100,9 @@ class Req:
 
     def sampling_row(self) -> SamplingRow:
         """For the newest of its pending tokens."""
+        edits = (self.grammar,) if self.grammar else ()
         return SamplingRow(
-            self.params, self.seed, self.prompt_ids, self.output_ids, self.pending - 1, end_ids=self.held_back
+            self.params, self.seed, self.prompt_ids, self.output_ids, self.pending - 1, self.held_back, edits
         )
 
     @property
@@ -123,8 +129,9 @@ class Req:
         elif end.kind == "abort":
             self.finish_reason = {"type": "abort"}
         else:
+            status, name = FAULTS[end.kind]
             self.finish_reason = {
-                "type": "abort", "message": end.message, "status_code": SERVER_ERROR, "err_type": "InternalServerError",
+                "type": "abort", "message": end.message, "status_code": status, "err_type": name,
             }  # fmt: skip
 
 

@@ -36,6 +36,17 @@ class Retraction:
             s.new_token_ratio = min(1.0, (decoded + RETRACT_DECODE_STEPS * len(s.running)) / total)
         self._back_to_the_queue(retracted)
 
+    def retract_all(self) -> None:
+        """Everybody back to the queue, between two steps; what they had computed is in the tree as far as it was shared."""
+        self.settle()
+        s = self.state
+        retracted = s.admitted
+        for req in retracted:
+            s.memory.release(req)
+        s.running, s.chunked = [], None
+        s.batch = s.empty_batch()  # the same requests may run again in the next decode step, in other rows
+        self._back_to_the_queue(retracted)
+
     def lacks_room(self, steps: int) -> bool:
         """Are there too few slots for so many more tokens of each running request?"""
         memory = self.state.memory

@@ -41,6 +41,7 @@ from ch07_sglang_radix.memory_pool import TokenToKVPool
 from ch07_sglang_radix.radix_cache import MatchResult, RadixCache
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.tree_node import TreeNode
+from common.values import choice
 
 LPM_QUEUE_LIMIT = 128  # SGLang: matching more than this many requests before every step costs more than it brings
 IN_BATCH_MATCH = 32  # with more than this in the tree, a request need not wait for another to compute it
@@ -54,17 +55,12 @@ DYNAMIC_RETRY = 16  # steps of fcfs after which lpm gets another chance
 class SchedulePolicy:
     """`order(waiting, running)` gives the order in which to try; nothing is removed, the tree only counts as used.
 
-    Raises ValueError for an unknown name, and for shortest-prefill-first without a tree; the others that need one are
-    fcfs then, as in SGLang. Tell it what was admitted and computed: `dynamic` and `hrrn` go by that.
+    Raises ValueError as `check_policy` does; without a tree the others that need one are fcfs, as in SGLang. Tell it
+    what was admitted and computed: `dynamic` and `hrrn` go by that.
     """
 
     def __init__(self, name: str, tree: RadixCache, seed: int = 0):
-        if name not in POLICIES:
-            raise ValueError(f"schedule_policy={name!r} is unknown; use {', '.join(POLICIES)}")
-        if name == "shortest-prefill-first" and tree.disable:
-            raise ValueError(
-                f"schedule_policy={name!r} needs the radix cache; leave out disable_radix_cache, or use fcfs"
-            )
+        check_policy(name, tree.disable)
         self.name, self.tree = name, tree
         self._order = POLICIES[name]
         self._random = random.Random(seed)
@@ -235,3 +231,10 @@ POLICIES: dict[str, Callable[[SchedulePolicy, list[Req], Sequence[Req]], list[Re
     "priority": SchedulePolicy._priority,
     "dynamic": SchedulePolicy._dynamic,
 }
+
+
+def check_policy(name: str, without_tree: bool) -> None:
+    """Raises ValueError for an unknown name, and for shortest-prefill-first without a tree. Any rank can tell."""
+    choice("schedule_policy", name, tuple(POLICIES))
+    if name == "shortest-prefill-first" and without_tree:
+        raise ValueError(f"schedule_policy={name!r} needs the radix cache; leave out disable_radix_cache, or use fcfs")

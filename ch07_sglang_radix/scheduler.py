@@ -20,6 +20,7 @@ follows. This file is the loop; each of its questions has a place of its own:
     what is known                     scheduler_state.py
     may this request be queued        common/request/intake.py
     who may enter, and who first      admission.py, schedule_policy.py, prefill_adder.py
+    what must its text be             grammar_manager.py, common/sampling/grammar.py
     what a step is made of            step_tasks.py, tasks.py
     what comes back                   outcome.py, common/request/queued_step.py
     no page left: who goes back       retraction.py
@@ -27,14 +28,17 @@ follows. This file is the loop; each of its questions has a place of its own:
     is nothing lost                   invariants.py
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ch07_sglang_radix.admission import Admission
+from ch07_sglang_radix.admission import DEFAULT_CHUNK, Admission, chunk_size
+from ch07_sglang_radix.grammar_manager import GrammarManager
 from ch07_sglang_radix.invariants import check_invariants
 from ch07_sglang_radix.outcome import Outcome
+from ch07_sglang_radix.prefill_adder import Answer
 from ch07_sglang_radix.request import Req, RequestOutput
 from ch07_sglang_radix.retraction import Retraction
 from ch07_sglang_radix.scheduler_state import SchedulerState
@@ -51,8 +55,8 @@ from common.sampling.params import SamplingParams
 from common.text.answer import AnswerText
 from common.values import flag, shown, whole
 
-NO_CHUNKS = -1
-DEFAULT_CHUNK = {"cpu": 1024, "cuda": 8192}  # tokens a step: on a CPU what its caches like, on a GPU SGLang's default
+HELD_S = 0.002  # between two looks at closed gates, while nothing else is to be done
+PROBE = -1  # the number of a request that is not counted
 WORDS = Words("max_new_tokens", "input_ids", "max_total_tokens")
 
 
@@ -83,7 +87,8 @@ class TPScheduler(SchedulerState):
         overlap: bool | None = None, gather_best: bool = False, seed: int = 0, schedule_conservativeness: float = 1.0,
         check: bool = False, trace: str | Path | None = None,
     ):  # fmt: skip
-        self.chunked_prefill_size = _chunk_size(chunked_prefill_size, wrapper)
+        default = DEFAULT_CHUNK[wrapper.tp.device.type]
+        self.chunked_prefill_size = chunk_size(chunked_prefill_size, wrapper.page_size, default)
         if not 0 <= small_request_share < 1:
             raise ValueError(f"small_request_share={small_request_share} must be in [0, 1); 0 reserves nothing")
         switches = {
@@ -110,13 +115,10 @@ class TPScheduler(SchedulerState):
             return
         self.outcome = Outcome(self)
         self.retraction = Retraction(self, self._settle)
-        self.admission = Admission(
-            self,
-            self.chunked_prefill_size,
-            enable_mixed_chunk,
-            small_request_share,
-            self.retraction.make_room,
-        )
+        limits = (self.chunked_prefill_size, enable_mixed_chunk, small_request_share)
+        self.admission = Admission(self, *limits, self.retraction.make_room)
+        self.grammars = GrammarManager(wrapper)
+        self.admission.gates.append(self.grammars)
         self.step_tasks = StepTasks(self, gather_best)
         self._queued: QueuedStep[Req] | None = None  # the step whose tokens nobody has looked at
         self._owes_decode = False  # those that run have waited for a prefill step
@@ -154,25 +156,31 @@ class TPScheduler(SchedulerState):
     def enqueue(
         self, text: str | None, ids: list[int], params: SamplingParams, *, words: Mapping[str, Any] | None = None,
         extra_key: str | None = None, priority: int = 0, name: str | None = None,
-        routing_key: str | None = None,
+        routing_key: str | None = None, shows_text: bool = True, probe: bool = False,
     ) -> int:  # fmt: skip
         """What add_request does once the intake has found nothing wrong; returns the id.
 
         words: AnswerText's arguments: what ends the answer, and how its text is made. extra_key: namespace of the radix tree.
         priority: for the schedule and the eviction policy of that name. name: the user's own, to abort it by.
-        routing_key: for the schedule policy of that name.
+        routing_key: for the schedule policy of that name. shows_text: False if others turn tokens into text, and only stop
+        texts are looked for here. probe: does the engine live? Counted nowhere and cached nowhere; one at a time.
         """
-        rid, self.num_requests = self.num_requests, self.num_requests + 1
+        rid = PROBE if probe else self.num_requests
+        self.num_requests += not probe
         if self.tp.rank == 0:
             seed = params.seed if params.seed is not None else int(uniform(self.seed, rid) * (1 << 24))
             ends = frozenset(params.stop_token_ids + self.wrapper.config.eos_token_ids)
             stops = frozenset(params.stop_token_ids) if params.ignore_eos else ends
-            self.waiting.append(
-                Req(
-                    rid, text, ids, params, seed, extra_key, priority, name, routing_key, stops=stops, held_back=ends,
-                    text=AnswerText(self.wrapper.tokenizer, ids, **(words or {})), wanted=params.max_new_tokens,
-                )
+            if params.grammar:
+                ends = stops = ends | self.grammars.end_ids
+            needs_text = shows_text or any((words or {}).get(name) for name in ("stop", "stop_regex"))
+            req = Req(
+                rid, text, ids, params, seed, extra_key, priority, name, routing_key, probe, stops=stops, held_back=ends,
+                text=AnswerText(self.wrapper.tokenizer if needs_text else None, ids, **(words or {})),
+                wanted=params.max_new_tokens,
             )  # fmt: skip
+            self.grammars.start(req)
+            self.waiting.append(req)
         return rid
 
     def process_requests(self, arrivals: Callable[[int], bool] | None = None) -> dict[int, RequestOutput]:
@@ -238,6 +246,7 @@ class TPScheduler(SchedulerState):
         """Schedule, execute, sample, account. False if there was nothing to do."""
         if self.trace:
             self.trace.begin()
+        self.grammars.take(self.outcome.refuse)
         decoding = any(req.wanted for req in self.running)
         batch = None if decoding and self._owes_decode else self.admission.next_prefill()
         if batch and batch.reqs:
@@ -249,11 +258,13 @@ class TPScheduler(SchedulerState):
             self._owes_decode = False
             queued = self._queue_decode()
         elif self._queued is None:
-            if self.waiting:
-                raise AssertionError(
-                    f"request {self.waiting[0].rid} cannot start although nothing runs: pages were lost"
-                )
-            return False
+            if not self.waiting:
+                return False
+            if Answer.HELD.value not in self.held.values():
+                first = self.waiting[0].rid
+                raise AssertionError(f"request {first} cannot start although nothing runs: pages were lost")
+            time.sleep(HELD_S)
+            return True
         else:
             queued = None
         if self.trace:
@@ -279,7 +290,7 @@ class TPScheduler(SchedulerState):
     ) -> QueuedStep[Req]:
         """Have all ranks do it for `reqs`, and draw a token for each of `emitting`; `queued` moves the lengths on."""
         self.work["samplings"] += bool(emitting)
-        self.work["sampled"] += len(emitting)
+        self.work["sampled"] += sum(not req.probe for req in emitting)
         if self.trace:
             self.trace.task(task)
         try:
@@ -296,8 +307,8 @@ class TPScheduler(SchedulerState):
             req.wanted -= 1
         drawn = None
         if emitting:
-            if any(req.params.needs_last_token for req in emitting):
-                self._settle()  # a penalty, say, must know every token before the one it is for
+            if any(req.grammar or req.params.needs_last_token for req in emitting):
+                self._settle()  # a grammar or a penalty must know every token before the one it is for
             drawn = self.control.sample(logits, self.step_tasks.sampling(task, emitting))
         queued()
         return QueuedStep(list(emitting), drawn)
@@ -313,8 +324,10 @@ class TPScheduler(SchedulerState):
 
         Returns how many there were to end. A text is the user's own name of a request, and of all its n answers.
         """
-        ours = [r.rid for r in self.unfinished if rid in (r.rid, r.name) or (r.name or "").startswith(f"{rid}_")]
-        return sum(self.outcome.abort(one) for one in ours)
+        if not isinstance(rid, str):
+            return int(self.outcome.abort(rid))
+        ours = [r.rid for r in self.unfinished if r.name == rid or (r.name or "").startswith(f"{rid}_")]
+        return sum(map(self.outcome.abort, ours))
 
     def output_of(self, req: Req) -> RequestOutput:
         """What a request has so far; finish_reason is None while it runs."""
@@ -326,18 +339,3 @@ class TPScheduler(SchedulerState):
             self.abort(req.rid)
         self._queued, self.batch = None, self.empty_batch()
         self.results, self.grown = {}, {}
-
-
-def _chunk_size(size: int | None, wrapper: TPRadixAttentionModelWrapper) -> int:
-    """chunked_prefill_size, or the device's default in whole pages. ValueError for parts that are no whole pages."""
-    page_size = wrapper.page_size
-    if size is None:
-        return max(DEFAULT_CHUNK[wrapper.tp.device.type] // page_size, 1) * page_size
-    size = whole("chunked_prefill_size", size, NO_CHUNKS)
-    if size < 1 and size != NO_CHUNKS:
-        raise ValueError(f"chunked_prefill_size={size} must be at least 1, or {NO_CHUNKS} for no limit")
-    if size > 0 and size % page_size:
-        below, above = size // page_size * page_size, -(-size // page_size) * page_size
-        way_out = f"{below} or {above}" if below else f"{above}"
-        raise ValueError(f"page_size={page_size} does not divide chunked_prefill_size={size}; use {way_out}")
-    return size

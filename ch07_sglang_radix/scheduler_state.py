@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from ch07_sglang_radix.control_plane import ControlPlane
+from ch07_sglang_radix.eviction import pick_strategy
 from ch07_sglang_radix.memory_pool import ReqToTokenPool, TokenToKVPool
 from ch07_sglang_radix.radix_cache import RadixCache
 from ch07_sglang_radix.request import Req, RequestOutput
 from ch07_sglang_radix.request_memory import RequestMemory
 from ch07_sglang_radix.schedule_batch import ScheduleBatch
-from ch07_sglang_radix.schedule_policy import SchedulePolicy
+from ch07_sglang_radix.schedule_policy import SchedulePolicy, check_policy
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 
 INIT_NEW_TOKEN_RATIO = 0.7  # share of its worst case that a running request is expected to need; SGLang's
@@ -25,13 +26,19 @@ Owners = Iterator[tuple[str, np.ndarray]]
 
 
 class SchedulerState:
-    """Grouped by who moves it. The arguments are those of TPScheduler."""
+    """Grouped by who moves it. The arguments are those of TPScheduler.
+
+    Raises ValueError, on every rank alike, for a schedule or an eviction policy that is not there.
+    """
 
     def __init__(
         self, wrapper: TPRadixAttentionModelWrapper, *, schedule_policy: str = "fcfs", disable_radix_cache: bool = False,
         radix_eviction_policy: str = "lru", radix_bigram: bool = False, seed: int = 0,
         schedule_conservativeness: float = 1.0,
     ):  # fmt: skip
+        # rank 0 alone uses them, and all refuse them: whoever went on would wait for a rank that has left
+        check_policy(schedule_policy, disable_radix_cache)
+        pick_strategy(radix_eviction_policy)
         self.wrapper, self.tp, self.page_size, self.seed = wrapper, wrapper.tp, wrapper.page_size, seed
         self.control = ControlPlane(wrapper)
 
@@ -63,7 +70,7 @@ class SchedulerState:
         self.init_new_token_ratio = min(INIT_NEW_TOKEN_RATIO * schedule_conservativeness, 1.0)
         self.new_token_ratio = self.init_new_token_ratio
         self.resumed: Req | None = None  # whose prompt the newest prefill step goes on with
-        self.held: dict[int, str] = {}  # who was asked for the newest prefill step and did not get in: later, full
+        self.held: dict[int, str] = {}  # who was asked for the newest prefill step and did not get in: Answer's words
 
         # decoding
         self.running: list[Req] = []
@@ -90,6 +97,13 @@ class SchedulerState:
     @property
     def step_number(self) -> int:
         return self.steps["prefill"] + self.steps["decode"]
+
+    @property
+    def held_slots(self) -> int:
+        """Slots that are neither free nor in the tree, counted at those who hold them and not by subtraction."""
+        requests = sum(req.allocated_len - req.prefix_len for req in self.admitted)
+        others = sum(len(pages) for more in self.more_owners for _, pages in more())
+        return requests + others * self.page_size
 
     def owners(self) -> Owners:
         """Everybody who owns pages; a page has one owner, and none has no owner (invariants.py)."""

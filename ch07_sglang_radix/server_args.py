@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ch07_sglang_radix.eviction import pick_strategy
+from ch07_sglang_radix.schedule_policy import check_policy
 from common.request.intake import refuse_unknown
 from common.values import choice, flag, new_file, path, real, text, whole
 
@@ -24,7 +26,7 @@ ELSEWHERE = {
     "speculative_algorithm": "one token a step here; leave it out",
     "enable_lora": "adapters are not here; merge them into the weights",
     "lora_paths": "adapters are not here; merge them into the weights",
-    "grammar_backend": "structured output is not here",
+    "grammar_backend": "llguidance is the only one here; leave it out",
     "disaggregation_mode": "prefill and decode run in one engine here",
     "max_queued_requests": "the queue has no end here; leave it out",
     "trust_remote_code": "a folder's Python is never run here; leave it out",
@@ -41,8 +43,9 @@ class ServerArgs:
     tokenizer; skip_tokenizer_init: none, token ids only. tp_size: ranks; by default as many as torchrun started, else 1.
     context_length: tokens of a request at most. random_seed: None draws one. log_level: of this project's loggers, and
     whether a bar shows that weights are read (info and debug). schedule_conservativeness: more than 1 admits fewer requests
-    at a time, and retracts fewer. max_prefill_tokens: of a step, if chunked_prefill_size allows more. The others are those
-    of TPRadixAttentionModelWrapper and TPScheduler.
+    at a time, and retracts fewer. max_prefill_tokens: of a step, if chunked_prefill_size allows more. check_finite: look for NaN
+    and infinity in the weights before they are used, and name them. The others are those of TPRadixAttentionModelWrapper and
+    TPScheduler.
     Raises ValueError for a value of a wrong kind or outside its range.
     """
 
@@ -73,6 +76,7 @@ class ServerArgs:
     attention_backend: str = "auto"
     random_seed: int | None = 0
     log_level: str = "error"
+    check_finite: bool = False
     check: bool = False
     trace: str | Path | None = None
 
@@ -89,7 +93,7 @@ class ServerArgs:
         self._set("max_running_requests", whole("max_running_requests", self.max_running_requests, 1))
         switches = (
             "skip_tokenizer_init", "enable_mixed_chunk", "disable_radix_cache", "gather_best", "disable_cuda_graph",
-            "disable_custom_all_reduce", "check",
+            "disable_custom_all_reduce", "check_finite", "check",
         )  # fmt: skip
         for name in switches:
             self._set(name, flag(name, getattr(self, name)))
@@ -110,6 +114,8 @@ class ServerArgs:
                 self._set(name, value)
         for name in ("device", "kv_cache_dtype", "schedule_policy", "radix_eviction_policy", "attention_backend"):
             self._set(name, text(name, getattr(self, name)))
+        check_policy(self.schedule_policy, self.disable_radix_cache)  # now, and not when the model is there
+        pick_strategy(self.radix_eviction_policy)
         self._set("dtype", text("dtype", self.dtype, none=True))
         self._set("dtype", HALF.get(self.dtype, self.dtype))
         choice("log_level", self.log_level, LEVELS)

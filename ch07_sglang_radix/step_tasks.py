@@ -48,7 +48,8 @@ class StepTasks:
         s.steps["prefill"] += 1
         for req, n in batch.reqs:
             req.kv_len += n
-            s.tree.cache_unfinished_req(req)
+            if not req.probe:
+                s.tree.cache_unfinished_req(req)
         for req in batch.decodes:
             req.kv_len += 1
         s.running += emitting[: len(emitting) - len(batch.decodes)]
@@ -99,7 +100,9 @@ class StepTasks:
     def _best(self, reqs: Sequence[Req]) -> int:
         """How many of its best logits each rank gives in this step; 0: all."""
         params = [req.params for req in reqs]
-        if not self.gather_best or any(p.logprobs or p.edits or not (p.greedy or p.top_k > 0) for p in params):
+        if not self.gather_best or any(req.grammar for req in reqs):
+            return 0
+        if any(p.logprobs or p.edits or not (p.greedy or p.top_k > 0) for p in params):
             return 0
         best = max((1 if p.greedy else p.top_k for p in params), default=0)
         return best if best <= MAX_BEST else 0

@@ -86,11 +86,13 @@ class Stream(Iterator[Answer]):
             self.close()
 
 
-def wait_for(loop: SchedulerLoop, call: GenerateCall, enqueue: Enqueue) -> Iterator[Answer]:
-    """What each answer has whenever it has grown; blocks in between. The requests are queued at once."""
+def wait_for(loop: SchedulerLoop, call: GenerateCall, enqueue: Enqueue, stream: bool) -> Iterator[Answer]:
+    """What each answer has whenever it has grown, or without `stream` at its end; blocks in between. The requests are queued
+    at once."""
     news: queue.SimpleQueue[tuple[int, RequestOutput | BaseException]] = queue.SimpleQueue()
     rids: list[int] = []
-    loop.submit(partial(_enqueue, loop, call, enqueue, rids, lambda i, output: news.put((i, output)))).result()
+    deliver = lambda i, output: news.put((i, output))  # noqa: E731
+    loop.submit(partial(_enqueue, loop, call, enqueue, rids, deliver, stream)).result()
 
     def answers() -> Iterator[Answer]:
         missing = len(call.requests)
@@ -108,7 +110,7 @@ def wait_for(loop: SchedulerLoop, call: GenerateCall, enqueue: Enqueue) -> Itera
     return answers()
 
 
-async def listen(loop: SchedulerLoop, call: GenerateCall, enqueue: Enqueue) -> AsyncIterator[Answer]:
+async def listen(loop: SchedulerLoop, call: GenerateCall, enqueue: Enqueue, stream: bool) -> AsyncIterator[Answer]:
     """The same for asyncio. Who is cancelled, or leaves the iterator, has the requests aborted."""
     here, news = asyncio.get_running_loop(), asyncio.Queue()
     rids: list[int] = []
@@ -119,7 +121,7 @@ async def listen(loop: SchedulerLoop, call: GenerateCall, enqueue: Enqueue) -> A
 
     missing = len(call.requests)
     try:
-        await asyncio.wrap_future(loop.submit(partial(_enqueue, loop, call, enqueue, rids, deliver)))
+        await asyncio.wrap_future(loop.submit(partial(_enqueue, loop, call, enqueue, rids, deliver, stream)))
         while missing:
             i, output = await news.get()
             if isinstance(output, BaseException):
@@ -133,9 +135,9 @@ async def listen(loop: SchedulerLoop, call: GenerateCall, enqueue: Enqueue) -> A
 
 def _enqueue(
     loop: SchedulerLoop, call: GenerateCall, enqueue: Enqueue, rids: list[int],
-    deliver: Callable[[int, RequestOutput | BaseException], None],
+    deliver: Callable[[int, RequestOutput | BaseException], None], stream: bool,
 ) -> None:  # fmt: skip
     """In the loop's thread: queue every request, and have its outputs delivered."""
     for i, request in enumerate(call.requests):
         rids.append(enqueue(request))
-        loop.listen(rids[-1], partial(deliver, i))
+        loop.listen(rids[-1], partial(deliver, i), as_it_grows=stream)

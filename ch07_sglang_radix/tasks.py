@@ -12,7 +12,8 @@ On the wire a task is a flat int64 tensor:
 
     word 0   magic and version           5   sequences
          1   kind (1 stop, 2 prefill,    6   page updates
-             3 decode), columns << 8     7   token ids
+             3 decode, 4 note),          7   token ids; of a note, the bytes of its text
+             columns << 8
          2   step                        8   best: logits a rank gives (0: all)
          3   length in words             9   groups of sequences that begin alike
          4   CRC-32 of all the others    then, in this order:
@@ -38,7 +39,7 @@ import numpy as np
 MAGIC = 0x5A11_0000
 VERSION = 2
 HEADER = 10
-STOP, PREFILL, DECODE = 1, 2, 3
+STOP, PREFILL, DECODE, NOTE = 1, 2, 3, 4
 LEAVE = -1
 # name -> number on the wire. scored: of a prefill sequence's new tokens, from the first on, so many whose next token's
 # log-probability is asked for
@@ -113,14 +114,24 @@ class StopTask:
         return cls(LEAVE)
 
 
-Task = PrefillTask | DecodeTask | StopTask
-KINDS = {StopTask: STOP, PrefillTask: PREFILL, DecodeTask: DECODE}
+@dataclass(frozen=True)
+class NoteTask:
+    """No step: what every rank does by itself, such as to begin a profile (ControlPlane.notes). text: JSON."""
+
+    step: int
+    text: str
+
+
+Task = PrefillTask | DecodeTask | StopTask | NoteTask
+KINDS = {StopTask: STOP, PrefillTask: PREFILL, DecodeTask: DECODE, NoteTask: NOTE}
 
 
 def encode(task: Task) -> np.ndarray:
     """Task -> int64 [length]."""
     updates, num_sequences, num_alike, best, tokens, sequences, columns = (), 0, 0, 0, (), (), {}
-    if not isinstance(task, StopTask):
+    if isinstance(task, NoteTask):
+        tokens = tuple(task.text.encode())
+    elif not isinstance(task, StopTask):
         updates, best, columns = task.updates, task.best, task.columns
     if isinstance(task, PrefillTask):
         num_sequences, sequences, tokens = len(task.sequences), chain(*task.sequences), task.token_ids
@@ -142,6 +153,8 @@ def num_words(task: Task) -> int:
     """len(encode(task)), without the work."""
     if isinstance(task, StopTask):
         return HEADER
+    if isinstance(task, NoteTask):
+        return HEADER + len(task.text.encode())
     updates = sum(3 + len(update.pages) for update in task.updates)
     columns = sum(1 + len(values) for values in task.columns.values())
     if isinstance(task, PrefillTask):
@@ -170,7 +183,7 @@ def decode(words: np.ndarray) -> Task:
     kind, num_columns = kind & 0xFF, kind >> 8
     reader = _Reader(words[HEADER:].tolist())
     updates = tuple(PageUpdate(*reader.take(2), tuple(reader.take(reader.take(1)[0]))) for _ in range(num_updates))
-    width = {STOP: 0, PREFILL: 4, DECODE: 2}.get(kind)
+    width = {STOP: 0, PREFILL: 4, DECODE: 2, NOTE: 0}.get(kind)
     if width is None:
         raise ValueError(f"task of step {step} has the unknown kind {kind}")
     sequences = reader.take(width * num_sequences)
@@ -181,6 +194,8 @@ def decode(words: np.ndarray) -> Task:
         raise ValueError(f"task of step {step} has {reader.left} words too many")
     if kind == STOP:
         return StopTask(step)
+    if kind == NOTE:
+        return NoteTask(step, bytes(tokens).decode())
     if kind == DECODE:
         return DecodeTask(
             step, updates, tuple(sequences[:num_sequences]), tuple(sequences[num_sequences:]), best, alike, columns

@@ -5,7 +5,8 @@
     scheduled  prefill: [[request, cached, computed now, prompt, why], ...] in order, why: "chunk" (the next part of a prompt
                that was begun) or the policy that put it there; decode: [request, ...]
     held       prefill: {request: why not}, "later" (it shares what another computes in this step, or would be a second
-               prompt in parts) or "full" (no budget, row or pages; nobody behind it was asked)
+               prompt in parts), "held" (a gate is closed: its grammar is being compiled) or "full" (no budget, row or
+               pages; nobody behind it was asked)
     decodes    running requests that took part in a prefill step (mixed chunk)
     policy     the schedule policy that ordered the queue
     waiting    requests left in the queue; running; chunked: the request whose prompt is computed in part, or null

@@ -48,7 +48,8 @@ class Executor:
     mem_fraction_static: share of the device's memory for weights and pool together, as in SGLang; by default 0.85 of what
     the weights leave free on a GPU, and 1 GiB on a CPU. kv_cache_dtype: auto is the model's; a smaller one holds more.
     tokenizer_path: another folder or Hub id for the tokenizer; skip_tokenizer_init: none. context_length: tokens of a request at
-    most, by default as many as the model has positions for.
+    most, by default as many as the model has positions for. check_finite: refuse weights with NaN or infinity by name, for
+    a pass over all of them on every rank.
     Raises ValueError or FileNotFoundError, on every rank alike, for what cannot be run.
     """
 
@@ -57,7 +58,7 @@ class Executor:
         dtype: str | None = None, max_total_tokens: int | None = None, max_running_requests: int = 256,
         attention_backend: str = "auto", disable_cuda_graph: bool = False, mem_fraction_static: float | None = None,
         kv_cache_dtype: str = "auto", tokenizer_path: str | None = None, skip_tokenizer_init: bool = False,
-        context_length: int | None = None, tp: TPGroup | None = None,
+        context_length: int | None = None, check_finite: bool = False, tp: TPGroup | None = None,
     ):  # fmt: skip
         self.tp = tp or get_tensor_parallel(device)
         if page_size < 1:
@@ -75,7 +76,7 @@ class Executor:
         self.attention = pick_attention(self.tp.device, attention_backend)
         self.folder = folder = resolve_model(model_name or TINY_QWEN_PATH)
         self.dtype = self._pick_dtype(dtype)
-        self.model, self.load_report = load_model(folder, self.tp, self.dtype)
+        self.model, self.load_report = load_model(folder, self.tp, self.dtype, check_finite=check_finite)
         self.linear_forms = choose_forms(self.model)
         self.config: ModelConfig = self.model.config
         self.tokenizer = None  # token ids work without one

@@ -16,9 +16,11 @@ overlap_gaps.svg      <- bench_gpu_*.csv       make bench-gpu PART=small | large
 prefix.svg            <- bench_prefix.csv      python -m ch07_sglang_radix.benchmarks.bench_prefix
 control_plane.svg     <- control_plane.csv     torchrun --nproc_per_node=2 ch07_sglang_radix/benchmarks/bench_control_plane.py
                                                    --published Qwen2.5-0.5B
+                         control_plane_gpu.csv the same on two GPUs, --out figures/control_plane_gpu.csv
 """
 
 import csv
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -378,32 +380,41 @@ def prefix():
 
 
 def control_plane():
-    """Microseconds of a decode step that go into deciding and telling, by phase, in both designs."""
-    rows = read("control_plane.csv")
-    figure, axis = plt.subplots(figsize=(7.5, 0.27 * len(rows) + 1))
+    """Microseconds of a decode step that go into deciding and telling, by phase, in both designs, on a CPU and on GPUs."""
+    tables = [read("control_plane.csv"), read("control_plane_gpu.csv")]
+    heights = [len(rows) for rows in tables]
+    figure, axes = plt.subplots(
+        2, figsize=(7.5, 0.22 * sum(heights) + 2), gridspec_kw={"height_ratios": heights}, layout="constrained"
+    )
+    for axis, rows in zip(axes, tables, strict=True):
+        _control_plane_of(axis, rows)
+    axes[0].legend(fontsize=7)
+    figure.supxlabel("us a decode step; broadcast holds the wait for a rank that is behind", fontsize=8)
+    return figure
+
+
+def _control_plane_of(axis, rows):
     phases = [("build", BLUE), ("encode", PALE_BLUE), ("broadcast", ORANGE), ("decode", PALE_ORANGE)]
     left = [0.0] * len(rows)
     for phase, colour in phases:
         values = [float(row[phase]) for row in rows]
         axis.barh(range(len(rows)), values, left=left, color=colour, label=phase)
         left = [a + b for a, b in zip(left, values, strict=True)]
+    most = min(max(left), 4 * statistics.median(left))  # one step that waited long would make all the others invisible
     for y, (row, end) in enumerate(zip(rows, left, strict=True)):
-        axis.text(end, y, f" {row['control %']} % of {float(row['step']) / 1e3:,.1f} ms", va="center", fontsize=7)
+        said = f" {row['control %']} % of {float(row['step']) / 1e3:,.1f} ms"
+        cut = f" ... {end:,.0f} us:" if end > most else ""
+        axis.text(min(end, most), y, cut + said, va="center", fontsize=7)
     design = {"rank0": "rank 0 decides", "replicated": "every rank decides"}
     names = [
         f"{row['running']} running, context {int(row['context']):,}: {design[row['control plane']]}" for row in rows
     ]
     axis.set_yticks(range(len(rows)), names, fontsize=7)
     axis.invert_yaxis()
-    axis.set_xlabel(
-        f"us a decode step ({rows[0]['model']}, {rows[0]['ranks']} ranks, {rows[0]['device']}, {rows[0]['date']}); "
-        "broadcast holds the wait for a rank that is behind",
-        fontsize=7,
-    )
-    axis.set_xlim(0, 1.3 * max(left))
-    axis.legend(fontsize=7)
+    axis.set_title(f"{rows[0]['model']}, {rows[0]['ranks']} ranks, {rows[0]['device']}, {rows[0]['date']}", fontsize=8)
+    axis.tick_params(axis="x", labelsize=7)
+    axis.set_xlim(0, most)
     axis.spines[["top", "right"]].set_visible(False)
-    return figure
 
 
 FIGURES: tuple[Callable, ...] = (

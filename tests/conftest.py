@@ -3,7 +3,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +49,10 @@ THOROUGH = {
     "tests/ch07/test_projects.py::test_a_plausible_mistake_is_found": 4,
     "tests/ch07/test_projects.py::test_the_solution_gets_all_points": 2,
     "tests/ch07/test_readme.py::test_the_command_prints_what_is_shown": 4,
+    "tests/ch07/serving/test_life_and_death.py::test_a_second_signal_ends_now": 2,
+    "tests/ch07/serving/test_life_and_death.py::test_when_one_is_killed_all_end": 3,
+    "tests/ch07/serving/test_life_and_death.py::test_when_one_is_stopped_all_others_end_in_the_watchdog_s_time": 3,
+    "tests/ch07/serving/test_server.py::test_what_cannot_start_is_one_line": 2,
     "tests/common/distributed/test_launch.py::test_a_signal_to_torchrun_is_one_line_a_rank": 2,
     "tests/common/distributed/test_launch.py::test_torchrun_s_ranks_start_and_shut_down_ten_times": 0,
     "tests/common/distributed/test_spawn.py::test_a_bare_script_gets_its_ranks_and_leaves_none_behind": 3,
@@ -143,3 +149,9 @@ def checkpoint(tmp_path_factory):
         return made[name]
 
     return get
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    """copy(name) -> a copy of that checkpoint, to be changed."""
+    return lambda name: Path(shutil.copytree(checkpoint(name), tmp_path / name))

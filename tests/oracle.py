@@ -4,7 +4,10 @@ import random
 from functools import cache
 from pathlib import Path
 
+import llguidance.hf
+import numpy as np
 import torch
+from llguidance import LLMatcher
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 # heads and ratios are those of the real models, the rest is small enough for a test
@@ -64,6 +67,30 @@ def _greedy(folder: Path, prompt: tuple[int, ...], n: int) -> tuple[int, ...]:
 def greedy(folder: Path, prompt: list[int], n: int) -> list[int]:
     """transformers' greedy continuation by n tokens, this prompt alone."""
     return list(_greedy(folder, tuple(prompt), n))
+
+
+@cache
+def _trie(tokenizer, vocab_size: int):
+    return llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size)
+
+
+def greedy_under_grammar(folder: Path, tokenizer, prompt: list[int], kind: str, written: str, n: int) -> list[int]:
+    """The same with the best token that llguidance allows: transformers, one token after the other, and nothing of ours."""
+    model, output = reference_model(folder), []
+    grammar = {
+        "json_schema": lambda: LLMatcher.grammar_from_json_schema(written, defaults={"whitespace_flexible": False}),
+        "regex": lambda: LLMatcher.grammar_from_regex(written),
+        "ebnf": lambda: LLMatcher.grammar_from_lark(written),
+    }[kind]()
+    matcher = LLMatcher(_trie(tokenizer, model.config.vocab_size), grammar)
+    while len(output) < n and output[-1:] != [tokenizer.eos_token_id]:
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt, *output]])).logits[0, -1]
+        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        allowed = np.unpackbits(bits, bitorder="little")[: len(logits)].astype(bool)
+        output.append(int(logits.masked_fill(torch.from_numpy(~allowed), -torch.inf).argmax()))
+        assert matcher.consume_token(output[-1])
+    return output
 
 
 def some_prompts(vocab_size: int, count: int, shared: int = 40, longest: int = 30, seed: int = 0) -> list[list[int]]:

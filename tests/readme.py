@@ -29,6 +29,12 @@ def demos_without_a_command(chapter: str) -> list[str]:
     return [demo.name for demo in sorted((ROOT / chapter).glob("demo_*.py")) if demo.name not in commands]
 
 
+def links(chapter: str) -> set[str]:
+    """What the README links to, without the place in it."""
+    text = (ROOT / chapter / "README.md").read_text(encoding="utf-8")
+    return {target.partition("#")[0] for target in re.findall(r"\]\((\S+?)\)", text)}
+
+
 def run(command: str, shown: str) -> None:
     """Run it as a reader would; the shown lines must come in this order, and may go on with numbers that vary."""
     program, *args = command.split()

@@ -1,6 +1,7 @@
 """tp_size=2 and tensor_parallel_size=2 without torchrun: rank 0 starts the other rank itself."""
 
 import asyncio
+import subprocess
 
 import pytest
 
@@ -43,8 +44,13 @@ def test_chapter_6_s_llm_starts_its_ranks_and_ends_them():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Engine(tp_size=2, page_size=0), lambda: LLM(tensor_parallel_size=2, seed="x")]
-)
-def test_what_is_refused_starts_nobody(make):
-    with pytest.raises(ValueError, match="must be"):
+    "make",
+    [
+        lambda: Engine(tp_size=2, page_size=0), lambda: Engine(tp_size=2, schedule_policy="lru"),
+        lambda: LLM(tensor_parallel_size=2, seed="x"), lambda: LLM(tensor_parallel_size=2, scheduling_policy="lru"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_starts_nobody(make, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a process was started"))
+    with pytest.raises(ValueError, match=r"must be|is unknown"):
         make()

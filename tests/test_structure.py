@@ -11,6 +11,7 @@ MODULES = sorted(
     path for folder in ("common", "ch06_tp_vllm", "ch07_sglang_radix") for path in (ROOT / folder).rglob("*.py")
 )
 COLLECTIVES = {"all_reduce", "all_gather", "gather", "broadcast"}
+ENTRANCES = ("launch_server.py", "chat.py")  # into the wing `serving`
 LEAF = re.compile(r"(demo|bench)_")  # demos and benchmarks may import anything, nobody imports them
 
 
@@ -99,22 +100,30 @@ def test_nothing_is_unpickled():
         assert not re.search(r"import pickle|torch\.load\(|broadcast_object_list|all_gather_object", text), path
 
 
+@pytest.mark.parametrize("path", [path for path in MODULES if LEAF.match(path.name)], ids=lambda path: path.name)
+def test_a_demo_ends_in_one_line_whatever_happens(path):
+    """Ctrl-C and bad input are one line and exit code 1, not a traceback: common/distributed/launch.py."""
+    last = path.read_text(encoding="utf-8").splitlines()[-1]
+    assert last.strip() == "run_main(main)"
+
+
 # what a room of common/ may stand on; kernels are Triton forms of what attention, layers and sampling define, which pick them
 ROOMS = {
     "values": set(),
+    "bounded": set(),
     "parallel_state": {"distributed"},
     "distributed": {"parallel_state", "kernels"},
     "kernels": {"attention", "sampling"},
     "layers": {"parallel_state", "kernels"},
     "attention": {"distributed", "kernels"},
-    "sampling": {"distributed", "kernels", "layers", "values"},
-    "text": {"values"},
+    "sampling": {"bounded", "distributed", "kernels", "layers", "values"},
+    "text": {"bounded", "values"},
     "models": {"attention", "distributed", "layers", "parallel_state", "values"},
     "executor": {
         "attention", "distributed", "kernels", "layers", "models", "parallel_state", "sampling", "text", "tiny_qwen",
     },
     "request": {"sampling", "text", "values"},
-    "teaching": {"distributed"},
+    "teaching": {"distributed", "text", "values"},
     "tiny_qwen": {"distributed", "teaching"},
 }  # fmt: skip
 
@@ -136,12 +145,12 @@ def test_rooms_of_common_stand_on_what_is_below_them(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_core_of_a_chapter_does_not_import_its_leaves(path):
-    """Benchmarks, exercises and projects stand on the core; so will the wings."""
+    """Benchmarks, exercises and projects stand on the core, and so do the wings, which are entered by runnable files."""
     parts = path.relative_to(ROOT).parts
-    if not parts[0].startswith("ch0") or len(parts) > 2 or LEAF.match(parts[-1]):
+    if not parts[0].startswith("ch0") or len(parts) > 2 or LEAF.match(parts[-1]) or parts[-1] in ENTRANCES:
         return
     for name in imported(path):
-        assert name.split(".")[1:2] not in (["benchmarks"], ["exercises"], ["projects"]), name
+        assert name.split(".")[1:2] not in (["benchmarks"], ["exercises"], ["projects"], ["serving"]), name
 
 
 def test_no_circle_is_hidden_behind_type_checking():

@@ -264,13 +264,20 @@ def _trace_cost(wrapper: TPRadixAttentionModelWrapper) -> float:
 
 
 def control_plane(wrappers: Wrappers):
-    """From bench_control_plane: what deciding and telling takes, as the context grows, and with nobody to tell."""
-    rows = [row for row in _csv("control_plane.csv") if row["control plane"] == "rank0" and row["running"] == "8"]
-    parts = {int(row["context"]): float(row["control %"]) for row in rows}
-    said = ", ".join(f"{part:.2f}%" for part in parts.values()) + " of a step"
-    how = f"8 running, context {', '.join(f'{context:,}' for context in parts)} (control_plane.csv)"
+    """From bench_control_plane, on two CPU ranks and on two GPUs: what deciding and telling takes as the context grows."""
+    parts, devices = {}, []
+    for name in ("control_plane.csv", "control_plane_gpu.csv"):
+        rows = [row for row in _csv(name) if row["control plane"] == "rank0" and row["running"] == "8"]
+        parts[name] = {int(row["context"]): float(row["control %"]) for row in rows}
+        devices.append(f"{rows[0]['model']} on {rows[0]['device'].removeprefix('NVIDIA ')}")
+    said = "; ".join(
+        f"{device}: {', '.join(f'{part:.2f}%' for part in found.values())}"
+        for device, found in zip(devices, parts.values(), strict=True)
+    )
+    contexts = dict.fromkeys(context for found in parts.values() for context in found)
+    how = f"8 running, context {', '.join(f'{context:,}' for context in contexts)} ({', '.join(parts)})"
     claim = "telling the ranks takes <1% of a step, whatever the context"
-    return claim, how, said, verdict(*(part < 1 for part in parts.values())), rows[0]
+    return claim, how, said, verdict(*(part < 1 for found in parts.values() for part in found.values())), rows[0]
 
 
 def _csv(name: str) -> list[dict[str, str]]:

@@ -19,7 +19,7 @@ than 4 requests running at once; without the cache, and with it under fcfs and l
 For the last one all ways take turns, round by round, and of each step the fastest round counts: the steps are the same, and
 the model's own time, which the cache does not touch there, varies by more than the cache costs.
 
---simulate serves a trace in Mooncake's form (simulate.py) and prints, and writes as JSON, how many blocks were hit.
+--simulate serves a trace in Mooncake's form (traces.py) and prints, and writes as JSON, how many blocks were hit.
 """
 
 import argparse
@@ -32,7 +32,8 @@ import torch
 from tqdm import tqdm
 
 from ch07_sglang_radix.benchmarks.clients import Clients
-from ch07_sglang_radix.benchmarks.simulate import read_trace, simulate
+from ch07_sglang_radix.benchmarks.simulate import simulate
+from ch07_sglang_radix.benchmarks.traces import read_trace
 from ch07_sglang_radix.benchmarks.workloads import WORKLOADS, Source, best_cached, distinct_pages
 from ch07_sglang_radix.request import RequestOutput
 from ch07_sglang_radix.scheduler import TPScheduler
@@ -95,7 +96,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def simulate_trace(args: argparse.Namespace) -> None:
-    requests = read_trace(args.trace)
+    requests = [request.hash_ids for request in read_trace(args.trace)]
     began = time.perf_counter()
     counts = simulate(requests, args.capacity_blocks, args.eviction).as_dict()
     seconds = time.perf_counter() - began

@@ -1,10 +1,11 @@
 """A profiler trace of decode steps, with the scheduler's parts under SGLang's names for them.
 
     torchrun --nproc_per_node=2 ch07_sglang_radix/benchmarks/profile_steps.py steps.json      # or python, on one rank
-    ... --running 32 --steps 20
+    ... --running 32 --steps 20 --prompt 140
+    ... --published SmolLM2-135M --dtype bfloat16                                             # its shape, random weights
 
-Writes a Chrome trace of rank 0's steps (open it in https://ui.perfetto.dev) and prints how long each part took. The chapter's
-last page says how to read it beside one of SGLang.
+Writes a Chrome trace of rank 0's steps (open it in https://ui.perfetto.dev) and prints how long each part took, and which of
+torch's operators took longest. The chapter's last page says how to read it beside one of SGLang.
 """
 
 import argparse
@@ -17,11 +18,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.distributed.launch import run_main
+from common.models.published_configs import CONFIGS, shared_random_weights
 from common.parallel_state import initialize_tensor_parallel
 from common.sampling.params import SamplingParams
 from common.teaching.show import heading, table
 
 WARM_UP = 5
+LONGEST = 6
 PARTS = {  # (where it is, its name here): SGLang's name for what does the same
     ("admission", "next_prefill"): "get_new_batch_prefill",
     ("step_tasks", "decode"): "prepare_for_decode",
@@ -35,17 +38,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="the trace, as JSON")
     parser.add_argument("--model-name", help="folder in Hugging Face layout or Hub id; default: the bundled tiny model")
+    parser.add_argument("--published", choices=CONFIGS, help="a published shape with random weights")
+    parser.add_argument("--dtype", help="of the weights; default: the device's own")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt (default 64)")
     parser.add_argument("--running", type=int, default=8, help="requests that decode (default 8)")
     parser.add_argument("--steps", type=int, default=10, help="decode steps in the trace (default 10)")
     args = parser.parse_args()
-    if args.running < 1 or args.steps < 1:
-        raise ValueError(f"running={args.running} and steps={args.steps} must be at least 1")
+    if min(args.running, args.steps, args.prompt) < 1:
+        raise ValueError(f"running={args.running}, steps={args.steps} and prompt={args.prompt} must be at least 1")
     tp = initialize_tensor_parallel()
-    wrapper = TPRadixAttentionModelWrapper(args.model_name, page_size=16, tp=tp)
+    folder = str(shared_random_weights(args.published, tp)) if args.published else args.model_name
+    wrapper = TPRadixAttentionModelWrapper(folder, page_size=16, dtype=args.dtype, tp=tp)
     scheduler = TPScheduler(wrapper, chunked_prefill_size=-1)
     params = SamplingParams(max_new_tokens=WARM_UP + args.steps + 1, ignore_eos=True)
     for i in range(args.running):
-        scheduler.add_request(input_ids=[(7 * i + j) % 1000 for j in range(64)], sampling_params=params)
+        scheduler.add_request(input_ids=[(7 * i + j) % 1000 for j in range(args.prompt)], sampling_params=params)
     if tp.rank > 0:
         scheduler.process_requests()
         return
@@ -66,10 +73,26 @@ def main() -> None:
     scheduler.process_requests(watch)
     profiler.export_chrome_trace(str(args.out))
     heading(f"{args.steps} decode steps of {args.running} requests, rank 0 of {tp.size} on {tp.device.type}")
-    times = {event.key: event.cpu_time_total / 1e3 / args.steps for event in profiler.key_averages()}
+    events = profiler.key_averages()
+    times = {event.key: event.cpu_time_total / 1e3 / args.steps for event in events}
     rows = [(f"{owner}.{name}", label, times.get(label, 0.0)) for (owner, name), label in PARTS.items()]
     table(("here", "in SGLang", "ms a step"), [*rows, ("step", "event_loop_*", times.get("step", 0.0))])
+    _show_operators([event for event in events if "::" in event.key], args.steps)
     print(f"wrote {args.out}; open it in https://ui.perfetto.dev")
+
+
+def _show_operators(events: list[Any], steps: int) -> None:
+    """Where the CPU was, without what an operator calls in its turn."""
+    total = sum(event.self_cpu_time_total for event in events)
+    longest = sorted(events, key=lambda event: -event.self_cpu_time_total)[:LONGEST]
+    heading(f"The {LONGEST} operators that took longest, of {len(events)}")
+    table(
+        ("operator", "calls a step", "ms a step", "% of all"),
+        [
+            (e.key, e.count // steps, e.self_cpu_time_total / 1e3 / steps, 100 * e.self_cpu_time_total / total)
+            for e in longest
+        ],
+    )
 
 
 def _label(owner: Any, name: str, label: str) -> None:

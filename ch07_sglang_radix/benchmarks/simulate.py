@@ -1,21 +1,14 @@
 """What the radix cache would hit on a recorded trace, without a model.
 
-A trace is JSON lines, one request each, in the form of Mooncake's published traces (Qin et al. 2025):
-
-    {"timestamp": 27482, "input_length": 6955, "output_length": 52, "hash_ids": [46, 47, 2353]}
-
-A hash id stands for 512 prompt tokens and for everything before them: equal ids are equal prefixes up to there. Here an
-id is a key of one token on a page of its own, so the tree that serves the engine answers for the trace as well:
+Traces are those of traces.py. A hash id of theirs, a block of 512 prompt tokens, is a key of one token on a page of its own
+here, so the tree that serves the engine answers for the trace as well:
 
     request  1 2 3      hits 0    tree  1 2 3
     request  1 2 4      hits 2    tree  1 2 -> 3 | 4
 """
 
-import json
-import reprlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -23,8 +16,6 @@ from tqdm import tqdm
 from ch07_sglang_radix.eviction import STRATEGIES
 from ch07_sglang_radix.memory_pool import TokenToKVPool
 from ch07_sglang_radix.radix_cache import RadixCache
-
-FORM = '{"timestamp": 0, "input_length": 700, "output_length": 20, "hash_ids": [1, 2]}'
 
 
 @dataclass
@@ -79,63 +70,3 @@ def simulate(requests: Sequence[Sequence[int]], capacity_blocks: int = 0, evicti
     hits = sum(map(cache.serve, tqdm(requests, desc="simulate", unit="request", leave=False, disable=None)))
     rate = hits / prompt if prompt else 0.0
     return Counts(len(requests), prompt, hits, rate, cache.tree.evicted, eviction, capacity_blocks)
-
-
-def read_trace(path: str | Path) -> list[list[int]]:
-    """The hash ids of each request, in order of timestamp; requests of equal timestamp in the order of the file.
-
-    Raises ValueError, with file and line, for a line that is no request of that form, and OSError for a missing file.
-    """
-    with open(path, "rb") as file:
-        lines = tqdm(file, desc="read", unit="line", leave=False, disable=None)
-        requests = list(_requests(path, lines))
-    if not requests:
-        raise ValueError(f"{path}: no request in it; expected lines like {FORM}")
-    return [ids for _, ids in sorted(requests, key=lambda request: request[0])]
-
-
-def _requests(path: str | Path, lines: Iterable[bytes]) -> Iterable[tuple[float, list[int]]]:
-    """(timestamp, hash ids) of each line that is not blank."""
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError):  # no JSON, no UTF-8
-            fields = None
-        wrong = _what_is_wrong(fields)
-        if wrong:
-            raise ValueError(f"{path}, line {number}: {wrong}; expected a line like {FORM}")
-        yield fields["timestamp"], fields["hash_ids"]
-
-
-def _what_is_wrong(fields: object) -> str | None:
-    """In a few words, or None."""
-    if not isinstance(fields, dict):
-        return "not a JSON object"
-    for name, (holds, form) in FIELDS.items():
-        if name not in fields:
-            return f"{name} is missing"
-        if not holds(fields[name]):
-            return f"{name}={reprlib.repr(fields[name])} is not {form}"
-    return None
-
-
-def _is_time(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < float("inf")  # a bool is no number here
-
-
-def _is_whole(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**63  # the tree compares int64
-
-
-def _are_ids(value: object) -> bool:
-    return isinstance(value, list) and all(map(_is_whole, value))
-
-
-FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "timestamp": (_is_time, "a number"),
-    "input_length": (_is_whole, "a whole number of tokens"),
-    "output_length": (_is_whole, "a whole number of tokens"),
-    "hash_ids": (_are_ids, "a list of whole numbers from 0 to 2^63 - 1"),
-}

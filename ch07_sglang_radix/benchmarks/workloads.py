@@ -160,7 +160,7 @@ def _prefixes(ids: list[int], size: int, numbers: dict[tuple, int]) -> list[int]
 
 
 def block_trace(source: Source, requests: int, blocks: int = 20) -> list[dict]:
-    """A trace as simulate.py reads it: conversations that grow, some behind a prefix that others have too.
+    """A trace as traces.py reads it: conversations that grow, some behind a prefix that others have too.
 
     About so many blocks a request. Ids are numbered as they come: equal ids are equal prefixes.
     """

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from common.attention.contract import AttentionMetadata
 from common.attention.kv_cache import PagedKVCache
 from common.attention.torch_native import TorchNativeAttention
+from common.distributed.launch import run_main
 from common.kernels import fused, linear, sampling
 from common.kernels.paged_attention import TritonAttention
 from common.models.published_configs import published_config
@@ -235,4 +236,4 @@ def timed(calls: list[Callable[[], object]]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

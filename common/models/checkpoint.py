@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common.models.json_file import name_shown, names_shown, read_json, shown
+from common.models.json_file import json_shown, name_shown, names_shown, read_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OTHER_MODELS = ("adapter_model", "consolidated")  # how files with an adapter, or Mistral's own names, are called
@@ -83,7 +83,7 @@ def _named_by_index(folder: Path) -> list[Path]:
     names = sorted(set(weight_map.values()))
     for name in names:
         if not _stays_inside(name):
-            raise ValueError(f"{index} names the file {shown(name)}; weight files must lie in the folder itself")
+            raise ValueError(f"{index} names the file {json_shown(name)}; weight files must lie in the folder itself")
     if not names:
         raise ValueError(f"{index} names no file; fetch it again")
     absent = [name for name in names if not (folder / name).is_file()]

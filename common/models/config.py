@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.models.json_file import name_shown, read_json, shown
+from common.models.json_file import json_shown, name_shown, read_json
 from common.models.schema import ARCHITECTURES, END_TOKENS, MAX_POSITIONS, ROPE_TYPES, read_fields
 
 
@@ -115,7 +115,7 @@ def _architecture(raw: dict[str, Any], where: str) -> str:
     """The first of `architectures`; model_type, if it is given, must name the same model."""
     names = raw.get("architectures") or ["none named"]
     if not isinstance(names, list) or not isinstance(names[0], str):
-        raise ValueError(f"{where}: architectures={shown(names)} must be a list of texts")
+        raise ValueError(f"{where}: architectures={json_shown(names)} must be a list of texts")
     if names[0] not in ARCHITECTURES:
         raise ValueError(
             f"{where}: architecture {name_shown(names[0])} is not supported; supported: {', '.join(ARCHITECTURES)}"
@@ -123,7 +123,7 @@ def _architecture(raw: dict[str, Any], where: str) -> str:
     want = ARCHITECTURES[names[0]].model_type
     given = raw.get("model_type", want)
     if given != want:
-        raise ValueError(f"{where}: model_type={shown(given)} is not that of {names[0]}, which is {want!r}")
+        raise ValueError(f"{where}: model_type={json_shown(given)} is not that of {names[0]}, which is {want!r}")
     return names[0]
 
 
@@ -132,15 +132,15 @@ def _heads(read: dict[str, Any], where: str) -> dict[str, int]:
     kv_heads = read["num_key_value_heads"] or heads
     if heads % kv_heads:
         raise ValueError(
-            f"{where}: num_attention_heads={shown(heads)} is not a multiple of num_key_value_heads={shown(kv_heads)}"
+            f"{where}: num_attention_heads={json_shown(heads)} is not a multiple of num_key_value_heads={json_shown(kv_heads)}"
         )
     head_dim = read["head_dim"] or read["hidden_size"] // heads
     if head_dim < 2 or head_dim % 2:
         origin = "" if read["head_dim"] else (
-            f" (hidden_size={shown(read['hidden_size'])} over num_attention_heads={shown(heads)})"
+            f" (hidden_size={json_shown(read['hidden_size'])} over num_attention_heads={json_shown(heads)})"
         )  # fmt: skip
         raise ValueError(
-            f"{where}: head_dim={shown(head_dim)}{origin} must be even and at least 2; rotary pairs its halves"
+            f"{where}: head_dim={json_shown(head_dim)}{origin} must be even and at least 2; rotary pairs its halves"
         )
     return {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
 
@@ -153,10 +153,10 @@ def _refuse_sliding_windows(read: dict[str, Any], where: str) -> None:
             raise ValueError(f"{where}: use_sliding_window=true is not supported; attention here is always full")
         return
     if len(types) != layers:
-        raise ValueError(f"{where}: layer_types has {len(types)} entries, num_hidden_layers={shown(layers)}")
+        raise ValueError(f"{where}: layer_types has {len(types)} entries, num_hidden_layers={json_shown(layers)}")
     other = next((kind for kind in types if kind != "full_attention"), None)
     if other is not None:
-        raise ValueError(f"{where}: {shown(other)} in layer_types is not supported; supported: full_attention")
+        raise ValueError(f"{where}: {json_shown(other)} in layer_types is not supported; supported: full_attention")
 
 
 def _end_tokens(eos: Any, vocab_size: int) -> tuple[int, ...]:
@@ -171,11 +171,11 @@ def _rope(read: dict[str, Any], where: str) -> tuple[float, dict[str, Any] | Non
     rope, longest = read[key] or {}, read["max_position_embeddings"]
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
-        raise ValueError(f"{where}: rope_type={shown(kind)} is not supported; supported: {', '.join(ROPE_TYPES)}")
+        raise ValueError(f"{where}: rope_type={json_shown(kind)} is not supported; supported: {', '.join(ROPE_TYPES)}")
     nested = next((name for name, value in rope.items() if isinstance(value, dict)), None)
     if nested is not None:
         raise ValueError(
-            f"{where}: {key} has an object of its own for {shown(nested)}; one for all layers is supported"
+            f"{where}: {key} has an object of its own for {json_shown(nested)}; one for all layers is supported"
         )
     # whose theta: rope_scaling takes the place of rope_parameters with all that is in it
     scaling = read_fields(rope, ROPE_TYPES[kind], f"{where}: {key}", f"rope_type={kind!r}")
@@ -190,19 +190,19 @@ def _rope(read: dict[str, Any], where: str) -> tuple[float, dict[str, Any] | Non
         scaling["original_max_position_embeddings"] = original
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise ValueError(
-            f"{where}: {key}: high_freq_factor={shown(scaling['high_freq_factor'])} must be above "
-            f"low_freq_factor={shown(scaling['low_freq_factor'])}"
+            f"{where}: {key}: high_freq_factor={json_shown(scaling['high_freq_factor'])} must be above "
+            f"low_freq_factor={json_shown(scaling['low_freq_factor'])}"
         )
     if kind == "yarn":
         if theta <= 1:
-            raise ValueError(f"{where}: rope_theta={shown(theta)} must be above 1 for rope_type='yarn'")
+            raise ValueError(f"{where}: rope_theta={json_shown(theta)} must be above 1 for rope_type='yarn'")
         if scaling["factor"] is None:
             scaling["factor"] = longest / original
         # Qwen's recipe for long contexts leaves max_position_embeddings as it was trained
         longest = max(longest, int(original * scaling["factor"]))
         if longest > MAX_POSITIONS:
             raise ValueError(
-                f"{where}: {key}: {shown(original)} original positions stretched by factor={shown(scaling['factor'])} "
+                f"{where}: {key}: {json_shown(original)} original positions stretched by factor={json_shown(scaling['factor'])} "
                 f"are more than the {MAX_POSITIONS} that are supported"
             )
     return float(theta), {"rope_type": kind, **scaling}, longest

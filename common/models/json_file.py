@@ -51,7 +51,9 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique: dict[str, Any] = {}
     for key, value in pairs:
         if key in unique and unique[key] != value:
-            raise KeyTwiceError(f"{shown(key)} stands twice, as {shown(unique[key])} and as {shown(value)}")
+            raise KeyTwiceError(
+                f"{json_shown(key)} stands twice, as {json_shown(unique[key])} and as {json_shown(value)}"
+            )
         unique[key] = value
     return unique
 
@@ -73,15 +75,15 @@ class _OneLine(reprlib.Repr):
 _one_line = _OneLine().repr
 
 
-def shown(value: Any) -> str:
-    """Any JSON value, of any size and depth, in one line of at most 200 characters."""
+def json_shown(value: Any) -> str:
+    """Any JSON value, of any size and depth, in JSON's words (null, true) and one line of at most 200 characters."""
     text = _one_line(value)
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def name_shown(name: str) -> str:
-    """A name from a file as it is if it is an ordinary one, else as `shown` writes it: nothing breaks the line."""
-    return name if name.isprintable() and 0 < len(name) <= 200 else shown(name)
+    """A name from a file as it is if it is an ordinary one, else as `json_shown` writes it: nothing breaks the line."""
+    return name if name.isprintable() and 0 < len(name) <= 200 else json_shown(name)
 
 
 def names_shown(names: Iterable[str], most: int = 8) -> str:

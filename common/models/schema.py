@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from common.models.json_file import shown
+from common.models.json_file import json_shown
 
 REQUIRED = object()  # no default: without this key there is no model
 MAX_POSITIONS = 1 << 22  # the rotary table has a row for each: 2 GiB at head_dim 128
@@ -41,7 +41,7 @@ def read_fields(raw: dict[str, Any], fields: dict[str, Field], where: str, what:
         if field.older and raw.get(key) is None and raw.get(field.older) is not None:
             name, value = field.older, raw[field.older]
         if value is not REQUIRED and not field.fits(value):
-            raise ValueError(f"{where}: {name}={shown(value)} {field.rule}")
+            raise ValueError(f"{where}: {name}={json_shown(value)} {field.rule}")
         values[key] = field.default if value is REQUIRED else value
     missing = [key for key, value in values.items() if value is REQUIRED]
     if missing:
@@ -102,7 +102,7 @@ def json_object() -> Field:
 
 def one_of(*values: Any, default: Any, older: str | None = None) -> Field:
     """The values whose meaning is known here. Any other would change the numbers if it were passed over."""
-    allowed = ", ".join(x if isinstance(x, str) else shown(x) for x in values)
+    allowed = ", ".join(x if isinstance(x, str) else json_shown(x) for x in values)
     # True == 1 in Python, but not in a config
     fits = lambda x: any(x == y and isinstance(x, bool) == isinstance(y, bool) for y in values)  # noqa: E731
     return Field(fits, f"is not supported; supported: {allowed}", default, older)

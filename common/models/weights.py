@@ -21,7 +21,7 @@ from tqdm import tqdm
 from common.models.checkpoint import Stored, checkpoint_files, left_alone, open_tensors
 from common.models.config import ModelConfig
 from common.models.decoder import CausalLM
-from common.models.json_file import names_shown, shown
+from common.models.json_file import json_shown, names_shown
 from common.parallel_state import TPGroup
 
 # Hugging Face's module -> (ours, shard id): merged so that one GEMM does the work of two or three
@@ -194,7 +194,7 @@ def _refuse_sizes_beyond_the_files(config: ModelConfig, found: dict[str, Stored]
 
 def _beyond(where: str, name: str, size: int, have: str) -> str:
     return (
-        f"{where}: config.json says {name}={shown(size)}, but the weight files {have}; "
+        f"{where}: config.json says {name}={json_shown(size)}, but the weight files {have}; "
         f"use the config and the weights of one checkpoint"
     )
 
@@ -211,7 +211,7 @@ def _plan(model: CausalLM, found: dict[str, Stored], where: str) -> list[tuple[S
     for name in sorted(needed.keys() & found.keys()):
         shape, dtype, want = found[name].shape, found[name].dtype, needed[name][2]
         if shape != want:
-            wrong_shape.append(f"{name} is {shown(list(shape))}, not {list(want)}")
+            wrong_shape.append(f"{name} is {json_shown(list(shape))}, not {list(want)}")
         elif dtype not in WEIGHT_DTYPES:
             wrong_dtype.append(f"{name} is {dtype}, not {', '.join(WEIGHT_DTYPES)}")
     problems = [

@@ -13,8 +13,8 @@ from common.text.answer import AnswerText
 
 @dataclass(frozen=True)
 class End:
-    """kind: stop (a token or a text said so), length, abort or error. matched: the stop token or stop text. message: of an
-    error.
+    """kind: stop (a token or a text said so), length, abort, error, or refused (it was the request's own fault). matched: the
+    stop token or stop text. message: of an error or a refusal.
     """
 
     kind: str

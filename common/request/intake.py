@@ -51,6 +51,10 @@ class Intake:
         """Raises ValueError for a request that could never come to its end, or speaks of tokens that are not there."""
         max_tokens = params.max_new_tokens
         params.check_vocabulary(self.vocab_size)
+        if params.grammar and self.tokenizer is None:
+            raise ValueError(
+                f"this checkpoint has no tokenizer, so no text for {params.grammar[0]} to hold for; leave it out"
+            )
         if not ids:
             raise ValueError("the prompt is empty: there is no token to continue from")
         total = len(ids) + max_tokens

@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any
 
 from common.sampling.edits import AllowedTokens, BadWords, LogitBias, LogitsEdit, MinNewTokens, Penalties
+from common.sampling.grammar import check_grammar
 from common.values import flag, real, several, shown, token_ids, whole
 
 UNLIMITED_TOP_K = -1
@@ -54,6 +55,10 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | None = None  # nothing else may be drawn
     bad_words_ids: tuple[tuple[int, ...], ...] = ()  # a token that would complete one of these is not drawn
 
+    # what the text must be: grammar.py. Not among the edits: a request has a matcher of its own, which remembers its tokens
+    grammar: tuple[str, str] | None = None  # (json_schema | regex | ebnf, its text)
+    after_thinking: bool = False  # it holds from behind </think> on
+
     # log-probabilities, all under the model's own distribution: before edits and temperature
     logprobs: bool = False  # of each chosen token, with its rank
     top_logprobs: int = 0  # and of so many of the best
@@ -70,8 +75,9 @@ class SamplingParams:
             "logit_bias": _biases(self.logit_bias),
             "bad_words_ids": _sequences("bad_words_ids", self.bad_words_ids),
             "token_ids_logprob": token_ids("token_ids_logprob", self.token_ids_logprob),
+            "grammar": check_grammar(self.grammar),
         }
-        kept |= {name: flag(name, getattr(self, name)) for name in ("ignore_eos", "logprobs")}
+        kept |= {name: flag(name, getattr(self, name)) for name in ("ignore_eos", "logprobs", "after_thinking")}
         kept |= {name: real(name, getattr(self, name), *limits) for name, limits in _RANGES.items()}
         most = kept["max_new_tokens"]
         kept["min_new_tokens"] = whole("min_new_tokens", self.min_new_tokens, 0, most, f" (max_new_tokens={most})")

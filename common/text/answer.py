@@ -29,7 +29,9 @@ class AnswerText:
     SGLang's `managers/schedule_batch.py` _check_str_based_finish takes the first in the list of those that the last
     token completed). A special token's text counts although it is not shown, as in SGLang, which decodes the last tokens
     with them; vLLM looks at the shown text alone and does not find it.
-    `stop_regex` (SGLang): patterns, tried after the texts; the whole answer is searched after each token.
+    `stop_regex` (SGLang): patterns, tried after the texts; the whole answer is searched after each token. `matched` is the
+    pattern, as in SGLang 0.5.23, whose detokenizer looks for that text in the answer (managers/detokenizer_manager.py,
+    trim_matched_stop) and so cuts nothing unless the pattern is plain text; here the answer is cut where the match begins.
 
     `include_stop`: what ended the answer is part of its text (vLLM include_stop_str_in_output, SGLang no_stop_trim).
     `not_before`: no stop is complete within so many tokens (vLLM min_tokens).

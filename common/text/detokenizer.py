@@ -13,6 +13,12 @@ BULK = 32  # tokens decoded together when nobody looked at them one by one
 CONTEXT = 5  # prompt tokens in front of the answer, as in SGLang (INIT_INCREMENTAL_DETOKENIZATION_OFFSET)
 
 
+def context_of(tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special_tokens: bool = True) -> list[int]:
+    """All of a prompt that the text of its answer depends on: the last tokens that have a text."""
+    with_text = (token for token in reversed(prompt_ids) if tokenizer.has_text(token, skip_special_tokens))
+    return list(islice(with_text, CONTEXT))[::-1]
+
+
 class IncrementalDetokenizer:
     """Turns a growing list of tokens into growing text, never showing half a character.
 
@@ -39,7 +45,7 @@ class IncrementalDetokenizer:
         self._window: list[int] = []
         self._clean = 0  # tokens of the window that end where a character ends
         self._out = ""  # text of the window that is out, or is the prompt's
-        self.add(*list(islice(self._with_text(reversed(prompt_ids)), CONTEXT))[::-1])
+        self.add(*context_of(tokenizer, prompt_ids, skip_special_tokens))
         self._out = self._decode(self._window)
 
     def add(self, *ids: int) -> str:

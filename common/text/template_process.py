@@ -5,8 +5,6 @@ transformers 5.23 gives it (`utils/chat_template_utils.py`): Jinja's immutable s
 """
 
 import json
-import signal
-import sys
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -14,6 +12,8 @@ from typing import Any
 import jinja2
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from common.bounded.answer_lines import answer_lines
 
 MOST_CHARACTERS = 8 << 20  # of a rendered chat: more tokens than any model reads
 
@@ -112,10 +112,4 @@ def _line(text: str) -> str:
 
 def serve() -> None:
     """Until nobody writes any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine, which ends this process with itself
-    answers, sys.stdout = sys.stdout.buffer, sys.stderr
-    answers.write(b"{}\n")  # ready
-    answers.flush()
-    for line in sys.stdin.buffer:
-        answers.write(json.dumps(render(**json.loads(line))).encode() + b"\n")
-        answers.flush()
+    answer_lines(render)

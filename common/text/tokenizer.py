@@ -11,6 +11,11 @@ from common.text.chat_template import TemplateRenderer
 
 OPEN_END = "\ue000the end\ue001"  # where the last message ends, if it is to go on; characters that no text has
 
+# how byte-level vocabularies write bytes: most as the letter of that number, the others, unprintable there, from 256 on
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+BYTE_OF_LETTER = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+
 
 class Tokenizer:
     """The checkpoint's own tokenizer (Hugging Face), always from a local folder, whose Python code is never run."""
@@ -130,6 +135,15 @@ class Tokenizer:
     def token_text(self, token: int) -> str:
         """One token as it reads in the middle of a text: with its space, and special tokens as they are written."""
         return self.decode([token, token], False)[len(self.decode([token], False)) :]
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token, which may be half a character."""
+        if token in self.bytes_of:
+            return bytes([self.bytes_of[token]])
+        text = self.token_text(token)
+        raw = self.hf.convert_ids_to_tokens(token) if "\ufffd" in text else None
+        letters = raw and [BYTE_OF_LETTER.get(letter) for letter in raw]
+        return bytes(letters) if letters and None not in letters else text.encode()
 
     def _byte_tokens(self) -> tuple[dict[int, int], int]:
         """{token: its byte} of a tokenizer that writes rare characters in bytes, <0x00> to <0xFF>, and a letter of it."""

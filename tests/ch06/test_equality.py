@@ -9,7 +9,10 @@ from common.tiny_qwen import TINY_QWEN_PATH
 from tests.oracle import greedy, some_prompts
 
 NEW_TOKENS = 12
-SMALL_POOL = 80  # tokens: one request comfortably, all of them by no means
+# tokens: one request comfortably, all of them by no means. 96 was enough before a request had to fit in with its whole prompt
+# (scheduler_reserve_full_isl): behind that gate one of the 18 variants (blocks of 1, 7 tokens a step, no cache) sends nobody
+# back. The tokens are equal there too, and without the gate all 18 preempt.
+SMALL_POOL, LARGER_POOL = 80, 96
 VARIANTS = [
     # one half of the combinations with async scheduling, such that every pair of values occurs
     {"block_size": block, "budget": budget, "pool": pool, "cache": cache,
@@ -87,17 +90,21 @@ def test_tokens_equal_transformers_under_the_priority_policy(checkpoint, asynchr
 
 @pytest.mark.parametrize("at_allocation", [True, False])
 @pytest.mark.parametrize("reserve", [True, False])
-def test_tokens_equal_transformers_however_blocks_are_named_and_requests_let_in(checkpoint, at_allocation, reserve):
+@pytest.mark.parametrize("pool", [SMALL_POOL, LARGER_POOL])
+def test_tokens_equal_transformers_however_blocks_are_named_and_requests_let_in(
+    checkpoint, at_allocation, reserve, pool
+):
     folder = checkpoint("qwen2")
     prompts, expected = prompts_and_answers(folder)
     llm = LLM(
-        str(folder), device="cpu", block_size=4, num_gpu_blocks_override=SMALL_POOL // 4, max_num_batched_tokens=20,
+        str(folder), device="cpu", block_size=4, num_gpu_blocks_override=pool // 4, max_num_batched_tokens=20,
         scheduler_reserve_full_isl=reserve, check=True,
     )  # fmt: skip
     llm.llm_engine.blocks.name_blocks_at_allocation = at_allocation
     params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
     for _ in range(2):
         assert [output.outputs[0].token_ids for output in llm.generate(prompts, params)] == expected
+    assert llm.llm_engine.scheduler.num_preemptions > 0
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

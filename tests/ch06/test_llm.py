@@ -1,5 +1,6 @@
 """The interfaces: LLM.generate, LLMEngine's loop, and what they refuse."""
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from ch06_tp_vllm import LLM, LLMEngine, SamplingParams
 from common.parallel_state import get_tensor_parallel
 from common.text.detokenizer import IncrementalDetokenizer
+from tests.common.models.files import rewrite
+from tests.common.text.kinds import llama
 from tests.oracle import greedy, some_prompts
 
 
@@ -61,6 +64,17 @@ def test_n_answers_differ_and_each_repeats(llm):
     assert [a.token_ids for a in drawn[0]] == [a.token_ids for a in drawn[1]]
     alone = llm.generate([[5, 6, 7]], params(temperature=1.0, seed=5))[0].outputs[0]
     assert alone.token_ids == drawn[0][2].token_ids, "the third answer draws with seed + 2"
+
+
+def test_the_token_of_a_log_probability_reads_as_it_does_inside_a_text(checkpoint, tmp_path):
+    llm = LLM(str(checkpoint("qwen2")), tokenizer=str(llama(tmp_path)), device="cpu", num_gpu_blocks_override=64)
+    vocabulary = llm.llm_engine.runner.tokenizer.hf.get_vocab()
+    for written, read in (("▁pages", " pages"), ("</s>", "</s>")):
+        ids = [vocabulary["▁the"], vocabulary[written]]
+        asked = params(2, logprobs=0, prompt_logprobs=0, allowed_token_ids=ids[1:])
+        (output,) = llm.generate([ids], asked, use_tqdm=False)
+        told = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+        assert [one[ids[1]].decoded_token for one in told] == [read] * 3
 
 
 def test_finish_reasons_and_logprobs(llm):
@@ -350,6 +364,17 @@ def test_text_that_is_none_is_refused(llm):
 def test_the_engine_s_own_values(options, message):
     with pytest.raises(ValueError, match=message):
         LLMEngine(device="cpu", **options)
+
+
+def test_weights_that_are_not_finite_are_named_on_request(copy):
+    folder, pool = copy("qwen2"), {"device": "cpu", "num_gpu_blocks_override": 8}
+    rewrite(folder, lambda weights: weights["model.norm.weight"][3:5].fill_(math.nan))
+    with pytest.raises(ValueError, match=r"NaN or infinity as float32 in 1 tensors: model.norm.weight \(2 of 112\)"):
+        LLM(str(folder), check_finite=True, **pool)
+    with LLM(str(folder), **pool) as llm:
+        (output,) = llm.generate([[1, 2, 3]], params(2), use_tqdm=False)
+    assert output.outputs[0].finish_reason == "error"
+    assert "NaN or infinite" in output.outputs[0].stop_reason
 
 
 def test_after_shutdown_there_is_one_line(checkpoint):

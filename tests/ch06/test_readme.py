@@ -4,13 +4,17 @@ import re
 
 import pytest
 
-from tests.readme import ROOT, blocks, demos_without_a_command, run, short_names
+from tests.readme import ROOT, blocks, demos_without_a_command, links, run, short_names
 
 CHAPTER = "ch06_tp_vllm"
 
 
 def test_the_readme_has_a_command_for_every_demo():
     assert demos_without_a_command(CHAPTER) == []
+
+
+def test_the_readme_leads_to_exercises_and_projects():
+    assert {"exercises/README.md", "projects/README.md"} <= links(CHAPTER)
 
 
 @pytest.mark.timeout(600)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from common.distributed.cost_model import wire_bytes
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.oracle import greedy
 
@@ -93,6 +94,14 @@ def test_the_communication_is_the_formula(demo):
     sampled = sum(len(r["output_ids"]) for r in report["requests"])
     assert report["comm"]["gather"] == {"calls": steps, "bytes": sampled * -(-config["vocab_size"] // 2) * 4}
     assert out.count("as the formula says") == 2
+
+
+def test_wire_bytes_stand_beside_tensor_bytes(demo):
+    out, report = demo
+    for op, said in report["comm"].items():
+        (line,) = [line for line in out.splitlines() if line.startswith(f"  {op} ")]
+        assert f" {said['bytes']:,} bytes " in line
+        assert f" {wire_bytes(op, said['bytes'], 2):,} on the wire" in line
 
 
 def test_the_readme_shows_this_output(demo):

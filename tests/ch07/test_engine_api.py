@@ -3,14 +3,19 @@
 import asyncio
 import itertools
 import json
+import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from ch07_sglang_radix import Engine
+from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tasks import PrefillTask
+from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.tiny_qwen import TINY_QWEN_PATH
+from tests.common.models.files import rewrite
 from tests.oracle import greedy
 
 
@@ -98,11 +103,41 @@ def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(engine, question):
     assert one["text"] == whole[:5], "across tokens"
 
 
+@pytest.mark.parametrize("no_stop_trim", [False, True])
+def test_a_stop_pattern_cuts_where_its_match_begins_and_is_named_itself(engine, question, no_stop_trim):
+    """Inside a word, and with the space behind it: wherever tokens are cut."""
+    whole = engine.generate(input_ids=question, sampling_params={"max_new_tokens": 30})["text"]
+    pattern = re.escape(whole[6:8]) + r"\S*\s"
+    found = re.search(pattern, whole)
+    params = {"max_new_tokens": 30, "stop_regex": ["@@+", pattern], "no_stop_trim": no_stop_trim}
+    result = engine.generate(input_ids=question, sampling_params=params)
+    assert result["text"] == whole[: found.end() if no_stop_trim else found.start()]
+    assert result["meta_info"]["finish_reason"] == {"type": "stop", "matched": pattern}
+    assert result["meta_info"]["completion_tokens"] < 30
+    chunks = list(engine.generate(input_ids=question, sampling_params=params, stream=True))
+    assert all(result["text"].startswith(chunk["text"]) for chunk in chunks)
+
+
 def test_stop_strings_that_end_inside_a_character(engine):
     """A Chinese character is several tokens of this vocabulary."""
     ids = engine.wrapper.tokenizer.encode_chat([{"role": "user", "content": "什么是全归约？"}])
     whole = engine.generate(input_ids=ids, sampling_params={"max_new_tokens": 40})["text"]
     assert engine.generate(input_ids=ids, sampling_params={"max_new_tokens": 40, "stop": whole[6]})["text"] == whole[:6]
+
+
+def test_who_does_not_stream_is_told_once(question, monkeypatch):
+    """An answer as it grows costs a dictionary and a trip to the caller's loop for every token."""
+    told = []
+    with Engine(device="cpu", page_size=4) as engine:
+        output_of = engine.scheduler.output_of
+        monkeypatch.setattr(engine.scheduler, "output_of", lambda req: told.append(req.rid) or output_of(req))
+        params = {"max_new_tokens": 6, "ignore_eos": True}
+        answer = asyncio.run(engine.async_generate(input_ids=question, sampling_params=params))
+        assert len(answer["output_ids"]) == 6
+        assert engine.generate(input_ids=question, sampling_params=params)["output_ids"] == answer["output_ids"]
+        assert told == []
+        assert len(list(engine.generate(input_ids=question, sampling_params=params, stream=True))) == 6
+        assert len(told) == 5, "the last one is told as a result"
 
 
 def test_many_callers_at_once_run_together(question):
@@ -392,6 +427,50 @@ def test_bad_parameters_are_refused_before_anything_runs(engine, params, complai
         engine.generate(["What?", "Why?"], [{}, params])
     assert engine.scheduler.steps == steps
     at_rest(engine)
+
+
+def refusal(folder, options):
+    """What this rank says to them; None if it takes them."""
+    try:
+        Engine(str(folder), device="cpu", **options)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_weights_that_are_not_finite_are_named_on_request_by_all_ranks(copy, ranks):
+    folder = copy("qwen2")
+    assert ranks(2).run(refusal, folder, {"check_finite": True}) == [None, None]
+    rewrite(folder, lambda weights: weights["model.norm.weight"][3:5].fill_(math.inf))
+    both = ranks(2).run(refusal, folder, {"check_finite": True})
+    assert both[0] == both[1]
+    assert "NaN or infinity as float32 in 1 tensors: model.norm.weight (2 of 112)" in both[0]
+    with Engine(str(folder), device="cpu") as engine:
+        result = engine.generate(input_ids=[1, 2, 3], sampling_params={"max_new_tokens": 2})
+    assert "NaN or infinite" in result["meta_info"]["finish_reason"]["message"]
+
+
+def scheduler_refusal(options):
+    wrapper = TPRadixAttentionModelWrapper(device="cpu", max_total_tokens=64)
+    try:
+        TPScheduler(wrapper, **options)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"schedule_policy": "lru"}, "schedule_policy='lru' is unknown; use fcfs"),
+        ({"radix_eviction_policy": "lpm"}, "radix_eviction_policy='lpm' is unknown; use lru"),
+        ({"schedule_policy": "shortest-prefill-first", "disable_radix_cache": True}, "needs the radix cache"),
+    ],
+)
+def test_what_rank_0_alone_uses_is_refused_by_all_ranks(options, complaint, ranks):
+    for both in (ranks(2).run(refusal, TINY_QWEN_PATH, options), ranks(2).run(scheduler_refusal, options)):
+        assert both[0] == both[1]
+        assert complaint in both[0]
 
 
 def stream_and_follow(prompt):

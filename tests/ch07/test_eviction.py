@@ -123,7 +123,7 @@ def test_a_long_random_life_evicts_the_smallest_rank_of_all_leaves(strategy):
 
 def test_unknown_strategies_are_refused():
     with pytest.raises(
-        ValueError, match="radix_eviction_policy='fcfs' is unknown; use lru, lfu, fifo, filo, mru, slru, priority"
+        ValueError, match="radix_eviction_policy='fcfs' is unknown; use lru, lfu, fifo, filo, mru, slru or priority"
     ):
         RadixCache(TokenToKVPool(num_pages=1), eviction="fcfs")
 

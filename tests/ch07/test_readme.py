@@ -2,13 +2,17 @@
 
 import pytest
 
-from tests.readme import blocks, demos_without_a_command, run, short_names
+from tests.readme import blocks, demos_without_a_command, links, run, short_names
 
 CHAPTER = "ch07_sglang_radix"
 
 
 def test_the_readme_has_a_command_for_every_demo():
     assert demos_without_a_command(CHAPTER) == []
+
+
+def test_the_readme_leads_to_exercises_and_projects():
+    assert {"exercises/README.md", "projects/README.md"} <= links(CHAPTER)
 
 
 @pytest.mark.timeout(600)

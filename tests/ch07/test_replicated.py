@@ -4,7 +4,9 @@ import re
 
 import pytest
 
-from ch07_sglang_radix.replicated import Divergence, ReplicatedScheduler
+from ch07_sglang_radix.control_plane import ControlPlane
+from ch07_sglang_radix.demo_7_two_designs import DESIGNS, make
+from ch07_sglang_radix.replicated import Divergence, ReplicatedControl, ReplicatedScheduler
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.parallel_state import get_tensor_parallel
@@ -41,6 +43,18 @@ def serve(kind, prompts, plant="", **options):
             return type(error).__name__, str(error)
         labels = {entry.label: entry.op for entry in ledger.entries if "proj" not in entry.label}
     return [(r.output_ids, r.cached_tokens, r.text) for r in results.values()], scheduler.retractions, labels
+
+
+def test_the_demo_s_switch_picks_between_two_control_planes_of_one_scheduler():
+    wrapper = TPRadixAttentionModelWrapper(str(TINY_QWEN_PATH), "cpu", 4, max_total_tokens=64)
+    made = {name: make(name, wrapper) for name in DESIGNS}
+    assert {name: type(scheduler) for name, scheduler in made.items()} == {
+        "rank0": TPScheduler, "replicated": ReplicatedScheduler
+    }  # fmt: skip
+    assert [type(scheduler.control) for scheduler in made.values()] == [ControlPlane, ReplicatedControl]
+    for part in ("step", "tree", "pool", "policy", "admission", "retraction", "outcome"):
+        ours, theirs = (getattr(scheduler, part) for scheduler in made.values())
+        assert getattr(ours, "__func__", type(ours)) is getattr(theirs, "__func__", type(theirs))
 
 
 def another_seed(scheduler):

@@ -8,6 +8,7 @@ from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.parallel_state import get_tensor_parallel
 from common.sampling.params import SamplingParams
+from common.tiny_qwen import TINY_QWEN_PATH
 from tests.oracle import greedy, some_prompts
 
 
@@ -348,3 +349,48 @@ def test_who_shares_a_prompt_in_chunks_waits_for_its_last_chunk_too(chunk, check
     for tail in ([1], [2], [3]):
         scheduler.add_request(input_ids=document + tail, max_new_tokens=1)
     assert [out.cached_tokens for out in scheduler.process_requests().values()] == [0, 192, 192]
+
+
+def test_all_go_back_to_the_queue_and_lose_nothing(checkpoint):
+    """Between any two steps, with a prompt in chunks and a step on its way too."""
+    prompts = some_prompts(1009, 4, shared=8, longest=30)
+    for overlap in (False, True):
+        scheduler = make(checkpoint("qwen2"), chunked_prefill_size=16, overlap=overlap)
+        for prompt in prompts:
+            scheduler.add_request(input_ids=prompt, sampling_params=params(8))
+
+        def retract(step, scheduler=scheduler):
+            if step % 3 == 2 and scheduler.steps["decode"] < 20:
+                scheduler.retraction.retract_all()
+                assert not scheduler.admitted
+                assert len(scheduler.waiting) == len(scheduler.unfinished)
+                invariants.check_invariants(scheduler)
+            return False
+
+        results = scheduler.process_requests(arrivals=retract)
+        assert scheduler.retractions > 0
+        assert [results[i].output_ids for i in range(4)] == [greedy(checkpoint("qwen2"), one, 8) for one in prompts]
+
+
+def test_a_probe_is_counted_nowhere_and_cached_nowhere(checkpoint):
+    scheduler = make(checkpoint("qwen2"), page_size=1)
+    scheduler.add_request(input_ids=[5, 6, 7], sampling_params=params(2))
+    scheduler.process_requests()
+    before = (dict(scheduler.served), scheduler.num_requests, scheduler.num_finished, scheduler.tree.pretty())
+    scheduler.enqueue(None, [0], params(1), probe=True)
+    assert scheduler.process_requests()[-1].output_ids == greedy(checkpoint("qwen2"), [0], 1)
+    after = (dict(scheduler.served), scheduler.num_requests, scheduler.num_finished, scheduler.tree.pretty())
+    assert after == before
+
+
+def test_who_shows_no_text_still_stops_at_one(checkpoint):
+    scheduler = make(TINY_QWEN_PATH)
+    ids = scheduler.wrapper.tokenizer.encode("What is a radix cache?")
+    outputs = []
+    for shows_text in (True, False):
+        for words in ({}, {"stop": (" cache",)}):
+            scheduler.enqueue(None, ids, params(20), words=words, shows_text=shows_text)
+        outputs += scheduler.process_requests().values()
+    shown, stopped, silent, silent_stopped = outputs
+    assert (silent.text, silent.output_ids) == ("", shown.output_ids)
+    assert (silent_stopped.output_ids, silent_stopped.finish_reason) == (stopped.output_ids, stopped.finish_reason)

@@ -8,6 +8,7 @@ from ch07_sglang_radix.tasks import (
     HEADER,
     Alike,
     DecodeTask,
+    NoteTask,
     PageUpdate,
     PrefillSequence,
     PrefillTask,
@@ -41,7 +42,8 @@ def prefills(draw):
     return PrefillTask(draw(small), draw(updates), sequences, tokens, draw(small), draw(columns(len(new))))
 
 
-tasks = st.one_of(decodes(), prefills(), st.builds(StopTask, small))
+notes = st.builds(NoteTask, small, st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
+tasks = st.one_of(decodes(), prefills(), notes, st.builds(StopTask, small))
 
 
 @given(tasks)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ch07_sglang_radix.benchmarks.simulate import BlockCache, read_trace, simulate
+from ch07_sglang_radix.benchmarks.simulate import BlockCache, simulate
+from ch07_sglang_radix.benchmarks.traces import read_trace
 from ch07_sglang_radix.benchmarks.workloads import Source, block_trace
 from ch07_sglang_radix.eviction import STRATEGIES
 
@@ -125,7 +126,7 @@ def test_requests_are_taken_in_order_of_time_and_then_of_the_file(tmp_path):
     lines = [LINE | {"timestamp": t, "hash_ids": [i]} for i, t in enumerate([3, 1, 2.5, 1])]
     path = tmp_path / "trace.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    assert read_trace(path) == [[1], [3], [2], [0]]
+    assert [request.hash_ids for request in read_trace(path)] == [[1], [3], [2], [0]]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import errno
 
 import pytest
 
-from common.models.json_file import MAX_JSON_BYTES, name_shown, names_shown, read_json, shown
+from common.models.json_file import MAX_JSON_BYTES, json_shown, name_shown, names_shown, read_json
 
 
 @pytest.fixture
@@ -71,14 +71,14 @@ def test_what_may_not_be_read_is_one_line(path, monkeypatch):
     ],
 )  # fmt: skip
 def test_values_are_shown_as_in_the_file(value, text):
-    assert shown(value) == text
+    assert json_shown(value) == text
 
 
 @pytest.mark.parametrize(
     "value", ["x" * 10**7, "\n" * 10**7, 10**4000, [["a" * 10**6] * 1000] * 1000, {"k" * 10**6: 1}]
 )
 def test_no_value_makes_a_long_line(value):
-    assert len(shown(value)) < 400
+    assert len(json_shown(value)) < 400
 
 
 def test_names_are_plain_unless_they_break_the_line():

@@ -195,3 +195,20 @@ def test_the_folders_python_is_never_run_and_nobody_is_asked(tmp_path, monkeypat
     assert "\n" not in str(error.value)
     assert answers.tell() == 0
     assert not ran.exists()
+
+
+# --- bytes of a token
+
+
+@every_text
+def test_the_bytes_of_the_tokens_are_the_text(tokenizer, text):
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
+
+
+def test_half_a_character_has_bytes_too(tmp_path):
+    for kind, names in ((byte_level, "éķ¿"), (llama, ("<0xE9>", "<0x95>", "<0xBF>"))):  # 长 is E9 95 BF
+        folder = tmp_path / kind.__name__
+        folder.mkdir()
+        tokenizer = Tokenizer(kind(folder))
+        ids = [tokenizer.hf.convert_tokens_to_ids(name) for name in names]
+        assert [tokenizer.token_bytes(token) for token in ids] == [b"\xe9", b"\x95", b"\xbf"]

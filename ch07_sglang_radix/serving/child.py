@@ -1,0 +1,93 @@
+"""A process of the server that main has started: python -m ch07_sglang_radix.serving.child NAME, a line of JSON as its input.
+
+The name is for whoever reads `ps`; all that counts is in the line.
+Like the ranks that rank 0 starts (common/distributed/spawn.py, where it says why not multiprocessing): main says what to be
+and where the sockets are; the child ends with main, whatever becomes of main, and takes the socket files with it.
+"""
+
+import faulthandler
+import json
+import os
+import shutil
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import zmq
+
+WORDS_FILE = "{}.error"  # the last words of a child, for main to repeat
+
+
+def main() -> None:
+    text = sys.stdin.buffer.read()
+    if not text:  # main was gone before it could say anything
+        return
+    job = json.loads(text)
+    # Ctrl-C, and a system that stops a service, reach all processes at once: main decides. Ranks started here inherit it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.path[:] = job["path"]
+    os.chdir(job["cwd"])
+    faulthandler.enable()
+    os._exit(_work(job))  # without destructors, as in rank_main.py
+
+
+def _work(job: dict) -> int:
+    """Exit code."""
+    from ch07_sglang_radix.serving.channels import ipc, open_pull, open_push  # noqa: PLC0415, needs main's sys.path
+    from ch07_sglang_radix.serving.detokenizer_manager import detokenize  # noqa: PLC0415
+    from ch07_sglang_radix.serving.logs import log, set_up_logging  # noqa: PLC0415
+    from ch07_sglang_radix.serving.watch import Watch  # noqa: PLC0415
+    from common.distributed.spawn import end_all  # noqa: PLC0415
+
+    folder, who = Path(job["folder"]), job["who"]
+    set_up_logging(who, job["log_level"], job["log_format"])
+
+    def end(what: str) -> None:
+        if what.startswith("step "):
+            faulthandler.dump_traceback()
+        say_last_words(folder, who, what)
+        end_all()
+        if what.startswith("main "):
+            shutil.rmtree(folder, ignore_errors=True)
+        os._exit(1)
+
+    watch = Watch({"main": job["main"]}, job["patience_s"], end)
+    try:
+        inbox, to_main = open_pull(ipc(folder, who)), open_push(ipc(folder, "main"))
+        if who == "detokenizer":
+            detokenize(job["tokenizer"], inbox, to_main)
+        else:
+            from ch07_sglang_radix.serving.scheduler_process import schedule  # noqa: PLC0415, the detokenizer needs none of it
+
+            texts = open_push(ipc(folder, "detokenizer")) if job["tokenizer"] else None
+            schedule(job["engine"], inbox, to_main, texts, watch)
+            if texts:
+                texts.close()
+        to_main.close()
+        inbox.close()
+        zmq.Context.instance().term()  # once the last messages have left
+    except BaseException as error:
+        known = isinstance(error, ValueError | OSError)
+        say_last_words(folder, who, str(error) if known else f"{type(error).__name__}: {error}")
+        if not known:
+            log.error("%s", traceback.format_exc())
+        end_all()
+        return 1
+    return 0
+
+
+def say_last_words(folder: Path, who: str, words: str) -> None:
+    if folder.exists():  # else main has left
+        lines = words.splitlines() or [""]
+        (folder / WORDS_FILE.format(who)).write_text(lines[0], encoding="utf-8")
+
+
+def last_words(folder: Path, who: str) -> str | None:
+    file = folder / WORDS_FILE.format(who)
+    return file.read_text(encoding="utf-8") if file.exists() else None
+
+
+if __name__ == "__main__":
+    main()

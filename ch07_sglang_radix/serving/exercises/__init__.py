@@ -1,0 +1,1 @@
+"""Exercises of the wing `serving`; see README.md."""

@@ -1,0 +1,103 @@
+"""Answers on their way: what has come of each so far, and who is to be woken when more comes.
+
+The wire carries what is new; SGLang's /generate shows what there is (cumulative). So each answer is added up here, and
+whoever is slow to look finds the newest state, not a queue of old ones.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from ch07_sglang_radix.generate_request import GenerateCall
+from ch07_sglang_radix.request import RequestOutput
+from ch07_sglang_radix.serving.messages import BatchStr
+from ch07_sglang_radix.serving.sessions import Node
+from common.sampling.logprobs import TokenLogprobs
+
+LOOK_FOR_THE_CLIENT_S = 0.5
+Pairs = tuple[tuple[int, float], ...]
+read_logprobs = msgspec.msgpack.Decoder(list[tuple[int, float | None, int, Pairs, Pairs]]).decode
+
+
+class News:
+    """What one caller waits for: which of its answers have grown."""
+
+    def __init__(self):
+        self._grown: dict[int, None] = {}  # in order, each once
+        self._event = asyncio.Event()
+        self._look_at = time.monotonic() + LOOK_FOR_THE_CLIENT_S
+
+    def put(self, index: int) -> None:
+        self._grown[index] = None
+        self._event.set()
+
+    async def take(self, is_disconnected: Callable[[], Awaitable[bool]] | None) -> list[int]:
+        """Waits until there is some; [] if the client has gone."""
+        if is_disconnected is None:
+            await self._event.wait()
+        while not self._event.is_set() or (is_disconnected and time.monotonic() > self._look_at):
+            if time.monotonic() > self._look_at:
+                if await is_disconnected():
+                    return []
+                self._look_at = time.monotonic() + LOOK_FOR_THE_CLIENT_S
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._event.wait(), LOOK_FOR_THE_CLIENT_S)
+        grown, self._grown = list(self._grown), {}
+        self._event.clear()
+        return grown
+
+
+@dataclass(eq=False)
+class InFlight:
+    """One answer. ticket: what messages call it; rid: what its user does. index: which of its call's."""
+
+    ticket: int
+    rid: str
+    index: int
+    call: GenerateCall
+    news: News
+    streams: bool
+    started: float  # time.monotonic()
+    begun: bool = False  # something has come: it no longer waits in the queue
+    text: str = ""
+    output_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    cached_tokens: int = 0
+    finish_reason: dict[str, Any] | None = None
+    node: Node | None = None  # its place in a session
+
+    def take(self, batch: BatchStr, i: int) -> None:
+        """Row i of a message is about this one."""
+        self.begun = True
+        self.text += batch.new_text[i]
+        self.output_ids += batch.new_ids[i]
+        self.cached_tokens = batch.cached_tokens[i]
+        if self.call.logprobs.wanted:
+            self.logprobs += _told(batch.logprobs[i])
+            self.prompt_logprobs += _told(batch.prompt_logprobs[i])
+        self.end(batch.finished[i])
+
+    def end(self, finish_reason: dict[str, Any] | None) -> None:
+        """finish_reason None: not yet. Wakes the caller if it is to hear of it."""
+        self.finish_reason = finish_reason
+        if finish_reason is not None or self.streams:
+            self.news.put(self.index)
+
+    def answer(self) -> dict[str, Any]:
+        """As Engine.generate would tell it, with the index."""
+        request = self.call.requests[self.index]
+        output = RequestOutput(
+            self.rid, None, request.ids, self.text, list(self.output_ids), self.cached_tokens, self.finish_reason,
+            self.logprobs, self.prompt_logprobs,
+        )  # fmt: skip
+        return self.call.result(output, self.index) | {"index": self.index}
+
+
+def _told(raw: msgspec.Raw) -> Sequence[TokenLogprobs]:
+    return [TokenLogprobs(*one) for one in read_logprobs(raw)]

@@ -1,0 +1,151 @@
+"""From flags to a server that answers, and to its end.
+
+    bind the port -> start scheduler and detokenizer -> HTTP answers "starting" -> both say Hello: "ready"
+
+    SIGTERM, SIGINT     not ready at once; running requests have --drain-timeout; exit 0
+    the signal again    all end now; exit 1
+    a process dies      waiting clients get an error; all others end; exit 1
+
+Whatever happens, main is the last to go, and leaves no process and no file. If main itself is killed the others notice
+(child.py) and clean up.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+
+import uvicorn
+
+from ch07_sglang_radix.serving.http_args import HttpArgs
+from ch07_sglang_radix.serving.http_server import make_app
+from ch07_sglang_radix.serving.logs import log, set_up_logging
+from ch07_sglang_radix.serving.processes import LEAVE_S, Processes, Threads
+from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
+from common.models.hub import resolve_model
+from common.text.tokenizer import Tokenizer
+from common.tiny_qwen import TINY_QWEN_PATH
+
+LAST_ANSWERS_S = 1.0  # that clients have to read why they get no more
+HURRY_S = 0.3  # that a process has to end once it is known that something is wrong
+
+
+class _Http(uvicorn.Server):
+    """uvicorn, which leaves the signals to us."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Server:
+    """One life of a server, on a socket that is bound. `run` returns its exit code."""
+
+    def __init__(self, args: HttpArgs, bound: socket.socket):
+        self.args, self.socket, self.began = args, bound, time.monotonic()
+        set_up_logging("main", args.engine.log_level, args.log_format)
+        host, port = self.socket.getsockname()[:2]
+        self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        self.stopping = 0  # signals so far
+
+    def run(self) -> int:
+        return asyncio.run(self._run())
+
+    async def _run(self) -> int:
+        folder = tokenizer_folder(self.args)
+        self.loop, self.ended = asyncio.get_running_loop(), asyncio.Event()
+        self.workers = (Threads if self.args.single_process else Processes)(self.args, folder)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._signalled)
+        try:
+            return await self._serve(folder)
+        finally:
+            self.workers.end(HURRY_S)  # nobody is left, if all went well
+            self.workers.close()
+
+    async def _serve(self, folder: str | None) -> int:
+        self.workers.start(lambda what: self.loop.call_soon_threadsafe(self._fail, what))
+        tokenizer = Tokenizer(folder) if folder else None
+        self.manager = TokenizerManager(self.args, tokenizer, self.workers.scheduler, self.workers.inbox)
+        config = uvicorn.Config(
+            make_app(self.manager), log_config=None, access_log=False, lifespan="off", server_header=False,
+            timeout_graceful_shutdown=max(1, round(LAST_ANSWERS_S)),
+        )  # fmt: skip
+        self.http = _Http(config)
+        listening = asyncio.create_task(self.manager.listen())
+        listening.add_done_callback(self._stopped_listening)
+        serving = asyncio.create_task(self.http.serve([self.socket]))
+        log.info("%s (starting)", self.address)
+        await self.manager.ready.wait()
+        if self.manager.state == "ready":
+            log.info("%s", self._banner())
+        await self.ended.wait()
+        code = await self._end()
+        listening.cancel()
+        self.http.should_exit = True
+        await asyncio.wait([serving], timeout=2 * LAST_ANSWERS_S)
+        return code
+
+    def _banner(self) -> str:
+        facts = self.manager.facts
+        model = facts["model"]
+        return (
+            f"ready after {time.monotonic() - self.began:.1f} s: {self.args.served_model_name} ({model['architecture']}, "
+            f"{model['layers']} layers, {facts['dtype']}) on {facts['tp_size']} rank(s), {facts['device']}; pool of "
+            f"{facts['max_total_num_tokens']} tokens in pages of {facts['page_size']}, context {facts['context_length']}; "
+            f"{self.address}"
+        )
+
+    # --- the end
+
+    def _signalled(self, number: int, frame: object) -> None:
+        """In the main thread, between any two instructions: only tell the loop."""
+        self.stopping += 1
+        if self.stopping > 1:
+            self.workers.end(0)
+            self.workers.close()
+            os._exit(1)
+        self.loop.call_soon_threadsafe(self._drain, signal.Signals(number).name)
+
+    def _drain(self, name: str) -> None:
+        log.info("%s: no new requests; those that run have %g s", name, self.args.drain_timeout)
+        self.manager.drain()
+        self.manager.ready.set()
+        self.ended.set()
+
+    def _fail(self, what: str) -> None:
+        log.error("%s; the server ends", what)
+        self.manager.fail(what)
+        self.ended.set()
+
+    def _stopped_listening(self, task: asyncio.Task) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            self._fail(f"main: {task.exception()}")
+
+    async def _end(self) -> int:
+        """Exit code."""
+        if self.manager.state != "failed":
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.manager.idle.wait(), self.args.drain_timeout)
+        failed = self.manager.state == "failed"
+        left = self.manager.num_in_flight
+        if left:
+            self.manager.fail(f"the server ends; {left} request(s) were not done in time")
+        if not failed:
+            self.workers.expect_the_end()
+            self.manager.leave()
+        await asyncio.to_thread(self.workers.end, HURRY_S if failed else LEAVE_S)
+        return int(failed)
+
+
+def tokenizer_folder(args: HttpArgs) -> str | None:
+    """Where the tokenizer lies; a Hub id is downloaded here, once, before three processes want it."""
+    engine = args.engine
+    model = resolve_model(engine.model_path or TINY_QWEN_PATH)
+    if engine.skip_tokenizer_init:
+        return None
+    folder = resolve_model(engine.tokenizer_path) if engine.tokenizer_path else model
+    return str(folder) if engine.tokenizer_path or Tokenizer.lies_in(folder) else None

@@ -1,0 +1,191 @@
+"""What the server counts and times, under SGLang's names, for Prometheus: GET /metrics.
+
+    metrics = Metrics("tiny-qwen")
+    metrics.connect(manager)          # hears of tokens, of ends, and of the scheduler's steps (step_state.py)
+    app.include_router(metrics_router(metrics))
+
+Every number lives in the main process. The scheduler is another one: it sends totals, and this side takes the differences, so
+neither shared files (PROMETHEUS_MULTIPROC_DIR, SGLang's way) nor merging is needed. A health probe is no request of a caller,
+so the manager tells nobody of it, and it leaves no trace here. SGLang: observability/metrics_collector.py.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import choose_encoder
+
+from ch07_sglang_radix.serving.in_flight import InFlight
+from ch07_sglang_radix.serving.step_state import STEP_STATE, StepState
+from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
+
+# SGLang's bounds; those below 0.1 s are ours: a small model's first token comes in milliseconds
+FAST = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
+SLOW = (0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8, 10, 20, 40, 60, 80, 100, 200, 400)
+TTFT_BUCKETS = FAST + SLOW
+E2E_BUCKETS = (*FAST, *SLOW, 600, 1200, 1800, 2400)
+ITL_BUCKETS = (
+    0.002, 0.004, 0.006, 0.008, 0.010, 0.015, 0.020, 0.025, 0.030, 0.035, 0.040, 0.060, 0.080, 0.1, 0.2, 0.4, 0.6, 0.8,
+    1, 2, 4, 6, 8,
+)  # fmt: skip
+QUEUE_BUCKETS = (0.0, 0.001, 0.005, 0.01, 0.05, 0.1, 0.2, 0.5, 1, 2, 3, 4, 5, 10, 15, 20, 30, 60, 100, 300, 1000, 3000)
+RATE_WINDOW_S = 5.0  # gen_throughput is a mean over so long
+
+# name: (what it says, how it is read from the newest StepState)
+GAUGES: dict[str, tuple[str, Callable[[StepState], float]]] = {
+    "num_running_reqs": ("Requests that hold pages.", attrgetter("running")),
+    "num_queue_reqs": ("Requests in the waiting queue.", attrgetter("queue")),
+    "max_total_num_tokens": ("Tokens the KV pool holds.", attrgetter("max_total_num_tokens")),
+    "num_used_tokens": ("Tokens of the pool that running requests use.", lambda s: s.protected + s.held),
+    "token_usage": ("num_used_tokens / max_total_num_tokens.", lambda s: (s.protected + s.held) / s.max_total_num_tokens),
+    "kv_available_tokens": ("Free tokens of the pool.", attrgetter("available")),
+    "kv_evictable_tokens": ("Tokens that only the radix tree holds.", attrgetter("evictable")),
+    "new_token_ratio": ("Share of its worst case that a running request is expected to need.", attrgetter("new_token_ratio")),
+}  # fmt: skip
+# name: (what it says, the StepState's total)
+TOTALS = {
+    "num_retracted_requests_total": ("Requests that went back to the queue for want of pages.", "retracted"),
+    "evicted_tokens_total": ("Tokens evicted from the radix tree.", "evicted"),
+}
+
+
+class _Rate:
+    """How fast a total grows: a second's worth, as a mean over the last RATE_WINDOW_S."""
+
+    def __init__(self, now: float):
+        self._seen = deque([(now, 0)])
+
+    def add(self, now: float, total: int) -> None:
+        if len(self._seen) > 1 and now - self._seen[-2][0] < RATE_WINDOW_S / 100:  # a hundred points are enough
+            self._seen.pop()
+        self._seen.append((now, total))
+        self._forget(now)
+
+    def read(self, now: float) -> float:
+        self._forget(now)
+        (first, before), (_, total) = self._seen[0], self._seen[-1]
+        span = now - max(first, now - RATE_WINDOW_S)
+        return (total - before) / span if span > 0 else 0.0
+
+    def _forget(self, now: float) -> None:
+        while len(self._seen) > 1 and self._seen[1][0] <= now - RATE_WINDOW_S:
+            self._seen.popleft()
+
+
+class Metrics:
+    """One server's numbers, in a registry of their own. All calls come from one thread, the event loop's."""
+
+    def __init__(self, model_name: str, clock: Callable[[], float] = time.monotonic):
+        self.registry, self._clock = CollectorRegistry(), clock
+        self._model = model_name
+        self._newest_token: dict[int, float] = {}  # ticket: when its newest tokens came
+        self._newest = StepState()
+        self._generated = _Rate(clock())
+        # what requests did
+        self._requests = self._make(
+            Counter, "num_requests_total", "Requests that have ended.", "is_streaming", "finish_reason"
+        )
+        self._aborted = self._make(Counter, "num_aborted_requests_total", "Requests that were aborted.").labels(
+            model_name
+        )
+        self._prompt = self._make(Counter, "prompt_tokens_total", "Prompt tokens of ended requests.", "is_streaming")
+        self._new = self._make(Counter, "generation_tokens_total", "Tokens given to ended requests.", "is_streaming")
+        self._cached = self._make(Counter, "cached_tokens_total", "Prompt tokens found in the tree.", "cache_source")
+        self._ttft = self._make(
+            Histogram, "time_to_first_token_seconds", "From reception to the first token.", "is_streaming",
+            buckets=TTFT_BUCKETS,
+        )  # fmt: skip
+        self._itl = self._make(
+            Histogram, "inter_token_latency_seconds", "From token to token.", buckets=ITL_BUCKETS
+        ).labels(model_name)
+        self._e2e = self._make(
+            Histogram, "e2e_request_latency_seconds", "From reception to the last token.", "is_streaming",
+            buckets=E2E_BUCKETS,
+        )  # fmt: skip
+        # what the scheduler says
+        self._queue_time = self._make(
+            Histogram, "queue_time_seconds", "From the queue to the first step.", buckets=QUEUE_BUCKETS
+        ).labels(model_name)
+        self._gauges = {name: self._make(Gauge, name, text).labels(model_name) for name, (text, _) in GAUGES.items()}
+        self._totals = {name: self._make(Counter, name, text).labels(model_name) for name, (text, _) in TOTALS.items()}
+        self._retracted = self._make(Gauge, "num_retracted_reqs", "Requests retracted in the newest step.").labels(
+            model_name
+        )
+        self._hit_rate = self._make(Gauge, "cache_hit_rate", "Of the newest prefill's prompt tokens.").labels(
+            model_name
+        )
+        throughput = self._make(Gauge, "gen_throughput", f"Tokens a second, over the last {RATE_WINDOW_S:g} s.")
+        throughput.labels(model_name).set_function(lambda: self._generated.read(self._clock()))
+
+    def _make(self, kind: type, name: str, text: str, *labels: str, **more: Any) -> Any:
+        return kind(f"sglang:{name}", text, ("model_name", *labels), registry=self.registry, **more)
+
+    def connect(self, manager: TokenizerManager) -> None:
+        manager.on_tokens.append(self.tokens)
+        manager.on_end.append(self.ended)
+        manager.at_start.append("tell_steps")
+        manager.on_event[STEP_STATE] = lambda value: self.step_state(msgspec.convert(value, StepState))
+
+    # --- a request's life
+
+    def tokens(self, one: InFlight, new: int) -> None:
+        """`new` tokens of it have come back; several that come together share the time since the last ones."""
+        if not new:
+            return
+        now, before = self._clock(), self._newest_token.get(one.ticket)
+        if before is None:
+            self._ttft.labels(self._model, _streams(one)).observe(now - one.started)
+        else:
+            for _ in range(new):
+                self._itl.observe((now - before) / new)
+        self._newest_token[one.ticket] = now
+
+    def ended(self, one: InFlight) -> None:
+        """Its last answer has come, or its caller has gone and none is waited for."""
+        self._newest_token.pop(one.ticket, None)
+        reason = one.finish_reason["type"] if one.finish_reason else "abort"
+        streams = _streams(one)
+        self._requests.labels(self._model, streams, reason).inc()
+        self._prompt.labels(self._model, streams).inc(len(one.call.requests[one.index].ids))
+        self._new.labels(self._model, streams).inc(len(one.output_ids))
+        self._cached.labels(self._model, "device").inc(one.cached_tokens)
+        if reason == "abort":
+            self._aborted.inc()
+        else:
+            self._e2e.labels(self._model, streams).observe(self._clock() - one.started)
+
+    # --- the scheduler's steps
+
+    def step_state(self, state: StepState) -> None:
+        before, self._newest = self._newest, state
+        for name, (_, read) in GAUGES.items():
+            self._gauges[name].set(read(state))
+        for name, (_, total) in TOTALS.items():
+            self._totals[name].inc(getattr(state, total) - getattr(before, total))
+        self._retracted.set(state.retracted - before.retracted)
+        if admitted := state.prompt_tokens - before.prompt_tokens:
+            self._hit_rate.set((state.cached_tokens - before.cached_tokens) / admitted)
+        for seconds in state.queue_times:
+            self._queue_time.observe(seconds)
+        self._generated.add(self._clock(), state.sampled)
+
+
+def _streams(one: InFlight) -> str:
+    return "true" if one.streams else "false"
+
+
+def metrics_router(metrics: Metrics) -> APIRouter:
+    """GET /metrics, in the format that the Accept header asks for: plain text or OpenMetrics."""
+    router = APIRouter()
+
+    @router.get("/metrics", response_class=Response)
+    async def exposition(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(metrics.registry), headers={"Content-Type": content_type})
+
+    return router

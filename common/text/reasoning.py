@@ -1,0 +1,86 @@
+"""The thought in front of an answer, <think>...</think>: told apart from the answer while the text grows.
+
+Many chat templates write the opening tag themselves, so that the model's text begins inside the thought. SGLang 0.5.23
+reads them in srt/parser/reasoning_parser.py.
+"""
+
+from typing import NamedTuple
+
+from common.text.tool_calls import OPEN as TOOL_CALL
+from common.text.tool_calls import certain
+
+OPEN, CLOSE = "<think>", "</think>"
+
+
+class Split(NamedTuple):
+    """What is new of the one and of the other."""
+
+    thought: str = ""
+    answer: str = ""
+
+
+def opens_thought(prompt: str) -> bool:
+    """Whether a rendered chat ends in an open thought. A closed one, as with enable_thinking=False, is none."""
+    return prompt.rstrip().endswith(OPEN)
+
+
+class ReasoningParser:
+    """Text in, in pieces of any size; out come thought and answer, the same however the text was cut.
+
+    opened: the prompt ends with <think>. stream: the thought comes as it grows; else in one piece, when it has ended.
+    Only a <think> at the very beginning opens a thought. </think> closes it, and so does a <tool_call>, which belongs to
+    the answer: a model that is eager to call may forget to close. Blanks around the tags belong to neither.
+    """
+
+    def __init__(self, opened: bool = False, stream: bool = True):
+        self._opened, self._stream = opened, stream
+        self._rest = ""  # text that is not read yet
+        self._kept: list[str] = []  # thought that waits for its end
+        self._state = self._beginning
+        self._at_tag = False  # and nothing but blanks since
+
+    def feed(self, piece: str) -> Split:
+        self._rest += piece
+        return self._state()
+
+    def finish(self) -> Split:
+        """The text has ended: what was held back comes out."""
+        rest, self._rest = self._rest, ""
+        if self._state == self._thought or (self._state == self._beginning and self._opened):
+            return Split("".join(self._kept) + (rest.lstrip() if self._at_tag else rest))
+        return Split(answer=rest)
+
+    def _beginning(self) -> Split:
+        text = self._rest.lstrip()
+        if text.startswith(OPEN):
+            self._rest = text[len(OPEN) :]
+        elif OPEN.startswith(text):  # it may become one
+            return Split()
+        elif not self._opened:
+            self._state = self._answer
+            return self._state()
+        self._state, self._at_tag = self._thought, True
+        return self._state()
+
+    def _thought(self) -> Split:
+        if self._at_tag:
+            self._rest = self._rest.lstrip()
+        places = [at for tag in (CLOSE, TOOL_CALL) if (at := self._rest.find(tag)) >= 0]
+        end = len(self._rest[: min(places)].rstrip()) if places else certain(self._rest, CLOSE, TOOL_CALL)
+        piece = self._rest[:end]
+        self._at_tag = self._at_tag and not piece
+        if not places:
+            self._rest = self._rest[end:]
+            if self._stream:
+                return Split(piece)
+            self._kept.append(piece)
+            return Split()
+        self._rest = self._rest[min(places) :].removeprefix(CLOSE)
+        thought, self._kept = "".join(self._kept) + piece, []
+        self._state, self._at_tag = self._answer, True
+        return Split(thought, self._state().answer)
+
+    def _answer(self) -> Split:
+        text, self._rest = (self._rest.lstrip() if self._at_tag else self._rest), ""
+        self._at_tag = self._at_tag and not text
+        return Split(answer=text)
