@@ -107,7 +107,7 @@ class Recorder:
 
     def at_rest(self) -> None:
         """Before the scheduler waits for work: tells of an abort or a flush, which no step follows."""
-        if self.on and (self._tree.moved or self._live.keys() != {r.rid for r in self.scheduler.unfinished}):
+        if self.on and (self._tree.moved or self._live.keys() != {r.rid for r in self._asked()}):
             self.record()
 
     def record(self) -> None:
@@ -184,7 +184,8 @@ class Recorder:
         owners = self._tree.owners.copy()
         rows = s.req_to_token.req_to_token
         for req in s.admitted:
-            owners[rows[req.row, req.prefix_len : req.allocated_len : s.page_size] // s.page_size] = REQUEST + req.rid
+            own = rows[req.row, req.prefix_len : req.allocated_len : s.page_size] // s.page_size
+            owners[own] = OTHER if req.probe else REQUEST + req.rid
         for more in s.more_owners:
             for _, pages in more():
                 owners[pages] = OTHER
@@ -203,7 +204,7 @@ class Recorder:
     def _requests(self) -> State:
         s = self.scheduler
         prefilled = {req.rid: n for req, n in s.last_prefill} if s.steps["prefill"] > self._steps["prefill"] else {}
-        waiting, live = {req.rid for req in s.waiting}, {req.rid: req for req in s.unfinished}
+        waiting, live = {req.rid for req in s.waiting}, {req.rid: req for req in self._asked()}
         rows = {}
         for rid, (req, _) in self._live.items():
             if rid not in live:
@@ -222,6 +223,10 @@ class Recorder:
             rows[str(rid)] = self._request(req, phase, new)
         self._live = {rid: (req, req.kv_len) for rid, req in live.items()}
         return rows
+
+    def _asked(self) -> list[Req]:
+        """Everybody who waits or runs, but for probes, which are counted nowhere."""
+        return [req for req in self.scheduler.unfinished if not req.probe]
 
     def _request(self, req: Req, phase: str, new: int) -> State:
         page_size = self.scheduler.page_size

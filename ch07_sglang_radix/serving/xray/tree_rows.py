@@ -85,6 +85,8 @@ class TreeRows:
     def _users(self) -> dict[TreeNode, list[int]]:
         users: dict[TreeNode, list[int]] = {}
         for req in sorted(self.scheduler.admitted, key=lambda req: req.rid):
+            if req.probe:
+                continue
             for node in _path(req.last_node):
                 users.setdefault(node, []).append(req.rid)
         return users
