@@ -19,6 +19,7 @@ from ch07_sglang_radix.serving.openai.routes import openai_router
 from ch07_sglang_radix.serving.responses import CLIENT_HAS_GONE, ClientHasGone, as_json
 from ch07_sglang_radix.serving.security import guarded
 from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
+from ch07_sglang_radix.serving.xray.mount import mount_page
 
 
 def make_app(manager: TokenizerManager) -> FastAPI:
@@ -32,6 +33,7 @@ def make_app(manager: TokenizerManager) -> FastAPI:
         metrics = Metrics(manager.args.served_model_name)
         metrics.connect(manager)
         app.include_router(metrics_router(metrics))
+    mount_page(app, manager)
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:

@@ -70,8 +70,9 @@ class Server:
         self.workers.start(lambda what: self.loop.call_soon_threadsafe(self._fail, what))
         tokenizer = Tokenizer(folder) if folder else None
         self.manager = TokenizerManager(self.args, tokenizer, self.workers.scheduler, self.workers.inbox)
+        self.app = make_app(self.manager)
         config = uvicorn.Config(
-            make_app(self.manager), log_config=None, access_log=False, lifespan="off", server_header=False,
+            self.app, log_config=None, access_log=False, lifespan="off", server_header=False,
             timeout_graceful_shutdown=max(1, round(LAST_ANSWERS_S)),
         )  # fmt: skip
         self.http = _Http(config)
@@ -85,6 +86,7 @@ class Server:
         await self.ended.wait()
         code = await self._end()
         listening.cancel()
+        self.app.state.xray.close()
         self.http.should_exit = True
         await asyncio.wait([serving], timeout=2 * LAST_ANSWERS_S)
         return code

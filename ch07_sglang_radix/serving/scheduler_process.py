@@ -31,6 +31,7 @@ from ch07_sglang_radix.serving.messages import (
     Begin,
     Control,
     ControlReply,
+    Event,
     Hello,
     Leave,
     TokenizedGenerate,
@@ -39,6 +40,7 @@ from ch07_sglang_radix.serving.messages import (
 )  # fmt: skip
 from ch07_sglang_radix.serving.step_state import StepTeller
 from ch07_sglang_radix.serving.watch import Watch
+from ch07_sglang_radix.serving.xray.recorder import Recorder
 from ch07_sglang_radix.tasks import StopTask
 from common.parallel_state import RankFailure
 from common.sampling.logprobs import TokenLogprobs
@@ -63,7 +65,8 @@ class Told:
 class SchedulerProcess:
     """inbox: from main; texts: to the detokenizer; main: replies, and everything if there is no tokenizer (texts=None).
 
-    ops: what a Control may ask for; a wing adds its own. paused: no step runs but those that `step` asks for.
+    ops: what a Control may ask for; a wing adds its own. at_rest: called before it waits for work. paused: no step runs but
+    those that `step` asks for.
     """
 
     def __init__(self, engine: Engine, inbox: Pull, main: Push, texts: Push | None = None):
@@ -73,6 +76,7 @@ class SchedulerProcess:
         self.paused, self.steps_asked_for = False, 0
         self.working = False  # in a step
         self.teller = StepTeller(self.scheduler, main)
+        self.at_rest: list[Callable[[], None]] = []
         self.ops: dict[str, Callable[..., Any]] = {
             "flush_cache": engine.flush_cache, "server_info": engine.get_server_info, "ping": lambda: True,
             "pause": self.pause, "resume": self.resume, "step": self.step, "abort": engine.abort_request,
@@ -106,6 +110,8 @@ class SchedulerProcess:
     def take_in(self, wait: bool) -> bool:
         """Do what has come, all of it; False if that was the end."""
         while True:
+            for call in self.at_rest if wait else ():
+                call()
             message = self.inbox.receive(HEARTBEAT_S if wait else 0)
             if message is None:
                 if not wait:
@@ -213,6 +219,9 @@ def schedule(
     with Engine(**engine_args) as engine:
         process = SchedulerProcess(engine, inbox, main, texts)
         scheduler = engine.scheduler
+        recorder = Recorder(scheduler, lambda line: main.send(Event("xray", line)))
+        process.ops["xray"] = recorder.watch
+        process.at_rest.append(recorder.at_rest)
         if watch:
             ranks = {f"rank {rank}": pid for rank, (_, pid) in enumerate(scheduler.tp.peers) if rank > 0}
             watch.processes = watch.processes | ranks

@@ -6,6 +6,7 @@
     key     --api-key, if the server has one
     admin   --admin-api-key if the server has one, and then that key alone; else as `key`
     page    as `key`, and Host must be this server's own name (a page of another name may have resolved it to this address)
+    files   Host as for `page`, and no key: what a browser must have before somebody can type one
 
 A browser sends requests to any server its pages ask it to, and only hides the answers (CORS). So a request whose Origin is
 another site is refused before anything is done, unless --cors-allow-origins names that site. SGLang 0.5.23 allows all
@@ -24,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ch07_sglang_radix.serving.http_args import HttpArgs
 from ch07_sglang_radix.serving.responses import as_json
 
-Guard = Literal["open", "key", "admin", "page"]
+Guard = Literal["open", "key", "admin", "page", "files"]
 
 ROUTES: dict[str, Guard] = {
     "/health": "open", "/health_generate": "open", "/ready": "open", "/metrics": "open",
@@ -34,8 +35,9 @@ ROUTES: dict[str, Guard] = {
     "/v1/models": "key", "/v1/models/{model}": "key", "/v1/completions": "key", "/v1/chat/completions": "key",
     "/flush_cache": "admin", "/abort_request": "admin", "/pause_generation": "admin", "/continue_generation": "admin",
     "/step_generation": "admin", "/start_profile": "admin", "/stop_profile": "admin",
+    "/xray/events": "page",
 }  # fmt: skip
-PREFIXES: dict[str, Guard] = {"/xray": "page", "/v1/models/": "key"}
+PREFIXES: dict[str, Guard] = {"/xray": "files", "/v1/models/": "key"}
 LOCAL_NAMES = ("localhost", "")
 
 
@@ -85,7 +87,7 @@ class _Guards:
         origin = headers.get("origin")
         if origin and not _same_origin(origin, headers.get("host", "")) and not self._allowed(origin):
             return 403, {"message": f"pages of {origin[:80]} may not call this server; see --cors-allow-origins"}
-        if guard == "page" and not _is_own_name(headers.get("host", ""), self.args):
+        if guard in ("page", "files") and not _is_own_name(headers.get("host", ""), self.args):
             return 403, {"message": f"{path} is not served under this Host; see --allowed-hosts"}
         length = headers.get("content-length", "0")
         if length.isdecimal() and len(length) < 20 and int(length) > self.args.max_body_bytes:
@@ -124,7 +126,7 @@ class _Guards:
 
 def _has_key(guard: Guard, authorization: str, args: HttpArgs) -> bool:
     wanted = args.admin_api_key or args.api_key if guard == "admin" else args.api_key
-    if guard == "open" or wanted is None:
+    if guard in ("open", "files") or wanted is None:
         return True
     kind, _, key = authorization.partition(" ")
     # compare_digest takes as long for a key that is wrong at its first letter as for one that is wrong at its last

@@ -20,6 +20,7 @@ class Feed:
     def __init__(self, watch: Callable[[bool], None]):
         self._watch = watch
         self._pages: set[_Page] = set()
+        self._closed = False
 
     def publish(self, event: bytes) -> None:
         """Hand an event to every page. From another thread: loop.call_soon_threadsafe(feed.publish, event)."""
@@ -33,6 +34,8 @@ class Feed:
     async def subscribe(self) -> AsyncIterator[bytes]:
         """A snapshot, then what follows; b"" now and then where nothing does. Ends with `close`. Ask `full` first."""
         page = _Page(self._watch)
+        if self._closed:
+            page.end()
         self._pages.add(page)
         try:
             while (event := await page.get()) is not None:
@@ -43,7 +46,8 @@ class Feed:
                 self._watch(False)
 
     def close(self) -> None:
-        """The server goes: no page waits for more."""
+        """The server goes: no page waits for more, and none begins to."""
+        self._closed = True
         for page in self._pages:
             page.end()
 
@@ -72,7 +76,7 @@ class _Page:
         """The next event; None after `end`. Only who reads asks for a snapshot, so a page that sleeps costs nothing."""
         if self._ended and self._waiting.empty():
             return None
-        if self._lost and not self._asked:
+        if self._lost and not self._asked and not self._ended:
             self._asked = True
             self._watch(True)
         try:

@@ -11,9 +11,7 @@ tree alone.
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from heapq import nlargest
-from typing import NamedTuple
+from collections.abc import Callable
 
 import numpy as np
 
@@ -21,7 +19,7 @@ from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.serving.xray import events
 from ch07_sglang_radix.serving.xray.events import State
-from ch07_sglang_radix.tree_node import TreeNode
+from ch07_sglang_radix.serving.xray.tree_rows import OTHER, TreeRows
 from common.distributed.cost_model import wire_bytes
 from common.teaching.show import WHY
 
@@ -30,18 +28,8 @@ log = logging.getLogger(__name__)
 SHARE = 0.01  # of the time that the scheduler may lose to a page that is open
 BURST_S = 0.5  # so much of it at once: a small workload is told step by step
 MOST_CELLS = 2048  # of the grid: larger pools put several pages into a cell
-MOST_NODES = 800  # those used last, and the nodes above them; more cannot be read on any screen
-TEXT_TOKENS = 96  # of a node: a longer one shows its beginning and its end
 PROMPT_TOKENS, ANSWER_TOKENS = 40, 20  # shown of a request: the end, which tells it from others
-FREE, OTHER, REQUEST = 0, 1 << 31, 1 << 32  # owners of pages as numbers: a node's is its own, a request's REQUEST + rid
-
-
-class Known(NamedTuple):
-    """A node that has been told of. length: the text is made anew when a split has cut it."""
-
-    number: int
-    length: int
-    text: str
+FREE, REQUEST = 0, 1 << 32  # owners of pages as numbers: a node's is its own, a request's REQUEST + rid
 
 
 class Recorder:
@@ -52,8 +40,9 @@ class Recorder:
     def __init__(self, scheduler: TPScheduler, publish: Callable[[bytes], None], *, share: float = SHARE):
         self.scheduler, self.publish, self.share = scheduler, publish, share
         self.on, self.mark = False, ""
+        self.credit = BURST_S  # seconds of processor time that recording may take now
         self.state: State = {}
-        self._seq = self._numbers = 0
+        self._seq = 0
 
     # --- on and off
 
@@ -81,7 +70,8 @@ class Recorder:
             ledger = self.scheduler.tp.ledger
             ledger.recordings -= 1
             ledger.enabled = self._ledger_was_on or ledger.recordings > 0
-            self.state, self._known, self._live = {}, {}, {}
+            self.state = {}
+            del self._tree, self._live  # they hold nodes and requests that nobody else needs any more
 
     def _begin(self) -> None:
         ledger = self.scheduler.tp.ledger
@@ -91,12 +81,11 @@ class Recorder:
         ledger.recordings += 1  # or a trace would throw away what is not told yet
         self._entry = len(ledger.entries)
         self._began = self._looked = time.perf_counter()
-        self._credit = BURST_S
-        self._known: dict[TreeNode, Known] = {}
+        self.credit = BURST_S
+        self._tree = TreeRows(self.scheduler)
         self._live: dict[int, tuple[Req, int]] = {}  # who waited or ran, and with how many tokens computed
         self._says: dict[int, str] = {}
         self._cells = np.zeros(-(-self.scheduler.pool.num_pages // self._pages_per_cell), dtype=np.int64)  # all free
-        self._tree_is, self._of_tree = (), np.zeros(self.scheduler.pool.num_pages, dtype=np.int64)
         self._steps, self._computed = dict(self.scheduler.steps), self.scheduler.work["tokens"]
 
     # --- events
@@ -105,23 +94,20 @@ class Recorder:
         """Tell of the step, unless recording has had its share: then a later event tells of it too. The last step before the
         scheduler has nothing to do is always told."""
         now = time.perf_counter()
-        self._credit = min(BURST_S, self._credit + self.share * (now - self._looked))
+        self.credit = min(BURST_S, self.credit + self.share * (now - self._looked))
         self._looked = now
-        if self._credit > 0 or self.share >= 1 or not self.scheduler.unfinished:
+        if self.credit > 0 or self.share >= 1 or not self.scheduler.unfinished:
             began = time.thread_time()  # of this thread alone, whatever else the machine does
             try:
                 self.record()
             except Exception as error:  # a page that cannot be shown must not end the engine
                 log.error("the X-ray page gets no more events: %s: %s", type(error).__name__, error)
                 self.stop()
-            self._credit -= time.thread_time() - began
+            self.credit -= time.thread_time() - began
 
     def at_rest(self) -> None:
         """Before the scheduler waits for work: tells of an abort or a flush, which no step follows."""
-        if self.on and (
-            self._what_moves_the_tree() != self._tree_is
-            or self._live.keys() != {r.rid for r in self.scheduler.unfinished}
-        ):
+        if self.on and (self._tree.moved or self._live.keys() != {r.rid for r in self._asked()}):
             self.record()
 
     def record(self) -> None:
@@ -141,14 +127,11 @@ class Recorder:
     def _look(self) -> State:
         """All but the pages, which are too many to be compared one by one."""
         kind = self._kind()
-        tree_is = self._what_moves_the_tree()
-        nodes = self.state.get("nodes")
-        if nodes is None or tree_is != self._tree_is:
-            self._tree_is, nodes = tree_is, self._nodes()
+        self._tree.refresh()
         requests = self._requests()
         state = {
             "about": self.state.get("about") or self._about(), "now": self._now(kind), "totals": self._totals(),
-            "nodes": nodes, "requests": requests, "sent": self._sent(),
+            "nodes": self._tree.rows, "requests": requests, "sent": self._sent(),
         }  # fmt: skip
         self._steps, self._computed = dict(self.scheduler.steps), self.scheduler.work["tokens"]
         return state
@@ -190,82 +173,19 @@ class Recorder:
             "evictable_tokens": s.tree.evictable_size, "protected_tokens": s.tree.protected_size,
             "prompt_tokens": prompt, "cached_tokens": cached, "hit_rate": round(cached / prompt, 4) if prompt else 0.0,
             "output_tokens": s.work["sampled"], "evicted_tokens": s.tree.evicted, "retractions": s.retractions,
-            "finished": s.num_finished, "splits": s.tree.splits, "nodes_left_out": self._left_out,
+            "finished": s.num_finished, "splits": s.tree.splits, "nodes_left_out": self._tree.left_out,
         }  # fmt: skip
-
-    # --- the tree
-
-    def _what_moves_the_tree(self) -> tuple:
-        """As long as this is the same, so are its nodes, their locks and who uses them."""
-        s, tree = self.scheduler, self.scheduler.tree
-        return (
-            id(tree.root), tree.inserted, tree.evicted, tree.splits, s.steps["prefill"], s.num_finished, s.retractions,
-            len(s.admitted),
-        )  # fmt: skip
-
-    def _nodes(self) -> State:
-        """A row for each node, and `_of_tree`: which node owns which page."""
-        tree, page_size = self.scheduler.tree, self.scheduler.page_size
-        users = self._users()
-        every = list(tree.nodes())  # parents first
-        shown = self._shown(every)
-        self._left_out = len(every) - len(shown)
-        known, rows = self._known, {}
-        self._known = {tree.root: Known(0, 0, "")}
-        self._of_tree = np.zeros(self.scheduler.pool.num_pages, dtype=np.int64)
-        for node in every:
-            if node not in shown:
-                self._of_tree[node.value[::page_size] // page_size] = OTHER
-                continue
-            one = known.get(node)
-            if one is None:
-                self._numbers += 1
-            if one is None or one.length != len(node.key):
-                one = Known(one.number if one else self._numbers, len(node.key), self._node_text(node))
-            self._known[node] = one
-            self._of_tree[node.value[::page_size] // page_size] = one.number
-            rows[str(one.number)] = {
-                "parent": self._known[node.parent].number, "text": one.text, "length": one.length,
-                "lock": node.lock_ref, "users": users.get(node, []), "hits": node.hit_count,
-                "used": node.last_access_time, "name": "" if node.extra_key is None else str(node.extra_key),
-            }  # fmt: skip
-        return rows
-
-    def _users(self) -> dict[TreeNode, list[int]]:
-        users: dict[TreeNode, list[int]] = {}
-        for req in sorted(self.scheduler.admitted, key=lambda req: req.rid):
-            for node in _path(req.last_node):
-                users.setdefault(node, []).append(req.rid)
-        return users
-
-    def _shown(self, every: list[TreeNode]) -> set[TreeNode]:
-        if len(every) <= MOST_NODES:
-            return set(every)
-        shown: set[TreeNode] = set()
-        for node in nlargest(MOST_NODES, every, key=lambda node: node.last_access_time):
-            shown.update(_path(node))
-        return shown
-
-    def _node_text(self, node: TreeNode) -> str:
-        ids = (node.key >> 32 if self.scheduler.tree.bigram else node.key).tolist()
-        return self._text(ids, TEXT_TOKENS)
-
-    def _text(self, ids: list[int], most: int) -> str:
-        """As it is written, special tokens too; a long one without its middle. Without a tokenizer: the ids."""
-        if len(ids) > most:
-            return f"{self._text(ids[: most * 3 // 4], most)} … {self._text(ids[-most // 4 :], most)}"
-        tokenizer = self.scheduler.wrapper.tokenizer
-        return tokenizer.decode(ids, False) if tokenizer else " ".join(map(str, ids))
 
     # --- the pages
 
     def _owners(self) -> np.ndarray:
         """[pages]: whose each page is."""
         s = self.scheduler
-        owners = self._of_tree.copy()
+        owners = self._tree.owners.copy()
         rows = s.req_to_token.req_to_token
         for req in s.admitted:
-            owners[rows[req.row, req.prefix_len : req.allocated_len : s.page_size] // s.page_size] = REQUEST + req.rid
+            own = rows[req.row, req.prefix_len : req.allocated_len : s.page_size] // s.page_size
+            owners[own] = OTHER if req.probe else REQUEST + req.rid
         for more in s.more_owners:
             for _, pages in more():
                 owners[pages] = OTHER
@@ -284,7 +204,7 @@ class Recorder:
     def _requests(self) -> State:
         s = self.scheduler
         prefilled = {req.rid: n for req, n in s.last_prefill} if s.steps["prefill"] > self._steps["prefill"] else {}
-        waiting, live = {req.rid for req in s.waiting}, {req.rid: req for req in s.unfinished}
+        waiting, live = {req.rid for req in s.waiting}, {req.rid: req for req in self._asked()}
         rows = {}
         for rid, (req, _) in self._live.items():
             if rid not in live:
@@ -303,6 +223,10 @@ class Recorder:
             rows[str(rid)] = self._request(req, phase, new)
         self._live = {rid: (req, req.kv_len) for rid, req in live.items()}
         return rows
+
+    def _asked(self) -> list[Req]:
+        """Everybody who waits or runs, but for probes, which are counted nowhere."""
+        return [req for req in self.scheduler.unfinished if not req.probe]
 
     def _request(self, req: Req, phase: str, new: int) -> State:
         page_size = self.scheduler.page_size
@@ -337,13 +261,6 @@ class Recorder:
             ledger.entries.clear()
         self._entry = len(ledger.entries)
         return [[*what, *row] for what, row in rows.items()]
-
-
-def _path(node: TreeNode) -> Iterator[TreeNode]:
-    """From a node up to, and without, the root."""
-    while node.parent is not None:
-        yield node
-        node = node.parent
 
 
 def _owner(number: int) -> str | None:

@@ -28,7 +28,8 @@ function show(index, before = null) {
   if (!recording.length) return;
   view.at = Math.max(0, Math.min(index, recording.length - 1));
   view.now = recording.at(view.at);
-  view.before = before ?? (view.at ? recording.at(view.at - 1) : view.now);
+  const follows = recording.events[view.at].type === "step";   // a snapshot says nothing of what was before it
+  view.before = follows ? (before ?? recording.at(view.at - 1)) : view.now;
   drawSoon();
 }
 

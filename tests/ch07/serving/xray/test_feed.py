@@ -128,9 +128,10 @@ def test_close_ends_every_stream():
         told = source.feed.subscribe()
         await read(told, 1)
         source.feed.close()
-        return [event async for event in told], source.watched
+        rest = [event async for event in told]
+        return rest, [event async for event in source.feed.subscribe()], source.watched
 
-    assert asyncio.run(run()) == ([], [True, False])
+    assert asyncio.run(run()) == ([], [], [True, False, False])
 
 
 # --- over HTTP

@@ -11,8 +11,8 @@ import pytest
 from ch07_sglang_radix.serving.xray.__main__ import Replay
 from ch07_sglang_radix.serving.xray.events import merged, snapshot, step
 from ch07_sglang_radix.serving.xray.page import FOLDER
+from tests.ch07.serving.running import a_server
 from tests.ch07.serving.xray.chromium import binary, chromium
-from tests.ch07.serving.xray.live_app import live
 
 pytestmark = pytest.mark.skipif(
     binary() is None, reason="needs Chromium or Chrome (Debian: apt-get install chromium); CHROMIUM names one"
@@ -215,38 +215,95 @@ def test_a_prompt_is_text_whatever_is_in_it(tab, tmp_path):
     assert tab.run("document.querySelectorAll('main img, main script, header img').length") == 0
 
 
+@pytest.fixture(scope="module")
+def server():
+    with a_server("--page-size", "4", "--max-total-tokens", "704", "--tp-size", "2", "--api-key", "secret") as running:
+        yield running
+
+
+def give_key(tab):
+    tab.wait_for("document.getElementById('badge')?.classList.contains('down')")
+    assert "a key is needed" in text(tab, "badge")
+    tab.run("document.getElementById('key').value = 'secret'")
+    tab.wait_for("document.getElementById('badge').textContent === 'live'")
+    tab.errors.clear()  # the browser itself reports each 401
+
+
+def info_of(server):
+    return server.call("/server_info", headers={"Authorization": "Bearer secret"})[1]
+
+
+def click(tab, selector):
+    tab.run(f"document.querySelector({json.dumps(selector)}).click()")
+
+
 @pytest.mark.parametrize("size", SIZES, ids=["1280", "390"])
-def test_what_is_asked_on_the_page_is_seen_on_the_page(tab, size):
-    with live(page_size=4, max_total_tokens=704) as (engine, address):
-        tab.look(*size)
-        tab.open(f"{address}/xray")
-        tab.wait_for("document.getElementById('badge')?.textContent === 'live'")
-        tab.run("document.getElementById('prompt').value = 'What is a radix cache?'")
-        for number in (1, 2):
-            tab.run("document.getElementById('ask').requestSubmit()")
-            tab.wait_for(f"document.querySelectorAll('#answers li').length === {number}")
-            tab.wait_for("document.querySelector('#answers li').textContent !== '…'")
-        answers = tab.run("[...document.querySelectorAll('#answers li')].map((one) => one.textContent)")
-        assert answers[1].startswith("0 of ")
-        assert answers[0].split()[0] != "0", "the second time it comes from the tree"
-        assert "prefix" in answers[0]
-        tab.run("document.querySelector('#chapters button').click()")
-        tab.wait_for("document.getElementById('n-finished').textContent === '11'")  # with the one that warmed up
-        tab.wait_for("document.getElementById('n-running').textContent === '0'")
-        seen = tab.run(f"(async () => {PAGE}.view.now)()")
-        info = engine.get_server_info()
-        told = (
-            "free_tokens",
-            "evictable_tokens",
-            "protected_tokens",
-            "waiting",
-            "running",
-            "prompt_tokens",
-            "cached_tokens",
-            "retractions",
-        )
-        assert {name: seen["totals"][name] for name in told} == {name: info[name] for name in told}
-        assert tab.run("document.querySelectorAll('#tree .node').length") >= len(seen["nodes"]) > 8
-        assert cells_that_differ(tab) == []
-        assert tab.run(f"(async () => {PAGE}.recording.says.size)()") >= 10, "each has had a lane"
-        assert tab.run("document.documentElement.scrollWidth <= innerWidth")
+def test_what_is_asked_on_the_page_is_seen_on_the_page(tab, server, size):
+    server.call("/flush_cache", headers={"Authorization": "Bearer secret"}, method="POST")
+    tab.look(*size)
+    tab.open(f"{server.url}/xray")
+    give_key(tab)
+    before = info_of(server)
+    tab.run("document.getElementById('prompt').value = 'What is a radix cache?'")
+    for number in (1, 2):
+        tab.run("document.getElementById('ask').requestSubmit()")
+        tab.wait_for(f"document.querySelectorAll('#answers li').length === {number}")
+        tab.wait_for("document.querySelector('#answers li').textContent !== '…'")
+    answers = tab.run("[...document.querySelectorAll('#answers li')].map((one) => one.textContent)")
+    assert answers[1].startswith("0 of ")
+    assert answers[0].split()[0] != "0", "the second time it comes from the tree"
+    assert "prefix" in answers[0]
+    click(tab, "#chapters button")
+    tab.wait_for(
+        "document.querySelectorAll('#answers li').length === 10 && !document.querySelector('#chapters button').disabled"
+    )
+    tab.wait_for("document.getElementById('n-running').textContent === '0'")
+    seen = tab.run(f"(async () => {PAGE}.view.now)()")
+    info = info_of(server)
+    told = (
+        "free_tokens",
+        "evictable_tokens",
+        "protected_tokens",
+        "waiting",
+        "running",
+        "prompt_tokens",
+        "cached_tokens",
+        "retractions",
+    )
+    assert {name: seen["totals"][name] for name in told} == {name: info[name] for name in told}
+    assert info["prompt_tokens"] > before["prompt_tokens"]
+    assert tab.run("document.querySelectorAll('#tree .node').length") >= len(seen["nodes"]) > 8
+    assert cells_that_differ(tab) == []
+    assert tab.run(f"(async () => {PAGE}.recording.says.size)()") == 10, "each has had a lane"
+    sent = tab.run(f"(async () => {PAGE}.recording.events.map((event) => event.change?.sent ?? []))()")
+    assert {row[1] for rows in sent for row in rows} >= {
+        "task",
+        "embed_tokens",
+        "o_proj",
+        "down_proj",
+        "logits",
+        "tokens",
+    }
+    assert tab.run("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_the_engine_is_held_and_taken_step_by_step(tab, server):
+    tab.look(1280, 800)
+    tab.open(f"{server.url}/xray")
+    give_key(tab)
+    hold, step, run = (f"#engine button:nth-of-type({n})" for n in (1, 2, 3))
+    click(tab, hold)
+    tab.run("document.getElementById('ask').requestSubmit()")
+    tab.wait_for("document.getElementById('n-waiting').textContent === '1'")
+    click(tab, step)
+    tab.wait_for("document.getElementById('story').textContent.includes('prefill')")
+    click(tab, step)
+    tab.wait_for("document.getElementById('story').textContent.includes('decode')")
+    tab.listen(0.3)
+    assert text(tab, "n-running") == "1", "it is still held"
+    click(tab, run)
+    tab.wait_for("document.querySelector('#answers li').textContent !== '…'")
+    tab.wait_for("document.getElementById('n-running').textContent === '0'")
+    server.call("/flush_cache", headers={"Authorization": "Bearer secret"}, method="POST")
+    tab.wait_for("document.getElementById('story').textContent.includes('evicted')")
+    assert tab.run("document.querySelectorAll('#tree .node:not(.gone)').length") == 0

@@ -219,7 +219,7 @@ def test_when_it_has_had_its_share_steps_are_told_together_and_the_last_one_alwa
     scheduler, page = make(), Page()
     recorder = Recorder(scheduler, page, share=0.0)
     recorder.start()
-    recorder._credit = 0.0  # the burst is used up
+    recorder.credit = 0.0  # the burst is used up
     scheduler.add_request("What is a radix cache?", 12)
     while scheduler.step():
         pass
@@ -270,7 +270,7 @@ def test_a_large_pool_has_several_pages_in_a_cell(monkeypatch):
 
 
 def test_a_large_tree_shows_what_was_used_last(monkeypatch):
-    monkeypatch.setattr("ch07_sglang_radix.serving.xray.recorder.MOST_NODES", 3)
+    monkeypatch.setattr("ch07_sglang_radix.serving.xray.tree_rows.MOST_NODES", 3)
     scheduler, page = make(), Page()
     Recorder(scheduler, page, share=1.0).start()
     for word in "abcdefgh":

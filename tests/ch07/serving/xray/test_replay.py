@@ -92,3 +92,11 @@ def test_a_script_says_first_what_it_is_for(name):
     lines = FILES[name].body.decode().splitlines()
     assert lines[0].startswith("// ")
     assert len(lines) <= 450
+
+
+def test_the_readme_s_links_lead_somewhere_and_it_names_every_file():
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert all((FOLDER / link).exists() for link in links)
+    files = {path.name for path in FOLDER.iterdir() if path.suffix in (".py", ".js", ".css", ".html")} - {"__init__.py"}
+    assert files <= set(links)
