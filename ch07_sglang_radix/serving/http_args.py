@@ -11,8 +11,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from ch07_sglang_radix.server_args import ELSEWHERE, ServerArgs
-from common.request.intake import refuse_unknown
-from common.values import choice, flag, real, text, texts, whole
+from common.values import choice, flag, real, refuse_unknown, text, texts, whole
 
 LEVELS = ("critical", "error", "warning", "info", "debug")
 OURS = (

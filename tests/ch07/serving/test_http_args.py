@@ -1,5 +1,8 @@
 """Flags: SGLang's names, one line for what is not here."""
 
+import subprocess
+import sys
+
 import pytest
 
 from ch07_sglang_radix.serving.http_args import HttpArgs, parse_args
@@ -57,6 +60,23 @@ def test_what_is_not_here_is_one_line(flags, said):
     with pytest.raises(ValueError, match=said) as error:
         parse_args(flags)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flags", [["--pp-size", "2"], ["--schedule-policy", "lmp"], ["--port", "no"], ["--help"]])
+def test_flags_are_read_before_anything_that_takes_seconds_is_imported(flags):
+    """So a bad one is told at once."""
+    code = (
+        "import sys; from ch07_sglang_radix.launch_server import main\n"
+        "import os; os._exit = lambda code: None\n"
+        f"sys.argv[1:] = {flags}\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "slow = {'torch', 'transformers', 'uvicorn', 'fastapi'} & set(sys.modules)\n"
+        "assert not slow, slow"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "launch_server" in done.stdout or "error: " in done.stderr, "it was refused, or helped"
 
 
 def test_secrets_are_not_shown():
