@@ -54,6 +54,16 @@ def test_a_model_has_two_names(alias):
         (["--drain-timeout", "-1"], "drain_timeout"),
         (["--log-format", "xml"], "log_format='xml' is unknown; use text or json"),
         (["--api-key", ""], "api_key: an empty text"),
+        (["--tool-call-parser", "llama3"], "tool_call_parser='llama3' is unknown; use qwen or qwen25"),
+        (
+            ["--reasoning-parser", "kimi"],
+            "reasoning_parser='kimi' is unknown; use qwen3, qwen3-thinking or deepseek-r1",
+        ),
+        (["--chat-template", "chatml"], "chat_template='chatml' cannot be read: .*; give a file in Jinja"),
+        (["--skip-tokenizer-init", "--chat-template", "{}"], "chat_template is about text"),
+        (["--skip-tokenizer-init", "--reasoning-parser", "qwen3"], "reasoning_parser is about text"),
+        (["--grammar-backend", "xgrammar"], "llguidance is the only one here"),
+        (["--grpc-port", "30001"], "unknown flag '--grpc-port': it is SGLang's, not here: HTTP is all that it speaks"),
     ],
 )
 def test_what_is_not_here_is_one_line(flags, said):
