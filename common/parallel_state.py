@@ -33,7 +33,7 @@ from torch.distributed.rendezvous import rendezvous
 from common.distributed.ledger import Ledger
 from common.distributed.processes import RankFailure, fate, keep_freed_memory
 from common.distributed.spawn import FRAME, LEAVE, LEAVE_S, Follower, SpawnedRanks, start_ranks
-from common.distributed.symmetric_memory import SymmetricAllReduce
+from common.distributed.symmetric_memory import SymmetricAllReduce, meet_in_symmetric_memory
 
 CPU_TIMEOUT_S = 60.0
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ _tp: TPGroup | None = None  # the process's own group; read at the outer API onl
 _spawned: SpawnedRanks | None = None  # of the group there is now, if rank 0 started its ranks
 _torchruns_store: dist.Store | None = None  # kept for the life of the process: a second one could meet a port in use
 _starts = 0  # of a world over that store
-_spawned_symmetric = False  # ranks that were started here have met in symmetric memory
+_failed = False  # a message did
 _own_world = False  # torch.distributed was initialized here, and not by whoever uses this module
 
 
@@ -113,7 +113,6 @@ def initialize_tensor_parallel(
     if spawning:
         shutdown_tensor_parallel()
         _spawned = start_ranks(follower, size)
-        atexit.register(shutdown_tensor_parallel)
     if size == 1:
         _tp = TPGroup(device=where)
         return _tp
@@ -123,6 +122,8 @@ def initialize_tensor_parallel(
         if spawning:
             shutdown_tensor_parallel()
         raise
+    atexit.unregister(_leave_at_exit)
+    atexit.register(_leave_at_exit)
     return _tp
 
 
@@ -167,6 +168,13 @@ def shutdown_tensor_parallel(tp: TPGroup | None = None) -> None:
         spawned.close()
 
 
+def _leave_at_exit() -> None:
+    """For a script that ends without shutdown: the threads of a gloo group that is still there abort the process now and
+    then. Not after a message has failed: a group that misses a member may never end. A joined NCCL group ends by itself."""
+    if _tp and (_spawned or (_tp.device.type == "cpu" and not _failed)):
+        shutdown_tensor_parallel()
+
+
 def _dismiss(spawned: SpawnedRanks, tp: TPGroup | None) -> None:
     """Tell the followers to leave; end those that cannot hear it."""
     frame = torch.zeros(FRAME, dtype=torch.int64)
@@ -201,7 +209,8 @@ def pick_device(device: str, local_rank: int = 0, ranks: int = 1) -> torch.devic
 
 
 def _join(rank: int, size: int, device: torch.device, timeout: timedelta, disable_custom_all_reduce: bool) -> TPGroup:
-    global _own_world
+    global _own_world, _failed
+    _failed = False
     backend = "gloo" if device.type == "cpu" else "nccl"
     if not dist.is_initialized():
         dist.init_process_group(backend, store=_store(rank, timeout), rank=rank, world_size=size, timeout=timeout)
@@ -214,7 +223,7 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta, disabl
     peers = tuple((int(host), int(pid)) for host, pid in everyone)
     fast = None
     if device.type == "cuda" and not disable_custom_all_reduce:
-        fast = _connect(device, device_group, control_group, peers)
+        fast = meet_in_symmetric_memory(device, device_group, control_group, peers, _spawned is not None)
     return TPGroup(dist.get_rank(), len(peers), device, device_group, control_group, peers, fast, _spawned)
 
 
@@ -231,27 +240,6 @@ def _store(rank: int, timeout: timedelta) -> dist.Store:
         _torchruns_store, _, _ = next(rendezvous("env://", timeout=timeout))
     _starts += 1
     return dist.PrefixStore(f"start {_starts}", _torchruns_store)
-
-
-def _connect(device: torch.device, device_group, control_group, peers) -> SymmetricAllReduce | None:
-    """Symmetric memory, if all ranks can have it: they must all send the same message the same way.
-
-    Each process counts how often it has met others there, and for ever; the ranks of a second start, which are new and
-    begin at 0, would wait for one another under different numbers. They talk through NCCL.
-    """
-    global _spawned_symmetric
-    possible = len({host for host, _ in peers}) == 1 and SymmetricAllReduce.reachable(device, len(peers))
-    if not _all_agree(possible and not _spawned_symmetric, control_group):
-        return None
-    _spawned_symmetric = _spawned is not None
-    fast = SymmetricAllReduce.connect(device_group, device)
-    return fast if _all_agree(fast is not None, control_group) else None
-
-
-def _all_agree(mine: bool, group) -> bool:
-    vote = torch.tensor([int(mine)])
-    dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=group)  # COMM all-reduce [1]: can every rank do it?
-    return bool(vote)
 
 
 # --- the collectives: one rank alone has nothing to say, so R = 1 returns its input and records nothing
@@ -323,6 +311,8 @@ def _call(send: Callable[[], Any], op: str, x: torch.Tensor, tp: TPGroup, label:
     try:
         return send()
     except RuntimeError as error:
+        global _failed
+        _failed = True
         if tp.spawned:
             tp.spawned.broken = True
         raise RankFailure(f"rank {tp.rank}: {op} {label!r} {list(x.shape)} failed: {_blame(tp, error)}") from error

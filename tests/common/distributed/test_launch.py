@@ -21,6 +21,16 @@ def script(name: str, *, torchrun: bool, stdout=subprocess.PIPE, unbuffered: boo
     return subprocess.Popen(argv, cwd=ROOT, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
+def test_a_script_may_end_without_shutdown():
+    """The threads of a group that is still there aborted one process in five, so there are many."""
+    argv = [arg.replace("=2", "=8") for arg in TORCHRUN]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*argv, "end_without_a_word"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "8\n" * 8), done.stderr
+
+
 def test_torchrun_s_ranks_start_and_shut_down_ten_times():
     out, err = script("start_and_shut_down_ten_times", torchrun=True).communicate(timeout=200)
     assert out == "ten times\n" * 2, err

@@ -38,5 +38,12 @@ def print_little() -> None:
     print(1)
 
 
+def end_without_a_word() -> None:
+    """As the book's listing does: no shutdown, no run_main."""
+    tp = initialize_tensor_parallel(device="cpu")
+    print(f"{int(all_reduce(torch.ones(4), tp, 'x')[0])}\n", end="", flush=True)
+
+
 if __name__ == "__main__":
-    run_main(globals()[sys.argv[1]])
+    function = globals()[sys.argv[1]]
+    function() if function is end_without_a_word else run_main(function)
