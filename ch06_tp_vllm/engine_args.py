@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ch06_tp_vllm.scheduler import POLICIES
-from common.request.intake import refuse_unknown
-from common.values import choice, flag, new_file, path, real, text, whole
+from common.values import choice, flag, new_file, path, real, refuse_unknown, text, whole
 
 # what vLLM has and this engine has not: the way out
 ELSEWHERE = {

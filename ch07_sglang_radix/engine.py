@@ -3,6 +3,7 @@
     from ch07_sglang_radix import Engine
     engine = Engine(model_path)
     engine.generate("What is a radix cache?", {"max_new_tokens": 40})
+    engine.generate("Is a radix cache a tree?", {"regex": "(yes|no)"})    # or json_schema, ebnf: what the answer must be
     for chunk in engine.generate("What is a radix cache?", stream=True): ...
     await engine.async_generate("What is a radix cache?")
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ch07_sglang_radix.request import RequestOutput
-from common.request.intake import Intake, refuse_unknown
+from common.request.intake import Intake
 from common.sampling.batch import uniform
 from common.sampling.grammar import KINDS
 from common.sampling.logprobs import TokenLogprobs
 from common.sampling.params import SamplingParams
 from common.text.answer import compiled
 from common.text.tokenizer import Tokenizer
-from common.values import flag, one_each, prompts, shown, text, texts, token_ids, walked, whole
+from common.values import flag, one_each, prompts, refuse_unknown, shown, text, texts, token_ids, walked, whole
 
 RENAMED = {"sampling_seed": "seed"}  # SGLang's name -> ours; all other names are the same
 SAMPLING = (

@@ -38,10 +38,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ch07_sglang_radix.memory_pool import TokenToKVPool
+from ch07_sglang_radix.policy_names import POLICY_NAMES, check_policy
 from ch07_sglang_radix.radix_cache import MatchResult, RadixCache
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.tree_node import TreeNode
-from common.values import choice
 
 LPM_QUEUE_LIMIT = 128  # SGLang: matching more than this many requests before every step costs more than it brings
 IN_BATCH_MATCH = 32  # with more than this in the tree, a request need not wait for another to compute it
@@ -232,9 +232,4 @@ POLICIES: dict[str, Callable[[SchedulePolicy, list[Req], Sequence[Req]], list[Re
     "dynamic": SchedulePolicy._dynamic,
 }
 
-
-def check_policy(name: str, without_tree: bool) -> None:
-    """Raises ValueError for an unknown name, and for shortest-prefill-first without a tree. Any rank can tell."""
-    choice("schedule_policy", name, tuple(POLICIES))
-    if name == "shortest-prefill-first" and without_tree:
-        raise ValueError(f"schedule_policy={name!r} needs the radix cache; leave out disable_radix_cache, or use fcfs")
+assert tuple(POLICIES) == POLICY_NAMES

@@ -12,11 +12,12 @@ import numpy as np
 from ch07_sglang_radix.control_plane import ControlPlane
 from ch07_sglang_radix.eviction import pick_strategy
 from ch07_sglang_radix.memory_pool import ReqToTokenPool, TokenToKVPool
+from ch07_sglang_radix.policy_names import check_policy
 from ch07_sglang_radix.radix_cache import RadixCache
 from ch07_sglang_radix.request import Req, RequestOutput
 from ch07_sglang_radix.request_memory import RequestMemory
 from ch07_sglang_radix.schedule_batch import ScheduleBatch
-from ch07_sglang_radix.schedule_policy import SchedulePolicy, check_policy
+from ch07_sglang_radix.schedule_policy import SchedulePolicy
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 
 INIT_NEW_TOKEN_RATIO = 0.7  # share of its worst case that a running request is expected to need; SGLang's

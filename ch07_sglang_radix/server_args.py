@@ -1,4 +1,7 @@
-"""SGLang's ServerArgs: what an engine is made with, under SGLang's names, and one line for a name that does not exist here."""
+"""SGLang's ServerArgs: what an engine is made with, under SGLang's names, and one line for a name that does not exist here.
+
+It imports nothing that brings torch: a wrong argument is told at once, and not seconds later.
+"""
 
 import logging
 from dataclasses import dataclass, fields
@@ -6,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ch07_sglang_radix.eviction import pick_strategy
-from ch07_sglang_radix.schedule_policy import check_policy
-from common.request.intake import refuse_unknown
-from common.values import choice, flag, new_file, path, real, text, whole
+from ch07_sglang_radix.policy_names import check_policy
+from common.values import choice, flag, new_file, path, real, refuse_unknown, text, whole
 
 LEVELS = ("critical", "error", "warning", "info", "debug")
 HALF = {"half": "float16", "float": "float32", "auto": None}  # SGLang's other names of dtypes; auto is the device's own

@@ -33,6 +33,9 @@ from ch07_sglang_radix.serving.ask import GENERATE, Answer, stream
 from ch07_sglang_radix.serving.http_client import Client
 from ch07_sglang_radix.serving.served import served
 from ch07_sglang_radix.serving.wiretap import TappedServer
+from common.models.config import ModelConfig
+from common.sampling.grammar import GrammarCompiler, GrammarMask
+from common.tiny_qwen import TINY_QWEN_PATH
 
 QUESTIONS = ["What is a radix cache?", "What is a page table?", "What is tensor parallelism?"]
 
@@ -165,6 +168,56 @@ plt.show()
 
 # %% [markdown]
 # What follows the step is paid once a token in latency, and not in throughput, as the next step has begun meanwhile.
+#
+# The scheduler can also be told what an answer must look like. The bundled model has never seen JSON; under a schema it is asked for some. **Predict:** of
+# 3,584 tokens, how many may come at each step? In how many of the steps has the model nothing to say?
+
+# %%
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "kind": {"enum": ["tree", "table", "list"]},
+        "shared": {"type": "boolean"},
+        "why": {"type": "string", "maxLength": 24},
+    },
+    "required": ["kind", "shared", "why"],
+    "additionalProperties": False,
+}
+written = json.dumps(SCHEMA)
+asked = {"text": QUESTIONS[0], "sampling_params": {"max_new_tokens": 80, "json_schema": written}}
+answer = json.loads(post(server.url, asked))
+print(answer["text"], json.loads(answer["text"]).keys() == SCHEMA["properties"].keys())
+
+tokenizer, config = server.manager.tokenizer, ModelConfig.from_folder(TINY_QWEN_PATH)
+compiler = GrammarCompiler(tokenizer.hf, config.vocab_size, config.eos_token_ids)
+mask, allowed = compiler.mask(compiler.compiled("json_schema", written), after_thinking=False), []
+for n in range(len(answer["output_ids"])):  # the answer is walked again, to look at each mask
+    mask.read(answer["output_ids"][:n])
+    (bits,) = GrammarMask.fill([mask], config.vocab_size)
+    allowed.append(int(np.unpackbits(bits.view(np.uint8)).sum()))
+print(
+    f"{allowed.count(1)} of {len(allowed)} steps allowed one token; the others from {min(n for n in allowed if n > 1)} to {max(allowed):,}"
+)
+
+figure, axis = plt.subplots(figsize=(11, 3))
+at = range(len(allowed))
+axis.bar(at, np.array(allowed) - 0.7, color=["#c44e52" if n == 1 else "#4c72b0" for n in allowed], bottom=0.7)
+axis.set_yscale("log")
+axis.set_ylim(0.7, 2 * config.vocab_size)
+axis.axhline(config.vocab_size, color="0.5", lw=1, ls=":")
+names = [tokenizer.special_text(token) or tokenizer.token_text(token) for token in answer["output_ids"]]
+axis.set_xticks(at, [name if name.isascii() else "·" for name in names], rotation=90, fontsize=8, family="monospace")
+axis.set_ylabel("tokens allowed")
+axis.set_title(
+    "Each step's mask, and the token that was taken. Red: there was no choice; dots: characters that are not ASCII"
+)
+axis.spines[["top", "right"]].set_visible(False)
+figure.tight_layout()
+plt.show()
+
+# %% [markdown]
+# Names, quotes and colons are the grammar's; the model speaks inside of the string, and where an enum leaves several beginnings. Towards the end of the
+# string fewer and fewer tokens fit into the 24 characters. The end token is allowed where the text is complete: in the last step alone.
 #
 # **Predict:** sixteen requests run at once instead of one. How many bytes does a token cost on each of the hops then?
 

@@ -83,6 +83,30 @@ def cached_prefixes(m: ModuleType) -> Found:
     return "a request starts behind the blocks that are there"
 
 
+def gate(m: ModuleType) -> Found:
+    """A pool in which the next chunk of a waiting request always fits, and all of it does not."""
+    p = play(m, num_blocks=6, budget=16)
+    p.add([1] * 8, 4), p.add([2] * 20, 2)
+    steps = [taken(p.step()) for _ in range(5)]
+    what = "6 blocks of 4, budget 16; r0 has 8 tokens and puts out 4, r1 has 20 and needs 5 blocks, of which 4 are free, then 3"
+    expect(f"{what}; five steps", steps, [[("r0", 8)], *[[("r0", 1)]] * 3, [("r1", 16)]])
+    p.run()
+    p = play(m, num_blocks=6)
+    p.add([*range(16), 50], 3), p.add([*range(16), 51], 3)
+    what = "6 blocks of 4; r0 has 5, and r1 shares 4 of them and needs 1 more"
+    steps = [p.step(), p.step()]
+    expect(f"{what}; is r1 in step 1 or 2", any("r1" in dict(taken(step)) for step in steps), True)
+    p.run()
+    p = Play(m.MyScheduler, BlockManager(8, 4, enable_prefix_caching=False), budget=8)
+    p.add([1] * 8, 14), p.add([2] * 8, 14)
+    while p.requests[1].num_preemptions == 0:
+        p.step()
+    what = "8 blocks, two requests of 8 that put out 14; r1 was sent back with 15 tokens (7 of its answer), 3 blocks are free"
+    expect(f"{what}; the next step", taken(p.step()), [("r0", 1)])
+    p.run()
+    return "a request starts when all its tokens fit, and takes blocks for those of this step"
+
+
 def preemption(m: ModuleType) -> Found:
     p = play(m, num_blocks=6)
     old, new = p.add([1] * 8, 12), p.add([2] * 8, 12)
@@ -241,6 +265,7 @@ PARTS = (
     Part("without chunked prefill", 5, without_chunks),
     Part("rows", 5, rows),
     Part("cached prefixes", 5, cached_prefixes),
+    Part("the gate", 5, gate),
     Part("out of blocks", 5, preemption),
     Part("tokens that nobody has seen yet", 5, tokens_not_yet_known),
     Part("random lives", 5, random_lives, 120),
@@ -249,6 +274,6 @@ PARTS = (
     Part("tokens: a pool that is too small", 10, judge_tokens(mixed, num_gpu_blocks_override=26, max_num_batched_tokens=32)),
     Part("tokens: the same, seen a step late", 10,
          judge_tokens(mixed, num_gpu_blocks_override=26, max_num_batched_tokens=32, async_scheduling=True)),
-    Part("steps and padded tokens", 20, work, 120),
+    Part("steps and padded tokens", 15, work, 120),
     Part("speed", 0, speed, 180),
 )  # fmt: skip

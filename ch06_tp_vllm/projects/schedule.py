@@ -38,8 +38,9 @@ If they reach num_tokens, a token is drawn (`emits`). In which order, and for wh
        in this step (nor does anybody who has finished by settling). It may be the request that asks itself.
     3. If nobody was sent back, waiting requests start, in order, behind what get_computed_blocks finds, as long as there
        are budget, rows and blocks; the first that cannot start ends it. A prompt longer than the rest of the budget is
-       cut if enable_chunked_prefill, and waits otherwise. A request that starts leaves the queue, joins the end of `running`,
-       and has
+       cut if enable_chunked_prefill, and waits otherwise. The gate: a request starts only if the free blocks suffice for
+       all its num_tokens, also if this step computes but a part of them (it takes blocks for that part alone). A request
+       that starts leaves the queue, joins the end of `running`, and has
 
            status RUNNING, row a free row, num_computed_tokens the cached ones,
            num_blocks_sent 0, drawn_here False (no rank knows anything about this row),

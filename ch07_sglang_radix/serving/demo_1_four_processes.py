@@ -11,7 +11,6 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -46,7 +45,6 @@ def main() -> None:
         check("behind the first message only what is new travels", max(sizes[1:]) < sizes[0] / 2)
         events = [one.size for one in seen if one.name == "event"][:-1]
         check("to the client goes all there is, longer each time", events == sorted(set(events)))
-        where(seen)
 
         heading("The same, not streamed: told when it begins and when it has ended")
         post(server, "/generate", {"text": PROMPT, "sampling_params": PARAMS, "rid": "demo"})
@@ -120,16 +118,6 @@ def said(one: Seen) -> str:
     else:
         words = ", ".join(f"{name}={value!r}" for name, value in msgspec.structs.asdict(message).items() if value)
     return words if len(words) <= SHOWN else words[: SHOWN - 3] + "..."
-
-
-def where(seen: list[Seen]) -> None:
-    """Which process had the request for how long. A message that has left one lies with the next."""
-    spent: Counter[str] = Counter()
-    for one, following in pairwise(seen):
-        spent[one.receiver] += following.at - one.at
-    total = sum(spent.values())
-    parts = ", ".join(f"{who} {1e3 * spent[who]:.1f}" for who in ("main", "scheduler", "detokenizer"))
-    print(f"  of {1e3 * total:.1f} ms, who was next to speak: {parts}")
 
 
 def refusal(raw: bytes) -> str:

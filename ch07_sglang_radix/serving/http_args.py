@@ -8,11 +8,12 @@ import os
 import socket
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from ch07_sglang_radix.server_args import ELSEWHERE, ServerArgs
-from common.request.intake import refuse_unknown
-from common.values import choice, flag, real, text, texts, whole
+from common.text.reasoning import FORCED
+from common.values import choice, flag, real, refuse_unknown, shown, text, texts, whole
 
 LEVELS = ("critical", "error", "warning", "info", "debug")
 OURS = (
@@ -24,25 +25,30 @@ OURS = (
     "max_body_bytes",
     "profile_dir",
 )
+TOOL_CALLS = ("qwen", "qwen25")  # SGLang's names of the format that common/text/tool_calls.py reads
 ALIASES = {"model_path": ("--model",), "tp_size": ("--tp", "--tensor-parallel-size")}
 
 # flags of SGLang 0.5.23 that a reader may bring along, and why they do nothing here
 NOT_HERE = {
-    **{name: why for name, why in ELSEWHERE.items() if name not in ("max_queued_requests", "watchdog_timeout", "grammar_backend")},
+    **{name: why for name, why in ELSEWHERE.items() if name not in ("max_queued_requests", "watchdog_timeout")},
     "nnodes": "one host here; use --tp-size", "node_rank": "one host here; use --tp-size",
     "dist_init_addr": "the ranks meet through a file; leave it out", "attn_dp_size": "use --tp-size",
     "sampling_backend": "one sampler here; leave it out", "lora_paths": ELSEWHERE["lora_paths"],
     "tokenizer_mode": "the fast tokenizer is always used; leave it out", "load_format": "safetensors only; leave it out",
     "enable_torch_compile": "kernels are compiled without a flag; leave it out",
     "incremental_streaming_output": "/generate streams cumulative text; the OpenAI routes stream deltas",
+    "grpc_port": "HTTP is all that it speaks; use --port",
     "skip_server_warmup": "the engine warms up while it loads; leave it out",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class HttpArgs:
-    """host, port (0: any free one), api_key, admin_api_key (of the admin routes), served_model_name, chat_template: as in SGLang.
+    """host, port (0: any free one), api_key, admin_api_key (of the admin routes), served_model_name: as in SGLang.
 
+    chat_template: a file in Jinja, or the template itself; instead of the checkpoint's. It is read once, here.
+    tool_call_parser: Qwen's format is read with or without it. reasoning_parser: which kind of model thinks (FORCED in
+    common/text/reasoning.py); without it <think> is text like any other. enable_metrics: GET /metrics.
     max_queued_requests: requests that have no token yet; one more is answered with 503. watchdog_timeout: seconds that a step
     may take, and a process may be stopped, before all end. drain_timeout: seconds that running requests have after SIGTERM.
     single_process: everything in one process, for reading and debugging. log_format: text or json. cors_allow_origins:
@@ -60,9 +66,7 @@ class HttpArgs:
     chat_template: str | None = None
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
-    grammar_backend: str = "llguidance"
     enable_metrics: bool = False
-    grpc_port: int | None = None
     max_queued_requests: int | None = None
     watchdog_timeout: float = 300.0
     drain_timeout: float = 30.0
@@ -75,8 +79,6 @@ class HttpArgs:
 
     def __post_init__(self):
         self._set("port", whole("port", self.port, 0, 65535))
-        if self.grpc_port is not None:
-            self._set("grpc_port", whole("grpc_port", self.grpc_port, 0, 65535))
         if self.max_queued_requests is not None:
             self._set("max_queued_requests", whole("max_queued_requests", self.max_queued_requests, 1))
         self._set("max_body_bytes", whole("max_body_bytes", self.max_body_bytes, 1024))
@@ -84,15 +86,25 @@ class HttpArgs:
         self._set("drain_timeout", real("drain_timeout", self.drain_timeout, 0, 86400))
         for name in ("enable_metrics", "single_process"):
             self._set(name, flag(name, getattr(self, name)))
-        for name in ("host", "grammar_backend", "profile_dir"):
+        for name in ("host", "profile_dir"):
             self._set(name, text(name, getattr(self, name), empty=False))
-        for name in ("api_key", "admin_api_key", "chat_template", "tool_call_parser", "reasoning_parser"):
+        for name in ("api_key", "admin_api_key", "chat_template"):
             self._set(name, text(name, getattr(self, name), empty=False, none=True))
         for name in ("cors_allow_origins", "allowed_hosts"):
             self._set(name, texts(name, getattr(self, name)))
         choice("log_format", self.log_format, ("text", "json"))
+        self._about_text()
         name = text("served_model_name", self.served_model_name, empty=False, none=True)
         self._set("served_model_name", name or str(self.engine.model_path or "tiny-qwen"))
+
+    def _about_text(self) -> None:
+        for name, known in (("tool_call_parser", TOOL_CALLS), ("reasoning_parser", tuple(FORCED))):
+            if getattr(self, name) is not None:
+                choice(name, getattr(self, name), known)
+        self._set("chat_template", read_template(self.chat_template))
+        for name in ("chat_template", "tool_call_parser", "reasoning_parser"):
+            if getattr(self, name) is not None and self.engine.skip_tokenizer_init:
+                raise ValueError(f"{name} is about text; leave it out, or skip_tokenizer_init")
 
     def shown(self) -> dict[str, Any]:
         """For /server_info: no secrets."""
@@ -123,6 +135,16 @@ def parse_args(argv: Sequence[str]) -> HttpArgs:
     values = vars(given)
     server = {one.name: values.pop(one.name) for one in fields(HttpArgs) if one.name in values}
     return HttpArgs(engine=ServerArgs.of({"log_level": "info"} | values), **server)
+
+
+def read_template(given: str | None) -> str | None:
+    """A file, or a template itself. Raises ValueError if it cannot be read."""
+    if given is None or "{" in given:
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"chat_template={shown(given)} cannot be read: {error}; give a file in Jinja") from None
 
 
 def _add(group: argparse._ArgumentGroup, one: Field) -> None:

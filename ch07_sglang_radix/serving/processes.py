@@ -51,25 +51,26 @@ class Processes:
         self._watch = Watch(pids, self.args.watchdog_timeout, lambda what: on_end(self._why(what)))
 
     def _start(self, who: str) -> subprocess.Popen:
+        job = {
+            "who": who, "path": sys.path, "cwd": os.getcwd(), "main": os.getpid(), "folder": str(self.folder_of(who)),
+            "engine": plain(self.args), "tokenizer": self.tokenizer_folder, "patience_s": self.args.watchdog_timeout,
+            "log_level": self.args.engine.log_level, "log_format": self.args.log_format,
+        }  # fmt: skip
         child = subprocess.Popen(
             [sys.executable, "-m", "ch07_sglang_radix.serving.child", who], cwd=ROOT, stdin=subprocess.PIPE
         )
         with child.stdin as pipe:
-            pipe.write(json.dumps(self.job(who)).encode())
+            pipe.write(json.dumps(job).encode())
         return child
 
-    def job(self, who: str) -> dict[str, Any]:
-        """What a child is told."""
-        return {
-            "who": who, "path": sys.path, "cwd": os.getcwd(), "main": os.getpid(), "folder": str(self.folder),
-            "engine": plain(self.args), "tokenizer": self.tokenizer_folder, "patience_s": self.args.watchdog_timeout,
-            "log_level": self.args.engine.log_level, "log_format": self.args.log_format,
-        }  # fmt: skip
+    def folder_of(self, who: str) -> Path:
+        """Where the sockets lie that a child knows."""
+        return self.folder
 
     def _why(self, what: str) -> str:
         """A child that could say why it ends has said more than that it is gone."""
         who = what.partition(" ")[0]
-        words = last_words(self.folder, who)
+        words = last_words(self.folder_of(who), who)
         return f"{what}: {words}" if words else what
 
     def expect_the_end(self) -> None:

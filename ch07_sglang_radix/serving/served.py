@@ -4,13 +4,14 @@ with served("--tp-size", "2") as (url, pid): ...
 """
 
 import asyncio
+import os
 import re
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ LAST_WORDS = 3  # lines of its log that an error repeats
 
 
 @contextmanager
-def served(*flags: str) -> Iterator[tuple[str, int]]:
+def served(*flags: str, environment: Mapping[str, str] | None = None) -> Iterator[tuple[str, int]]:
     """(url, pid of its main process) once it is ready, on a free port. At the end it is asked to leave.
 
     Raises ValueError, with the last lines of its log, if it does not start, or does not leave in good order.
@@ -39,7 +40,9 @@ def served(*flags: str) -> Iterator[tuple[str, int]]:
         if not address.done():
             address.set_exception(ValueError(f"the server did not start: {''.join(said)}"))
 
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace") as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace", env=os.environ | (environment or {})
+    ) as process:  # fmt: skip
         listener = threading.Thread(target=listen, args=(process.stderr,), daemon=True)
         listener.start()
         try:

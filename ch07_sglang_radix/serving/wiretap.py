@@ -19,15 +19,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import uvicorn
 import zmq
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ch07_sglang_radix.serving.channels import ipc
-from ch07_sglang_radix.serving.http_args import parse_args
+from ch07_sglang_radix.serving.http_args import HttpArgs, bind, parse_args
 from ch07_sglang_radix.serving.http_server import make_app
-from ch07_sglang_radix.serving.launcher import bind, tokenizer_folder
+from ch07_sglang_radix.serving.launcher import tokenizer_folder
 from ch07_sglang_radix.serving.logs import set_up_logging
 from ch07_sglang_radix.serving.messages import AnyMessage, decode
 from ch07_sglang_radix.serving.processes import Processes
@@ -52,7 +53,7 @@ class Seen:
 class TappedProcesses(Processes):
     """The children, and the tap between them. seen: filled by the tap's thread."""
 
-    def __init__(self, args, tokenizer_folder: str | None, seen: list[Seen]):
+    def __init__(self, args: HttpArgs, tokenizer_folder: str | None, seen: list[Seen]):
         super().__init__(args, tokenizer_folder)
         self.seen, self._left = seen, threading.Event()
         own = {who: self.folder / who[0] for who in ("scheduler", "detokenizer")}
@@ -71,8 +72,8 @@ class TappedProcesses(Processes):
         self._thread = threading.Thread(target=self._hand_on, name="tap", daemon=True)
         self._thread.start()
 
-    def job(self, who: str) -> dict:
-        return super().job(who) | {"folder": str(self._own[who])}
+    def folder_of(self, who: str) -> Path:
+        return self._own[who]
 
     def _hand_on(self) -> None:
         poller = zmq.Poller()
@@ -90,7 +91,7 @@ class TappedProcesses(Processes):
             onwards.close(0)
 
     @staticmethod
-    def _socket(kind: int, path) -> zmq.Socket:
+    def _socket(kind: int, path: Path) -> zmq.Socket:
         socket = zmq.Context.instance().socket(kind)
         socket.set_hwm(0)
         (socket.bind if kind == zmq.PULL else socket.connect)(ipc(path.parent, path.name))
@@ -136,14 +137,21 @@ class TappedServer:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="main", daemon=True)
         self._thread.start()
-        self._run(self._start())
+        self._run(self._start(tokenizer_folder(self.args)))
 
     def _run(self, coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(120)
 
-    async def _start(self) -> None:
-        folder = tokenizer_folder(self.args)
+    async def _start(self, folder: str | None) -> None:
         self.workers = TappedProcesses(self.args, folder, self.seen)
+        try:
+            await self._serve(folder)
+        except BaseException:
+            self.workers.end(0)
+            self.workers.close()
+            raise
+
+    async def _serve(self, folder: str | None) -> None:
         tokenizer = Tokenizer(folder) if folder else None
         self.manager = TokenizerManager(self.args, tokenizer, self.workers.scheduler, self.workers.inbox)
         self.workers.start(lambda what: self._loop.call_soon_threadsafe(self.manager.fail, what))

@@ -7,14 +7,12 @@ model and the pool, stop texts against a missing tokenizer, namespaces that must
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from common.sampling.params import SamplingParams
 from common.text.tokenizer import Tokenizer
-from common.values import prompt_ids, shown, text, whole
+from common.values import prompt_ids, text, whole
 
-MANY_NAMES = 10  # more are no help in an error
 PRIORITY_LIMIT = 1 << 31  # SGLang and vLLM send priorities as machine integers; so does a task
 
 
@@ -86,21 +84,3 @@ class Intake:
     @staticmethod
     def priority(value: Any) -> int:
         return whole("priority", value, -PRIORITY_LIMIT, PRIORITY_LIMIT - 1)
-
-
-def refuse_unknown(
-    what: str, given: Sequence[str], known: Sequence[str], elsewhere: dict[str, str] | None = None
-) -> None:
-    """Raises ValueError for names that nobody here would read; `elsewhere` says what to use instead of some."""
-    unknown = sorted(set(map(str, given)) - set(known))
-    if not unknown:
-        return
-    name = unknown[0]
-    hint = (elsewhere or {}).get(name)
-    said = f"unknown {what} {', '.join(one if one.isidentifier() and len(one) < 60 else shown(one) for one in unknown[:3])}"
-    if hint:
-        raise ValueError(f"{said}: {hint}")
-    if len(known) <= MANY_NAMES:
-        raise ValueError(f"{said}; known: {', '.join(sorted(known))}")
-    closest = ", ".join(get_close_matches(name, known, 5, 0))
-    raise ValueError(f"{said}; known: {closest}... ({len(known)} in all)")

@@ -52,7 +52,7 @@ MAX_BYTES = 1 << 16  # of a grammar; compiling takes time and memory in proporti
 CACHED = 128  # grammars that stay compiled
 SECONDS = 30.0  # for a grammar, with its time in line
 TRIAL_SECONDS = 5.0  # of them to try it out; most take some milliseconds
-TRIAL_BYTES = 1 << 30  # of memory; with 150,000 tokens it needs a third of that
+TRIAL_BYTES = 1 << 30  # of memory; with 151,936 tokens it begins with a fifth of that
 STACK_BYTES = 1 << 28  # of a thread that compiles: more than the process had that tried it out, whatever the system
 THINK_END = b"</think>"  # closes a thought: Qwen3, DeepSeek-R1 and most others
 
@@ -261,18 +261,24 @@ class _GrammarMasks:
 def forbid_unset(logits: torch.Tensor, rows: Sequence[int], bits: np.ndarray) -> None:
     """-inf where a bit is 0, in place. logits [B, V]; rows: n of the B; bits [n, V / 32] int32, on the CPU.
 
-    Nothing waits for a GPU. The bytes of a word are in the order of its tokens on every machine that torch runs on (the
-    least significant one first), so a byte is unpacked like a word: bit i of byte b is token 8 b + i.
+    The bytes of a word are in the order of its tokens on every machine that torch runs on (the least significant one first),
+    so a byte is unpacked like a word: bit i of byte b is token 8 b + i. The last ones may reach beyond the vocabulary.
     """
-    device = logits.device
-    there = upload(bits.view(np.uint8), device).unsqueeze(-1)  # [n, V / 8, 1]
-    unset = there >> torch.arange(8, dtype=torch.uint8, device=device) & 1 == 0  # [n, V / 8, 8]
-    forbidden = unset.flatten(1)[:, : logits.shape[1]]  # the last word may reach beyond the vocabulary
-    where = upload(np.array(rows, dtype=np.int64), device)
-    logits[where] = logits[where].masked_fill(forbidden, -torch.inf)
+    size, packed = logits.shape[1], bits.view(np.uint8)  # [n, V / 8]
+    if logits.device.type == "cpu":  # row by row: with 151,936 tokens ten times as fast as all rows at once
+        here, unset = logits.numpy(), np.unpackbits(~packed, axis=1, count=size, bitorder="little").view(bool)
+        for row, forbidden in zip(rows, unset, strict=True):
+            here[row][forbidden] = -np.inf
+        return
+    there = upload(packed, logits.device).unsqueeze(-1)  # [n, V / 8, 1]; nothing here waits for the GPU
+    unset = there >> torch.arange(8, dtype=torch.uint8, device=logits.device) & 1 == 0  # [n, V / 8, 8]
+    where = upload(np.array(rows, dtype=np.int64), logits.device)
+    logits[where] = logits[where].masked_fill(unset.flatten(1)[:, :size], -torch.inf)
 
 
 @cache
 def _executor() -> LLExecutor:
-    """Threads that fill the rows of a step side by side: of 256 requests each takes some 50 us."""
+    """Threads that fill the rows of a step side by side. A row takes 16 us of a string in JSON and up to 200 us where a new part
+    of the grammar begins, with 151,936 made-up words as tokens on a CPU of 2026-11: of 256 requests in turn, too long.
+    """
     return LLExecutor()

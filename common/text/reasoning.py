@@ -11,6 +11,9 @@ from common.text.tool_calls import certain
 
 OPEN, CLOSE = "<think>", "</think>"
 
+# SGLang's names of kinds of models that write <think>...</think>: does a text begin inside the thought, whatever the prompt says?
+FORCED = {"qwen3": False, "qwen3-thinking": True, "deepseek-r1": True}
+
 
 class Split(NamedTuple):
     """What is new of the one and of the other."""
@@ -19,9 +22,10 @@ class Split(NamedTuple):
     answer: str = ""
 
 
-def opens_thought(prompt: str) -> bool:
-    """Whether a rendered chat ends in an open thought. A closed one, as with enable_thinking=False, is none."""
-    return prompt.rstrip().endswith(OPEN)
+def opens_thought(prompt: str, parser: str = "qwen3") -> bool:
+    """Whether what follows a rendered chat begins inside a thought. A closed one, as with enable_thinking=False, is none."""
+    end = prompt.rstrip()
+    return end.endswith(OPEN) or (FORCED[parser] and not end.endswith(CLOSE))
 
 
 class ReasoningParser:

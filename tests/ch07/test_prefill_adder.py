@@ -183,3 +183,11 @@ def test_a_chunk_ends_at_a_page_s_end_and_leaves_the_rest_to_others():
     step = adder(one, budget=20)
     step.add_chunk(long, limit=None)
     assert (step.batch, step.chunked) == ([(long, 20)], None)
+
+
+def test_a_closed_gate_holds_its_request_and_the_next_one_is_asked():
+    asked = []
+    step = adder(memory(), gates=[lambda one, matched: asked.append((one.rid, matched)) or one.rid != 0])
+    assert [step.add(req(0, 9)), step.add(req(1, 9))] == [Answer.HELD, Answer.ADDED]
+    assert asked == [(0, 0), (1, 0)]
+    assert [one.rid for one, _ in step.batch] == [1]

@@ -29,8 +29,7 @@ from common.text.tool_calls import Arguments, CallBegins, CallEnds, Text, ToolCa
 Delta = dict[str, Any]
 
 
-async def chat(manager: TokenizerManager, template: str | None, http: Request) -> Response:
-    """template: instead of the checkpoint's own."""
+async def chat(manager: TokenizerManager, http: Request) -> Response:
     body = read(await http.body(), ChatBody)
     model = await check_model(manager, body)
     tokenizer = tokenizer_of(manager)
@@ -38,17 +37,18 @@ async def chat(manager: TokenizerManager, template: str | None, http: Request) -
     constraints = constraint(body, tools)
     if body.top_logprobs is not None and not body.logprobs:
         raise APIError("top_logprobs needs logprobs=true", "top_logprobs")
-    prompt, ids = await asyncio.to_thread(prompt_of, body, tools, tokenizer, template)
+    prompt, ids = await asyncio.to_thread(prompt_of, body, tools, tokenizer, manager.args.chat_template)
     length = body.max_completion_tokens or body.max_tokens or room_for(manager, ids)
-    reasons = manager.args.reasoning_parser is not None
+    parser = manager.args.reasoning_parser
+    opened = None if parser is None else opens_thought(prompt, parser)
     rid = body.rid or new_id("chatcmpl-")
     request = GenerateRequest(
         input_ids=ids, sampling_params=sampling_params(body) | {"max_new_tokens": length} | constraints,
         stream=bool(body.stream), rid=rid, return_logprob=bool(body.logprobs), top_logprobs_num=body.top_logprobs,
         extra_key=namespace(body), priority=body.priority or 0, routing_key=body.prompt_cache_key or body.user,
-        session_params=body.session_params, require_reasoning=reasons and bool(constraints) and opens_thought(prompt),
+        session_params=body.session_params, require_reasoning=bool(constraints and opened),
     )  # fmt: skip
-    reply = ChatReply(rid, model, body, tools, tokenizer, opens_thought(prompt) if reasons else None)
+    reply = ChatReply(rid, model, body, tools, tokenizer, opened)
     return await respond(manager, request, body, reply, http)
 
 

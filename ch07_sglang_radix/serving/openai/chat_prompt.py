@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ch07_sglang_radix.serving.openai.errors import APIError
@@ -98,16 +97,6 @@ def _json_schema(body: ChatBody) -> str | None:
 
 
 # --- the prompt
-
-
-def read_template(given: str | None) -> str | None:
-    """--chat-template: a file, or a template itself."""
-    if given is None or "{" in given:
-        return given
-    try:
-        return Path(given).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"chat_template={values.shown(given)} cannot be read: {error}; give a file in Jinja") from None
 
 
 def prompt_of(body: ChatBody, tools: Tools, tokenizer: Tokenizer, chat_template: str | None) -> tuple[str, list[int]]:

@@ -8,7 +8,6 @@ from fastapi import APIRouter, Request, Response
 from ch07_sglang_radix.serving.native import described
 from ch07_sglang_radix.serving.openai.answering import no_such_model
 from ch07_sglang_radix.serving.openai.chat import chat
-from ch07_sglang_radix.serving.openai.chat_prompt import read_template
 from ch07_sglang_radix.serving.openai.completions import completions
 from ch07_sglang_radix.serving.openai.errors import answers_errors
 from ch07_sglang_radix.serving.openai.protocol import ChatBody, CompletionBody
@@ -17,8 +16,6 @@ from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
 
 
 def openai_router(manager: TokenizerManager) -> APIRouter:
-    """Raises ValueError for a --chat-template that cannot be read."""
-    template = read_template(manager.args.chat_template)
     router, created = APIRouter(prefix="/v1"), int(time.time())
 
     @router.post("/completions", openapi_extra=described(CompletionBody))
@@ -29,7 +26,7 @@ def openai_router(manager: TokenizerManager) -> APIRouter:
     @router.post("/chat/completions", openapi_extra=described(ChatBody))
     @answers_errors
     async def create_chat_completion(request: Request) -> Response:
-        return await chat(manager, template, request)
+        return await chat(manager, request)
 
     @router.get("/models")
     @answers_errors

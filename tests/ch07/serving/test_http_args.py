@@ -1,5 +1,8 @@
 """Flags: SGLang's names, one line for what is not here."""
 
+import subprocess
+import sys
+
 import pytest
 
 from ch07_sglang_radix.serving.http_args import HttpArgs, parse_args
@@ -51,12 +54,39 @@ def test_a_model_has_two_names(alias):
         (["--drain-timeout", "-1"], "drain_timeout"),
         (["--log-format", "xml"], "log_format='xml' is unknown; use text or json"),
         (["--api-key", ""], "api_key: an empty text"),
+        (["--tool-call-parser", "llama3"], "tool_call_parser='llama3' is unknown; use qwen or qwen25"),
+        (
+            ["--reasoning-parser", "kimi"],
+            "reasoning_parser='kimi' is unknown; use qwen3, qwen3-thinking or deepseek-r1",
+        ),
+        (["--chat-template", "chatml"], "chat_template='chatml' cannot be read: .*; give a file in Jinja"),
+        (["--skip-tokenizer-init", "--chat-template", "{}"], "chat_template is about text"),
+        (["--skip-tokenizer-init", "--reasoning-parser", "qwen3"], "reasoning_parser is about text"),
+        (["--grammar-backend", "xgrammar"], "llguidance is the only one here"),
+        (["--grpc-port", "30001"], "unknown flag '--grpc-port': it is SGLang's, not here: HTTP is all that it speaks"),
     ],
 )
 def test_what_is_not_here_is_one_line(flags, said):
     with pytest.raises(ValueError, match=said) as error:
         parse_args(flags)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flags", [["--pp-size", "2"], ["--schedule-policy", "lmp"], ["--port", "no"], ["--help"]])
+def test_flags_are_read_before_anything_that_takes_seconds_is_imported(flags):
+    """So a bad one is told at once."""
+    code = (
+        "import sys; from ch07_sglang_radix.launch_server import main\n"
+        "import os; os._exit = lambda code: None\n"
+        f"sys.argv[1:] = {flags}\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "slow = {'torch', 'transformers', 'uvicorn', 'fastapi'} & set(sys.modules)\n"
+        "assert not slow, slow"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "launch_server" in done.stdout or "error: " in done.stderr, "it was refused, or helped"
 
 
 def test_secrets_are_not_shown():

@@ -7,10 +7,19 @@ import pytest
 
 from ch07_sglang_radix import Engine
 from ch07_sglang_radix.serving.http_client import Client
-from ch07_sglang_radix.serving.load_test import BAD_BODIES, Call, Crowd, Footprint, calls_of, conservation, grown, load
+from ch07_sglang_radix.serving.load_test import (
+    BAD_BODIES,
+    FLAGS,
+    SMALL_CACHE,
+    Call,
+    Crowd,
+    Footprint,
+    calls_of,
+    conservation,
+    grown,
+    load,
+)
 from ch07_sglang_radix.serving.served import served
-
-FLAGS = ("--device", "cpu", "--dtype", "float32", "--enable-metrics")
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +28,14 @@ def calls():
         return calls_of(engine)
 
 
-def test_a_thousand_clients_of_whom_some_leave_and_some_send_rubbish(calls):
-    with served(*FLAGS) as (url, pid):
-        outcome = asyncio.run(load(url, pid, calls, requests=1000, concurrency=50))
+@pytest.fixture(scope="module")
+def server():
+    with served(*FLAGS, environment=SMALL_CACHE) as url_and_pid:
+        yield url_and_pid
+
+
+def test_a_thousand_clients_of_whom_some_leave_and_some_send_rubbish(calls, server):
+    outcome = asyncio.run(load(*server, calls, requests=1000, concurrency=50))
     assert not outcome.wrong
     assert sum(outcome.counts.values()) == 1000
     assert outcome.counts["left"] > 150
@@ -30,12 +44,12 @@ def test_a_thousand_clients_of_whom_some_leave_and_some_send_rubbish(calls):
     assert len(outcome.memory) >= 3, "main, scheduler, detokenizer"
 
 
-def test_a_wrong_answer_and_a_body_that_is_taken_are_noticed(calls):
+def test_a_wrong_answer_and_a_body_that_is_taken_are_noticed(calls, server):
     one = calls[0]
     wrong = Call(one.text, one.params, [("another text", *one.expected[0][1:])])
 
-    async def ask(url):
-        async with Client(url) as client:
+    async def ask():
+        async with Client(server[0]) as client:
             crowd = Crowd(client, [wrong], 0)
             for way in (crowd._whole, crowd._streamed, crowd._completion):
                 with pytest.raises(ValueError, match="instead of"):
@@ -45,8 +59,7 @@ def test_a_wrong_answer_and_a_body_that_is_taken_are_noticed(calls):
             for body in BAD_BODIES:
                 await crowd._refused(body)
 
-    with served(*FLAGS) as (url, _):
-        asyncio.run(ask(url))
+    asyncio.run(ask())
 
 
 def test_what_is_lost_held_or_grown_is_named():
@@ -61,7 +74,7 @@ def test_what_is_lost_held_or_grown_is_named():
     assert conservation(whole | {"free_tokens": 59}) == ["59 free + 4 evictable + 0 protected + 0 held is not 64"]
     assert "nothing runs, and yet" in conservation(whole | {"free_tokens": 50, "held_tokens": 10})[0]
     assert not list(grown([100, 120, 150, *[150 + i % 9 for i in range(20)]]))
-    assert list(grown([100, 101, 102, *range(102, 150)])) == ["108 MB after 20% of the requests, 149 MB at the end"]
+    assert list(grown(range(100, 300, 2))) == ["198 MB after 50% of the requests, 298 MB at the end"]
 
 
 def test_the_footprint_sees_a_descriptor_that_stays_open(tmp_path):

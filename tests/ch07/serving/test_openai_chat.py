@@ -6,7 +6,6 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from ch07_sglang_radix.serving.openai.chat_prompt import read_template
 from common.teaching.scripted_checkpoint import CHAT_TEMPLATE
 from tests.ch07.serving.fake_manager import FakeManager
 from tests.ch07.serving.web import client_of, post
@@ -127,11 +126,11 @@ def test_a_chat_that_the_template_refuses_is_a_400(ask):
     assert raised.value.param == "messages"
 
 
-def test_the_template_of_a_flag_is_a_file_or_a_template(tmp_path):
-    (tmp_path / "chat.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
-    assert read_template(str(tmp_path / "chat.jinja")) == read_template("{{ messages[0].content }}")
-    with pytest.raises(ValueError, match=r"chat_template='.*none.jinja' cannot be read"):
-        read_template(str(tmp_path / "none.jinja"))
+def test_the_template_of_a_flag_is_a_file_or_a_template(ask, tmp_path):
+    template = "I hear: {{ messages[0].content }}"
+    (tmp_path / "chat.jinja").write_text(template, encoding="utf-8")
+    for given in (template, str(tmp_path / "chat.jinja")):
+        assert prompt_of(ask("x", args={"chat_template": given})[0]) == f"I hear: {MESSAGES[0]['content']}"
 
 
 # --- structure
@@ -288,6 +287,16 @@ def test_a_thought_that_the_template_opens_is_one_from_the_first_token(ask):
     assert prompt_of(manager).endswith("assistant\n<think>\n")
     message = answer.choices[0].message
     assert (message.reasoning_content, message.content) == ("Hm.", "Yes.")
+
+
+@pytest.mark.parametrize("parser", ["qwen3-thinking", "deepseek-r1"])
+def test_a_model_that_always_thinks_begins_inside_the_thought(ask, parser):
+    _, answer = ask("Hm.\n</think>\n\nYes.", args={"reasoning_parser": parser})
+    message = answer.choices[0].message
+    assert (message.reasoning_content, message.content) == ("Hm.", "Yes.")
+    closed = {"chat_template_kwargs": {"enable_thinking": False}}
+    _, answer = ask("Yes.", args={"reasoning_parser": parser}, extra_body=closed)
+    assert answer.choices[0].message.content == "Yes.", "unless the prompt has closed it"
 
 
 def test_reasoning_effort_is_told_to_a_template_that_knows_it(ask):

@@ -9,7 +9,9 @@ from tests.ch07.serving.openapi_fuzz import FLAGS, run
 def test_whatever_comes_in_the_server_says_no_or_answers_and_lives(tmp_path):
     cases = 10 * settings().max_examples  # 200 in `make test`, 2,000 in `make test-all`
     with served(*FLAGS, "--profile-dir", str(tmp_path)) as (url, _):
-        statuses = run(url, cases)
+        fuzz = run(url, cases)
+    statuses = fuzz.statuses
+    assert not fuzz.wrong
     assert sum(statuses.values()) >= cases
     assert sum(count for (path, status), count in statuses.items() if (path, status) == ("/generate", 200)) > cases / 50
     assert sum(count for (path, status), count in statuses.items() if (path, status) == ("/generate", 400)) > cases / 50

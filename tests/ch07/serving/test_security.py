@@ -49,6 +49,11 @@ def test_every_route_stands_in_the_table():
     assert served >= {"/generate", "/health", "/flush_cache", "/server_info"}
 
 
+@pytest.mark.parametrize(("enable", "status"), [(False, 404), (True, 200)])
+def test_metrics_are_there_if_the_flag_is(enable, status):
+    assert ask(app(enable_metrics=enable), "/metrics").status_code == status
+
+
 BEARER = lambda key: {"Authorization": f"Bearer {key}"}  # noqa: E731
 
 

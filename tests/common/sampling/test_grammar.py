@@ -160,19 +160,23 @@ def test_answers_of_one_grammar_are_in_different_places_of_it(mask, tokenizer):
 # --- what becomes of the logits
 
 
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 @pytest.mark.parametrize("vocabulary", [1, 31, 32, 33, 1000])
-def test_a_bit_that_is_not_set_forbids_its_token(vocabulary):
+def test_a_bit_that_is_not_set_forbids_its_token(vocabulary, device):
     rng = np.random.default_rng(vocabulary)
     bits = rng.integers(-(1 << 31), 1 << 31, (2, -(-vocabulary // 32)), dtype=np.int64).astype(np.int32)
     before = torch.randn(4, vocabulary)
-    after = before.clone()
+    after = before.to(device, copy=True)
     forbid_unset(after, [3, 1], bits)
     want = before.clone()
     for i, r in enumerate((3, 1)):
         for token in range(vocabulary):
             if not int(bits[i, token // 32]) >> token % 32 & 1:
                 want[r, token] = -torch.inf
-    assert torch.equal(after, want)
+    assert torch.equal(after.cpu(), want)
 
 
 def test_the_grammar_s_row_is_the_only_one_that_changes(mask):

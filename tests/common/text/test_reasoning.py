@@ -60,3 +60,5 @@ def test_a_prompt_that_ends_in_an_opening_tag_opens_the_thought():
     assert opens_thought("<|im_start|>assistant\n<think>\n")
     assert not opens_thought("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert not opens_thought("<|im_start|>assistant\n")
+    assert opens_thought("<|im_start|>assistant\n", "deepseek-r1")
+    assert not opens_thought("<|im_start|>assistant\n<think>\n\n</think>\n\n", "deepseek-r1")

@@ -4,7 +4,7 @@ from types import ModuleType
 from common.teaching.expect import ask, expect
 
 WORDS = ["▁The", "▁Great", "▁Wall", "▁of", "▁Ch", "ina", ",", "▁long", "▁and", "▁old", "."]
-LONG = "长城 wall 😀 " * 200
+LONG = "长城 wall 😀 " * 60
 
 
 class Decoder:
