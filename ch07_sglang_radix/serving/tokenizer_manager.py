@@ -199,9 +199,9 @@ class TokenizerManager:
             if one.name in self._rids:
                 raise RequestError(400, f"rid={shown(one.name)} is in use: a request of that name is still running")
         self._check_queue(len(call.requests))
-        news, now = News(), time.monotonic()
+        news, now, parser = News(), time.monotonic(), self.args.reasoning_parser
         mine = [
-            InFlight(next(self._numbers), one.name or uuid4().hex, i, call, news, request.stream, now)
+            InFlight(next(self._numbers), one.name or uuid4().hex, i, call, news, request.stream, now, parser)
             for i, one in enumerate(call.requests)
         ]
         if continuation is not None:

@@ -137,6 +137,28 @@ def test_a_model_that_thinks_and_calls_by_itself(scripted):
     assert answer.choices[0].finish_reason == "tool_calls"
 
 
+def test_tokens_of_the_thought_are_counted(scripted):
+    body = {"model": "default", "messages": QUESTION, "temperature": 0}
+    usage = scripted.chat.completions.create(**body).usage
+    told = usage.completion_tokens_details.reasoning_tokens
+    *_, last = scripted.chat.completions.create(**body, stream=True, stream_options={"include_usage": True})
+    assert last.usage.completion_tokens_details.reasoning_tokens == told
+    native = {
+        "text": "Say it.",
+        "sampling_params": {"max_new_tokens": 200},
+        "return_logprob": True,
+        "return_text_in_logprobs": True,
+    }
+    answer = scripted._client.post(str(scripted.base_url).replace("/v1/", "/generate"), json=native).json()["meta_info"]
+    behind = 1 + next(i for i, (_, _, text) in enumerate(answer["output_token_logprobs"]) if "/think>" in text)
+    assert answer["reasoning_tokens"] == told == behind < usage.completion_tokens
+
+
+def test_a_server_without_the_parser_counts_no_thoughts(client):
+    usage = client.completions.create(model="default", prompt="<think>", max_tokens=2).usage
+    assert usage.completion_tokens_details is None
+
+
 def test_the_same_in_a_stream_where_nothing_is_taken_back(scripted):
     thought = words = arguments = ""
     for chunk in scripted.chat.completions.create(model="default", messages=QUESTION, tools=[WEATHER], stream=True):
