@@ -77,6 +77,19 @@ def test_a_chat_is_the_engine_s_answer_to_the_rendered_prompt(client, engine):
     assert (answer.usage.prompt_tokens, answer.choices[0].finish_reason) == (len(ids), "stop")
 
 
+def test_a_chat_in_a_session_may_be_as_long_as_its_context_leaves_room(client):
+    """Without a limit of its own an answer has the rest of the model's context: behind the session, too."""
+    url = str(client.base_url).replace("/v1/", "/")
+    name = client._client.post(url + "open_session", json={}).json()
+    body = {"model": "default", "messages": QUESTION, "temperature": 0}
+    first = client.chat.completions.create(**body, extra_body={"session_params": {"id": name}})
+    params = {"id": name, "rid": first.id}
+    second = client.chat.completions.create(**body, extra_body={"session_params": params})
+    assert second.usage.prompt_tokens == first.usage.total_tokens + first.usage.prompt_tokens
+    with pytest.raises(openai.BadRequestError, match="nobody"):
+        client.chat.completions.create(**body, extra_body={"session_params": params | {"rid": "nobody"}})
+
+
 def test_logprobs_are_the_engine_s(client, engine):
     answer = client.completions.create(
         model="default", prompt=PROMPTS[0], max_tokens=5, temperature=0, logprobs=2, echo=True
