@@ -32,6 +32,7 @@ class ProfileBody(msgspec.Struct, forbid_unknown_fields=True):
 
     record_shapes: bool = False
     with_stack: bool = False
+    num_steps: int | None = None  # then it ends by itself
 
 
 class Nothing(msgspec.Struct, forbid_unknown_fields=True):

@@ -144,6 +144,7 @@ def test_a_profile_has_a_file_a_rank(tmp_path):
         assert server.call("/stop_profile", {})[1]["file"].startswith(str(tmp_path))
         assert server.call("/stop_profile", {})[0] == 400
         assert server.call("/start_profile", {"output_dir": "/"})[0] == 400, "no path comes from a request"
+        assert server.call("/start_profile", {"num_steps": 0})[0] == 400
         server.generate(input_ids=[1, 2], sampling_params={"max_new_tokens": 3})  # the ranks have all written
         files = sorted(path.name for path in tmp_path.iterdir())
         assert files == [f"{name}-TP-{rank}.trace.json" for rank in range(2)]
