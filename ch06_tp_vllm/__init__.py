@@ -1,8 +1,9 @@
 """Chapter 6: vLLM's brain on the tensor-parallel executor."""
 
+from ch06_tp_vllm.engine_args import EngineArgs
 from ch06_tp_vllm.llm import LLM
 from ch06_tp_vllm.llm_engine import LLMEngine
 from ch06_tp_vllm.outputs import CompletionOutput, RequestOutput
 from ch06_tp_vllm.sampling_params import SamplingParams
 
-__all__ = ["LLM", "CompletionOutput", "LLMEngine", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CompletionOutput", "EngineArgs", "LLMEngine", "RequestOutput", "SamplingParams"]

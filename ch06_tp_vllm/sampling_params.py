@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from common.request.intake import says_names
 from common.sampling.params import SamplingParams as RowParams
 from common.text.tokenizer import Tokenizer
 from common.values import MAX_INT, flag, shown, texts, token_ids, whole
@@ -26,6 +27,28 @@ class RequestOutputKind(Enum):
     FINAL_ONLY = 2
 
 
+# what vLLM has, or had, and this engine has not: the way out; None asks for nothing of it, and so does vLLM's default
+ELSEWHERE = {
+    "max_new_tokens": "vLLM calls it max_tokens",
+    "best_of": "use n, and keep the best by cumulative_logprob",
+    "use_beam_search": "beams are not here; use n and compare cumulative_logprob",
+    "length_penalty": "beams are not here; use n and divide cumulative_logprob by the length",
+    "early_stopping": "beams are not here; use n",
+    "do_sample": "temperature=0 takes the best token, any other draws",
+    "num_return_sequences": "vLLM calls it n",
+    "logits_processors": "use logit_bias, bad_words or allowed_token_ids",
+    "truncate_prompt_tokens": "shorten the prompt before",
+    "logprob_token_ids": "use logprobs=, the best ones",
+    "flat_logprobs": "log-probabilities are a list of dictionaries",
+    "thinking_token_budget": "use max_tokens",
+    "stream_interval": "every token is told of; leave it out",
+    "repetition_detection": "use repetition_penalty or frequency_penalty",
+    "extra_args": "nobody here would read it",
+}
+IDLE = dict.fromkeys(name for name in ELSEWHERE if name != "max_new_tokens") | {"flat_logprobs": False, "best_of": 1}
+
+
+@says_names("sampling parameter", ELSEWHERE, IDLE)
 @dataclass(frozen=True)
 class SamplingParams:
     """How to answer one prompt: n answers of at most max_tokens each. As in vLLM the default draws (temperature 1).

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ch07_sglang_radix.request import RequestOutput
-from common.request.intake import Intake, refuse_unknown
+from common.request.intake import Intake, refuse_unknown, without_idle
 from common.sampling.batch import uniform
 from common.sampling.logprobs import TokenLogprobs
 from common.sampling.params import SamplingParams
@@ -29,7 +29,17 @@ ELSEWHERE = {
     "json_schema": "structured output is not here", "regex": "structured output is not here",
     "ebnf": "structured output is not here", "structural_tag": "structured output is not here",
     "custom_params": "custom logit processors are not here",
+    "beam_width": "beams are not here; use n and compare the log-probabilities",
+    "best_of": "use n, and keep the best by its log-probabilities",
 }  # fmt: skip
+IDLE = (
+    "json_schema",
+    "regex",
+    "ebnf",
+    "structural_tag",
+    "custom_params",
+    "beam_width",
+)  # None asks for nothing of these
 MAX_ANSWERS = 1024  # n
 OUTPUTS_ONLY = -1  # logprob_start_len
 
@@ -170,7 +180,10 @@ def _names(rid: Any, n: int, single: bool) -> list[str | None]:
 
 def _params(given: Mapping[str, Any], logprobs: LogprobOptions) -> tuple[SamplingParams, int, dict[str, Any]]:
     """SGLang's dictionary -> our parameters, n, AnswerText's arguments."""
-    refuse_unknown("sampling parameter", list(given), PARAM_NAMES, ELSEWHERE)
+    given = without_idle(given, dict.fromkeys(IDLE))
+    refuse_unknown(
+        "sampling parameter", given, PARAM_NAMES, ELSEWHERE, "generate_request.py's PARAM_NAMES has them all"
+    )
     known = {RENAMED.get(key, key): value for key, value in given.items() if value is not None}
     n = whole("n", known.pop("n", 1), 1, MAX_ANSWERS)
     flags = {name: flag(name, known.pop(name, default)) for name, default in TEXT_FLAGS.items()}
