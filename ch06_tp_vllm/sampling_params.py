@@ -6,6 +6,7 @@ from enum import Enum
 from functools import cached_property
 from typing import Any
 
+from common.arguments import says_names
 from common.sampling.grammar import check_grammar
 from common.sampling.params import SamplingParams as RowParams
 from common.text.tokenizer import Tokenizer
@@ -29,6 +30,28 @@ class RequestOutputKind(Enum):
     FINAL_ONLY = 2
 
 
+# what vLLM has, or had, and this engine has not: the way out; None asks for nothing of it, and so does vLLM's default
+ELSEWHERE = {
+    "max_new_tokens": "vLLM calls it max_tokens",
+    "best_of": "use n, and keep the best by cumulative_logprob",
+    "use_beam_search": "beams are not here; use n and compare cumulative_logprob",
+    "length_penalty": "beams are not here; use n and divide cumulative_logprob by the length",
+    "early_stopping": "beams are not here; use n",
+    "do_sample": "temperature=0 takes the best token, any other draws",
+    "num_return_sequences": "vLLM calls it n",
+    "logits_processors": "use logit_bias, bad_words or allowed_token_ids",
+    "truncate_prompt_tokens": "shorten the prompt before",
+    "logprob_token_ids": "use logprobs=, the best ones",
+    "flat_logprobs": "log-probabilities are a list of dictionaries",
+    "thinking_token_budget": "use max_tokens",
+    "stream_interval": "every token is told of; leave it out",
+    "repetition_detection": "use repetition_penalty or frequency_penalty",
+    "extra_args": "nobody here would read it",
+}
+IDLE = dict.fromkeys(name for name in ELSEWHERE if name != "max_new_tokens") | {"flat_logprobs": False, "best_of": 1}
+
+
+@says_names("sampling parameter", ELSEWHERE, IDLE)
 @dataclass(frozen=True)
 class StructuredOutputsParams:
     """What an answer must be, by exactly one of: json, a schema (a text or a dict); regex; choice, one of several texts; grammar,

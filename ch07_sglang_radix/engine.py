@@ -27,11 +27,20 @@ from ch07_sglang_radix.server_args import DEFAULT_PAGE, ServerArgs
 from ch07_sglang_radix.streams import Stream, listen, wait_for
 from ch07_sglang_radix.tasks import LEAVE
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
+from common.arguments import says_names
 from common.distributed.spawn import Follower
 from common.parallel_state import initialize_tensor_parallel, shutdown_tensor_parallel
 from common.values import flag, whole
 
 Answer = dict[str, Any]
+# arguments of SGLang's generate (0.5.23, srt/entrypoints/engine.py) that are not here
+ELSEWHERE = dict.fromkeys(("image_data", "audio_data", "video_data"), "this engine reads text only") | {
+    "lora_path": "adapters are not here; merge them into the weights",
+    "custom_logit_processor": "use logit_bias of sampling_params",
+    "return_hidden_states": "answers are tokens and their log-probabilities",
+    "data_parallel_rank": "one engine is one replica; start several",
+}
+asked = says_names("argument", ELSEWHERE, dict.fromkeys(ELSEWHERE) | {"return_hidden_states": False})
 
 
 class Engine:
@@ -83,6 +92,7 @@ class Engine:
 
     # --- answers
 
+    @asked
     def generate(
         self, prompt: str | Sequence[str] | None = None,
         sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
@@ -123,6 +133,7 @@ class Engine:
         last = {answer["index"]: answer for answer in answers}
         return _without_index(call, last)
 
+    @asked
     async def async_generate(
         self, prompt: str | Sequence[str] | None = None,
         sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,

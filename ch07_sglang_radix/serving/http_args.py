@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ch07_sglang_radix.server_args import ELSEWHERE, ServerArgs
+from common.arguments import refuse_unknown
 from common.text.reasoning import FORCED
-from common.values import choice, flag, real, refuse_unknown, shown, text, texts, whole
+from common.values import choice, flag, real, shown, text, texts, whole
 
 LEVELS = ("critical", "error", "warning", "info", "debug")
 OURS = (
