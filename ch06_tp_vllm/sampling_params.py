@@ -51,7 +51,6 @@ ELSEWHERE = {
 IDLE = dict.fromkeys(name for name in ELSEWHERE if name != "max_new_tokens") | {"flat_logprobs": False, "best_of": 1}
 
 
-@says_names("sampling parameter", ELSEWHERE, IDLE)
 @dataclass(frozen=True)
 class StructuredOutputsParams:
     """What an answer must be, by exactly one of: json, a schema (a text or a dict); regex; choice, one of several texts; grammar,
@@ -96,6 +95,7 @@ class StructuredOutputsParams:
         return check_grammar(({"json": "json_schema", "regex": "regex", "grammar": "ebnf"}[name], value))
 
 
+@says_names("sampling parameter", ELSEWHERE, IDLE)
 @dataclass(frozen=True)
 class SamplingParams:
     """How to answer one prompt: n answers of at most max_tokens each. As in vLLM the default draws (temperature 1).

@@ -110,6 +110,7 @@ def test_a_demo_ends_in_one_line_whatever_happens(path):
 # what a room of common/ may stand on; kernels are Triton forms of what attention, layers and sampling define, which pick them
 ROOMS = {
     "values": set(),
+    "arguments": {"values"},
     "bounded": set(),
     "parallel_state": {"distributed"},
     "distributed": {"parallel_state", "kernels"},

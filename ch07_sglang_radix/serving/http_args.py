@@ -165,7 +165,7 @@ def _flag(name: str) -> str:
 
 
 def _hints(names: Sequence[str]) -> dict[str, str]:
-    return {_flag(name): f"it is SGLang's, not here: {NOT_HERE[name]}" for name in names if name in NOT_HERE}
+    return {_flag(name): NOT_HERE[name] for name in names if name in NOT_HERE}
 
 
 def bind(host: str, port: int) -> socket.socket:
