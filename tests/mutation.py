@@ -45,19 +45,23 @@ GIBIBYTES = 6  # of memory
 # folder | modules | the tests that they have to themselves
 TABLE = """
 ch06_tp_vllm      | block_manager                    | ch06/test_block_manager ch06/test_prefix_hits ch06/test_scheduler
-ch06_tp_vllm      | scheduler                        | ch06/test_scheduler ch06/test_llm ch06/test_prefix_hits
-ch06_tp_vllm      | llm_engine input_batch output_processor input_processor request | ch06/test_llm ch06/test_prefix_hits
+ch06_tp_vllm      | scheduler                        | ch06/test_scheduler ch06/test_llm ch06/test_output_processor
+ch06_tp_vllm      | llm_engine input_batch output_processor input_processor request |
+                    ch06/test_llm ch06/test_output_processor ch06/test_prefix_hits ch06/test_trace
 ch07_sglang_radix | radix_cache eviction tree_node   | ch07/test_radix_cache ch07/test_eviction
 ch07_sglang_radix | memory_pool                      | ch07/test_memory_pool ch07/test_radix_cache
 ch07_sglang_radix | schedule_policy                  | ch07/test_schedule_policy
 ch07_sglang_radix | prefill_adder                    | ch07/test_prefill_adder ch07/test_schedule_policy ch07/test_scheduler
 ch07_sglang_radix | tasks                            | ch07/test_tasks
-ch07_sglang_radix | scheduler scheduler_state admission step_tasks outcome retraction request_memory request schedule_batch |
+ch07_sglang_radix | request_memory retraction step_tasks |
+                    ch07/test_request_memory ch07/test_retraction ch07/test_step_tasks ch07/test_scheduler ch07/test_overlap
+ch07_sglang_radix | scheduler scheduler_state admission outcome request schedule_batch |
                     ch07/test_scheduler ch07/test_overlap ch07/test_schedule_policy ch07/test_engine_api
 common/attention  | torch_native kv_cache            | common/attention/test_torch_native common/attention/test_shared_prefix
 common/attention  | sequence_table                   | common/attention/test_sequence_table
 common/layers     | linear heads vocab               | common/layers/test_linear common/layers/test_heads common/layers/test_vocab
-common/models     | weights                          | common/models/test_weights
+common/models     | weights                          |
+                    common/models/test_weights common/models/test_weights_refused common/models/test_stored_head
 common/sampling   | sampler                          | common/sampling/test_sampler common/sampling/test_bad_rows
 common/text       | tokenizer                        | common/text/test_tokenizer common/text/test_chat_template
 common/text       | detokenizer                      | common/text/test_detokenizer

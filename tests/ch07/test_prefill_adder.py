@@ -21,8 +21,8 @@ def req(rid, length, new=4, first=None):
     return Req(rid, None, ids, SamplingParams(max_new_tokens=new), 0)
 
 
-def adder(memory, budget=64, promised=0.0, **options):
-    return PrefillAdder(memory, budget, promised, [], **options)
+def adder(memory, budget=64, promised=0.0):
+    return PrefillAdder(memory, budget, promised, [], 0.0)
 
 
 @pytest.mark.parametrize(("length", "computed", "chunked"), [(15, 15, False), (16, 16, False), (17, 16, True)])
@@ -38,6 +38,13 @@ def test_after_the_budget_is_spent_nobody_enters():
     step = adder(memory(), budget=16)
     step.add(req(0, 16))
     assert step.add(req(1, 1)) is Answer.FULL
+
+
+def test_the_last_token_of_the_budget_is_one_too():
+    step = adder(memory(page_size=1), budget=16)
+    step.add(req(0, 15))
+    assert step.add(req(1, 1)) is Answer.ADDED
+    assert step.budget == 0
 
 
 def test_what_is_left_of_the_budget_goes_to_the_next():

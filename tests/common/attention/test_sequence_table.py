@@ -62,6 +62,11 @@ def test_sequences_that_begin_alike_are_cut_into_tiles(table, alike, tiles):
     assert (tokens > 0).sum() == sum(count for _, count, _ in alike)
 
 
+@pytest.mark.parametrize(("members", "tiles"), [(0, 0), (3, 0), (4, 2), (9, 2)])
+def test_a_tile_is_worth_it_for_four_sequences_and_more(members, tiles):
+    assert SequenceTable(4, 8, 4, CPU, tile_members=members).max_tiles(11) == tiles
+
+
 def test_numbers_go_to_the_device_and_back():
     first, second = upload_all(CPU, np.array([1, 2, 3]), np.array([4]))
     assert (first.tolist(), second.tolist()) == ([1, 2, 3], [4])
