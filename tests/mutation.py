@@ -24,7 +24,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,7 +180,7 @@ class Hook(importlib.machinery.SourceFileLoader):
         return compile(ast.fix_missing_locations(tree), self.path, "exec")
 
 
-def run_tests(mutant: Mutant | None, tests: list[str], results) -> None:
+def run_tests(mutant: Mutant | None, tests: Sequence[str], results) -> None:
     """In the child: sends pytest's exit status and what it said."""
     import hypothesis  # noqa: PLC0415, so that the command itself starts at once
     import pytest  # noqa: PLC0415
@@ -204,20 +204,20 @@ class Bench:
         forks = "forkserver" in multiprocessing.get_all_start_methods()
         self.context = multiprocessing.get_context("forkserver" if forks else "spawn")
         self.context.set_forkserver_preload(HEAVY)
-        self.seconds: dict[str, float] = {}  # CPU time of a module's tests as it is
+        self.seconds: dict[tuple[str, ...], float] = {}  # CPU time of these tests with nothing changed
 
     def attempt(self, mutant: Mutant) -> tuple[str, str]:
         """(which test caught it, "" if none did; what pytest said)."""
-        tests = TESTS[mutant.module]
-        if mutant.module not in self.seconds:
-            status, said, self.seconds[mutant.module] = self._run(None, tests, float("inf"))
+        tests = tuple(TESTS[mutant.module])
+        if tests not in self.seconds:
+            status, said, self.seconds[tests] = self._run(None, tests, float("inf"))
             if status:
                 raise SystemExit(f"{said}\n{mutant.module}: its tests fail as it is")
-        status, said, _ = self._run(mutant, tests, TIMES * self.seconds[mutant.module] + SECONDS)
+        status, said, _ = self._run(mutant, tests, TIMES * self.seconds[tests] + SECONDS)
         found = re.search(r"^(?:FAILED|ERROR) (?:\S*?tests/)?(.+?)(?: - .*)?$", said, re.MULTILINE)
         return "" if status == 0 else found.group(1) if found else "its end" if status > 0 else "the limit", said
 
-    def _run(self, mutant: Mutant | None, tests: list[str], limit: float) -> tuple[int, str, float]:
+    def _run(self, mutant: Mutant | None, tests: Sequence[str], limit: float) -> tuple[int, str, float]:
         """(exit status or -1, what pytest said, CPU seconds)."""
         results, theirs = self.context.Pipe(duplex=False)
         child = self.context.Process(target=run_tests, args=(mutant, tests, theirs))
