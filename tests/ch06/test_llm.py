@@ -214,6 +214,15 @@ def test_a_value_of_a_wrong_kind_is_refused_at_once_and_the_others_go_on(engine,
     assert {output.request_id for output in outputs} == {"good"}
 
 
+def test_of_equal_priority_the_first_goes_first_and_so_do_the_answers_of_a_prompt(checkpoint):
+    engine = LLMEngine(
+        str(checkpoint("qwen2")), device="cpu", num_gpu_blocks_override=64, scheduling_policy="priority", max_num_seqs=1
+    )
+    for name, n, priority in (("a", 3, 0), ("b", 1, 0), ("c", 2, -1)):
+        engine.add_request(name, [1, 2, 3], params(1, n=n), priority=priority)
+    assert [request.request_id for request in engine.scheduler.waiting] == ["c/0", "c/1", "a/0", "a/1", "a/2", "b/0"]
+
+
 def test_a_salt_stands_in_the_prompt_or_beside_it(engine):
     """And the blocks of one salt are not those of another."""
     hits = []

@@ -132,6 +132,12 @@ def test_times_are_noted_once_and_the_last_one_when_all_answers_have_ended(llm):
     assert len({(o.metrics.first_scheduled_time, o.metrics.first_token_time) for o in outputs}) == 1
 
 
+def test_token_0_is_a_token(checkpoint):
+    engine = small(checkpoint("qwen2"))
+    engine.add_request("a", [1, 2, 3], params(3, allowed_token_ids=[0]))
+    assert to_the_end(engine)[-1].outputs[0].token_ids == [0, 0, 0]
+
+
 def test_tokens_are_counted_from_the_beginning(checkpoint):
     engine = small(checkpoint("qwen2"))
     for name, length, tokens in (("a", 3, 4), ("b", 5, 2)):

@@ -57,6 +57,13 @@ def test_several_prompts_make_one_ragged_step(scheduler):
     assert scheduler.work == {"tokens": 15 + 2 * 3, "samplings": 3, "sampled": 9}
 
 
+def test_token_0_is_a_token(scheduler):
+    scheduler.add_request(input_ids=[1, 2], sampling_params=params(3, allowed_token_ids=[0]))
+    (out,) = scheduler.process_requests().values()
+    assert out.output_ids == [0, 0, 0]
+    assert (out.prompt_tokens, out.completion_tokens, scheduler.num_finished) == (2, 3, 1)
+
+
 def test_a_prompt_waits_a_step_for_the_prefix_that_another_is_computing(scheduler):
     shared = list(range(40))
     for tail in ([1], [2], [3]):
