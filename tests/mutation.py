@@ -241,7 +241,7 @@ def chosen(args: argparse.Namespace) -> list[Mutant]:
     modules = [module for module in TESTS if args.module in (None, module, Path(module).stem)]
     if not modules:
         raise SystemExit(f"--module {args.module} is none of {', '.join(sorted(TESTS))}")
-    every = [mutant for module in modules for mutant in mutants(module) if args.line in (None, mutant.line)]
+    every = [mutant for module in modules for mutant in mutants(module) if not args.line or mutant.line in args.line]
     every.sort(key=lambda mutant: hashlib.sha256(f"{args.seed} {mutant.name}".encode()).digest())
     return sorted(every[: args.sample], key=lambda mutant: (mutant.module, mutant.index))
 
@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--module", help="one module, by its name or path; by default all, or those of the same name")
     parser.add_argument("--sample", type=int, default=1 << 30, help="so many changes, drawn at random; by default all")
     parser.add_argument("--seed", type=int, default=1, help="of the sample")
-    parser.add_argument("--line", type=int, help="the changes of this line only")
+    parser.add_argument("--line", type=int, nargs="+", help="the changes of these lines only")
     parser.add_argument("--keep", action="store_true", help="print what pytest says")
     parser.add_argument(
         "--log", type=Path, help="append the results to this file, and do not repeat what it has caught"
