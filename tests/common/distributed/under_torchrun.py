@@ -9,8 +9,9 @@ from common.distributed.launch import run_main
 from common.parallel_state import all_reduce, broadcast, initialize_tensor_parallel, shutdown_tensor_parallel
 
 
-def start_and_shut_down_ten_times() -> None:
-    for i in range(10):
+def start_and_shut_down() -> None:
+    times = int(sys.argv[2])
+    for i in range(times):
         tp = initialize_tensor_parallel(2, device="cpu", timeout_s=30)
         summed = all_reduce(torch.full((3,), float(tp.rank + i)), tp, "x").tolist()
         told = broadcast(torch.tensor([i if tp.rank == 0 else -1]), tp, "b").tolist()
@@ -19,7 +20,7 @@ def start_and_shut_down_ten_times() -> None:
         if i % 3 == tp.rank:
             time.sleep(0.2)  # one leaves late, one comes early
         shutdown_tensor_parallel()
-    print("ten times\n", end="")
+    print(f"{times} times\n", end="")
 
 
 def talk_for_ever() -> None:
