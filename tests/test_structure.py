@@ -84,7 +84,7 @@ def test_every_collective_call_carries_its_marker():
 
 
 def test_collectives_are_called_in_one_place():
-    """Everything goes through common/parallel_state.py, or the ledger would miss it; it alone calls the fast one. meeting.py has stores only."""
+    """Everything goes through common/parallel_state.py, or the ledger would miss it; it alone calls the fast one."""
     for path in MODULES:
         assert path.name == "parallel_state.py" or "common.distributed.symmetric_memory" not in path.read_text(
             encoding="utf-8"
