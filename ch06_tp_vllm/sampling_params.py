@@ -136,6 +136,8 @@ class SamplingParams:
 
     def __post_init__(self):
         n, most = whole("n", self.n, 1, MAX_ANSWERS), self.max_tokens
+        if type(self.seed) is int and self.seed == -1:  # vLLM's other way to say None
+            self._keep({"seed": None})
         kept = {
             "n": n, "stop": texts("stop", self.stop), "bad_words": texts("bad_words", self.bad_words),
             "stop_token_ids": token_ids("stop_token_ids", _several_ids(self.stop_token_ids)),
@@ -183,8 +185,10 @@ def _several_ids(given: Any) -> Any:
 
 
 def _spellings(word: str, tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of a word at the beginning of a text and behind a space, as vLLM forbids both
-    (SamplingParams.update_from_tokenizer).
+    """Token ids of a word at the beginning of a text, and behind a space if that has as many and begins with another one: as in
+    vLLM 0.33 (sampling_params.py, update_from_tokenizer), so a word of two tokens may still come as one that has the space.
     """
     bare, spaced = (tokenizer.encode_bare(text) for text in (word.lstrip(), " " + word.lstrip()))
-    return [bare] if bare == spaced or not spaced else [bare, spaced]
+    if not bare:
+        raise ValueError(f"bad_words: {shown(word)} has no token that could be forbidden; leave it out")
+    return [bare, spaced] if len(spaced) == len(bare) and spaced[0] != bare[0] else [bare]

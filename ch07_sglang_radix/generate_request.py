@@ -33,14 +33,8 @@ ELSEWHERE = {
     "beam_width": "beams are not here; use n and compare the log-probabilities",
     "best_of": "use n, and keep the best by its log-probabilities",
 }  # fmt: skip
-IDLE = (
-    "json_schema",
-    "regex",
-    "ebnf",
-    "structural_tag",
-    "custom_params",
-    "beam_width",
-)  # None asks for nothing of these
+# None asks for nothing of these
+IDLE = ("json_schema", "regex", "ebnf", "structural_tag", "custom_params", "beam_width")
 MAX_ANSWERS = 1024  # n
 OUTPUTS_ONLY = -1  # logprob_start_len
 

@@ -28,9 +28,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from common.distributed.ledger import Ledger
+from common.distributed.meeting import has_ended_in_order, meeting_place
 from common.distributed.processes import RankFailure, fate, keep_freed_memory
 from common.distributed.spawn import FRAME, LEAVE, LEAVE_S, Follower, SpawnedRanks, start_ranks
 from common.distributed.symmetric_memory import SymmetricAllReduce, meet_in_symmetric_memory
@@ -66,8 +66,6 @@ class TPGroup:
 
 _tp: TPGroup | None = None  # the process's own group; read at the outer API only, never inside a layer
 _spawned: SpawnedRanks | None = None  # of the group there is now, if rank 0 started its ranks
-_torchruns_store: dist.Store | None = None  # kept for the life of the process: a second one could meet a port in use
-_starts = 0  # of a world over that store
 _failed = False  # a message did
 _own_world = False  # torch.distributed was initialized here, and not by whoever uses this module
 
@@ -228,18 +226,8 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta, disabl
 
 
 def _store(rank: int, timeout: timedelta) -> dist.Store:
-    """Where the ranks of this start meet: nothing in it is left over from an earlier start.
-
-    torchrun's store outlives a process group, and so do the addresses that the ranks of the last one left in it: gloo
-    would wait for peers that are gone (pytorch#114585). So each start has names of its own.
-    """
-    global _torchruns_store, _starts
-    if _spawned:
-        return dist.FileStore(_spawned.meet(rank), _spawned.size)
-    if _torchruns_store is None:
-        _torchruns_store, _, _ = next(rendezvous("env://", timeout=timeout))
-    _starts += 1
-    return dist.PrefixStore(f"start {_starts}", _torchruns_store)
+    """Where the ranks of this start meet."""
+    return dist.FileStore(_spawned.meet(rank), _spawned.size) if _spawned else meeting_place(timeout)
 
 
 # --- the collectives: one rank alone has nothing to say, so R = 1 returns its input and records nothing
@@ -315,17 +303,19 @@ def _call(send: Callable[[], Any], op: str, x: torch.Tensor, tp: TPGroup, label:
         _failed = True
         if tp.spawned:
             tp.spawned.broken = True
-        raise RankFailure(f"rank {tp.rank}: {op} {label!r} {list(x.shape)} failed: {_blame(tp, error)}") from error
+        why, known = _blame(tp, error)
+        said = f"rank {tp.rank}: {op} {label!r} {list(x.shape)} failed: {why}"
+        raise RankFailure(said) from None if known else error  # the backend has nothing to add to a rank that is named
 
 
-def _blame(tp: TPGroup, error: Exception) -> str:
-    """Which peer is gone: the backend names a socket, a reader wants a rank."""
+def _blame(tp: TPGroup, error: Exception) -> tuple[str, bool]:
+    """Which peer is gone, and whether one is known to be: the backend names a socket, a reader wants a rank."""
     deadline = time.monotonic() + 2.0  # a dying process closes its sockets a moment before it is gone
     while time.monotonic() < deadline:
         if lost := lost_peer(tp):
-            return lost
+            return lost, True
         time.sleep(0.02)
-    return f"no peer on this host is dead, so one is stuck or unreachable ({str(error).splitlines()[0]})"
+    return f"no peer on this host is dead, so one is stuck or unreachable ({str(error).splitlines()[0]})", False
 
 
 def lost_peer(tp: TPGroup | None = None) -> str | None:
@@ -335,5 +325,7 @@ def lost_peer(tp: TPGroup | None = None) -> str | None:
         if rank != tp.rank and host == tp.peers[tp.rank][0] and (what := fate(pid)):
             if tp.spawned and tp.spawned.died_of_another(rank):  # whose end may take the system longer
                 continue
+            if has_ended_in_order(rank):
+                what = "has come to the end of its script; under torchrun all ranks make the same calls"
             return f"rank {rank} (pid {pid}) {what}{tp.spawned.last_words(rank) if tp.spawned else ''}"
     return None

@@ -62,6 +62,20 @@ def test_a_signal_to_torchrun_is_one_line_a_rank(name):
     assert "common/" not in torchruns
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("rank_0_alone_sums", "has come to the end of its script; under torchrun all ranks make the same calls"),
+        ("rank_1_dies_of_an_error", "has died"),
+    ],
+)
+def test_a_rank_that_makes_fewer_calls_is_told_from_one_that_dies(name, why):
+    _, err = script(name, torchrun=True).communicate(timeout=100)
+    said = rf"error: rank 0: all_reduce 'x' \[4\] failed: rank 1 \(pid \d+\) {why}"
+    stopped = rf"error: rank 0 is stopped because rank 1 \(pid \d+\) {why}"  # torchrun has heard of it first
+    assert any(re.fullmatch(f"{said}|{stopped}", line) for line in err.splitlines()), err
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no file that is always full")
 @pytest.mark.parametrize("unbuffered", [False, True])
 @pytest.mark.parametrize("name", ["print_much", "print_little"])

@@ -30,6 +30,19 @@ def talk_for_ever() -> None:
         all_reduce(torch.ones(4), tp, "x")
 
 
+def rank_0_alone_sums() -> None:
+    tp = initialize_tensor_parallel(device="cpu")
+    if tp.rank == 0:
+        all_reduce(torch.ones(4), tp, "x")
+
+
+def rank_1_dies_of_an_error() -> None:
+    tp = initialize_tensor_parallel(device="cpu")
+    if tp.rank == 1:
+        raise ArithmeticError
+    all_reduce(torch.ones(4), tp, "x")
+
+
 def print_much() -> None:
     for i in range(10_000):
         print(i)
