@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
+from common.distributed.goodbyes import Goodbyes, next_meeting
 from common.distributed.ledger import Ledger
 from common.distributed.processes import RankFailure, fate, keep_freed_memory
 from common.distributed.spawn import FRAME, LEAVE, LEAVE_S, Follower, SpawnedRanks, start_ranks
@@ -57,6 +57,7 @@ class TPGroup:
     peers: tuple[tuple[int, int], ...] = ()  # (host, pid) of each rank, to name the one that died
     fast_all_reduce: SymmetricAllReduce | None = None  # for small messages between GPUs of one host
     spawned: SpawnedRanks | None = None  # rank 0 started the others: only it runs a script, they follow
+    goodbyes: Goodbyes | None = None  # torchrun started them: who shuts down says so
     ledger: Ledger = field(default_factory=Ledger, compare=False)
 
     def __post_init__(self):
@@ -66,8 +67,6 @@ class TPGroup:
 
 _tp: TPGroup | None = None  # the process's own group; read at the outer API only, never inside a layer
 _spawned: SpawnedRanks | None = None  # of the group there is now, if rank 0 started its ranks
-_torchruns_store: dist.Store | None = None  # kept for the life of the process: a second one could meet a port in use
-_starts = 0  # of a world over that store
 _spawned_symmetric = False  # ranks that were started here have met in symmetric memory
 _own_world = False  # torch.distributed was initialized here, and not by whoever uses this module
 
@@ -153,6 +152,8 @@ def shutdown_tensor_parallel(tp: TPGroup | None = None) -> None:
     spawned, _spawned = (_spawned, None) if _spawned and _spawned.processes else (None, _spawned)
     if spawned:
         _dismiss(spawned, tp)
+    if tp is not None and tp.goodbyes:
+        tp.goodbyes.say()
     if tp is not None and tp.device.type == "cuda":
         # NCCL waits for captured graphs that hold its communicator, and the next engine needs the memory: garbage goes first
         gc.collect()
@@ -203,9 +204,12 @@ def pick_device(device: str, local_rank: int = 0, ranks: int = 1) -> torch.devic
 def _join(rank: int, size: int, device: torch.device, timeout: timedelta, disable_custom_all_reduce: bool) -> TPGroup:
     global _own_world
     backend = "gloo" if device.type == "cpu" else "nccl"
+    goodbyes = None
     if not dist.is_initialized():
-        dist.init_process_group(backend, store=_store(rank, timeout), rank=rank, world_size=size, timeout=timeout)
+        store = dist.FileStore(_spawned.meet(rank), size) if _spawned else next_meeting(timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         _own_world = True
+        goodbyes = None if _spawned else Goodbyes(store, rank)
     device_group = dist.new_group(backend=backend, timeout=timeout)
     control_group = dist.new_group(backend="gloo", timeout=FOREVER if _spawned and rank > 0 else timeout)
     me = torch.tensor([zlib.crc32(platform.node().encode()), os.getpid()])
@@ -215,22 +219,7 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta, disabl
     fast = None
     if device.type == "cuda" and not disable_custom_all_reduce:
         fast = _connect(device, device_group, control_group, peers)
-    return TPGroup(dist.get_rank(), len(peers), device, device_group, control_group, peers, fast, _spawned)
-
-
-def _store(rank: int, timeout: timedelta) -> dist.Store:
-    """Where the ranks of this start meet: nothing in it is left over from an earlier start.
-
-    torchrun's store outlives a process group, and so do the addresses that the ranks of the last one left in it: gloo
-    would wait for peers that are gone (pytorch#114585). So each start has names of its own.
-    """
-    global _torchruns_store, _starts
-    if _spawned:
-        return dist.FileStore(_spawned.meet(rank), _spawned.size)
-    if _torchruns_store is None:
-        _torchruns_store, _, _ = next(rendezvous("env://", timeout=timeout))
-    _starts += 1
-    return dist.PrefixStore(f"start {_starts}", _torchruns_store)
+    return TPGroup(dist.get_rank(), len(peers), device, device_group, control_group, peers, fast, _spawned, goodbyes)
 
 
 def _connect(device: torch.device, device_group, control_group, peers) -> SymmetricAllReduce | None:
@@ -325,6 +314,8 @@ def _call(send: Callable[[], Any], op: str, x: torch.Tensor, tp: TPGroup, label:
     except RuntimeError as error:
         if tp.spawned:
             tp.spawned.broken = True
+        if tp.goodbyes:
+            tp.goodbyes.bereaved = True
         raise RankFailure(f"rank {tp.rank}: {op} {label!r} {list(x.shape)} failed: {_blame(tp, error)}") from error
 
 
@@ -334,6 +325,8 @@ def _blame(tp: TPGroup, error: Exception) -> str:
     while time.monotonic() < deadline:
         if lost := lost_peer(tp):
             return lost
+        if tp.goodbyes and (left := [rank for rank in range(tp.size) if tp.goodbyes.said_by(rank)]):
+            return f"rank {left[0]} has left and makes no such call; every rank must make the same calls"
         time.sleep(0.02)
     return f"no peer on this host is dead, so one is stuck or unreachable ({str(error).splitlines()[0]})"
 
@@ -344,6 +337,8 @@ def lost_peer(tp: TPGroup | None = None) -> str | None:
     for rank, (host, pid) in enumerate(tp.peers if tp else ()):
         if rank != tp.rank and host == tp.peers[tp.rank][0] and (what := fate(pid)):
             if tp.spawned and tp.spawned.died_of_another(rank):  # whose end may take the system longer
+                continue
+            if tp.goodbyes and tp.goodbyes.said_by(rank):  # its end was no death
                 continue
             return f"rank {rank} (pid {pid}) {what}{tp.spawned.last_words(rank) if tp.spawned else ''}"
     return None

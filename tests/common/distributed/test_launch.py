@@ -26,6 +26,21 @@ def test_torchrun_s_ranks_start_and_shut_down_ten_times():
     assert out == "ten times\n" * 2, err
 
 
+@pytest.mark.parametrize("name", ["rank_1_shuts_down_and_goes_on", "rank_1_comes_to_its_end"])
+def test_a_rank_that_makes_fewer_calls_is_named_and_not_called_dead(name):
+    _, err = script(name, torchrun=True).communicate(timeout=60)
+    said = [line for line in err.splitlines() if line.startswith("error: ")]
+    left = "rank 1 has left and makes no such call; every rank must make the same calls"
+    assert said == [f"error: rank 0: all_reduce 'y' [4] failed: {left}"], err
+
+
+def test_a_rank_that_ends_with_an_exception_has_died():
+    _, err = script("rank_1_fails", torchrun=True).communicate(timeout=60)
+    said = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert re.search(r"^error: rank 0.* rank 1 \(pid \d+\) has died$", said[0]), err
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_to_torchrun_is_one_line_a_rank(name):
