@@ -18,7 +18,7 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest --nbmake -n auto --dist worksteal tests notebooks
 
-# do the tests bite? (SAMPLE changes of the product, one at a time; about 15 s each)
+# do the tests bite? (SAMPLE changes of the product, one at a time; about 20 s each)
 SAMPLE ?= 120
 mutation: setup
 	$(BIN)/python -m tests.mutation --sample $(SAMPLE)

@@ -28,12 +28,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from common.distributed.ledger import Ledger
+from common.distributed.meeting import has_ended_in_order, meeting_place
 from common.distributed.processes import RankFailure, fate, keep_freed_memory
 from common.distributed.spawn import FRAME, LEAVE, LEAVE_S, Follower, SpawnedRanks, start_ranks
-from common.distributed.symmetric_memory import SymmetricAllReduce
+from common.distributed.symmetric_memory import SymmetricAllReduce, meet_in_symmetric_memory
 
 CPU_TIMEOUT_S = 60.0
 CPU = torch.device("cpu")
@@ -66,9 +66,7 @@ class TPGroup:
 
 _tp: TPGroup | None = None  # the process's own group; read at the outer API only, never inside a layer
 _spawned: SpawnedRanks | None = None  # of the group there is now, if rank 0 started its ranks
-_torchruns_store: dist.Store | None = None  # kept for the life of the process: a second one could meet a port in use
-_starts = 0  # of a world over that store
-_spawned_symmetric = False  # ranks that were started here have met in symmetric memory
+_failed = False  # a message did
 _own_world = False  # torch.distributed was initialized here, and not by whoever uses this module
 
 
@@ -113,7 +111,6 @@ def initialize_tensor_parallel(
     if spawning:
         shutdown_tensor_parallel()
         _spawned = start_ranks(follower, size)
-        atexit.register(shutdown_tensor_parallel)
     if size == 1:
         _tp = TPGroup(device=where)
         return _tp
@@ -123,6 +120,8 @@ def initialize_tensor_parallel(
         if spawning:
             shutdown_tensor_parallel()
         raise
+    atexit.unregister(_leave_at_exit)
+    atexit.register(_leave_at_exit)
     return _tp
 
 
@@ -167,6 +166,13 @@ def shutdown_tensor_parallel(tp: TPGroup | None = None) -> None:
         spawned.close()
 
 
+def _leave_at_exit() -> None:
+    """For a script that ends without shutdown: the threads of a gloo group that is still there abort the process now and
+    then. Not after a message has failed: a group that misses a member may never end. A joined NCCL group ends by itself."""
+    if _tp and (_spawned or (_tp.device.type == "cpu" and not _failed)):
+        shutdown_tensor_parallel()
+
+
 def _dismiss(spawned: SpawnedRanks, tp: TPGroup | None) -> None:
     """Tell the followers to leave; end those that cannot hear it."""
     frame = torch.zeros(FRAME, dtype=torch.int64)
@@ -201,7 +207,8 @@ def pick_device(device: str, local_rank: int = 0, ranks: int = 1) -> torch.devic
 
 
 def _join(rank: int, size: int, device: torch.device, timeout: timedelta, disable_custom_all_reduce: bool) -> TPGroup:
-    global _own_world
+    global _own_world, _failed
+    _failed = False
     backend = "gloo" if device.type == "cpu" else "nccl"
     if not dist.is_initialized():
         dist.init_process_group(backend, store=_store(rank, timeout), rank=rank, world_size=size, timeout=timeout)
@@ -214,44 +221,13 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta, disabl
     peers = tuple((int(host), int(pid)) for host, pid in everyone)
     fast = None
     if device.type == "cuda" and not disable_custom_all_reduce:
-        fast = _connect(device, device_group, control_group, peers)
+        fast = meet_in_symmetric_memory(device, device_group, control_group, peers, _spawned is not None)
     return TPGroup(dist.get_rank(), len(peers), device, device_group, control_group, peers, fast, _spawned)
 
 
 def _store(rank: int, timeout: timedelta) -> dist.Store:
-    """Where the ranks of this start meet: nothing in it is left over from an earlier start.
-
-    torchrun's store outlives a process group, and so do the addresses that the ranks of the last one left in it: gloo
-    would wait for peers that are gone (pytorch#114585). So each start has names of its own.
-    """
-    global _torchruns_store, _starts
-    if _spawned:
-        return dist.FileStore(_spawned.meet(rank), _spawned.size)
-    if _torchruns_store is None:
-        _torchruns_store, _, _ = next(rendezvous("env://", timeout=timeout))
-    _starts += 1
-    return dist.PrefixStore(f"start {_starts}", _torchruns_store)
-
-
-def _connect(device: torch.device, device_group, control_group, peers) -> SymmetricAllReduce | None:
-    """Symmetric memory, if all ranks can have it: they must all send the same message the same way.
-
-    Each process counts how often it has met others there, and for ever; the ranks of a second start, which are new and
-    begin at 0, would wait for one another under different numbers. They talk through NCCL.
-    """
-    global _spawned_symmetric
-    possible = len({host for host, _ in peers}) == 1 and SymmetricAllReduce.reachable(device, len(peers))
-    if not _all_agree(possible and not _spawned_symmetric, control_group):
-        return None
-    _spawned_symmetric = _spawned is not None
-    fast = SymmetricAllReduce.connect(device_group, device)
-    return fast if _all_agree(fast is not None, control_group) else None
-
-
-def _all_agree(mine: bool, group) -> bool:
-    vote = torch.tensor([int(mine)])
-    dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=group)  # COMM all-reduce [1]: can every rank do it?
-    return bool(vote)
+    """Where the ranks of this start meet."""
+    return dist.FileStore(_spawned.meet(rank), _spawned.size) if _spawned else meeting_place(timeout)
 
 
 # --- the collectives: one rank alone has nothing to say, so R = 1 returns its input and records nothing
@@ -323,19 +299,23 @@ def _call(send: Callable[[], Any], op: str, x: torch.Tensor, tp: TPGroup, label:
     try:
         return send()
     except RuntimeError as error:
+        global _failed
+        _failed = True
         if tp.spawned:
             tp.spawned.broken = True
-        raise RankFailure(f"rank {tp.rank}: {op} {label!r} {list(x.shape)} failed: {_blame(tp, error)}") from error
+        why, known = _blame(tp, error)
+        said = f"rank {tp.rank}: {op} {label!r} {list(x.shape)} failed: {why}"
+        raise RankFailure(said) from None if known else error  # the backend has nothing to add to a rank that is named
 
 
-def _blame(tp: TPGroup, error: Exception) -> str:
-    """Which peer is gone: the backend names a socket, a reader wants a rank."""
+def _blame(tp: TPGroup, error: Exception) -> tuple[str, bool]:
+    """Which peer is gone, and whether one is known to be: the backend names a socket, a reader wants a rank."""
     deadline = time.monotonic() + 2.0  # a dying process closes its sockets a moment before it is gone
     while time.monotonic() < deadline:
         if lost := lost_peer(tp):
-            return lost
+            return lost, True
         time.sleep(0.02)
-    return f"no peer on this host is dead, so one is stuck or unreachable ({str(error).splitlines()[0]})"
+    return f"no peer on this host is dead, so one is stuck or unreachable ({str(error).splitlines()[0]})", False
 
 
 def lost_peer(tp: TPGroup | None = None) -> str | None:
@@ -345,5 +325,7 @@ def lost_peer(tp: TPGroup | None = None) -> str | None:
         if rank != tp.rank and host == tp.peers[tp.rank][0] and (what := fate(pid)):
             if tp.spawned and tp.spawned.died_of_another(rank):  # whose end may take the system longer
                 continue
+            if has_ended_in_order(rank):
+                what = "has come to the end of its script; under torchrun all ranks make the same calls"
             return f"rank {rank} (pid {pid}) {what}{tp.spawned.last_words(rank) if tp.spawned else ''}"
     return None

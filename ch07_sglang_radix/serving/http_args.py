@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ch07_sglang_radix.server_args import ELSEWHERE, ServerArgs
+from common.arguments import refuse_unknown
 from common.text.reasoning import FORCED
-from common.values import choice, flag, real, refuse_unknown, shown, text, texts, whole
+from common.values import choice, flag, real, shown, text, texts, whole
 
 LEVELS = ("critical", "error", "warning", "info", "debug")
 OURS = (
@@ -167,7 +168,7 @@ def _flag(name: str) -> str:
 
 
 def _hints(names: Sequence[str]) -> dict[str, str]:
-    return {_flag(name): f"it is SGLang's, not here: {NOT_HERE[name]}" for name in names if name in NOT_HERE}
+    return {_flag(name): NOT_HERE[name] for name in names if name in NOT_HERE}
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -35,7 +35,7 @@ ROUTES: dict[str, Guard] = {
     "/v1/models": "key", "/v1/models/{model}": "key", "/v1/completions": "key", "/v1/chat/completions": "key",
     "/flush_cache": "admin", "/abort_request": "admin", "/pause_generation": "admin", "/continue_generation": "admin",
     "/step_generation": "admin", "/start_profile": "admin", "/stop_profile": "admin",
-    "/xray/events": "page",
+    "/xray/events": "page", "/": "files",
 }  # fmt: skip
 PREFIXES: dict[str, Guard] = {"/xray": "files", "/v1/models/": "key"}
 LOCAL_NAMES = ("localhost", "")

@@ -1,4 +1,4 @@
-"""How scripts end: ten starts under one torchrun, Ctrl-C, a full disk, a reader that has seen enough."""
+"""How scripts end: several starts under one torchrun, Ctrl-C, a full disk, a reader that has seen enough."""
 
 import os
 import re
@@ -14,16 +14,27 @@ MODULE = "tests.common.distributed.under_torchrun"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", MODULE]
 
 
-def script(name: str, *, torchrun: bool, stdout=subprocess.PIPE, unbuffered: bool = False) -> subprocess.Popen:
+def script(*name: str, torchrun: bool, stdout=subprocess.PIPE, unbuffered: bool = False) -> subprocess.Popen:
     env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | ({"PYTHONUNBUFFERED": "1"} if unbuffered else {})
-    argv = [*TORCHRUN, name] if torchrun else [sys.executable, "-m", MODULE, name]
+    argv = [*TORCHRUN, *name] if torchrun else [sys.executable, "-m", MODULE, *name]
     return subprocess.Popen(argv, cwd=ROOT, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
-def test_torchrun_s_ranks_start_and_shut_down_ten_times():
-    out, err = script("start_and_shut_down_ten_times", torchrun=True).communicate(timeout=200)
-    assert out == "ten times\n" * 2, err
+def test_a_script_may_end_without_shutdown():
+    """The threads of a group that is still there aborted one process in five, so there are many."""
+    argv = [arg.replace("=2", "=8") for arg in TORCHRUN]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*argv, "end_without_a_word"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "8\n" * 8), done.stderr
+
+
+@pytest.mark.parametrize("times", [2, 10])
+def test_torchrun_s_ranks_start_and_shut_down_again(times):
+    out, err = script("start_and_shut_down", str(times), torchrun=True).communicate(timeout=200)
+    assert out == f"{times} times\n" * 2, err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
@@ -49,6 +60,20 @@ def test_a_signal_to_torchrun_is_one_line_a_rank(name):
     assert any(f"stopped ({name})" in line for line in ours)
     assert "Traceback" not in torchruns
     assert "common/" not in torchruns
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("rank_0_alone_sums", "has come to the end of its script; under torchrun all ranks make the same calls"),
+        ("rank_1_dies_of_an_error", "has died"),
+    ],
+)
+def test_a_rank_that_makes_fewer_calls_is_told_from_one_that_dies(name, why):
+    _, err = script(name, torchrun=True).communicate(timeout=100)
+    said = rf"error: rank 0: all_reduce 'x' \[4\] failed: rank 1 \(pid \d+\) {why}"
+    stopped = rf"error: rank 0 is stopped because rank 1 \(pid \d+\) {why}"  # torchrun has heard of it first
+    assert any(re.fullmatch(f"{said}|{stopped}", line) for line in err.splitlines()), err
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no file that is always full")
