@@ -63,7 +63,6 @@ def test_a_model_has_two_names(alias):
         (["--skip-tokenizer-init", "--chat-template", "{}"], "chat_template is about text"),
         (["--skip-tokenizer-init", "--reasoning-parser", "qwen3"], "reasoning_parser is about text"),
         (["--grammar-backend", "xgrammar"], "llguidance is the only one here"),
-        (["--grpc-port", "30001"], "flag --grpc-port is not here: HTTP is all that it speaks"),
     ],
 )
 def test_what_is_not_here_is_one_line(flags, said):
