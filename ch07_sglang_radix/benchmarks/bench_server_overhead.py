@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import csv
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -247,7 +248,7 @@ def between_tokens(run: Run) -> float:
 
 def measured(runs: dict[str, list[Run]]) -> dict[str, Any]:
     """The other columns: medians over rounds, the spread, and the seconds of CPU of each process of the server."""
-    columns = {"rounds": len(runs["server"])}
+    columns = {"rounds": len(runs["server"]), "cores": os.cpu_count()}
     for name, some in runs.items():
         for what, of in (("tokens/s", tokens_a_second), ("first ms", to_first_token), ("between ms", between_tokens)):
             there = what == "tokens/s" or some[0].first
@@ -266,6 +267,8 @@ def record(row: dict[str, Any], path: Path) -> None:
     if path.exists():
         with open(path, newline="", encoding="utf-8") as file:
             earlier = list(csv.DictReader(file))
+    if any(name not in old for old in earlier for name in row):
+        raise ValueError(f"{path} holds other columns than these rows have; give another --csv")
     write_csv([row, *(old for old in earlier if any(old[name] != str(row[name]) for name in LOAD))], path)
 
 
@@ -281,7 +284,7 @@ def report(runs: dict[str, list[Run]]) -> None:
         row("output tokens/s", tokens_a_second, ",.0f", lambda e, s: f"{s / e:.1%} of the engine's"),
     ]
     if runs["Engine"][0].first:
-        added = lambda e, s: f"+{s - e:.2f}"  # noqa: E731
+        added = lambda e, s: f"{s - e:+.2f}"  # noqa: E731
         rows += [
             row("time to first token, ms", to_first_token, ".2f", added),
             row("time between tokens, ms", between_tokens, ".2f", added),

@@ -43,6 +43,14 @@ def test_a_row_says_what_was_measured_and_on_what(tmp_path):
     assert row["date"]
 
 
+def test_a_file_of_something_else_is_left_alone(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("model,answer\nm,42\n")
+    with pytest.raises(ValueError, match="holds other columns"):
+        record(load_of(Namespace(**ARGS)) | measured(runs()), path)
+    assert path.read_text() == "model,answer\nm,42\n"
+
+
 def test_a_load_has_one_row_and_other_loads_keep_theirs(tmp_path):
     path = tmp_path / "rows.csv"
     many, few = Namespace(**ARGS | {"concurrency": 64}), Namespace(**ARGS | {"stream": False})
