@@ -19,6 +19,7 @@ import atexit
 import gc
 import os
 import platform
+import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -171,8 +172,10 @@ def shutdown_tensor_parallel(tp: TPGroup | None = None) -> None:
 
 def _leave_at_exit() -> None:
     """For a script that ends without shutdown: the threads of a gloo group that is still there abort the process now and
-    then. Not after a message has failed: a group that misses a member may never end. A joined NCCL group ends by itself."""
-    if _tp and (_spawned or (_tp.device.type == "cpu" and not _failed)):
+    then. Not after a message has failed: a group that misses a member may never end; nor after an exception, whose end is no
+    goodbye. A joined NCCL group ends by itself."""
+    in_order = not _failed and not hasattr(sys, "last_type")
+    if _tp and (_spawned or (_tp.device.type == "cpu" and in_order)):
         shutdown_tensor_parallel()
 
 
