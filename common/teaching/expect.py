@@ -6,7 +6,7 @@ A check calls the function with `ask` and compares with `expect`; both raise Ass
 import math
 import reprlib
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Number
 from pathlib import Path
 from types import ModuleType
@@ -38,16 +38,27 @@ def expect(what: str, got: Any, want: Any) -> None:
         raise AssertionError(f"{what}: got {short(got)}, wanted {short(want)}")
 
 
-def ask(function: Callable[..., Any], *args: Any, why: str = "") -> Any:
-    """function(*args); what it raises becomes an AssertionError: `why` it should not, what it was, for which arguments."""
+def ask(function: Callable[..., Any], *args: Any, why: str = "", several: bool | int = False) -> Any:
+    """function(*args); what it raises becomes an AssertionError: `why` it should not, what it was, for which arguments.
+
+    several: what it returns is looked through and comes as a list, of so many values if that is a number; what cannot be
+    looked through, None above all, is an AssertionError too.
+    """
     said = _cut(", ".join(map(_argument, args)))  # before the call: it may change what it is given
     try:
-        return function(*args)
+        result = function(*args)
+        if not several:
+            return result
+        found = list(result) if isinstance(result, Iterable) else None  # now, since a generator begins to run here
     except (NotImplementedError, AssertionError):
         raise
     except Exception as error:  # the reader's code may do anything
         raised = f"{type(error).__name__} ({_cut(' '.join(str(error).split()))}){_line_of(error, function)}"
         raise AssertionError(f"wanted {why or 'a result'}, got {raised} from {function.__name__}({said})") from error
+    if found is None or (several is not True and len(found) != several):
+        why = why or ("several values" if several is True else f"{several} values")
+        raise AssertionError(f"wanted {why}, got {short(result)} from {function.__name__}({said})")
+    return found
 
 
 def short(value: Any) -> str:

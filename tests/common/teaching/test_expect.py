@@ -96,3 +96,30 @@ def test_a_long_value_and_one_that_leads_back_to_itself_are_cut():
     assert len(short(list(range(1000)))) < 200
     assert len(short(node)) < 400
     assert short((1, np.array([2, 3]))) == "(1, [2, 3])"
+
+
+@pytest.mark.parametrize("several", [True, 2])
+def test_several_values_come_as_a_list_whatever_they_came_in(several):
+    for given in ([4, 5], (4, 5), iter((4, 5)), np.array([4, 5])):
+        assert ask(lambda one: one, given, several=several) == [4, 5]
+
+
+@pytest.mark.parametrize(
+    ("given", "several", "said"),
+    [(None, True, "wanted several values, got None from"), (3, True, "wanted several values, got 3 from"),
+     (None, 2, "wanted 2 values, got None from"), ([1, 2, 3], 2, "wanted 2 values, got [1, 2, 3] from")],
+)  # fmt: skip
+def test_what_is_not_several_values_is_named(given, several, said):
+    with pytest.raises(AssertionError) as caught:
+        ask(lambda one: one, given, several=several)
+    assert str(caught.value).startswith(said)
+
+
+def test_a_generator_fails_inside_the_call():
+    def generator(n):
+        yield 1 // n
+
+    with pytest.raises(
+        AssertionError, match=r"^wanted a number, got ZeroDivisionError .* in line \d+ from generator\(0\)$"
+    ):
+        ask(generator, 0, why="a number", several=True)
