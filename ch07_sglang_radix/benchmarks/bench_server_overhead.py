@@ -109,7 +109,10 @@ class ServerSide:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         flags = ["--port", "0", "--max-running-requests", str(args.concurrency), "--log-level", "info"]
-        for name, value in engine_arguments(args).items():
+        given = engine_arguments(args)
+        if args.mem_fraction_static:  # it counts what is in use, and the engine beside it uses its part
+            given["mem_fraction_static"] = 2 * args.mem_fraction_static
+        for name, value in given.items():
             if value is not None and name != "max_running_requests":
                 flags += [f"--{name.replace('_', '-')}", str(value)]
         self.process = subprocess.Popen(
@@ -157,7 +160,8 @@ class ServerSide:
 
     def processes(self) -> dict[str, psutil.Process]:
         main = psutil.Process(self.process.pid)
-        children = {child.cmdline()[-1]: child for child in main.children()}
+        commands = {child: child.cmdline() for child in main.children()}
+        children = {said[-1]: child for child, said in commands.items() if "ch07_sglang_radix.serving.child" in said}
         return {"main": main, **dict(sorted(children.items())), "client": psutil.Process()}
 
     def flush(self) -> None:
