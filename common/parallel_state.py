@@ -19,6 +19,7 @@ import atexit
 import gc
 import os
 import platform
+import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -29,8 +30,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from common.distributed.goodbyes import Goodbyes, next_meeting
 from common.distributed.ledger import Ledger
-from common.distributed.meeting import has_ended_in_order, meeting_place
 from common.distributed.processes import RankFailure, fate, keep_freed_memory
 from common.distributed.spawn import FRAME, LEAVE, LEAVE_S, Follower, SpawnedRanks, start_ranks
 from common.distributed.symmetric_memory import SymmetricAllReduce, meet_in_symmetric_memory
@@ -57,6 +58,7 @@ class TPGroup:
     peers: tuple[tuple[int, int], ...] = ()  # (host, pid) of each rank, to name the one that died
     fast_all_reduce: SymmetricAllReduce | None = None  # for small messages between GPUs of one host
     spawned: SpawnedRanks | None = None  # rank 0 started the others: only it runs a script, they follow
+    goodbyes: Goodbyes | None = None  # torchrun started them: who shuts down says so
     ledger: Ledger = field(default_factory=Ledger, compare=False)
 
     def __post_init__(self):
@@ -152,6 +154,8 @@ def shutdown_tensor_parallel(tp: TPGroup | None = None) -> None:
     spawned, _spawned = (_spawned, None) if _spawned and _spawned.processes else (None, _spawned)
     if spawned:
         _dismiss(spawned, tp)
+    if tp is not None and tp.goodbyes:
+        tp.goodbyes.say()
     if tp is not None and tp.device.type == "cuda":
         # NCCL waits for captured graphs that hold its communicator, and the next engine needs the memory: garbage goes first
         gc.collect()
@@ -168,8 +172,10 @@ def shutdown_tensor_parallel(tp: TPGroup | None = None) -> None:
 
 def _leave_at_exit() -> None:
     """For a script that ends without shutdown: the threads of a gloo group that is still there abort the process now and
-    then. Not after a message has failed: a group that misses a member may never end. A joined NCCL group ends by itself."""
-    if _tp and (_spawned or (_tp.device.type == "cpu" and not _failed)):
+    then. Not after a message has failed: a group that misses a member may never end; nor after an exception, whose end is no
+    goodbye. A joined NCCL group ends by itself."""
+    in_order = not _failed and not hasattr(sys, "last_type")
+    if _tp and (_spawned or (_tp.device.type == "cpu" and in_order)):
         shutdown_tensor_parallel()
 
 
@@ -210,9 +216,12 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta, disabl
     global _own_world, _failed
     _failed = False
     backend = "gloo" if device.type == "cpu" else "nccl"
+    goodbyes = None
     if not dist.is_initialized():
-        dist.init_process_group(backend, store=_store(rank, timeout), rank=rank, world_size=size, timeout=timeout)
+        store = dist.FileStore(_spawned.meet(rank), size) if _spawned else next_meeting(timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         _own_world = True
+        goodbyes = None if _spawned else Goodbyes(store, rank)
     device_group = dist.new_group(backend=backend, timeout=timeout)
     control_group = dist.new_group(backend="gloo", timeout=FOREVER if _spawned and rank > 0 else timeout)
     me = torch.tensor([zlib.crc32(platform.node().encode()), os.getpid()])
@@ -222,12 +231,7 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta, disabl
     fast = None
     if device.type == "cuda" and not disable_custom_all_reduce:
         fast = meet_in_symmetric_memory(device, device_group, control_group, peers, _spawned is not None)
-    return TPGroup(dist.get_rank(), len(peers), device, device_group, control_group, peers, fast, _spawned)
-
-
-def _store(rank: int, timeout: timedelta) -> dist.Store:
-    """Where the ranks of this start meet."""
-    return dist.FileStore(_spawned.meet(rank), _spawned.size) if _spawned else meeting_place(timeout)
+    return TPGroup(dist.get_rank(), len(peers), device, device_group, control_group, peers, fast, _spawned, goodbyes)
 
 
 # --- the collectives: one rank alone has nothing to say, so R = 1 returns its input and records nothing
@@ -303,6 +307,8 @@ def _call(send: Callable[[], Any], op: str, x: torch.Tensor, tp: TPGroup, label:
         _failed = True
         if tp.spawned:
             tp.spawned.broken = True
+        if tp.goodbyes:
+            tp.goodbyes.bereaved = True
         why, known = _blame(tp, error)
         said = f"rank {tp.rank}: {op} {label!r} {list(x.shape)} failed: {why}"
         raise RankFailure(said) from None if known else error  # the backend has nothing to add to a rank that is named
@@ -314,6 +320,8 @@ def _blame(tp: TPGroup, error: Exception) -> tuple[str, bool]:
     while time.monotonic() < deadline:
         if lost := lost_peer(tp):
             return lost, True
+        if tp.goodbyes and (left := [rank for rank in range(tp.size) if tp.goodbyes.said_by(rank)]):
+            return f"rank {left[0]} has left and makes no such call; every rank must make the same calls", True
         time.sleep(0.02)
     return f"no peer on this host is dead, so one is stuck or unreachable ({str(error).splitlines()[0]})", False
 
@@ -325,7 +333,7 @@ def lost_peer(tp: TPGroup | None = None) -> str | None:
         if rank != tp.rank and host == tp.peers[tp.rank][0] and (what := fate(pid)):
             if tp.spawned and tp.spawned.died_of_another(rank):  # whose end may take the system longer
                 continue
-            if has_ended_in_order(rank):
-                what = "has come to the end of its script; under torchrun all ranks make the same calls"
+            if tp.goodbyes and tp.goodbyes.said_by(rank):  # its end was no death
+                continue
             return f"rank {rank} (pid {pid}) {what}{tp.spawned.last_words(rank) if tp.spawned else ''}"
     return None

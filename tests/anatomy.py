@@ -2,7 +2,9 @@
 
 import ast
 import re
+from inspect import iscoroutinefunction
 from pathlib import Path
+from types import SimpleNamespace
 
 from common.teaching.exercises import Exercises, imports_of
 
@@ -26,6 +28,27 @@ def check_exercise(exercises: Exercises, number: int, chapter: Path) -> None:
     assert steps, f"{read!r} names no step of the chapter"
     assert set(steps) <= set(headings), f"{path.name} says to read {steps}; the chapter has {headings}"
     assert imports_of(path) <= imports_of(path.parent / "solutions" / path.name)
+
+
+def check_nothing_returned(exercises: Exercises, number: int) -> None:
+    """Who forgets a `return` reads what was wanted, whichever of the functions it is."""
+    right = {name: of for name, of in vars(exercises.module_of(number, solutions=True)).items() if callable(of)}
+    stub = vars(exercises.module_of(number))
+    for name, of in right.items():
+        if of.__module__.startswith(exercises.package) and name in stub and not isinstance(of, type):
+            said = exercises.outcome(
+                number, SimpleNamespace(**right | {name: _coroutine if iscoroutinefunction(of) else _nothing})
+            )
+            assert said.startswith("not yet: "), name
+            assert "wanted " in said, (name, said)
+
+
+def _nothing(*args) -> None:
+    pass
+
+
+async def _coroutine(*args) -> None:
+    pass
 
 
 def check_table(exercises: Exercises) -> None:

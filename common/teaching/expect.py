@@ -3,16 +3,31 @@
 A check calls the function with `ask` and compares with `expect`; both raise AssertionError with one line.
 """
 
+import math
 import reprlib
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Number
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-_SHORT = reprlib.Repr()
-_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxdict = _SHORT.maxdeque = 14
+FEW = 14  # values of a list that are shown; of an argument that has more, the shape alone
+MOST = 300  # characters of a value, of all arguments of a call, and of what an error says
+
+
+class _Short(reprlib.Repr):
+    def repr_instance(self, x: Any, level: int) -> str:
+        """Who has an id is called by it; what does not say what it holds is called by its name."""
+        if hasattr(x, "rid"):
+            return f"req {x.rid}"
+        if callable(x) and hasattr(x, "__name__"):
+            return x.__name__
+        return type(x).__name__ if type(x).__repr__ is object.__repr__ else super().repr_instance(x, level)
+
+
+_SHORT = _Short()
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxdict = _SHORT.maxdeque = FEW
 _SHORT.maxlevel = 4
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 
@@ -23,21 +38,41 @@ def expect(what: str, got: Any, want: Any) -> None:
         raise AssertionError(f"{what}: got {short(got)}, wanted {short(want)}")
 
 
-def ask(function: Callable[..., Any], *args: Any, why: str = "") -> Any:
-    """function(*args); what it raises becomes an AssertionError that says for which arguments, and `why` it should not."""
-    said = f"{function.__name__}({', '.join(map(short, args))})"  # before the call: it may change what it is given
+def ask(function: Callable[..., Any], *args: Any, why: str = "", several: bool | int = False) -> Any:
+    """function(*args); what it raises becomes an AssertionError: `why` it should not, what it was, for which arguments.
+
+    several: what it returns is looked through and comes as a list, of so many values if that is a number; what cannot be
+    looked through, None above all, is an AssertionError too.
+    """
+    said = _cut(", ".join(map(_argument, args)))  # before the call: it may change what it is given
     try:
-        return function(*args)
+        result = function(*args)
+        if not several:
+            return result
+        found = list(result) if isinstance(result, Iterable) else None  # now, since a generator begins to run here
     except (NotImplementedError, AssertionError):
         raise
     except Exception as error:  # the reader's code may do anything
-        raised = f"got {type(error).__name__} ({error}) from {said}{_line_of(error, function)}"
-        raise AssertionError(f"{raised}, wanted {why or 'a result'}") from error
+        raised = f"{type(error).__name__} ({_cut(' '.join(str(error).split()))}){_line_of(error, function)}"
+        raise AssertionError(f"wanted {why or 'a result'}, got {raised} from {function.__name__}({said})") from error
+    if found is None or (several is not True and len(found) != several):
+        why = why or ("several values" if several is True else f"{several} values")
+        raise AssertionError(f"wanted {why}, got {short(result)} from {function.__name__}({said})")
+    return found
 
 
 def short(value: Any) -> str:
     """One line, cut where it is long."""
-    return _SHORT.repr(_plain(value, tuples=True))
+    return _cut(_SHORT.repr(_plain(value, tuples=True)))
+
+
+def _argument(value: Any) -> str:
+    shape = getattr(value, "shape", ())
+    return f"array {list(shape)}" if math.prod(shape) > FEW else short(value)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST else f"{text[: MOST - 3]}..."
 
 
 def place_of(error: BaseException, module: ModuleType) -> str:

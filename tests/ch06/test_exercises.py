@@ -39,6 +39,11 @@ def test_the_anatomy_is_the_same_everywhere(number):
     anatomy.check_exercise(EXERCISES, number, CHAPTER)
 
 
+@pytest.mark.parametrize("number", EXERCISES.numbers)
+def test_who_returns_nothing_is_told_what_was_wanted(number):
+    anatomy.check_nothing_returned(EXERCISES, number)
+
+
 def test_the_table_of_the_readme_is_what_the_files_say():
     anatomy.check_table(EXERCISES)
 
@@ -386,7 +391,7 @@ WRONG = [
     (1, {"partial_sums": every_rth_column}, "ranks whose part is made of their own columns"),
     (1, {"partial_sums": in_place}, "as they were"),
     (1, {"partial_sums": lambda *args: sum(right(1).partial_sums(*args))}, "got 3, wanted 1"),
-    (1, {"partial_sums": lambda *args: None}, "TypeError"),
+    (1, {"partial_sums": lambda *args: None}, "wanted an array a rank, got None"),
     (2, {"merged_shard": cut_the_stack}, "rows that rank 0 of 2 holds"),
     (2, {"merged_shard": interleaved}, "rows that rank 0 of 1 holds"),
     (2, {"merged_shard": up_first}, "got ['up[0]'"),

@@ -42,6 +42,11 @@ def test_the_anatomy_is_the_same_everywhere(number):
     anatomy.check_exercise(EXERCISES, number, CHAPTER)
 
 
+@pytest.mark.parametrize("number", EXERCISES.numbers)
+def test_who_returns_nothing_is_told_what_was_wanted(number):
+    anatomy.check_nothing_returned(EXERCISES, number)
+
+
 def test_the_table_of_the_readme_is_what_the_files_say():
     anatomy.check_table(EXERCISES)
 
@@ -665,10 +670,10 @@ WRONG = [
     (3, {"victim": lambda nodes: None}, "victim: got None"),
     (4, {"lpm": by_match_only}, "one computes what two share, one waits"),
     (4, {"lpm": _with(_lpm, leader_waits=True)}, "one computes what two share, one waits"),
-    (4, {"lpm": _with(_lpm, most=999)}, "with 33 in the tree nobody waits"),
-    (4, {"lpm": _with(_lpm, most=34)}, "with 33 in the tree nobody waits"),
-    (4, {"lpm": _with(_lpm, most=32)}, "with 32 in the tree they still do"),
-    (4, {"lpm": _with(_lpm, most=1)}, "they still do"),
+    (4, {"lpm": _with(_lpm, most=999)}, "33 of 70 tokens are in the tree"),
+    (4, {"lpm": _with(_lpm, most=34)}, "33 of 70 tokens are in the tree"),
+    (4, {"lpm": _with(_lpm, most=32)}, "32 of 70 tokens are in the tree: one waits"),
+    (4, {"lpm": _with(_lpm, most=1)}, "32 of 70 tokens are in the tree: one waits"),
     (4, {"lpm": _with(_lpm, least=33)}, "32 shared tokens are"),
     (4, {"lpm": _with(_lpm, least=31)}, "31 shared tokens are not worth a wait"),
     (4, {"lpm": _with(_lpm, cut=-1)}, "equal prompts of 32 tokens share 32"),
@@ -719,22 +724,22 @@ WRONG = [
     (9, {"page_updates": _with(_updates, empty=True)}, "what was sent once is known"),
     (9, {"page_updates": one_update_for_all}, "row 3 two"),
     (9, {"page_updates": to_the_end_of_the_row}, "row 1 has one new page"),
-    (9, {"page_updates": lambda reqs, table, page_size: None}, "TypeError"),
+    (9, {"page_updates": lambda reqs, table, page_size: None}, "wanted a tuple of updates, got None"),
     (10, {"retract": _with(_retract, key=lambda req: -req.rid)}, "3 and 1 have the fewest outputs"),
     (10, {"retract": _with(_retract, key=lambda req: -len(req.output_ids))}, "3 and 1 have the fewest outputs"),
     (10, {"retract": _with(_retract, key=lambda req: (len(req.output_ids), len(req.prompt_ids)))}, "3 the longer prompt"),
     (10, {"retract": _with(_retract, key=_loss, stay=0)}, "the last one stays in any case"),
-    (10, {"retract": without_the_last_stays}, "got ValueError"),
+    (10, {"retract": without_the_last_stays}, "wanted [3, 1, 2, 0] go: there is never room: the last one stays in any case, got V"),
     (10, {"retract": without_the_last_stays}, "the last one stays in any case"),
     (10, {"retract": _with(_retract, key=_loss, ask_once=True)}, "then there is room"),
     (10, {"retract": forgets_the_list}, "requests left in `running`"),
     (10, {"retract": reverses_the_rest}, "in their order"),
     (10, {"retract": forgets_to_release}, "requests released"),
     (10, {"retract": returns_nothing}, "requests returned"),
-    (11, {"attend": _with(_attend, order="sorted")}, "numbers that are NaN"),
+    (11, {"attend": _with(_attend, order="sorted")}, "two pages, the last one not full"),
     (11, {"attend": _with(_attend, order="side by side")}, "NaN"),
-    (11, {"attend": _with(_attend, cut="masked")}, "the last page is not full"),
-    (11, {"attend": _with(_attend, cut="nothing")}, "the last page is not full"),
+    (11, {"attend": _with(_attend, cut="masked")}, "two pages, the last one not full"),
+    (11, {"attend": _with(_attend, cut="nothing")}, "two pages, the last one not full"),
     (11, {"attend": _with(_attend, tile=True)}, "heads that are not softmax"),
     (11, {"attend": _with(_attend, scale=False)}, "heads that are not softmax"),
     (11, {"attend": _with(_attend, shift=-1)}, "heads that are not softmax"),

@@ -10,7 +10,7 @@ def check(m: ModuleType) -> None:
     x, weight, bias = rng.normal(size=(3, 12)), rng.normal(size=(5, 12)), rng.normal(size=5)
     given = x.copy(), weight.copy(), bias.copy()
     for ranks in (1, 2, 3, 4):
-        parts = ask(m.partial_sums, x, weight, bias, ranks)
+        parts = ask(m.partial_sums, x, weight, bias, ranks, why="an array a rank", several=True)
         expect("x, weight and bias are as they were", all(map(np.array_equal, (x, weight, bias), given)), True)
         expect("number of partial sums", len(parts), ranks)
         expect(
@@ -25,7 +25,7 @@ def check(m: ModuleType) -> None:
         own = [np.allclose(part, want) or np.allclose(part, want + bias) for part, want in
                zip(parts, _products(x, weight, ranks), strict=True)]  # fmt: skip
         if ranks > 1:
-            zero = ask(m.partial_sums, 0 * x, weight, bias, ranks)
+            zero = ask(m.partial_sums, 0 * x, weight, bias, ranks, several=True)
             expect("ranks that add something of the bias", sum(bool(np.any(part != 0)) for part in zero), 1)
         expect(f"ranks whose part is made of their own columns, the r-th of {ranks} parts", sum(own), ranks)
 

@@ -16,7 +16,7 @@ def check(m: ModuleType) -> None:
 
 
 def _names(m: ModuleType, tokens: list[int], size: int) -> list:
-    names = list(ask(m.block_hashes, list(tokens), size))
+    names = ask(m.block_hashes, list(tokens), size, why="a name for each full block", several=True)
     for name in names:
         ask(hash, name, why="names that can be in a set")
     return names

@@ -14,9 +14,14 @@ def check(m: ModuleType) -> None:
     reqs = [req(0, 9, 8), req(1, 3, 2), req(2, 6, 5), req(3, 8, 2), req(4, 4, 9)]
     for some, enough, want, why in (
         (reqs, 0, [], "there is room: nobody goes"),
-        (reqs, 5, [3], "3 and 1 have the fewest outputs, 3 the longer prompt; then there is room"),
-        (reqs, 11, [3, 1], "then 1"),
-        (reqs, 17, [3, 1, 2], "then 2"),
+        (reqs, 5, [3], "5 tokens are needed: 3 and 1 have the fewest outputs, 3 the longer prompt; then there is room"),
+        (reqs, 11, [3, 1], "11 tokens are needed: 1 goes after 3, it has as few outputs and the shorter prompt"),
+        (
+            reqs,
+            17,
+            [3, 1, 2],
+            "17 tokens are needed: 2 goes after 3 and 1, it has the fewest outputs of those that are left",
+        ),
         (reqs, 999, [3, 1, 2, 0], "there is never room: the last one stays in any case"),
         (reqs[:1], 999, [], "one alone stays in any case"),
         (reqs[:2], 999, [1], "of two one stays"),
@@ -46,9 +51,11 @@ def check(m: ModuleType) -> None:
 def _play(m: ModuleType, reqs: list[Req], enough: int, want: list[int], why: str) -> None:
     """Room is there once `enough` tokens have been given back."""
     running, freed = list(reqs), []
-    gone = ask(
-        m.retract, running, lambda: sum(r.seq_len for r in freed) < enough, freed.append, why=f"{want} go: {why}"
-    )
+
+    def lacks_room() -> bool:
+        return sum(r.seq_len for r in freed) < enough
+
+    gone = ask(m.retract, running, lacks_room, freed.append, why=f"{want} go: {why}")
     expect(f"{why}: requests released", [r.rid for r in freed], want)
     expect(f"{why}: requests returned, those that were released in this order", [r.rid for r in gone or []], want)
     stay = [r.rid for r in reqs if r.rid not in want]

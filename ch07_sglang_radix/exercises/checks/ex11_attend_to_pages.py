@@ -11,7 +11,7 @@ from common.teaching.expect import ask, expect
 def check(m: ModuleType) -> None:
     for what, hq, hkv, page_size, length, width in (
         ("one page, full", 2, 2, 4, 4, 1),
-        ("the last page is not full", 2, 2, 4, 6, 2),
+        ("two pages, the last one not full", 2, 2, 4, 6, 2),
         ("one token", 4, 2, 4, 1, 1),
         ("a row of the page table that is wider than the sequence", 2, 1, 4, 5, 6),
         ("query heads 0 1 2 share KV head 0, 3 4 5 share 1", 6, 2, 2, 7, 5),
@@ -22,7 +22,7 @@ def check(m: ModuleType) -> None:
         q, tokens = rng.normal(size=(hq, 8)), rng.normal(size=(2, length, hkv, 8))
         k, v, pages = _scattered(tokens, page_size, width, rng)
         given = q.copy(), k.copy(), v.copy(), pages.copy()
-        got = np.asarray(ask(m.attend, q, k, v, pages, length))
+        got = np.asarray(ask(m.attend, q, k, v, pages, length, why=f"{what}: numbers of shape {[hq, 8]}"))
         said = f"{what} (Hq={hq}, Hkv={hkv}, P={page_size}, length {length}, pages {pages.tolist()})"
         expect(f"{said}: shape", got.shape, (hq, 8))
         expect(f"{said}: numbers that are NaN", int(np.isnan(got).sum()), 0)
@@ -44,10 +44,13 @@ def dense(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _scattered(tokens: np.ndarray, page_size: int, width: int, rng) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pages in no order, NaN wherever no token of the sequence lies, -1 and another's page behind its last."""
+    """Pages in no order, and never two that ascend; NaN wherever no token of the sequence lies, -1 and another's page behind
+    its last."""
     length = tokens.shape[1]
     used = -(-length // page_size)
     order = rng.permutation(used + 3)
+    if used == 2 and order[0] < order[1]:
+        order[:2] = order[1::-1]
     pages = np.full(width, -1, dtype=np.int64)
     pages[:used] = order[:used]
     pages[used : used + 1] = order[used]

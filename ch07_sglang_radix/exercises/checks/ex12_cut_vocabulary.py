@@ -31,8 +31,10 @@ def _compare(m: ModuleType, what: str, logits: np.ndarray, ranks: int, padding: 
     padded[:, :vocab] = logits
     offers = []
     for rank, mine in enumerate(np.split(padded, ranks, axis=1)):
-        offered = [(float(logit), int(token)) for logit, token in ask(m.offer, mine.copy(), rank, vocab)]
         said = f"{what}: logits {logits.tolist()} on {ranks} ranks; "
+        why = f"{said}rank {rank} offers a pair (logit, token) for each row"
+        offered = ask(m.offer, mine.copy(), rank, vocab, why=why, several=True)
+        offered = [(float(logit), int(token)) for logit, token in offered]
         expect(f"{said}rank {rank} offers the logits", [x for x, _ in offered], _best(logits, rank, share))
         ids = [token if logit > -np.inf else -1 for logit, token in offered]
         expect(f"{said}rank {rank} offers the tokens", ids, _where(logits, rank, share))

@@ -79,5 +79,6 @@ def _check_batches(m: ModuleType) -> None:
 def _batch(
     m: ModuleType, what: str, weights: np.ndarray, seeds: list[int], outputs: list[int], want: list[int]
 ) -> None:
-    got = ask(m.draw_batch, weights, list(seeds), list(outputs), uniform)
-    expect(f"{what}, who have drawn {outputs} tokens: each its own next number; tokens", list(got), want)
+    said = f"{what}, who have drawn {outputs} tokens: each its own next number; tokens"
+    got = ask(m.draw_batch, weights, list(seeds), list(outputs), uniform, why=f"{said} {want}", several=True)
+    expect(said, got, want)

@@ -21,7 +21,7 @@ def check(m: ModuleType) -> None:
         req = _running(output, pending, most)
         req.finish_reason = {"type": "stop"} if ended else None
         before = req.pending, req.kv_len
-        step = list(ask(m.queue_decode, [req]))
+        step = ask(m.queue_decode, [req], why="(request, position, token) for each that steps", several=True)
         said = f"{what} (prompt of 3, output {output}, pending {pending}, max_new_tokens {most})"
         expect(f"{said}: (position, token) it feeds in", [tuple(one[1:]) for one in step], [want] if want else [])
         after = (before[0] + 1, before[1] + 1) if want else before
@@ -48,7 +48,7 @@ def _play(m: ModuleType, depth: int) -> None:
     line, fed = [[(req, 12) for req in reqs]], {rid: [] for rid in most}
     for number in range(40):
         want = [req.rid for req in reqs if not req.finish_reason and len(req.output_ids) + req.pending < most[req.rid]]
-        step = list(ask(m.queue_decode, list(reqs)))
+        step = ask(m.queue_decode, list(reqs), why="(request, position, token) for each that steps", several=True)
         expect(f"{said}requests of step {number}", [req.rid for req, *_ in step], want)
         drawn = []
         for req, position, token in step:

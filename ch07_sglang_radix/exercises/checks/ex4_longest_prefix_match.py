@@ -21,22 +21,22 @@ def check(m: ModuleType) -> None:
         ([[1, 2], [5, 6], [3, 4]], [], [0, 1, 2], "nothing is cached or shared: as they came"),
         ([B[:5], A[:9], A[:4], B[:5]], [A[:8]], [1, 2, 0, 3], "the longest match first, equals as they came"),
         ([A[:40] + TAILS[0], A[:40] + TAILS[1], B[:9]], [], [0, 2, 1], "one computes what two share, one waits"),
-        ([A[:31] + TAILS[0], A[:31] + TAILS[1], B[:9]], [], [0, 1, 2], "31 shared tokens are not worth a wait"),
-        ([A[:32] + TAILS[0], A[:32] + TAILS[1], B[:9]], [], [0, 2, 1], "32 shared tokens are"),
-        ([A[:70] + TAILS[0], A[:70] + TAILS[1], B[:9]], [A[:33]], [0, 1, 2], "with 33 in the tree nobody waits"),
-        ([A[:70] + TAILS[0], A[:70] + TAILS[1], B[:9]], [A[:32]], [0, 2, 1], "with 32 in the tree they still do"),
+        ([A[:31] + TAILS[0], A[:31] + TAILS[1], B[:9]], [], [0, 1, 2], "31 shared tokens are not worth a wait: as they came"),
+        ([A[:32] + TAILS[0], A[:32] + TAILS[1], B[:9]], [], [0, 2, 1], "32 shared tokens are worth it: one waits"),
+        ([A[:70] + TAILS[0], A[:70] + TAILS[1], B[:9]], [A[:33]], [0, 1, 2], "33 of 70 tokens are in the tree: nobody waits"),
+        ([A[:70] + TAILS[0], A[:70] + TAILS[1], B[:9]], [A[:32]], [0, 2, 1], "32 of 70 tokens are in the tree: one waits"),
         ([A[:60] + TAILS[0], A[:60] + TAILS[1], B[:9], A[:60] + TAILS[2]], [A[:20], B[:4]], [0, 2, 1, 3],
-         "with 20 in the tree they do, even behind those with a shorter match"),
+         "20 of 60 tokens are in the tree: two wait, even behind a shorter match"),
         ([A[:32], A[:32], B[:9]], [], [0, 2, 1], "equal prompts of 32 tokens share 32: one waits"),
-        ([A[:31], A[:31], B[:9]], [], [0, 1, 2], "equal prompts of 31 tokens do not"),
+        ([A[:31], A[:31], B[:9]], [], [0, 1, 2], "equal prompts of 31 tokens share 31: nobody waits"),
         ([A[:33], A[:33], A[:33] + TAILS[0]], [A[:40]], [2, 0, 1],
          "a prompt that is in the tree as a whole has found one token less: its last is computed"),
-        ([A[:33], A[:33], B[:9]], [A[:33]], [0, 1, 2], "with all 33 in the tree nobody waits"),
+        ([A[:33], A[:33], B[:9]], [A[:33]], [0, 1, 2], "equal prompts of 33 tokens, all of them in the tree: nobody waits"),
         ([B[:50], A[:50], B[:51], A[:51]], [A[:20]], [1, 0, 2, 3],
          "those who wait keep the order of the queue, however much of them is in the tree"),
         ([B[:50], B[:50], B[:10], A[:50], A[:50], C[:9]], [A[:20], B[:5]], [3, 0, 2, 5, 1, 4],
          "two groups: one of each goes ahead, the rest waits as it came"),
-        ([A[:35] + B[:40], A[:35] + C[:40], A[:60]], [], [0, 1, 2], "two wait for one and the same"),
+        ([A[:35] + B[:40], A[:35] + C[:40], A[:60]], [], [0, 1, 2], "two share 35 tokens with the first: both wait for it"),
         ([A[:60] + B[:9], A[:60] + C[:9]], [A[:60] + B[:9]], [0, 1], "who finds all of it in the tree is waited for by nobody"),
         ([*([n] for n in range(LIMIT - 1)), A[:9]], [A[:8]], [LIMIT - 1, *range(LIMIT - 1)],
          "128 requests wait: the longest match first"),
@@ -59,9 +59,9 @@ def _compare(m: ModuleType, prompts: list[list[int]], cached: list[list[int]], w
     tree = tree_with(*cached, tree=RadixCache(TokenToKVPool(num_pages=500)))
     waiting = [a_req(i, prompt) for i, prompt in enumerate(prompts)]
     given = list(waiting)
-    ordered = ask(m.lpm, given, tree)
+    ordered = ask(m.lpm, given, tree, why=f"{why}: order {want}", several=True)
     expect("the queue itself stays as it is; is it so", given == waiting, True)
-    expect(f"{why}: order of the queue", [req.rid for req in ordered], want)
+    expect(f"{why}: order of the queue", [getattr(req, "rid", req) for req in ordered], want)
 
 
 def wanted(prompts: list[list[int]], cached: list[list[int]]) -> list[int]:

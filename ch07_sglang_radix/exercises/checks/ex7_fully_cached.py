@@ -24,8 +24,10 @@ def check(m: ModuleType) -> None:
         ):
             known = next((i for i, token in enumerate(prompt) if token != i), len(prompt))
             cached = min(len(prompt) - 1, known) // page_size * page_size
-            slots, tokens = ask(m.split_prompt, tree, list(prompt))
             what = f"prompt {prompt}, pages of {page_size}, 0 .. 11 cached"
+            slots, tokens = ask(
+                m.split_prompt, tree, list(prompt), why=f"{what}: {cached} slots and the other tokens", several=2
+            )
             expect(f"{what}: is a token computed, to take logits from", len(tokens) > 0, True)
             expect(f"{what}: tokens from the cache that are no whole page", len(slots) % page_size, 0)
             expect(f"{what}: tokens from the cache", len(slots), cached)

@@ -15,7 +15,7 @@ def check(m: ModuleType) -> None:
     a, b = a_req(0, [1], row=1, allocated_len=12, sent_len=8), a_req(1, [1], row=3, allocated_len=8)
 
     def updates() -> list[PageUpdate]:
-        return list(ask(m.page_updates, [a, b], table, 4))
+        return ask(m.page_updates, [a, b], table, 4, why="a tuple of updates", several=True)
 
     what = "(row, index of the first new page, page ids)"
     expect(f"{what}: row 1 has one new page, row 3 two", updates(), [(1, 2, (9,)), (3, 0, (7, 8))])

@@ -23,24 +23,37 @@ def start_and_shut_down() -> None:
     print(f"{times} times\n", end="")
 
 
+def _rank_0_alone_talks() -> int:
+    """The rank."""
+    tp = initialize_tensor_parallel(device="cpu")
+    all_reduce(torch.ones(4), tp, "x")
+    if tp.rank == 0:
+        time.sleep(0.5)  # the other may be gone by now, or on its way
+        all_reduce(torch.ones(4), tp, "y")
+    return tp.rank
+
+
+def rank_1_shuts_down_and_goes_on() -> None:
+    if _rank_0_alone_talks() == 1:
+        shutdown_tensor_parallel()
+        time.sleep(20)
+
+
+def rank_1_comes_to_its_end() -> None:
+    if _rank_0_alone_talks() == 1:
+        sys.exit()
+
+
+def rank_1_fails() -> None:
+    if _rank_0_alone_talks() == 1:
+        raise KeyError("of rank 1")  # no error of a user's: it ends as Python ends it
+
+
 def talk_for_ever() -> None:
     tp = initialize_tensor_parallel(device="cpu")
     print("talking\n", end="", flush=True)
     while True:
         all_reduce(torch.ones(4), tp, "x")
-
-
-def rank_0_alone_sums() -> None:
-    tp = initialize_tensor_parallel(device="cpu")
-    if tp.rank == 0:
-        all_reduce(torch.ones(4), tp, "x")
-
-
-def rank_1_dies_of_an_error() -> None:
-    tp = initialize_tensor_parallel(device="cpu")
-    if tp.rank == 1:
-        raise ArithmeticError
-    all_reduce(torch.ones(4), tp, "x")
 
 
 def print_much() -> None:

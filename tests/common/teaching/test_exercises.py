@@ -66,5 +66,5 @@ def test_the_place_of_an_error_is_the_readers_line(package):
     package("def add(a, b):\n    c = [1]\n    return c[a]\n")
     exercises = Exercises("pkg")
     assert exercises.outcome(1, exercises.module_of(1)) == (
-        "not yet: got IndexError (list index out of range) from add(1, 2) in line 3, wanted a result"
+        "not yet: wanted a result, got IndexError (list index out of range) in line 3 from add(1, 2)"
     )

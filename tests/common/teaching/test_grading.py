@@ -74,7 +74,7 @@ def test_an_untouched_starter_gets_0_and_hears_what_to_write(grade):
         ("def add(a, b):\n    return None\n", "adds: 1 + 2: got None, wanted 3"),
         (
             "def add(a, b):\n    c = a\n    return c + d\n",
-            "NameError (name 'd' is not defined) from add(1, 2) in line 3",
+            "NameError (name 'd' is not defined) in line 3 from add(1, 2)",
         ),
         ("def add(a, b):\n    raise SystemExit(0)\n", "SystemExit"),
         ("def add(a, b):\n    import os\n    os._exit(0)\n", "it ended the whole process (exit code 0)"),

@@ -23,7 +23,7 @@ def check(m: ModuleType) -> None:
         (b"data: a\n", b"\n", (["a"], b"")),
         (b"", b"data: a\n", ([], b"data: a\n")),
     ):
-        got = tuple(ask(m.events, rest, piece))
+        got = tuple(ask(m.events, rest, piece, why="data, rest", several=2))
         expect(f"rest {rest!r}, piece {piece!r}: (data, rest)", got, want)
     expect("a whole stream in one piece", read(m, [STREAM]), (WANTED, b""))
     expect("the same byte by byte", read(m, (STREAM[i : i + 1] for i in range(len(STREAM)))), (WANTED, b""))
@@ -37,6 +37,6 @@ def check(m: ModuleType) -> None:
 def read(m: ModuleType, pieces: Iterable[bytes]) -> tuple[list[str], bytes]:
     rest, found = b"", []
     for piece in pieces:
-        new, rest = ask(m.events, rest, piece)
+        new, rest = ask(m.events, rest, piece, why="data, rest", several=2)
         found += new
     return found, rest

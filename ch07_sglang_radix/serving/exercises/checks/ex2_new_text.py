@@ -42,7 +42,7 @@ def sent(m: ModuleType, ids: Sequence[int], decode: Callable[[list[int]], str]) 
     """What is sent after each token."""
     pieces, surr, read = [], 0, 0
     for n in range(1, len(ids) + 1):
-        text, surr, read = ask(m.new_text, list(ids[:n]), surr, read, decode)
+        text, surr, read = ask(m.new_text, list(ids[:n]), surr, read, decode, why="text, surr, read", several=3)
         pieces.append(text)
     return pieces
 

@@ -29,8 +29,9 @@ def check(m: ModuleType) -> None:
         ("yes and no", [END]),
     ):
         ids = [VOCAB.index(one) if isinstance(one, str) else one for one in want]
-        got = list(ask(m.allowed, text, may_begin, complete, VOCAB, END))
         said = f"tokens allowed behind {text!r} ({END} is the end, 9 and 11 are special tokens without a text)"
+        why = f"{said}: a bool for each of {len(VOCAB)}"
+        got = ask(m.allowed, text, may_begin, complete, VOCAB, END, why=why, several=True)
         expect(said, [i for i, yes in enumerate(got) if yes], sorted(ids))
         expect(f"a value for each token, behind {text!r}", len(got), len(VOCAB))
     for bits in (
@@ -41,7 +42,8 @@ def check(m: ModuleType) -> None:
         [False] * 40,
         [True] * 33,
     ):
-        expect(f"bitmask of {said_bits(bits)}", list(ask(m.bitmask, bits)), packed(bits))
+        said = f"bitmask of {said_bits(bits)}"
+        expect(said, ask(m.bitmask, bits, why=f"{said}: {packed(bits)}", several=True), packed(bits))
     rng = random.Random(0)
     for trial in range(40):
         taste = [rng.random() for _ in VOCAB]
@@ -55,7 +57,7 @@ def write(m: ModuleType, taste: Sequence[float]) -> str:
     """The best token that is allowed, until the end; what has not ended after 20 is cut off."""
     text = ""
     for _ in range(20):
-        words = list(ask(m.bitmask, ask(m.allowed, text, may_begin, complete, VOCAB, END)))
+        words = ask(m.bitmask, ask(m.allowed, text, may_begin, complete, VOCAB, END), several=True)
         some = [i for i in range(len(VOCAB)) if words[i // 32] >> (i % 32) & 1]
         assert some, f"tokens allowed behind {text!r}: got none, wanted one at least"
         best = max(some, key=taste.__getitem__)
