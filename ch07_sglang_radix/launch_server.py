@@ -10,6 +10,7 @@ The log says the address, and "ready" with model, ranks and pool. Ctrl-C lets ru
 import os
 import sys
 
+from ch07_sglang_radix.serving.child import begin
 from ch07_sglang_radix.serving.http_args import bind, parse_args
 
 
@@ -19,9 +20,11 @@ def main() -> None:
             raise ValueError("start one launch_server, not one a rank: --tp-size starts the ranks")
         args = parse_args(sys.argv[1:])
         bound = bind(args.host, args.port)
+        names = ("scheduler",) if args.engine.skip_tokenizer_init else ("scheduler", "detokenizer")
+        begun = {} if args.single_process else {who: begin(who) for who in names}  # they import while this process does
         from ch07_sglang_radix.serving.launcher import Server  # noqa: PLC0415, seconds; a wrong flag is told at once
 
-        code = Server(args, bound).run()
+        code = Server(args, bound, begun).run()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1

@@ -3,6 +3,7 @@
 The name is for whoever reads `ps`; all that counts is in the line.
 Like the ranks that rank 0 starts (common/distributed/spawn.py, where it says why not multiprocessing): main says what to be
 and where the sockets are; the child ends with main, whatever becomes of main, and takes the socket files with it.
+launch_server begins its children first of all: they import torch and transformers, seconds, while main does, and wait.
 """
 
 import faulthandler
@@ -10,23 +11,35 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
 
 import zmq
 
+ROOT = Path(__file__).parents[2]
+MODULES = {"scheduler": "scheduler_process", "detokenizer": "detokenizer_manager"}
 WORDS_FILE = "{}.error"  # the last words of a child, for main to repeat
 
 
+def begin(who: str) -> subprocess.Popen:
+    """Start it. Its stdin is for its job (Processes.start); closed without one, or if main ends, it ends."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "ch07_sglang_radix.serving.child", who], cwd=ROOT, stdin=subprocess.PIPE
+    )
+
+
 def main() -> None:
+    # Ctrl-C, and a system that stops a service, reach all processes at once: main decides. Ranks started here inherit it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    import_module(f"ch07_sglang_radix.serving.{MODULES[sys.argv[1]]}")
     text = sys.stdin.buffer.read()
     if not text:  # main was gone before it could say anything
         return
     job = json.loads(text)
-    # Ctrl-C, and a system that stops a service, reach all processes at once: main decides. Ranks started here inherit it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.path[:] = job["path"]
     os.chdir(job["cwd"])
     faulthandler.enable()

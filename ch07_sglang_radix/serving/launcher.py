@@ -15,8 +15,9 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import uvicorn
 
@@ -42,10 +43,10 @@ class _Http(uvicorn.Server):
 
 
 class Server:
-    """One life of a server, on a socket that is bound. `run` returns its exit code."""
+    """One life of a server, on a socket that is bound. `run` returns its exit code. begun: children that wait for their job."""
 
-    def __init__(self, args: HttpArgs, bound: socket.socket):
-        self.args, self.socket, self.began = args, bound, time.monotonic()
+    def __init__(self, args: HttpArgs, bound: socket.socket, begun: Mapping[str, subprocess.Popen] | None = None):
+        self.args, self.socket, self.begun, self.began = args, bound, begun, time.monotonic()
         set_up_logging("main", args.engine.log_level, args.log_format)
         host, port = self.socket.getsockname()[:2]
         self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -58,7 +59,9 @@ class Server:
     async def _run(self) -> int:
         folder = tokenizer_folder(self.args)
         self.loop, self.ended = asyncio.get_running_loop(), asyncio.Event()
-        self.workers = (Threads if self.args.single_process else Processes)(self.args, folder)
+        self.workers = (
+            Threads(self.args, folder) if self.args.single_process else Processes(self.args, folder, self.begun)
+        )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._signalled)
         try:

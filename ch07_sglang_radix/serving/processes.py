@@ -13,32 +13,34 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import zmq
 
 from ch07_sglang_radix.serving.channels import MemoryPipe, ipc, open_pull, open_push
-from ch07_sglang_radix.serving.child import last_words
+from ch07_sglang_radix.serving.child import begin, last_words
 from ch07_sglang_radix.serving.detokenizer_manager import detokenize
 from ch07_sglang_radix.serving.http_args import HttpArgs
 from ch07_sglang_radix.serving.scheduler_process import schedule
 from ch07_sglang_radix.serving.watch import Watch, wait_until
 
-ROOT = Path(__file__).parents[2]
 LEAVE_S = 5.0  # that a process has to end by itself, once it was told to
 
 
 class Processes:
-    """tokenizer_folder: None if nobody needs text."""
+    """tokenizer_folder: None if nobody needs text. begun: children that have been started already (child.begin), by name."""
 
-    def __init__(self, args: HttpArgs, tokenizer_folder: str | None):
+    def __init__(
+        self, args: HttpArgs, tokenizer_folder: str | None, begun: Mapping[str, subprocess.Popen] | None = None
+    ):
         if not zmq.has("ipc"):
             raise ValueError("this system's ZeroMQ has no ipc:// sockets; start with --single-process")
         self.args, self.tokenizer_folder = args, tokenizer_folder
         self.folder = Path(tempfile.mkdtemp(prefix="serving-"))  # mode 0700
         self.children: dict[str, subprocess.Popen] = {}
+        self._begun = dict(begun or {})
         self.inbox = open_pull(ipc(self.folder, "main"), on_event_loop=True)
         self.scheduler = open_push(ipc(self.folder, "scheduler"))
         self._watch: Watch | None = None
@@ -47,6 +49,8 @@ class Processes:
         """on_end: called from another thread when one of them has ended that nobody had told to."""
         for who in ("scheduler", *(["detokenizer"] if self.tokenizer_folder else [])):
             self.children[who] = self._start(who)
+        for child in self._begun.values():  # nobody needs it: a model without a tokenizer
+            child.stdin.close()
         pids = {who: child.pid for who, child in self.children.items()}
         self._watch = Watch(pids, self.args.watchdog_timeout, lambda what: on_end(self._why(what)))
 
@@ -56,9 +60,7 @@ class Processes:
             "engine": plain(self.args), "tokenizer": self.tokenizer_folder, "patience_s": self.args.watchdog_timeout,
             "log_level": self.args.engine.log_level, "log_format": self.args.log_format,
         }  # fmt: skip
-        child = subprocess.Popen(
-            [sys.executable, "-m", "ch07_sglang_radix.serving.child", who], cwd=ROOT, stdin=subprocess.PIPE
-        )
+        child = self._begun.pop(who, None) or begin(who)
         with child.stdin as pipe:
             pipe.write(json.dumps(job).encode())
         return child
