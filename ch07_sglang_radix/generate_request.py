@@ -202,4 +202,6 @@ def _sibling(params: SamplingParams, i: int) -> SamplingParams:
 
 def check_rid(rid: Any) -> int | str:
     """An id that `generate` has told, or the user's own."""
+    if rid is None:
+        raise ValueError("nothing says which request to end; give rid=, or abort_all=True for all of them")
     return text("rid", rid, empty=False) if isinstance(rid, str) else whole("rid", rid, 0)
