@@ -21,6 +21,14 @@ DEFAULT_PAGE = {
 
 # what SGLang has and this engine has not: the way out
 ELSEWHERE = {
+    "enable_priority_scheduling": "use schedule_policy='priority', which preempts nobody",
+    "prefill_decode_interval": "a decode step follows every prefill step while somebody runs; leave it out",
+    "host": "an engine listens to nobody; start a server with python -m ch07_sglang_radix.launch_server",
+    "port": "an engine listens to nobody; start a server with python -m ch07_sglang_radix.launch_server",
+    "api_key": "an engine listens to nobody; start a server with python -m ch07_sglang_radix.launch_server",
+    "chat_template": "put it into the tokenizer's folder, and name that with tokenizer_path=",
+    "enable_metrics": "get_server_info() tells them; of the server, GET /metrics",
+    "log_requests": "use trace=, a line for each step, or log_level=",
     "quantization": "weights are read as float32, bfloat16 or float16; use dtype=",
     "pp_size": "layers are not spread over ranks here; use tp_size=",
     "dp_size": "one engine is one replica; start several",

@@ -325,6 +325,17 @@ def test_info_counts_what_was_served():
     assert info["max_total_num_tokens"] == 400
 
 
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [("enable_priority_scheduling", "schedule_policy='priority'"), ("prefill_decode_interval", "leave it out"),
+     ("host", "launch_server"), ("port", "launch_server"), ("api_key", "launch_server"), ("chat_template", "tokenizer_path="),
+     ("enable_metrics", "get_server_info"), ("log_requests", "trace=")],
+)  # fmt: skip
+def test_a_name_of_sglang_s_that_is_not_here_comes_with_a_way_out(name, way_out):
+    with pytest.raises(ValueError, match=f"{name}.*: .*{re.escape(way_out)}"):
+        Engine(**{name: "x"})
+
+
 def test_a_flush_is_no_eviction():
     engine = Engine(device="cpu", page_size=4, max_total_tokens=400)
     engine.generate(input_ids=list(range(21)), sampling_params={"max_new_tokens": 2})
