@@ -4,7 +4,8 @@
 
 Two requests: one ends with a stop token, which nobody can foresee, the other after a fixed number of tokens. Each
 box is one step; on a GPU the device works through them while rank 0 is already at the next. On a CPU queueing a
-step is doing it, so nothing is gained here: shown is the order of events, and what it costs.
+step is doing it, so nothing is gained here: shown is the order of events, which is real, and what it costs. The device in
+the picture is drawn, not measured: boxes of one length, where a GPU could put them in that order of events.
 
     Q2  rank 0 queues step 2        T2  it takes the tokens of step 2        ....  the device has nothing to do
 """
@@ -38,6 +39,9 @@ def main() -> None:
         events = runs[overlap].events
         print(f"  {' '.join(f'{what[0].upper()}{step}' for what, step in events)}")
         timeline(events)
+    print(
+        "  (the device is drawn from this order, each step as long as the others: there is no GPU here, and nothing is timed)"
+    )
 
     heading(f"The first request stops at its token {stop + 1}; the second has {NEW} tokens")
     rows = [(str(ahead), one.sampled, given(one), one.sampled - given(one), one.steps) for ahead, one in runs.items()]
@@ -102,7 +106,7 @@ def timeline(events: list[tuple[str, int]]) -> None:
             device = device.ljust(start, "." if device else " ") + box
         else:
             rank_0 = rank_0.ljust(device.index(box) + len(box)) + f"T{step} "
-    print(f"  device  {device}")
+    print(f"  drawn   {device}")
     print(f"  rank 0  {rank_0.rstrip()}")
 
 
