@@ -14,6 +14,7 @@ from common.values import choice, flag, new_file, path, real, refuse_unknown, te
 
 LEVELS = ("critical", "error", "warning", "info", "debug")
 HALF = {"half": "float16", "float": "float32", "auto": None}  # SGLang's other names of dtypes; auto is the device's own
+MAX_RUNNING = 256
 DEFAULT_PAGE = {
     "cpu": 1,
     "cuda": 16,
@@ -70,7 +71,7 @@ class ServerArgs:
     page_size: int | None = None
     max_total_tokens: int | None = None
     mem_fraction_static: float | None = None
-    max_running_requests: int = 256
+    max_running_requests: int | None = MAX_RUNNING
     chunked_prefill_size: int | None = None
     max_prefill_tokens: int | None = None
     enable_mixed_chunk: bool = False
@@ -100,7 +101,8 @@ class ServerArgs:
         for name in ("tp_size", "context_length", "page_size", "max_total_tokens", "max_prefill_tokens"):
             if getattr(self, name) is not None:
                 self._set(name, whole(name, getattr(self, name), 1))
-        self._set("max_running_requests", whole("max_running_requests", self.max_running_requests, 1))
+        most = MAX_RUNNING if self.max_running_requests is None else self.max_running_requests
+        self._set("max_running_requests", whole("max_running_requests", most, 1))
         switches = (
             "skip_tokenizer_init", "enable_mixed_chunk", "disable_radix_cache", "gather_best", "disable_cuda_graph",
             "disable_custom_all_reduce", "check_finite", "check",

@@ -336,6 +336,22 @@ def test_a_name_of_sglang_s_that_is_not_here_comes_with_a_way_out(name, way_out)
         Engine(**{name: "x"})
 
 
+def test_one_rid_for_a_list_is_numbered():
+    with Engine(device="cpu") as engine:
+        short = {"max_new_tokens": 1}
+        ids = [one["meta_info"]["id"] for one in engine.generate(input_ids=[[1], [2]], sampling_params=short, rid="a")]
+        assert ids == ["a_0", "a_1"]
+        assert engine.generate(input_ids=[1], sampling_params=short, rid="a")["meta_info"]["id"] == "a"
+        assert engine.generate(input_ids=[[1]], sampling_params=short, rid="a")[0]["meta_info"]["id"] == "a_0"
+        with pytest.raises(ValueError, match="rid: an empty text is none"):
+            engine.generate(input_ids=[[1], [2]], rid="")
+
+
+def test_no_limit_of_running_requests_is_the_default_one():
+    with Engine(device="cpu", max_running_requests=None) as engine:
+        assert engine.wrapper.max_running_requests == 256
+
+
 def test_a_flush_is_no_eviction():
     engine = Engine(device="cpu", page_size=4, max_total_tokens=400)
     engine.generate(input_ids=list(range(21)), sampling_params={"max_new_tokens": 2})
