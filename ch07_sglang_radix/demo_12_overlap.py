@@ -18,7 +18,7 @@ from common.distributed.launch import run_main
 from common.sampling.params import SamplingParams
 from common.teaching.show import check, heading, table
 
-PROMPT, NEW = [100, 200, 300, 400], 8
+PROMPT, NEW, SLOTS = [100, 200, 300, 400], 8, 256
 
 
 class Run(NamedTuple):
@@ -27,10 +27,11 @@ class Run(NamedTuple):
     sampled: int
     steps: int
     cached: int  # slots that the tree holds afterwards
+    free: int  # slots
 
 
 def main() -> None:
-    wrapper = TPRadixAttentionModelWrapper(device="cpu", page_size=1, max_total_tokens=256)
+    wrapper = TPRadixAttentionModelWrapper(device="cpu", page_size=1, max_total_tokens=SLOTS)
     whole = run(wrapper, False, None).answers[0]
     stop = next(i for i in range(3, NEW) if whole[i] not in whole[:i])
     runs = {overlap: run(wrapper, overlap, whole[stop]) for overlap in (False, True)}
@@ -52,7 +53,11 @@ def main() -> None:
     check("never more than one step ahead", most_ahead(ahead.events) == 2)
     check("the stop token is seen one step late: one token is wasted", ahead.sampled == plain.sampled + 1)
     check("an end that its length tells costs nothing", ahead.steps == plain.steps == NEW)
-    check("the token too many is not in the tree, and every page went back once", ahead.cached == plain.cached)
+    check(f"the token too many is not in the tree: {ahead.cached} slots, and {plain.cached} without overlap",
+          ahead.cached == plain.cached)  # fmt: skip
+    check(
+        f"every page went back once: {ahead.free} + {ahead.cached} = {SLOTS} slots", ahead.free + ahead.cached == SLOTS
+    )
     check("the answers are the same", ahead.answers == plain.answers)
 
 
@@ -65,7 +70,8 @@ def run(wrapper: TPRadixAttentionModelWrapper, overlap: bool, stop: int | None) 
     scheduler.add_request(input_ids=PROMPT[::-1], sampling_params=SamplingParams(max_new_tokens=NEW, ignore_eos=True))
     results = scheduler.process_requests()
     answers = [results[rid].output_ids for rid in sorted(results)]
-    return Run(events, answers, scheduler.work["sampled"], scheduler.step_number, scheduler.tree.evictable_size)
+    cached, free = scheduler.tree.evictable_size, scheduler.pool.free_slots
+    return Run(events, answers, scheduler.work["sampled"], scheduler.step_number, cached, free)
 
 
 def watch(scheduler: TPScheduler) -> list[tuple[str, int]]:
