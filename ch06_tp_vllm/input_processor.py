@@ -10,7 +10,7 @@ from ch06_tp_vllm.request import Request
 from ch06_tp_vllm.sampling_params import SamplingParams
 from common.arguments import refuse_unknown
 from common.models.config import ModelConfig
-from common.request.intake import Intake, Words
+from common.request.intake import NO_TOKENIZER, Intake, Words
 from common.sampling.batch import uniform
 from common.sampling.grammar import GrammarCompiler, GrammarMask
 from common.sampling.params import SamplingParams as RowParams
@@ -67,7 +67,7 @@ class InputProcessor:
             raise ValueError("the prompt is empty: there is no token to continue from")
         self.intake.stops(params.stop)
         if params.bad_words and self.intake.tokenizer is None:
-            raise ValueError("this checkpoint has no tokenizer, so bad_words are no tokens; use logit_bias")
+            raise ValueError(f"{NO_TOKENIZER}, so bad_words are no tokens; use logit_bias")
         row = params.row(self.max_tokens(ids, params), self.intake.tokenizer)
         self.intake.fits(ids, row)
         self._grammar(row)

@@ -22,6 +22,7 @@ from common.arguments import says_names
 from common.distributed.messages import share
 from common.models.generation_config import sampling_defaults
 from common.parallel_state import shutdown_tensor_parallel
+from common.request.intake import NO_TOKENIZER
 from common.values import flag, one_each, shown
 
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -132,9 +133,7 @@ class LLM:
         """
         tokenizer = self.llm_engine.runner.tokenizer
         if tokenizer is None:
-            raise ValueError(
-                "this checkpoint has no tokenizer, so no chat template; use generate with prompt_token_ids"
-            )
+            raise ValueError(f"{NO_TOKENIZER}, so no chat template; use generate with prompt_token_ids")
         if not isinstance(messages, list | tuple):
             raise ValueError(f"messages={shown(messages)} must be a list of messages, or of such lists")
         several = [messages] if messages and isinstance(messages[0], dict) else messages

@@ -84,7 +84,13 @@ class LLMEngine:
             scheduler_reserve_full_isl=args.scheduler_reserve_full_isl, watermark=args.watermark, settle=self._settle,
         )  # fmt: skip
         intake = Intake(
-            tokenizer, config.vocab_size, self.runner.context_length, len(self.blocks.blocks) * size, size, WORDS
+            tokenizer,
+            config.vocab_size,
+            self.runner.context_length,
+            len(self.blocks.blocks) * size,
+            size,
+            WORDS,
+            "max_model_len" if self.runner.context_length < config.max_position_embeddings else None,
         )
         step_limit = None if args.enable_chunked_prefill else budget
         self.inputs = InputProcessor(intake, config, args.seed, step_limit)

@@ -27,6 +27,7 @@ from ch07_sglang_radix.serving.http_client import Client, ServerError
 from common.distributed.launch import run_main
 
 SHOWN_NODES, SHOWN_WORDS = 24, 60
+COMMANDS = ("tree", "stats", "flush", "chat", "new", "set")
 HELP = """  /tree          the radix tree in words: each line a node, with its KV slots
   /stats         pages, hit rate, steps
   /flush         forget every cached prefix
@@ -161,25 +162,40 @@ class Chat:
         elif name == "flush":
             self.say("  forgotten" if self.model.flush() else "  something still runs")
         elif name == "new":
-            self.turns = []
+            self.say(f"  {self._forget()}")
         elif name == "chat" and rest in (["on"], ["off"]):
             if rest == ["on"] and not self.model.has_chat_template:
                 raise ValueError("this checkpoint has no chat template; plain text it is")
-            self.templated, self.turns = rest == ["on"], []
+            self.templated = rest == ["on"]
+            what = "through the chat template" if self.templated else "the bare text, and no turn knows those before it"
+            self.say(f"  {what}; {self._forget()}")
         elif name == "set" and len(rest) == 2:
             self.set(*rest)
         else:
+            known = name in COMMANDS
+            if name != "help":
+                self.say(f"  /{name} {'takes other words' if known else 'is no command'}; these are:")
             self.say(HELP)
+
+    def _forget(self) -> str:
+        """Begin a new conversation; says what that leaves behind. The tree keeps what it has."""
+        turns, self.turns = len(self.turns) // 2, []
+        return (
+            f"a new conversation; {turns} question(s) and their answers are no part of it"
+            if turns
+            else "a new conversation"
+        )
 
     def set(self, name: str, value: str) -> None:
         try:
             number = float(value) if "." in value else int(value)
         except ValueError:
-            raise ValueError(f"{value!r} is no number") from None
+            raise ValueError(f"{value!r} is no number; /set takes no other values") from None
         params = self.params | {name: number}
         with suppress(_EnoughError):  # what is refused is refused now and not later
             self.model.ask(self._said("hello"), params, Answer(), _enough)
         self.params = params
+        self.say(f"  {', '.join(f'{name}={value}' for name, value in params.items())}")
 
     def _said(self, text: str) -> Said:
         return [*self.turns, {"role": "user", "content": text}] if self.templated else text

@@ -4,7 +4,8 @@
 
 Two requests: one ends with a stop token, which nobody can foresee, the other after a fixed number of tokens. Each
 box is one step; on a GPU the device works through them while rank 0 is already at the next. On a CPU queueing a
-step is doing it, so nothing is gained here: shown is the order of events, and what it costs.
+step is doing it, so nothing is gained here: shown is the order of events, which is real, and what it costs. The device in
+the picture is drawn, not measured: boxes of one length, where a GPU could put them in that order of events.
 
     Q2  rank 0 queues step 2        T2  it takes the tokens of step 2        ....  the device has nothing to do
 """
@@ -17,7 +18,7 @@ from common.distributed.launch import run_main
 from common.sampling.params import SamplingParams
 from common.teaching.show import check, heading, table
 
-PROMPT, NEW = [100, 200, 300, 400], 8
+PROMPT, NEW, SLOTS = [100, 200, 300, 400], 8, 256
 
 
 class Run(NamedTuple):
@@ -26,10 +27,11 @@ class Run(NamedTuple):
     sampled: int
     steps: int
     cached: int  # slots that the tree holds afterwards
+    free: int  # slots
 
 
 def main() -> None:
-    wrapper = TPRadixAttentionModelWrapper(device="cpu", page_size=1, max_total_tokens=256)
+    wrapper = TPRadixAttentionModelWrapper(device="cpu", page_size=1, max_total_tokens=SLOTS)
     whole = run(wrapper, False, None).answers[0]
     stop = next(i for i in range(3, NEW) if whole[i] not in whole[:i])
     runs = {overlap: run(wrapper, overlap, whole[stop]) for overlap in (False, True)}
@@ -38,6 +40,9 @@ def main() -> None:
         events = runs[overlap].events
         print(f"  {' '.join(f'{what[0].upper()}{step}' for what, step in events)}")
         timeline(events)
+    print(
+        "  (the device is drawn from this order, each step as long as the others: there is no GPU here, and nothing is timed)"
+    )
 
     heading(f"The first request stops at its token {stop + 1}; the second has {NEW} tokens")
     rows = [(str(ahead), one.sampled, given(one), one.sampled - given(one), one.steps) for ahead, one in runs.items()]
@@ -48,7 +53,11 @@ def main() -> None:
     check("never more than one step ahead", most_ahead(ahead.events) == 2)
     check("the stop token is seen one step late: one token is wasted", ahead.sampled == plain.sampled + 1)
     check("an end that its length tells costs nothing", ahead.steps == plain.steps == NEW)
-    check("the token too many is not in the tree, and every page went back once", ahead.cached == plain.cached)
+    check(f"the token too many is not in the tree: {ahead.cached} slots, and {plain.cached} without overlap",
+          ahead.cached == plain.cached)  # fmt: skip
+    check(
+        f"every page went back once: {ahead.free} + {ahead.cached} = {SLOTS} slots", ahead.free + ahead.cached == SLOTS
+    )
     check("the answers are the same", ahead.answers == plain.answers)
 
 
@@ -61,7 +70,8 @@ def run(wrapper: TPRadixAttentionModelWrapper, overlap: bool, stop: int | None) 
     scheduler.add_request(input_ids=PROMPT[::-1], sampling_params=SamplingParams(max_new_tokens=NEW, ignore_eos=True))
     results = scheduler.process_requests()
     answers = [results[rid].output_ids for rid in sorted(results)]
-    return Run(events, answers, scheduler.work["sampled"], scheduler.step_number, scheduler.tree.evictable_size)
+    cached, free = scheduler.tree.evictable_size, scheduler.pool.free_slots
+    return Run(events, answers, scheduler.work["sampled"], scheduler.step_number, cached, free)
 
 
 def watch(scheduler: TPScheduler) -> list[tuple[str, int]]:
@@ -102,7 +112,7 @@ def timeline(events: list[tuple[str, int]]) -> None:
             device = device.ljust(start, "." if device else " ") + box
         else:
             rank_0 = rank_0.ljust(device.index(box) + len(box)) + f"T{step} "
-    print(f"  device  {device}")
+    print(f"  drawn   {device}")
     print(f"  rank 0  {rank_0.rstrip()}")
 
 

@@ -68,7 +68,7 @@ def one_row() -> None:
     pool, tree = memory.pool, memory.tree
     print(f"  both have ended: {pool.free_slots} free + {tree.evictable_size} in the tree = {pool.size} slots")
     check("the tree keeps whole pages; a page that is not full goes back", tree.evictable_size % 4 == 0)
-    check("rows are free again", memory.rows.num_free == 8)
+    check(f"{memory.rows.num_free} of 8 rows are free again", memory.rows.num_free == 8)
 
 
 def share_with(page_size: int) -> tuple[int, int, int, int, int]:

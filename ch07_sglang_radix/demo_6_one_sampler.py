@@ -2,10 +2,11 @@
 
     torchrun --nproc_per_node=2 ch07_sglang_radix/demo_6_one_sampler.py
 
-The same question at temperature 3, four times. Either every rank gathers all the logits and samples by itself, with
-its own seed or with a common one, or rank 0 alone samples and broadcasts the tokens. A rank that goes on with another
-token than its peers does not write another text of its own: their partial sums are still added up, so all of them
-compute on a mixture of both.
+The same question four times, at temperature 3: with that the ranks part within a few tokens, and the text is wild in any
+case; above it stands what the model says at temperature 0. Either every rank gathers all the logits and samples by
+itself, with its own seed or with a common one, or rank 0 alone samples and broadcasts the tokens. A rank that goes on
+with another token than its peers does not write another text of its own: their partial sums are still added up, so all
+of them compute on a mixture of both.
 """
 
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from common.teaching.show import check, heading, table
 from common.tiny_qwen.phrasings import SYSTEM_PROMPT
 
 PARAMS, STEPS, SEED = SamplingParams(temperature=3.0, top_k=8, ignore_eos=True), 24, 6
+GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 
 
 def main() -> None:
@@ -39,6 +41,7 @@ def main() -> None:
         "everyone, one seed, rank 1 a draw ahead": (writer.everyone_samples_late, SEED),
         "rank 0 alone, own seeds": (writer.rank_0_samples, SEED + tp.rank),
     }
+    greedy = writer.write(writer.greedy, SEED)
     texts, rows = {}, []
     for name, (choose, seed) in runs.items():
         with tp.ledger.recording() as ledger:
@@ -50,8 +53,10 @@ def main() -> None:
         rows.append((name, differ_at(texts[name]), *handed_in))
     if tp.rank > 0:
         return
+    heading("Temperature 0: the best token each time, on any rank")
+    print(f"  {' '.join(wrapper.tokenizer.decode(greedy).split())}")
     for name, everyones in texts.items():
-        heading(name)
+        heading(f"Temperature {PARAMS.temperature:g}: {name}")
         for rank, tokens in enumerate(everyones):
             print(f"  rank {rank}: {' '.join(wrapper.tokenizer.decode(tokens).split())}")
     heading("Where the ranks part, and the bytes a rank hands in each step")
@@ -97,14 +102,21 @@ class Writer:
         """As if one rank had drawn a number that the others have not: a retry, a request that it alone dropped."""
         return self.everyone_samples(logits, seed, tokens + [0] * self.tp.rank)
 
-    def rank_0_samples(self, logits: torch.Tensor, seed: int, tokens: list[int]) -> torch.Tensor:
+    def rank_0_samples(
+        self, logits: torch.Tensor, seed: int, tokens: list[int], params: SamplingParams = PARAMS
+    ) -> torch.Tensor:
         full = gather_logits(logits, self.vocab_size, self.tp)
-        token = torch.empty(1, dtype=torch.int64) if full is None else self._draw(full, seed, tokens)
+        token = torch.empty(1, dtype=torch.int64) if full is None else self._draw(full, seed, tokens, params)
         return broadcast(token, self.tp, "tokens")  # COMM broadcast [B]: the tokens rank 0 chose
 
-    def _draw(self, logits: torch.Tensor, seed: int, tokens: list[int]) -> torch.Tensor:
+    def greedy(self, logits: torch.Tensor, seed: int, tokens: list[int]) -> torch.Tensor:
+        return self.rank_0_samples(logits, seed, tokens, GREEDY)
+
+    def _draw(
+        self, logits: torch.Tensor, seed: int, tokens: list[int], params: SamplingParams = PARAMS
+    ) -> torch.Tensor:
         """The n-th token takes the n-th random number of the seed."""
-        return sample(logits, [SamplingRow(PARAMS, seed, self.prompt, tokens)]).tokens
+        return sample(logits, [SamplingRow(params, seed, self.prompt, tokens)]).tokens
 
 
 def differ_at(everyones: list[list[int]]) -> str:

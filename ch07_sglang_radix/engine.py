@@ -7,8 +7,10 @@
     for chunk in engine.generate("What is a radix cache?", stream=True): ...
     await engine.async_generate("What is a radix cache?")
 
-Engine(tp_size=2) starts the other ranks itself. Under torchrun it joins them: every rank makes the same calls and gets the same
-results. Only async_generate is rank 0's alone there: the others call `engine.follow()`, which returns when rank 0 shuts down.
+Engine(tp_size=2) starts the other ranks itself. Under torchrun it joins them: every rank makes the same calls, and `generate`
+answers all of them alike. What only the scheduler knows is rank 0's: the others get no pool, tree and queue from get_server_info,
+0 from abort_request, True from flush_cache, and no stream but its end. async_generate is rank 0's alone: the others call
+`engine.follow()`, which returns when rank 0 shuts down.
 """
 
 import secrets
@@ -191,8 +193,7 @@ class Engine:
             scheduler = self.scheduler
             if scheduler.busy:
                 return False
-            scheduler.tree.evict(scheduler.pool.size)
-            scheduler.tree.reset()
+            scheduler.tree.flush()
             return True
 
         return self._at_rest(flush) if self.scheduler.tp.rank == 0 else True

@@ -166,13 +166,12 @@ def _prompts(prompt: Any, input_ids: Any) -> tuple[list[Any], bool]:
 
 
 def _names(rid: Any, n: int, single: bool) -> list[str | None]:
-    """The user's rids, one a prompt."""
+    """The user's rids, one a prompt; one text for a list is a_0, a_1, ... as in SGLang (managers/io_struct.py)."""
     if rid is None:
         return [None] * n
     if isinstance(rid, str):
-        if not single:
-            raise ValueError(f"rid={shown(rid)} for {n} prompts; give a list of {n}")
-        rid = [rid]
+        rid = text("rid", rid, empty=False)
+        rid = [rid] if single else [f"{rid}_{i}" for i in range(n)]
     names = list(texts("rid", rid))
     if len(names) != n or len(set(names)) != n:
         raise ValueError(f"{len(set(names))} different rids for {n} prompts; give one for each")
@@ -210,4 +209,6 @@ def _sibling(params: SamplingParams, i: int) -> SamplingParams:
 
 def check_rid(rid: Any) -> int | str:
     """An id that `generate` has told, or the user's own."""
+    if rid is None:
+        raise ValueError("nothing says which request to end; give rid=, or abort_all=True for all of them")
     return text("rid", rid, empty=False) if isinstance(rid, str) else whole("rid", rid, 0)

@@ -185,6 +185,12 @@ class RadixCache:
         self.evicted += evicted
         return evicted
 
+    def flush(self) -> None:
+        """Give everything back that nobody uses, and forget the rest. No eviction: nobody needed the room."""
+        flushed = self.evict(self.pool.size)
+        self.evicted -= flushed
+        self.reset()
+
     # --- the two moments in a request's life at which it and the tree trade slots
 
     def cache_unfinished_req(self, req: TreeUser) -> None:

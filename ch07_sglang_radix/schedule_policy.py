@@ -61,6 +61,7 @@ class SchedulePolicy:
 
     def __init__(self, name: str, tree: RadixCache, seed: int = 0):
         check_policy(name, tree.disable)
+        name = "fcfs" if tree.disable and name in BY_MATCH else name
         self.name, self.tree = name, tree
         self._order = POLICIES[name]
         self._random = random.Random(seed)
@@ -161,7 +162,7 @@ class SchedulePolicy:
         limit: a longer queue stays as it is. again: the rank changes although queue and tree have not. sort_last: those
         at the back are sorted too.
         """
-        if len(waiting) > limit or self.tree.disable:
+        if len(waiting) > limit:
             return waiting
         state = (*(req.rid for req in waiting), self.tree.inserted, self.tree.evicted)
         if state == self._last[0] and not again:  # steps go by in which nobody gets in
@@ -231,5 +232,7 @@ POLICIES: dict[str, Callable[[SchedulePolicy, list[Req], Sequence[Req]], list[Re
     "priority": SchedulePolicy._priority,
     "dynamic": SchedulePolicy._dynamic,
 }
+
+BY_MATCH = ("lpm", "dfs-weight", "hrrn", "dynamic")  # what they order by is in the tree
 
 assert tuple(POLICIES) == POLICY_NAMES

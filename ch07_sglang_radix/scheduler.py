@@ -108,6 +108,7 @@ class TPScheduler(SchedulerState):
         self.intake = Intake(
             wrapper.tokenizer, config.vocab_size, wrapper.context_length,
             wrapper.kv_cache.num_pages * self.page_size, self.page_size, WORDS,
+            "context_length" if wrapper.context_length < config.max_position_embeddings else None,
         )  # fmt: skip
         self.trace: Trace | None = None
         self.after_step: list[Callable[[], None]] = []

@@ -15,6 +15,7 @@ from common.arguments import says_names
 from common.values import choice, flag, new_file, path, real, text, whole
 
 LEVELS = ("critical", "error", "warning", "info", "debug")
+MAX_RUNNING = 256
 DEFAULT_PAGE = {
     "cpu": 1,
     "cuda": 16,
@@ -22,6 +23,14 @@ DEFAULT_PAGE = {
 
 # what SGLang has and this engine has not: the way out
 ELSEWHERE = {
+    "enable_priority_scheduling": "use schedule_policy='priority', which preempts nobody",
+    "prefill_decode_interval": "a decode step follows every prefill step while somebody runs; leave it out",
+    "host": "an engine listens to nobody; start a server with python -m ch07_sglang_radix.launch_server",
+    "port": "an engine listens to nobody; start a server with python -m ch07_sglang_radix.launch_server",
+    "api_key": "an engine listens to nobody; start a server with python -m ch07_sglang_radix.launch_server",
+    "chat_template": "put it into the tokenizer's folder, and name that with tokenizer_path=",
+    "enable_metrics": "get_server_info() tells them; of the server, GET /metrics",
+    "log_requests": "use trace=, a line for each step, or log_level=",
     "quantization": "weights are read as float32, bfloat16 or float16; use dtype=",
     "pp_size": "layers are not spread over ranks here; use tp_size=",
     "dp_size": "one engine is one replica; start several",
@@ -86,7 +95,7 @@ class ServerArgs:
     page_size: int | None = None
     max_total_tokens: int | None = None
     mem_fraction_static: float | None = None
-    max_running_requests: int = 256
+    max_running_requests: int | None = MAX_RUNNING
     chunked_prefill_size: int | None = None
     max_prefill_tokens: int | None = None
     enable_mixed_chunk: bool = False
@@ -115,7 +124,8 @@ class ServerArgs:
         for name in ("tp_size", "context_length", "page_size", "max_total_tokens", "max_prefill_tokens"):
             if getattr(self, name) is not None:
                 self._set(name, whole(name, getattr(self, name), 1))
-        self._set("max_running_requests", whole("max_running_requests", self.max_running_requests, 1))
+        most = MAX_RUNNING if self.max_running_requests is None else self.max_running_requests
+        self._set("max_running_requests", whole("max_running_requests", most, 1))
         switches = (
             "skip_tokenizer_init", "enable_mixed_chunk", "disable_radix_cache", "gather_best", "disable_cuda_graph",
             "disable_custom_all_reduce", "check_finite", "check",

@@ -237,7 +237,8 @@ def facts_of(engine: Engine) -> dict[str, Any]:
     info, intake = engine.get_server_info(), engine.scheduler.intake
     facts = {name: info[name] for name in ("model", "tp_size", "device", "dtype", "kv_cache_dtype", "page_size")}
     return facts | {
-        "vocab_size": intake.vocab_size, "context_length": intake.model_limit, "max_total_num_tokens": intake.pool_tokens,
+        "vocab_size": intake.vocab_size, "context_length": intake.model_limit, "shortened_by": intake.shortened_by,
+        "max_total_num_tokens": intake.pool_tokens,
         "max_running_requests": engine.wrapper.max_running_requests,
         "pids": [pid for _, pid in engine.scheduler.tp.peers] or [os.getpid()],
     }  # fmt: skip

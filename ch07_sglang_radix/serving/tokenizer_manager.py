@@ -116,7 +116,7 @@ class TokenizerManager:
             facts = self.facts
             intake = Intake(
                 self.tokenizer, facts["vocab_size"], facts["context_length"], facts["max_total_num_tokens"],
-                facts["page_size"], WORDS,
+                facts["page_size"], WORDS, facts["shortened_by"],
             )  # fmt: skip
             self._prepare = Preparation(self.args, intake, self.sessions)
             for op in self.at_start:

@@ -13,6 +13,7 @@ from common.sampling.params import SamplingParams
 from common.text.tokenizer import Tokenizer
 from common.values import prompt_ids, text, whole
 
+NO_TOKENIZER = "there is no tokenizer (none lies beside the model, or skip_tokenizer_init=True)"
 PRIORITY_LIMIT = 1 << 31  # SGLang and vLLM send priorities as machine integers; so does a task
 
 
@@ -27,7 +28,8 @@ class Words:
 
 @dataclass(frozen=True)
 class Intake:
-    """vocab_size V; model_limit: positions of the model; pool_tokens: slots of the whole pool, by pages of page_size."""
+    """vocab_size V; model_limit: tokens of a request, shortened_by the argument of this name or the model's positions;
+    pool_tokens: slots of the whole pool, by pages of page_size."""
 
     tokenizer: Tokenizer | None
     vocab_size: int
@@ -35,13 +37,14 @@ class Intake:
     pool_tokens: int
     page_size: int
     words: Words
+    shortened_by: str | None = None
 
     def ids(self, prompt: Any, name: str = "the prompt") -> list[int]:
         """A text or token ids (a list, or an array or tensor of one dimension) -> token ids, all of them in the vocabulary."""
         if isinstance(prompt, str):
             text(name, prompt)
             if self.tokenizer is None:
-                raise ValueError(f"this checkpoint has no tokenizer; give {self.words.token_ids} instead of text")
+                raise ValueError(f"{NO_TOKENIZER}; give {self.words.token_ids} instead of text")
             prompt = self.tokenizer.encode(prompt)
         return prompt_ids(name, prompt, self.vocab_size)
 
@@ -50,9 +53,7 @@ class Intake:
         max_tokens = params.max_new_tokens
         params.check_vocabulary(self.vocab_size)
         if params.grammar and self.tokenizer is None:
-            raise ValueError(
-                f"this checkpoint has no tokenizer, so no text for {params.grammar[0]} to hold for; leave it out"
-            )
+            raise ValueError(f"{NO_TOKENIZER}, so no text for {params.grammar[0]} to hold for; leave it out")
         if not ids:
             raise ValueError("the prompt is empty: there is no token to continue from")
         total = len(ids) + max_tokens
@@ -60,7 +61,8 @@ class Intake:
         if total > self.model_limit:
             left = self.model_limit - len(ids)
             way_out = f" or ask for at most {left}" if left > 0 else f" to {self.model_limit - 1} or fewer"
-            raise ValueError(f"{said}, but the model ends at {self.model_limit}; shorten the prompt{way_out}")
+            end = f"{self.shortened_by} is" if self.shortened_by else "the model ends at"
+            raise ValueError(f"{said}, but {end} {self.model_limit}; shorten the prompt{way_out}")
         if -(-total // self.page_size) * self.page_size > self.pool_tokens:
             raise ValueError(
                 f"{said}, but the pool holds {self.pool_tokens}; shorten the request or raise {self.words.pool}"
@@ -74,7 +76,7 @@ class Intake:
     def stops(self, stop: Sequence[str]) -> None:
         """Raises ValueError if there is no text to find them in."""
         if stop and self.tokenizer is None:
-            raise ValueError("this checkpoint has no tokenizer, so no text to stop at; use stop_token_ids")
+            raise ValueError(f"{NO_TOKENIZER}, so no text to stop at; use stop_token_ids")
 
     @staticmethod
     def namespace(name: str, value: Any) -> str | None:

@@ -59,7 +59,8 @@ def test_commands(chat):
     ("line", "says"),
     [
         ("/set temperature -3", "temperature=-3 must be in"), ("/set temperature warm", "'warm' is no number"),
-        ("/set colour 3", "unknown sampling parameter colour"), ("/what", "/quit"),
+        ("/set colour 3", "unknown sampling parameter colour"), ("/what", "  /what is no command; these are:\n  /tree"),
+        ("/set stop tree", "'tree' is no number; /set takes no other values"), ("/chat", "/chat takes other words; these are:"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_line_and_changes_nothing(chat, line, says):
@@ -67,6 +68,20 @@ def test_what_is_wrong_is_one_line_and_changes_nothing(chat, line, says):
     assert chat.line(line)
     assert says in chat.said()
     assert chat.params == before
+
+
+def test_what_a_command_has_changed_is_said(chat):
+    for line, says in (
+        ("/set max_new_tokens 3", "  max_new_tokens=3"), ("/set top_p 0.5", "  max_new_tokens=3, top_p=0.5"),
+        ("/new", "  a new conversation"), ("What is a page?", "came from the tree"),
+        ("/new", "  a new conversation; 1 question(s) and their answers are no part of it"), ("What is a page?", "tree"),
+        ("/chat off", "  the bare text, and no turn knows those before it; a new conversation; 1 question(s)"),
+        ("/chat on", "  through the chat template; a new conversation"),
+    ):  # fmt: skip
+        chat.line(line)
+        assert says in chat.said().splitlines()[-1], line
+    chat.line("/help")
+    assert "is no command" not in chat.said()
 
 
 def test_it_reads_a_pipe_to_its_end():

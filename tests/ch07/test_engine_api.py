@@ -327,6 +327,68 @@ def test_info_counts_what_was_served():
     assert info["max_total_num_tokens"] == 400
 
 
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [("enable_priority_scheduling", "schedule_policy='priority'"), ("prefill_decode_interval", "leave it out"),
+     ("host", "launch_server"), ("port", "launch_server"), ("api_key", "launch_server"), ("chat_template", "tokenizer_path="),
+     ("enable_metrics", "get_server_info"), ("log_requests", "trace=")],
+)  # fmt: skip
+def test_a_name_of_sglang_s_that_is_not_here_comes_with_a_way_out(name, way_out):
+    with pytest.raises(ValueError, match=f"{name}.*: .*{re.escape(way_out)}"):
+        Engine(**{name: "x"})
+
+
+def test_one_rid_for_a_list_is_numbered():
+    with Engine(device="cpu") as engine:
+        short = {"max_new_tokens": 1}
+        ids = [one["meta_info"]["id"] for one in engine.generate(input_ids=[[1], [2]], sampling_params=short, rid="a")]
+        assert ids == ["a_0", "a_1"]
+        assert engine.generate(input_ids=[1], sampling_params=short, rid="a")["meta_info"]["id"] == "a"
+        assert engine.generate(input_ids=[[1]], sampling_params=short, rid="a")[0]["meta_info"]["id"] == "a_0"
+        with pytest.raises(ValueError, match="rid: an empty text is none"):
+            engine.generate(input_ids=[[1], [2]], rid="")
+
+
+def test_no_limit_of_running_requests_is_the_default_one():
+    with Engine(device="cpu", max_running_requests=None) as engine:
+        assert engine.wrapper.max_running_requests == 256
+
+
+def test_a_flush_is_no_eviction():
+    engine = Engine(device="cpu", page_size=4, max_total_tokens=400)
+    engine.generate(input_ids=list(range(21)), sampling_params={"max_new_tokens": 2})
+    before = engine.get_server_info()
+    assert engine.flush_cache()
+    info = at_rest(engine)
+    assert (before["evictable_tokens"], info["evictable_tokens"], info["free_tokens"]) == (20, 0, 400)
+    assert info["evicted_tokens"] == before["evicted_tokens"] == 0
+
+
+@pytest.mark.parametrize("policy", ["lpm", "dfs-weight", "hrrn", "dynamic", "lof"])
+def test_without_a_tree_the_policy_that_is_told_is_the_one_that_is_used(policy):
+    with Engine(device="cpu", disable_radix_cache=True, schedule_policy=policy) as engine:
+        assert engine.get_server_info()["schedule_policy"] == ("lof" if policy == "lof" else "fcfs")
+
+
+def test_an_abort_of_nothing_says_what_to_give():
+    with Engine(device="cpu") as engine, pytest.raises(ValueError, match="give rid=, or abort_all=True"):
+        engine.abort_request()
+
+
+def test_a_limit_of_the_user_s_own_is_named_as_such():
+    for given, said in (({"context_length": 4}, "context_length is 4"), ({}, "the model ends at 2048")):
+        with Engine(device="cpu", **given) as engine, pytest.raises(ValueError, match=f"tokens, but {said};"):
+            engine.generate(input_ids=[1, 2], sampling_params={"max_new_tokens": 2100})
+
+
+def test_who_left_the_tokenizer_out_is_told_so():
+    with Engine(device="cpu", skip_tokenizer_init=True) as engine:
+        with pytest.raises(ValueError, match=r"no tokenizer \(.*skip_tokenizer_init=True\); give input_ids"):
+            engine.generate("a text")
+        with pytest.raises(ValueError, match=r"skip_tokenizer_init=True\), so no text to stop at"):
+            engine.generate(input_ids=[1], sampling_params={"stop": "x"})
+
+
 def test_cached_tokens_are_what_a_plain_simulation_says():
     """A random conversation, request by request: the longest prefix that any earlier one has left, in whole pages."""
     rng = torch.Generator().manual_seed(3)
