@@ -160,10 +160,13 @@ def compare(engine: LLMEngine, folder, requests: list[Request], steps: int) -> l
     generate = generate_runner(model, PEER_BATCH)
     generate(requests[:1])  # warm up
     rounds = []  # (our row, their seconds)
-    for _ in range(ROUNDS):
+    for i in range(ROUNDS):
         rounds.append(take_turns(engine, requests, generate, steps))
         faster = rounds[-1][1] / rounds[-1][0]["seconds"]
-        print(f"this engine is {faster:.2f}x as fast as generate in batches of {PEER_BATCH}", flush=True)
+        print(
+            f"round {i + 1} of {ROUNDS}: this engine is {faster:.2f}x as fast as generate in batches of {PEER_BATCH}",
+            flush=True,
+        )
     ours, seconds = sorted(rounds, key=lambda pair: pair[1] / pair[0]["seconds"])[ROUNDS // 2]
     speed = sum(request.new_tokens for request in requests) / seconds
     peer = dict.fromkeys(ours, "") | {"tokens/s": round(speed, 1), "seconds": round(seconds, 2)}

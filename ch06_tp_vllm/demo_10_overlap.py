@@ -13,6 +13,7 @@ What can be gained is the time of the sums; what it costs is that every product 
 out. Last, what the cost model (common/distributed/cost_model.py) makes of two measured messages.
 """
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -25,7 +26,7 @@ from common.teaching.show import check, heading, table
 
 HIDDEN, WIDTH, LAYERS = 896, 4864, 2  # of Qwen2.5-0.5B, two layers of it
 TOKENS = {"cpu": 64, "cuda": 4096}
-ROUNDS = 50  # all ways in turn; the fastest of each counts, the machine may do other things beside
+ROUNDS = 50  # all ways in turn; the median of each counts
 
 
 def main() -> None:
@@ -57,11 +58,10 @@ def main() -> None:
     heading(f"{LAYERS} MLPs of {HIDDEN} x {WIDTH} on {tp.size} ranks, {len(x)} tokens, {where}")
     table(("", "ms a layer"), [(way, 1e3 * s / LAYERS) for way, s in spent.items()])
     whole, halves, together = list(spent.values())[2:]
+    in_two, overlap = (1e3 * (seconds - whole) / LAYERS for seconds in (halves, together))
     print(
-        f"  overlapping takes {1e3 * (halves - together) / LAYERS:.2f} ms off a layer, cutting it in two had cost",
-        end=" ",
+        f"  against one after the other: in two halves {in_two:+.2f} ms a layer, overlapped {overlap:+.2f} (minus: gained)"
     )
-    print(f"{1e3 * (halves - whole) / LAYERS:.2f} ms")
     same = torch.allclose(results["one after the other"], results["two halves, overlapped"], rtol=1e-2, atol=1e-2)
     check("overlapped or not, the numbers are the same", same)
     heading("The cost model: latency and bandwidth from an all-reduce of 8 bytes and one of 4 MB")
@@ -114,16 +114,16 @@ def only_the_sums(x: torch.Tensor, tp: TPGroup) -> torch.Tensor:
 
 
 def measure(ways: dict[str, Callable], tp: TPGroup) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """Seconds of each way, in turn, the fastest. And what came out."""
-    spent, results = dict.fromkeys(ways, float("inf")), {}
+    """Seconds of each way, in turn, the median. And what came out."""
+    spent, results = {way: [] for way in ways}, {}
     for _ in range(ROUNDS):
         for way, run in ways.items():
             wait_for_all(tp)
             began = time.perf_counter()
             results[way] = run()
             wait_for_all(tp)
-            spent[way] = min(spent[way], time.perf_counter() - began)
-    return spent, results
+            spent[way].append(time.perf_counter() - began)
+    return {way: statistics.median(seconds) for way, seconds in spent.items()}, results
 
 
 def fastest_sum(x: torch.Tensor, tp: TPGroup) -> float:

@@ -9,6 +9,7 @@ execute_context_4(160)_generation_0(0) is four requests with 160 prompt tokens, 
 """
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write a trace of the decode steps (rank 0)")
     args = parser.parse_args()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler says "USDT: profiler_start" on stderr
     engine = LLMEngine(num_gpu_blocks_override=64, async_scheduling=False, enforce_eager=True)
     put_ranges_around(engine)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if engine.tp.device.type == "cuda" else [])]

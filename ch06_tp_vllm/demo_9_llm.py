@@ -105,12 +105,12 @@ def penalty_on_shards() -> None:
 
     def penalise(logits, ids):
         logits = logits.clone()
-        logits[ids] = torch.where(logits[ids] > 0, logits[ids] / 2, logits[ids] * 2)
+        logits[ids] = torch.where(logits[ids] > 0, logits[ids] / PENALTY, logits[ids] * PENALTY)
         return logits
 
     whole = penalise(logits, seen)
     shards = [penalise(logits[r * share : (r + 1) * share], seen[seen // share == r] % share) for r in range(2)]
-    print("  eight tokens, four on each rank; 3 and 6 were seen, and their logits are halved")
+    print("  eight tokens, four on each rank; 3 and 6 were seen, and their logits, above 0, are divided by it")
     check("each rank can penalise its own: token t is row t - 4r of rank r", torch.equal(torch.cat(shards), whole))
     as_if_whole = torch.cat([penalise(logits[r * share : (r + 1) * share], seen[seen < share]) for r in range(2)])
     mistake("each rank takes token ids for rows of its shard: the logits", as_if_whole, whole)

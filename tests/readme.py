@@ -9,15 +9,23 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-MEASURED = "\f"  # before the lines whose numbers differ from run to run
+MEASURED = "\f"  # before a line whose numbers differ from run to run
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]\d+)?x?")
 
 
 def blocks(chapter: str) -> list[tuple[str, str]]:
-    """[(command, lines shown under it)]. A block marked ```measured comes behind the others: any number may stand in it."""
+    """[(command, lines shown under it)]. MEASURED is before the lines of a ```measured block: any number may stand for each."""
     text = (ROOT / chapter / "README.md").read_text(encoding="utf-8")
-    found = re.findall(r"```bash\n(.+?)\n```\n(?:```\n(.*?)```\n)?(?:```measured\n(.*?)```)?", text, re.DOTALL)
-    return [(command, shown + (MEASURED + measured if measured else "")) for command, shown, measured in found]
+    found = re.findall(r"```bash\n(.+?)\n```\n((?:```(?:measured)?\n.*?```\n)*)", text, re.DOTALL)
+    return [
+        (command, "".join(map(_lines, re.findall(r"```(measured)?\n(.*?)```\n", shown, re.DOTALL))))
+        for command, shown in found
+    ]
+
+
+def _lines(block: tuple[str, str]) -> str:
+    kind, lines = block
+    return re.sub(r"^(?=.)", MEASURED, lines, flags=re.MULTILINE) if kind else lines
 
 
 def short_names(chapter: str) -> list[str]:
@@ -44,16 +52,11 @@ def run(command: str, shown: str) -> None:
     done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     lines, at = done.stdout.splitlines(), 0
-    exact, _, measured = shown.partition(MEASURED)
-    for line in exact.splitlines():
-        found = [i for i in range(at, len(lines)) if lines[i].startswith(line)]
-        assert found, f"{line!r} is not printed after line {at} of\n{done.stdout}"
-        at = found[0] + 1
-    for line in measured.splitlines():
-        alike = re.compile(_any_numbers(line))
+    for line in shown.split("\n"):
+        alike = re.compile(_any_numbers(line[1:]) if line.startswith(MEASURED) else re.escape(line))
         found = [i for i in range(at, len(lines)) if alike.match(lines[i])]
-        assert found, f"nothing like {line!r} is printed after line {at} of\n{done.stdout}"
-        at = found[0] + 1
+        assert found or not line, f"nothing like {line!r} is printed after line {at} of\n{done.stdout}"
+        at = found[0] + 1 if line else at
 
 
 def _any_numbers(line: str) -> str:

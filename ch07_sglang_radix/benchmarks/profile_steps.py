@@ -9,6 +9,7 @@ torch's operators took longest. The chapter's last page says how to read it besi
 """
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--running", type=int, default=8, help="requests that decode (default 8)")
     parser.add_argument("--steps", type=int, default=10, help="decode steps in the trace (default 10)")
     args = parser.parse_args()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler says "USDT: profiler_start" on stderr
     if min(args.running, args.steps, args.prompt) < 1:
         raise ValueError(f"running={args.running}, steps={args.steps} and prompt={args.prompt} must be at least 1")
     tp = initialize_tensor_parallel()

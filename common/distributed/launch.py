@@ -2,11 +2,13 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
-from common.distributed.spawn import end_all
+from common.distributed.spawn import ROOT, end_all
 from common.parallel_state import RankFailure, lost_peer, shutdown_tensor_parallel
 
 RANK_0_SPEAKS_FIRST_S = 5.0
@@ -22,6 +24,7 @@ def run_main(main: Callable[[], None]) -> None:
     signal.signal(signal.SIGTERM, _stopped)
     signal.signal(signal.SIGINT, _stopped)
     try:
+        _check_clone()
         main()
         print(end="", flush=True)
     except RankFailure as error:
@@ -36,6 +39,18 @@ def run_main(main: Callable[[], None]) -> None:
         said = f"standard output: {error.strerror}" if _is_of_stdout(error) else error
         _leave(f"error: {said}" if rank == 0 else f"error on rank {rank}: {said}")
     shutdown_tensor_parallel()
+
+
+def _check_clone() -> None:
+    """Python finds the packages where they are installed, which may be another clone than the one whose script runs."""
+    script, here = getattr(sys.modules["__main__"], "__file__", None), Path(__file__).resolve()
+    place = here.relative_to(ROOT)
+    for folder in Path(script).resolve().parents if script else ():
+        if folder != ROOT and (folder / place).is_file():
+            raise ValueError(
+                f"this script is of {folder}, but Python imports the packages of {ROOT}, which is installed; "
+                f"install {folder} (python setup_environment.py there), or set PYTHONPATH={folder}"
+            )
 
 
 def _stopped(signum: int, frame) -> None:

@@ -33,8 +33,15 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 
 
 def expect(what: str, got: Any, want: Any) -> None:
-    """Raises AssertionError, with `what` and both values, unless they are equal; arrays, tuples and lists are alike."""
-    if _plain(got) != _plain(want) or (isinstance(want, bool) and not isinstance(_plain(got), bool)):
+    """Raises AssertionError, with `what` and both values, unless they are equal; arrays, tuples and lists are alike.
+
+    True is not 1, and a float is no whole number: 12.0 counts nothing, and indexes no list.
+    """
+    plain = _plain(got)
+    other_kind = isinstance(want, bool) != isinstance(plain, bool) or (
+        isinstance(want, int) and isinstance(plain, float)
+    )
+    if plain != _plain(want) or other_kind:
         raise AssertionError(f"{what}: got {short(got)}, wanted {short(want)}")
 
 

@@ -19,4 +19,3 @@ def check(m: ModuleType) -> None:
         said = f"{free} bytes free, blocks of {size}, {layers} layers, {heads} KV heads of {head_dim}, {bytes_each} bytes each"
         got = ask(m.num_blocks, list(free), size, *shape, why=f"{want} blocks: {what}")
         expect(f"{what}: {said}", got, want)
-        expect(f"{what}: a part of a block is none, type of the answer", type(got).__name__.rstrip("_3264"), "int")

@@ -77,6 +77,27 @@ def test_a_signal_to_torchrun_is_one_line_a_rank(name):
     assert "common/" not in torchruns
 
 
+def test_a_script_of_another_clone_than_the_one_that_is_imported_says_so(tmp_path):
+    for name in ("common/distributed/launch.py", "ch06_tp_vllm/demo.py"):
+        (tmp_path / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "clone" / name).touch()
+    demo = "from common.distributed.launch import run_main\nrun_main(lambda: print('ran'))\n"
+    said = []
+    for place in (tmp_path / "clone" / "ch06_tp_vllm", tmp_path):
+        (place / "demo.py").write_text(demo, encoding="utf-8")
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, place / "demo.py"], env=env, capture_output=True, text=True, timeout=60, check=False
+        )
+        said.append((done.returncode, done.stdout, done.stderr))
+    clone, root = (re.escape(str(folder)) for folder in ((tmp_path / "clone").resolve(), ROOT))
+    assert said[0][:2] == (1, "")
+    assert re.fullmatch(
+        rf"error: this script is of {clone}, but .* of {root}, .* or set PYTHONPATH={clone}\n", said[0][2]
+    )
+    assert said[1] == (0, "ran\n", "")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no file that is always full")
 @pytest.mark.parametrize("unbuffered", [False, True])
 @pytest.mark.parametrize("name", ["print_much", "print_little"])

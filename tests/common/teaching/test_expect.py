@@ -20,7 +20,19 @@ def test_the_same_in_another_form_is_the_same(got, want):
 
 @pytest.mark.parametrize(
     ("got", "want"),
-    [(None, []), ([1], [1, 2]), (0, False), (1, True), ("1", 1), (np.zeros(2), 0), ([[]], []), (object(), 1)],
+    [
+        (None, []),
+        ([1], [1, 2]),
+        (0, False),
+        (1, True),
+        (True, 1),
+        (12.0, 12),
+        (np.float64(3), 3),
+        ("1", 1),
+        (np.zeros(2), 0),
+        ([[]], []),
+        (object(), 1),
+    ],
 )
 def test_another_value_is_named_with_what_was_wanted(got, want):
     with pytest.raises(AssertionError, match=r"^it: got .+, wanted .+$"):
