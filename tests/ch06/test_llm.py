@@ -438,6 +438,19 @@ def test_after_shutdown_there_is_one_line(checkpoint):
         llm.generate([[1]], params(1))
 
 
+def test_a_bad_word_is_never_completed(llm):
+    free = llm.generate("What is a page?", params(12))[0].outputs[0].text
+    word = free.split()[1]
+    held = llm.generate("What is a page?", params(12, bad_words=[word]))[0].outputs[0].text
+    assert word in free
+    assert word not in held
+
+
+def test_a_bad_word_needs_a_tokenizer(engine):
+    with pytest.raises(ValueError, match="no tokenizer, so bad_words are no tokens; use logit_bias"):
+        engine.add_request("a", [1, 2, 3], params(2, bad_words=["x"]))
+
+
 def test_a_stop_text_needs_a_tokenizer(engine):
     with pytest.raises(ValueError, match="no tokenizer, so no text to stop at; use stop_token_ids"):
         engine.add_request("a", [1, 2, 3], params(2, stop="x"))

@@ -29,7 +29,7 @@ def test_the_python_of_the_readme_runs_under_torchrun(tmp_path):
     run(f"torchrun --nproc_per_node=2 {tmp_path / 'snippet.py'}", "")
 
 
-@pytest.mark.parametrize(("at", "exercise"), enumerate(["ex1_row_parallel_bias", "ex5_prefix_hash"]))
+@pytest.mark.parametrize(("at", "exercise"), [(0, "ex1_row_parallel_bias"), (1, "ex5_prefix_hash")])
 def test_a_command_of_the_exercises_runs(at, exercise):
     text = (ROOT / CHAPTER / "exercises" / "README.md").read_text(encoding="utf-8")
     commands = re.findall(r"^(python .+?)(?: +#.*)?$", text, re.MULTILINE)

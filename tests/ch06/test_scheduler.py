@@ -82,6 +82,13 @@ def test_without_chunks_a_prompt_waits_for_a_step_with_room():
     assert run.step() == {0: 1, 1: 12}
 
 
+def test_without_chunks_a_prompt_may_take_all_that_is_left_of_a_step():
+    run = Run(budget=16, enable_chunked_prefill=False)
+    run.add(10, max_tokens=2)
+    run.add(6)
+    assert run.step() == {0: 10, 1: 6}
+
+
 def test_who_is_aborted_leaves_the_list_it_is_in():
     run = Run(seqs=1)
     running, waiting, last = run.add(2), run.add(2), run.add(2)

@@ -114,7 +114,7 @@ def test_the_line_of_leaves_stays_short_however_often_they_are_used():
 
 def test_disabled_cache_matches_nothing():
     tree = RadixCache(TokenToKVPool(num_pages=4), disable=True)
-    tree.insert([1, 2], np.array([0, 1]))
+    assert tree.insert([1, 2], np.array([0, 1])) == 0, "none of them was there"
     assert len(tree.match_prefix([1, 2]).slots) == 0
 
 

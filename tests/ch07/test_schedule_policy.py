@@ -204,6 +204,17 @@ def test_a_hit_rate_of_a_tenth_is_worth_lpm(cached, active):
     assert policy.active == active
 
 
+def test_the_hit_rate_is_that_of_the_last_64_admissions():
+    policy = SchedulePolicy("dynamic", tree_with())
+    policy.admitted(100, 100)
+    rates = []
+    for _ in range(64):
+        rates.append(policy.hit_rate)
+        policy.admitted(0, 100)
+    assert rates[7:] == [pytest.approx(1 / n) for n in range(8, 65)]
+    assert policy.hit_rate == 0
+
+
 def test_the_policy_hears_what_each_request_found_when_it_was_admitted():
     scheduler = make(TINY_QWEN_PATH, page_size=4, schedule_policy="dynamic")
     for _ in range(8):
