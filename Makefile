@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-all mutation serve chat lint tiny-qwen bench-cpu bench-cpu-real bench-gpu load-test notebooks figures clean
+.PHONY: setup demo test test-all mutation serve chat lint tiny-qwen bench-cpu bench-cpu-real bench-gpu load-test grpc notebooks figures clean
 
 setup: .venv/installed
 
@@ -18,7 +18,7 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest --nbmake -n auto --dist worksteal tests notebooks
 
-# do the tests bite? (SAMPLE changes of the product, one at a time; about 15 s each)
+# do the tests bite? (SAMPLE changes of the product, one at a time; about 20 s each)
 SAMPLE ?= 120
 mutation: setup
 	$(BIN)/python -m tests.mutation --sample $(SAMPLE)
@@ -62,6 +62,10 @@ endif
 load-test: setup
 	$(BIN)/python -m ch07_sglang_radix.serving.load_test --requests 10000 --concurrency 500
 	$(BIN)/python -m tests.ch07.serving.openapi_fuzz --cases 10000
+
+# the Python of serving/grpc/sglang_scheduler.proto
+grpc: setup
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. ch07_sglang_radix/serving/grpc/sglang_scheduler.proto
 
 # runs the .py files and stores what they show in the .ipynb beside them
 notebooks: setup

@@ -1,11 +1,13 @@
 """vLLM's EngineArgs: what an engine is made with, under vLLM's names, and one line for a name that does not exist here."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ch06_tp_vllm.scheduler import POLICIES
-from common.values import choice, flag, new_file, path, real, refuse_unknown, text, whole
+from common.arguments import says_names
+from common.values import choice, flag, new_file, path, real, text, whole
 
 # what vLLM has and this engine has not: the way out
 ELSEWHERE = {
@@ -24,9 +26,38 @@ ELSEWHERE = {
     "download_dir": "the Hub's own cache is used (HF_HOME)",
     "distributed_executor_backend": "processes of torchrun, or started by the engine itself; leave it out",
     "max_seq_len_to_capture": "CUDA graphs hold any length; leave it out, or enforce_eager=True",
+    "tokenizer_mode": "the folder's own tokenizer is used; leave it out",
+    "served_model_name": "nothing is served here; leave it out",
+    "compilation_config": "nothing is compiled but kernels; leave it out, or enforce_eager=True for no CUDA graphs",
+    "task": "this engine generates; leave it out",
+    "runner": "this engine generates; leave it out",
+    "convert": "this engine generates; leave it out",
+    "kv_cache_memory_bytes": "use num_gpu_blocks_override= or gpu_memory_utilization=",
+    "tokenizer_revision": "give a local folder",
+    "code_revision": "a folder's Python is never run here; leave it out",
+    "hf_token": "the Hub's own login is used (HF_TOKEN)",
+    "config_format": "config.json in Hugging Face layout is read; leave it out",
+    "limit_mm_per_prompt": "this engine reads text only",
+    "logits_processors": "use logit_bias, bad_words or allowed_token_ids of SamplingParams",
+    "long_prefill_token_threshold": "a long prompt gets what is left of max_num_batched_tokens; leave it out",
+    "disable_sliding_window": "windows are not here; leave it out",
+    "profiler_config": "see demo_10_profile.py",
+    "kv_transfer_config": "prefill and decode run in one engine here",
+    "nnodes": "several hosts: start it under torchrun on each",
+    "max_loras": "adapters are not here; merge them into the weights",
+    "max_lora_rank": "adapters are not here; merge them into the weights",
+}  # fmt: skip
+# values that ask for nothing of it, besides None: vLLM's own defaults (0.33, engine/arg_utils.py, config/, entrypoints/llm.py)
+IDLE = dict.fromkeys(ELSEWHERE) | {
+    "pipeline_parallel_size": 1, "data_parallel_size": 1, "nnodes": 1, "enable_expert_parallel": False, "enable_lora": False,
+    "cpu_offload_gb": 0, "swap_space": 4, "max_logprobs": 20, "disable_log_stats": True, "hf_overrides": {},
+    "tokenizer_mode": "auto", "task": "generate", "runner": "auto", "convert": "auto",
+    "config_format": "auto", "limit_mm_per_prompt": {}, "long_prefill_token_threshold": 0, "disable_sliding_window": False,
+    "max_loras": 1, "max_lora_rank": 16,
 }  # fmt: skip
 
 
+@says_names("engine argument", ELSEWHERE, IDLE)
 @dataclass(frozen=True)
 class EngineArgs:
     """The arguments of LLM and LLMEngine.
@@ -36,6 +67,7 @@ class EngineArgs:
     max_num_batched_tokens: the budget of a step. num_gpu_blocks_override: blocks in the pool; by default what memory
     allows, gpu_memory_utilization of the device's memory for weights and pool together. scheduler_reserve_full_isl: a
     request enters only if its whole prompt fits, and a share `watermark` of the blocks stays free. enforce_eager: no CUDA graphs.
+    disable_custom_all_reduce: NCCL for small sums too (common/distributed/symmetric_memory.py).
     async_scheduling: queue a step before the last one's tokens are seen; None: on a GPU. generation_config: "auto" takes
     sampling defaults from the model's generation_config.json, "vllm" takes vLLM's own. check_finite: look for NaN and
     infinity in the weights before they are used, and name them. check: test the conservation of blocks after every step.
@@ -65,6 +97,7 @@ class EngineArgs:
     scheduling_policy: str = "fcfs"
     seed: int = 0
     enforce_eager: bool = False
+    disable_custom_all_reduce: bool = False
     async_scheduling: bool | None = None
     attention_backend: str = "auto"
     generation_config: str = "auto"
@@ -73,21 +106,23 @@ class EngineArgs:
     trace: str | Path | None = None
 
     @classmethod
-    def of(cls, given: dict[str, Any]) -> "EngineArgs":
-        """Raises ValueError for a name that does not exist here, and says what to use instead."""
-        refuse_unknown("engine argument", list(given), [field.name for field in fields(cls)], ELSEWHERE)
-        return cls(**given)
+    def of(cls, given: Mapping[Any, Any]) -> "EngineArgs":
+        """The same from a dictionary, whose keys may be anything."""
+        return cls(**{str(name): value for name, value in given.items()})
 
     def __post_init__(self):
         for name in ("max_num_batched_tokens", "num_gpu_blocks_override", "tensor_parallel_size", "max_model_len"):
             if getattr(self, name) is not None:
                 self._set(name, whole(name, getattr(self, name), 1))
+        for name in ("block_size", "max_num_seqs", "enable_prefix_caching", "enable_chunked_prefill"):
+            if getattr(self, name) is None:  # vLLM's own default
+                self._set(name, type(self).__dataclass_fields__[name].default)
         for name in ("block_size", "max_num_seqs"):
             self._set(name, whole(name, getattr(self, name), 1))
         self._set("seed", whole("seed", self.seed, -(1 << 63), (1 << 63) - 1))
         switches = (
             "skip_tokenizer_init", "trust_remote_code", "enable_prefix_caching", "enable_chunked_prefill",
-            "scheduler_reserve_full_isl", "enforce_eager", "check_finite", "check",
+            "scheduler_reserve_full_isl", "enforce_eager", "disable_custom_all_reduce", "check_finite", "check",
         )  # fmt: skip
         for name in switches:
             self._set(name, flag(name, getattr(self, name)))

@@ -8,13 +8,14 @@ from typing import Any
 
 from ch06_tp_vllm.request import Request
 from ch06_tp_vllm.sampling_params import SamplingParams
+from common.arguments import refuse_unknown
 from common.models.config import ModelConfig
 from common.request.intake import NO_TOKENIZER, Intake, Words
 from common.sampling.batch import uniform
 from common.sampling.grammar import GrammarCompiler, GrammarMask
 from common.sampling.params import SamplingParams as RowParams
 from common.text.answer import AnswerText
-from common.values import refuse_unknown, shown, text
+from common.values import shown, text
 
 Prompt = str | Sequence[int] | dict[str, Any]  # {"prompt": text} or {"prompt_token_ids": ids}, with a cache_salt or not
 

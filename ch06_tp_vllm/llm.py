@@ -18,6 +18,7 @@ from ch06_tp_vllm.metrics import Metric, engine_metrics
 from ch06_tp_vllm.outputs import RequestOutput
 from ch06_tp_vllm.sampling_params import SamplingParams
 from common import values
+from common.arguments import says_names
 from common.distributed.messages import share
 from common.models.generation_config import sampling_defaults
 from common.parallel_state import shutdown_tensor_parallel
@@ -25,6 +26,16 @@ from common.request.intake import NO_TOKENIZER
 from common.values import flag, one_each, shown
 
 Params = SamplingParams | Sequence[SamplingParams] | None
+# arguments of vLLM's generate and chat that are not here; None asks for nothing of them
+ELSEWHERE = {
+    "lora_request": "adapters are not here; merge them into the weights",
+    "tokenization_kwargs": "texts are encoded as they stand; give token ids",
+    "mm_processor_kwargs": "this engine reads text only",
+    "chat_template_content_format": "a message's content is a text; leave it out",
+    "prompt_token_ids": 'a prompt is {"prompt_token_ids": ids}, or the ids themselves',
+}
+IDLE = dict.fromkeys(ELSEWHERE) | {"chat_template_content_format": "auto"}
+asked = says_names("argument", ELSEWHERE, IDLE)
 
 
 class LLM:
@@ -55,6 +66,7 @@ class LLM:
             found["max_tokens"] = found.pop("max_new_tokens")
         return SamplingParams(**found)
 
+    @asked
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, *, use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
@@ -107,13 +119,17 @@ class LLM:
         engine.runner.stop()
         return outputs
 
+    @asked
     def chat(
         self, messages: Sequence[dict[str, str]] | Sequence[Sequence[dict[str, str]]], sampling_params: Params = None,
-        *, use_tqdm: bool = True, chat_template_kwargs: dict[str, Any] | None = None,
+        use_tqdm: bool = True, *, priority: Sequence[int] | None = None, chat_template: str | None = None,
+        add_generation_prompt: bool = True, continue_final_message: bool = False, tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:  # fmt: skip
         """generate, for one conversation or several: lists of {"role": ..., "content": ...}.
 
-        chat_template_kwargs: what the checkpoint's template knows besides the messages (`enable_thinking`).
+        chat_template: another one than the checkpoint's, as text, or the name of one of its several. tools: what the template
+        is told of them; calls in the answer are text. chat_template_kwargs: what it knows besides (`enable_thinking`).
         """
         tokenizer = self.llm_engine.runner.tokenizer
         if tokenizer is None:
@@ -121,8 +137,17 @@ class LLM:
         if not isinstance(messages, list | tuple):
             raise ValueError(f"messages={shown(messages)} must be a list of messages, or of such lists")
         several = [messages] if messages and isinstance(messages[0], dict) else messages
-        prompts = [tokenizer.encode_chat(conversation, **(chat_template_kwargs or {})) for conversation in several]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        more = {
+            "chat_template": chat_template, "tools": tools, "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        } | (chat_template_kwargs or {})  # fmt: skip
+        prompts = [tokenizer.encode_chat(conversation, **more) for conversation in several]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, priority=priority)
+
+    def get_tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, of transformers; None if it has none."""
+        tokenizer = self.llm_engine.runner.tokenizer
+        return tokenizer and tokenizer.hf
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached blocks. False, and nothing is done, while requests hold some."""

@@ -34,6 +34,7 @@ from ch06_tp_vllm.scheduler import Scheduler, SchedulerOutput
 from ch06_tp_vllm.trace import Trace
 from common.distributed.messages import share
 from common.distributed.spawn import Follower
+from common.executor import VLLM_WORDS
 from common.parallel_state import initialize_tensor_parallel
 from common.request.answer import End
 from common.request.intake import Intake
@@ -47,7 +48,7 @@ class LLMEngine:
     """vLLM's LLMEngine. The arguments are those of EngineArgs (engine_args.py)."""
 
     def __init__(self, model: str | None = None, **engine_args):
-        self._build(EngineArgs.of({"model": model} | engine_args))
+        self._build(EngineArgs(model, **engine_args))
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> "LLMEngine":
@@ -59,14 +60,17 @@ class LLMEngine:
         blocks, size = args.num_gpu_blocks_override, args.block_size
         self.args = args
         follower = Follower("ch06_tp_vllm.llm_engine:follow_rank_0", args.for_a_follower())
-        self.tp = initialize_tensor_parallel(args.tensor_parallel_size, args.device, follower=follower)
+        self.tp = initialize_tensor_parallel(
+            args.tensor_parallel_size, args.device, disable_custom_all_reduce=args.disable_custom_all_reduce,
+            follower=follower,
+        )  # fmt: skip
         self.runner = ModelRunner(
-            args.model, args.device, size, dtype=None if args.dtype == "auto" else args.dtype,
+            args.model, args.device, size, dtype=args.dtype,
             max_running_requests=args.max_num_seqs, max_total_tokens=None if blocks is None else blocks * size,
             attention_backend=args.attention_backend, disable_cuda_graph=args.enforce_eager,
             mem_fraction_static=args.gpu_memory_utilization, kv_cache_dtype=args.kv_cache_dtype,
             tokenizer_path=args.tokenizer, skip_tokenizer_init=args.skip_tokenizer_init,
-            context_length=args.max_model_len, check_finite=args.check_finite, tp=self.tp,
+            context_length=args.max_model_len, check_finite=args.check_finite, tp=self.tp, words=VLLM_WORDS,
         )  # fmt: skip
         config, tokenizer = self.runner.config, self.runner.tokenizer
         self.blocks = BlockManager(
@@ -145,6 +149,10 @@ class LLMEngine:
     def groups(self) -> dict[str, Group]:
         """The unfinished requests of the user, by id."""
         return self.outputs.groups
+
+    def get_num_unfinished_requests(self) -> int:
+        """A prompt with n answers counts once (vLLM counts each answer)."""
+        return len(self.groups)
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.groups)

@@ -45,7 +45,9 @@ class OutputProcessor:
 
     def add(self, group: Group) -> None:
         self.groups[group.request_id] = group
-        self.prompt_tokens += len(group.requests[0].prompt_token_ids)
+        self.prompt_tokens += sum(
+            len(request.prompt_token_ids) for request in group.requests
+        )  # of n answers n times, as in vLLM
         group.told = [(0, 0)] * len(group.requests)
 
     def take(self, step: QueuedStep[Request]) -> list[Request]:

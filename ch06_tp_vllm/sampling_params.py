@@ -6,6 +6,7 @@ from enum import Enum
 from functools import cached_property
 from typing import Any
 
+from common.arguments import says_names
 from common.sampling.grammar import check_grammar
 from common.sampling.params import SamplingParams as RowParams
 from common.text.tokenizer import Tokenizer
@@ -27,6 +28,27 @@ class RequestOutputKind(Enum):
     CUMULATIVE = 0
     DELTA = 1
     FINAL_ONLY = 2
+
+
+# what vLLM has, or had, and this engine has not: the way out; None asks for nothing of it, and so does vLLM's default
+ELSEWHERE = {
+    "max_new_tokens": "vLLM calls it max_tokens",
+    "best_of": "use n, and keep the best by cumulative_logprob",
+    "use_beam_search": "beams are not here; use n and compare cumulative_logprob",
+    "length_penalty": "beams are not here; use n and divide cumulative_logprob by the length",
+    "early_stopping": "beams are not here; use n",
+    "do_sample": "temperature=0 takes the best token, any other draws",
+    "num_return_sequences": "vLLM calls it n",
+    "logits_processors": "use logit_bias, bad_words or allowed_token_ids",
+    "truncate_prompt_tokens": "shorten the prompt before",
+    "logprob_token_ids": "use logprobs=, the best ones",
+    "flat_logprobs": "log-probabilities are a list of dictionaries",
+    "thinking_token_budget": "use max_tokens",
+    "stream_interval": "every token is told of; leave it out",
+    "repetition_detection": "use repetition_penalty or frequency_penalty",
+    "extra_args": "nobody here would read it",
+}
+IDLE = dict.fromkeys(name for name in ELSEWHERE if name != "max_new_tokens") | {"flat_logprobs": False, "best_of": 1}
 
 
 @dataclass(frozen=True)
@@ -73,6 +95,7 @@ class StructuredOutputsParams:
         return check_grammar(({"json": "json_schema", "regex": "regex", "grammar": "ebnf"}[name], value))
 
 
+@says_names("sampling parameter", ELSEWHERE, IDLE)
 @dataclass(frozen=True)
 class SamplingParams:
     """How to answer one prompt: n answers of at most max_tokens each. As in vLLM the default draws (temperature 1).
@@ -113,6 +136,8 @@ class SamplingParams:
 
     def __post_init__(self):
         n, most = whole("n", self.n, 1, MAX_ANSWERS), self.max_tokens
+        if type(self.seed) is int and self.seed == -1:  # vLLM's other way to say None
+            self._keep({"seed": None})
         kept = {
             "n": n, "stop": texts("stop", self.stop), "bad_words": texts("bad_words", self.bad_words),
             "stop_token_ids": token_ids("stop_token_ids", _several_ids(self.stop_token_ids)),
@@ -160,8 +185,10 @@ def _several_ids(given: Any) -> Any:
 
 
 def _spellings(word: str, tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of a word at the beginning of a text and behind a space, as vLLM forbids both
-    (SamplingParams.update_from_tokenizer).
+    """Token ids of a word at the beginning of a text, and behind a space if that has as many and begins with another one: as in
+    vLLM 0.33 (sampling_params.py, update_from_tokenizer), so a word of two tokens may still come as one that has the space.
     """
     bare, spaced = (tokenizer.encode_bare(text) for text in (word.lstrip(), " " + word.lstrip()))
-    return [bare] if bare == spaced or not spaced else [bare, spaced]
+    if not bare:
+        raise ValueError(f"bad_words: {shown(word)} has no token that could be forbidden; leave it out")
+    return [bare, spaced] if len(spaced) == len(bare) and spaced[0] != bare[0] else [bare]

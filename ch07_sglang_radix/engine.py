@@ -23,17 +23,27 @@ from typing import Any
 from ch07_sglang_radix.admission import DEFAULT_CHUNK, NO_CHUNKS
 from ch07_sglang_radix.async_loop import SchedulerLoop
 from ch07_sglang_radix.generate_request import GenerateCall, GenerateRequest, LogprobOptions, check_rid
-from ch07_sglang_radix.profiler import RankProfiler, profile_name
+from ch07_sglang_radix.profiler import RankProfiler, StepsLeft, profile_name
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.server_args import DEFAULT_PAGE, ServerArgs
 from ch07_sglang_radix.streams import Stream, listen, wait_for
 from ch07_sglang_radix.tasks import LEAVE
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
+from common.arguments import says_names
 from common.distributed.spawn import Follower
 from common.parallel_state import initialize_tensor_parallel, shutdown_tensor_parallel
-from common.values import flag
+from common.values import flag, whole
 
 Answer = dict[str, Any]
+# arguments of SGLang's generate (0.5.23, srt/entrypoints/engine.py) that are not here
+ELSEWHERE = dict.fromkeys(("image_data", "audio_data", "video_data"), "this engine reads text only") | {
+    "cache_salt": "use extra_key, which keeps what a request caches apart too",
+    "lora_path": "adapters are not here; merge them into the weights",
+    "custom_logit_processor": "use logit_bias of sampling_params",
+    "return_hidden_states": "answers are tokens and their log-probabilities",
+    "data_parallel_rank": "one engine is one replica; start several",
+}
+asked = says_names("argument", ELSEWHERE, dict.fromkeys(ELSEWHERE) | {"return_hidden_states": False})
 
 
 class Engine:
@@ -67,6 +77,7 @@ class Engine:
         )  # fmt: skip
         profiler = RankProfiler(tp.rank)
         self._scheduler.control.notes |= {"start_profile": profiler.start, "stop_profile": profiler.stop}
+        self._profiled: StepsLeft | None = None
         self._loop: SchedulerLoop | None = None  # from the first async_generate on
         self._stream: Callable[[], Stream | None] = lambda: None  # the open one; not held: who drops it, closes it
         self._turn = threading.RLock()  # whoever steps the scheduler holds it
@@ -84,6 +95,7 @@ class Engine:
 
     # --- answers
 
+    @asked
     def generate(
         self, prompt: str | Sequence[str] | None = None,
         sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
@@ -124,6 +136,7 @@ class Engine:
         last = {answer["index"]: answer for answer in answers}
         return _without_index(call, last)
 
+    @asked
     async def async_generate(
         self, prompt: str | Sequence[str] | None = None,
         sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
@@ -186,16 +199,31 @@ class Engine:
 
         return self._at_rest(flush) if self.scheduler.tp.rank == 0 else True
 
-    def start_profile(self, output_dir: str | Path, record_shapes: bool = False, with_stack: bool = False) -> str:
-        """torch.profiler on every rank from here to stop_profile; returns what the names of their files begin with."""
+    def start_profile(
+        self,
+        output_dir: str | Path,
+        record_shapes: bool = False,
+        with_stack: bool = False,
+        num_steps: int | None = None,
+    ) -> str:
+        """torch.profiler on every rank from here to stop_profile, or to the end of the num_steps-th step.
+
+        Returns what the names of their files begin with.
+        """
+        if num_steps is not None:
+            num_steps = whole("num_steps", num_steps, 1)
         name = profile_name()
         self._note(
             "start_profile", folder=str(output_dir), name=name, record_shapes=record_shapes, with_stack=with_stack
         )
+        if num_steps is not None and self.scheduler.tp.rank == 0:  # all ranks step when rank 0 does
+            self._profiled = StepsLeft(num_steps, self.scheduler.after_step, self.scheduler.control)
         return name
 
     def stop_profile(self) -> str:
         """Every rank writes what it has seen; returns this rank's file."""
+        if self._profiled:
+            self._profiled.leave()
         return self._note("stop_profile")
 
     def get_server_info(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ch07_sglang_radix.request import RequestOutput
+from common.arguments import refuse_unknown, without_idle
 from common.request.intake import Intake
 from common.sampling.batch import uniform
 from common.sampling.grammar import KINDS
@@ -16,7 +17,7 @@ from common.sampling.logprobs import TokenLogprobs
 from common.sampling.params import SamplingParams
 from common.text.answer import compiled
 from common.text.tokenizer import Tokenizer
-from common.values import flag, one_each, prompts, refuse_unknown, shown, text, texts, token_ids, walked, whole
+from common.values import flag, one_each, prompts, shown, text, texts, token_ids, walked, whole
 
 RENAMED = {"sampling_seed": "seed"}  # SGLang's name -> ours; all other names are the same
 SAMPLING = (
@@ -29,7 +30,11 @@ ELSEWHERE = {
     "max_tokens": "SGLang calls it max_new_tokens", "seed": "SGLang calls it sampling_seed",
     "structural_tag": "write it as ebnf, in Lark's form: a lazy rule for what comes before a tag",
     "custom_params": "custom logit processors are not here",
+    "beam_width": "beams are not here; use n and compare the log-probabilities",
+    "best_of": "use n, and keep the best by its log-probabilities",
 }  # fmt: skip
+# None asks for nothing of these
+IDLE = ("json_schema", "regex", "ebnf", "structural_tag", "custom_params", "beam_width")
 MAX_ANSWERS = 1024  # n
 OUTPUTS_ONLY = -1  # logprob_start_len
 
@@ -175,7 +180,10 @@ def _names(rid: Any, n: int, single: bool) -> list[str | None]:
 
 def _params(given: Mapping[str, Any], more: Mapping[str, Any]) -> tuple[SamplingParams, int, dict[str, Any]]:
     """SGLang's dictionary, and parameters that stand outside of it -> our parameters, n, AnswerText's arguments."""
-    refuse_unknown("sampling parameter", list(given), PARAM_NAMES, ELSEWHERE)
+    given = without_idle(given, dict.fromkeys(IDLE))
+    refuse_unknown(
+        "sampling parameter", given, PARAM_NAMES, ELSEWHERE, "generate_request.py's PARAM_NAMES has them all"
+    )
     known = {RENAMED.get(key, key): value for key, value in given.items() if value is not None}
     n = whole("n", known.pop("n", 1), 1, MAX_ANSWERS)
     flags = {name: flag(name, known.pop(name, default)) for name, default in TEXT_FLAGS.items()}

@@ -44,7 +44,7 @@ class TokenToKVPool:
     def __init__(self, kv_cache: PagedKVCache | None = None, *, num_pages: int = 0, page_size: int = 1):
         self.num_pages = kv_cache.num_pages if kv_cache else num_pages
         self.page_size = kv_cache.page_size if kv_cache else page_size
-        self._free = np.arange(self.num_pages - 1, -1, -1, dtype=np.int64)  # a stack, page 0 on top
+        self._free = np.arange(self.num_pages, dtype=np.int64)[::-1]  # a stack, page 0 on top
         self._num_free = self.num_pages
         self._is_free = np.ones(self.num_pages, dtype=bool)
         self.taken = self.given = 0  # pages since the beginning, for traces

@@ -60,7 +60,7 @@ class PrefillAdder:
     """
 
     def __init__(
-        self, memory: RequestMemory, budget: int, promised: float, waiting: list[Req], small_share: float = 0.0,
+        self, memory: RequestMemory, budget: int, promised: float, waiting: list[Req], small_share: float,
         gates: Sequence[Gate] = (),
     ):  # fmt: skip
         self.memory, self.tree, self.page_size = memory, memory.tree, memory.page_size

@@ -4,13 +4,18 @@ Every rank writes a file of its own (chrome://tracing or ui.perfetto.dev shows t
 srt/managers/scheduler_profiler_mixin.py.
 """
 
+import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ch07_sglang_radix.control_plane import ControlPlane
 from common.values import flag, shown
+
+log = logging.getLogger(__name__)
 
 
 class RankProfiler:
@@ -43,6 +48,27 @@ class RankProfiler:
         self._file.touch()  # torch's own error names no file
         running.export_chrome_trace(str(self._file))
         return str(self._file)
+
+
+class StepsLeft:
+    """Of a profile that ends by itself: one of rank 0's scheduler.after_step, until the last of its steps or `leave`."""
+
+    def __init__(self, steps: int, after_step: list[Callable[[], None]], control: ControlPlane):
+        self._left, self._after_step, self._control = steps, after_step, control
+        after_step.append(self._count)
+
+    def _count(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self.leave()
+            try:
+                self._control.note("stop_profile")
+            except OSError as error:  # a full disk is no reason to end everybody's requests
+                log.error("the profile is lost: %s", error)
+
+    def leave(self) -> None:
+        if self._count in self._after_step:
+            self._after_step.remove(self._count)
 
 
 def profile_name() -> str:

@@ -44,7 +44,7 @@ class RequestMemory:
     def grow_by_a_page(self, reqs: Sequence[Req]) -> None:
         """One page more for each, taken at one go: decode steps do nothing else."""
         if reqs:
-            for req, slots in zip(reqs, self._take(len(reqs)).reshape(len(reqs), -1), strict=True):
+            for req, slots in zip(reqs, self._take(len(reqs)).reshape(-1, self.page_size), strict=True):
                 self._append(req, slots)
 
     def _take(self, pages: int) -> np.ndarray:

@@ -274,7 +274,7 @@ class TPScheduler(SchedulerState):
         self._queued = queued
         if not self.overlap:
             self._settle()
-        for call in self.after_step:
+        for call in list(self.after_step):  # one may take itself out
             call()
         return True
 

@@ -4,16 +4,17 @@ It imports nothing that brings torch: a wrong argument is told at once, and not 
 """
 
 import logging
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ch07_sglang_radix.eviction import pick_strategy
 from ch07_sglang_radix.policy_names import check_policy
-from common.values import choice, flag, new_file, path, real, refuse_unknown, text, whole
+from common.arguments import says_names
+from common.values import choice, flag, new_file, path, real, text, whole
 
 LEVELS = ("critical", "error", "warning", "info", "debug")
-HALF = {"half": "float16", "float": "float32", "auto": None}  # SGLang's other names of dtypes; auto is the device's own
 MAX_RUNNING = 256
 DEFAULT_PAGE = {
     "cpu": 1,
@@ -43,9 +44,33 @@ ELSEWHERE = {
     "trust_remote_code": "a folder's Python is never run here; leave it out",
     "stream_interval": "a stream tells of every token; leave it out",
     "watchdog_timeout": "a rank that does not answer ends the others after 60 s (300 s on GPUs); leave it out",
+    "load_format": "safetensors files are read; leave it out",
+    "revision": "give the Hub id alone, or a local folder",
+    "download_dir": "the Hub's own cache is used (HF_HOME)",
+    "json_model_override_args": "edit the folder's config.json",
+    "tokenizer_mode": "the folder's own tokenizer is used; leave it out",
+    "is_embedding": "this engine generates; leave it out",
+    "nnodes": "several hosts: start it under torchrun on each",
+    "node_rank": "several hosts: start it under torchrun on each",
+    "dist_init_addr": "several hosts: start it under torchrun on each",
+    "base_gpu_id": "choose the GPUs with CUDA_VISIBLE_DEVICES",
+    "enable_dp_attention": "attention is split by heads; leave it out",
+    "enable_torch_compile": "nothing is compiled but kernels; leave it out",
+    "enable_hierarchical_cache": "pages stay on the device; use a larger max_total_tokens or kv_cache_dtype=",
+    "cpu_offload_gb": "weights stay on the device; use more ranks or a smaller dtype",
+    "sampling_backend": "one sampler here; leave it out",
 }
+# values that ask for nothing of it, besides None: SGLang's own defaults (0.5.23, srt/arg_groups/fields/)
+IDLE = dict.fromkeys(ELSEWHERE) | {
+    "enable_priority_scheduling": False, "enable_metrics": False, "log_requests": False,
+    "pp_size": 1, "dp_size": 1, "ep_size": 1, "nnodes": 1, "node_rank": 0, "base_gpu_id": 0, "stream_interval": 1,
+    "enable_lora": False, "trust_remote_code": False, "disaggregation_mode": "null", "load_format": "auto",
+    "json_model_override_args": "{}", "tokenizer_mode": "auto", "is_embedding": False, "enable_dp_attention": False,
+    "enable_torch_compile": False, "enable_hierarchical_cache": False, "cpu_offload_gb": 0, "watchdog_timeout": 300,
+}  # fmt: skip
 
 
+@says_names("engine argument", ELSEWHERE, IDLE)
 @dataclass(frozen=True)
 class ServerArgs:
     """The arguments of Engine.
@@ -92,10 +117,9 @@ class ServerArgs:
     trace: str | Path | None = None
 
     @classmethod
-    def of(cls, given: dict[str, Any]) -> "ServerArgs":
-        """Raises ValueError for a name that does not exist here, and says what to use instead."""
-        refuse_unknown("engine argument", list(given), [field.name for field in fields(cls)], ELSEWHERE)
-        return cls(**given)
+    def of(cls, given: Mapping[Any, Any]) -> "ServerArgs":
+        """The same from a dictionary, whose keys may be anything."""
+        return cls(**{str(name): value for name, value in given.items()})
 
     def __post_init__(self):
         for name in ("tp_size", "context_length", "page_size", "max_total_tokens", "max_prefill_tokens"):
@@ -129,7 +153,6 @@ class ServerArgs:
         check_policy(self.schedule_policy, self.disable_radix_cache)  # now, and not when the model is there
         pick_strategy(self.radix_eviction_policy)
         self._set("dtype", text("dtype", self.dtype, none=True))
-        self._set("dtype", HALF.get(self.dtype, self.dtype))
         choice("log_level", self.log_level, LEVELS)
         for name in ("common", "ch07_sglang_radix"):
             logging.getLogger(name).setLevel(self.log_level.upper())

@@ -6,6 +6,7 @@ and gets this rank's logits. Both chapters put their brain on it.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -30,6 +31,7 @@ from common.text.tokenizer import Tokenizer
 from common.tiny_qwen import TINY_QWEN_PATH
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OTHER_NAMES = {"float": "float32", "half": "float16"}  # of vLLM and SGLang
 CPU_CACHE_BYTES = 1 << 30  # over all ranks: they share one machine's memory
 GPU_CACHE_SHARE = 0.85  # of the memory that is free once the weights are there
 MAX_POOL_TOKENS_ON_CPU = 65_536
@@ -38,11 +40,21 @@ SCORED_ROWS = 256  # tokens of a prompt whose logits are there at a time
 NO_TOKENS = np.zeros(0, dtype=np.int64)
 
 
+class PoolWords(NamedTuple):
+    """How a chapter calls them, so that an error says what its user can change."""
+
+    page: str
+    share: str  # of the memory
+
+
+SGLANG_WORDS, VLLM_WORDS = PoolWords("page", "mem_fraction_static"), PoolWords("block", "gpu_memory_utilization")
+
+
 class Executor:
     """This rank's model, pages and sequence table.
 
     model_name: a folder in Hugging Face layout, a Hub id, or None for the bundled tiny model.
-    device: auto, cpu, cuda. dtype: float32, bfloat16, float16; default float32 on CPU and bfloat16 on GPU.
+    device: auto, cpu, cuda. dtype: float32, bfloat16, float16 (or float, half); auto: float32 on CPU and bfloat16 on GPU.
     attention_backend: auto, torch_native, triton, flashinfer (common/attention/backends.py).
     max_total_tokens: size of the pool in tokens; by default what memory allows, the same on every rank.
     mem_fraction_static: share of the device's memory for weights and pool together, as in SGLang; by default 0.85 of what
@@ -55,10 +67,11 @@ class Executor:
 
     def __init__(
         self, model_name: str | None = None, device: str = "auto", page_size: int = 16, *,
-        dtype: str | None = None, max_total_tokens: int | None = None, max_running_requests: int = 256,
+        dtype: str | None = "auto", max_total_tokens: int | None = None, max_running_requests: int = 256,
         attention_backend: str = "auto", disable_cuda_graph: bool = False, mem_fraction_static: float | None = None,
         kv_cache_dtype: str = "auto", tokenizer_path: str | None = None, skip_tokenizer_init: bool = False,
         context_length: int | None = None, check_finite: bool = False, tp: TPGroup | None = None,
+        words: PoolWords = SGLANG_WORDS,
     ):  # fmt: skip
         self.tp = tp or get_tensor_parallel(device)
         if page_size < 1:
@@ -69,10 +82,9 @@ class Executor:
             raise ValueError(
                 f"device={device} but this group runs on {self.tp.device.type}; say so once, in initialize_tensor_parallel"
             )
-        if mem_fraction_static is not None and not 0 < mem_fraction_static < 1:
-            raise ValueError(f"mem_fraction_static={mem_fraction_static} must be between 0 and 1")
-        if kv_cache_dtype != "auto" and kv_cache_dtype not in DTYPES:
-            raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
+        if mem_fraction_static is not None and not 0 < mem_fraction_static <= 1:
+            raise ValueError(f"{words.share}={mem_fraction_static} must be in (0, 1]")
+        kv_dtype = _dtype("kv_cache_dtype", kv_cache_dtype)
         self.attention = pick_attention(self.tp.device, attention_backend)
         self.folder = folder = resolve_model(model_name or TINY_QWEN_PATH)
         self.dtype = self._pick_dtype(dtype)
@@ -80,14 +92,14 @@ class Executor:
         self.linear_forms = choose_forms(self.model)
         self.config: ModelConfig = self.model.config
         self.tokenizer = None  # token ids work without one
-        words = resolve_model(tokenizer_path) if tokenizer_path else folder
-        if not skip_tokenizer_init and (tokenizer_path or Tokenizer.lies_in(words)):
-            self.tokenizer = Tokenizer(words)
+        other = resolve_model(tokenizer_path) if tokenizer_path else folder
+        if not skip_tokenizer_init and (tokenizer_path or Tokenizer.lies_in(other)):
+            self.tokenizer = Tokenizer(other)
         self.context_length = self._context_length(context_length)
         self.page_size, self.max_running_requests = page_size, max_running_requests
 
-        self.kv_dtype = self.dtype if kv_cache_dtype == "auto" else DTYPES[kv_cache_dtype]
-        num_pages = self._num_pages(max_total_tokens, mem_fraction_static)
+        self.kv_dtype = kv_dtype or self.dtype
+        num_pages = self._num_pages(max_total_tokens, mem_fraction_static, words)
         self.kv_cache = PagedKVCache(
             self.config.num_layers, num_pages, page_size, self.model.heads.num_kv, self.config.head_dim,
             self.kv_dtype, self.tp.device,
@@ -202,13 +214,11 @@ class Executor:
             sample(logits, [SamplingRow(params, 0, [], [])])
 
     def _pick_dtype(self, name: str | None) -> torch.dtype:
-        name = name or ("float32" if self.tp.device.type == "cpu" else "bfloat16")
-        if name not in DTYPES:
-            raise ValueError(f"dtype={name!r} is unknown; use {', '.join(DTYPES)}")
-        if DTYPES[name] not in self.attention.dtypes:
+        dtype = _dtype("dtype", name) or (torch.float32 if self.tp.device.type == "cpu" else torch.bfloat16)
+        if dtype not in self.attention.dtypes:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.attention.dtypes)
             raise ValueError(f"dtype={name} is not for this attention_backend; use {known}, or another backend")
-        return DTYPES[name]
+        return dtype
 
     def _context_length(self, wanted: int | None) -> int:
         """Tokens that a request may have, prompt and answer."""
@@ -217,7 +227,7 @@ class Executor:
             raise ValueError(f"a context of {wanted} tokens is asked for, but the model has positions for {most}")
         return most if wanted is None else wanted
 
-    def _num_pages(self, max_total_tokens: int | None, fraction: float | None) -> int:
+    def _num_pages(self, max_total_tokens: int | None, fraction: float | None, words: PoolWords) -> int:
         """Pages in the pool, the same number on every rank: the poorest decides."""
         per_page = PagedKVCache.bytes_per_page(
             self.config.num_layers, self.page_size, self.model.heads.num_kv, self.config.head_dim, self.kv_dtype
@@ -249,10 +259,20 @@ class Executor:
         pages = min(int(offer) for offer in offers)
         if pages < 1:
             raise ValueError(
-                f"no memory left for a single page of {per_page} bytes; use a smaller model, more ranks, bfloat16 or a "
-                f"larger mem_fraction_static"
+                f"no memory left for a single {words.page} of {per_page} bytes; use a smaller model, more ranks, bfloat16 or "
+                f"a larger {words.share}"
             )
         return pages
+
+
+def _dtype(what: str, name: str | None) -> torch.dtype | None:
+    """None for auto."""
+    if name is None or name == "auto":
+        return None
+    found = DTYPES.get(OTHER_NAMES.get(name, name))
+    if found is None:
+        raise ValueError(f"{what}={name!r} is unknown; use auto, {', '.join(DTYPES)}")
+    return found
 
 
 def _memory_of_the_machine() -> int:

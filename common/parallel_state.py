@@ -19,6 +19,7 @@ import atexit
 import gc
 import os
 import platform
+import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -33,7 +34,7 @@ from common.distributed.goodbyes import Goodbyes, next_meeting
 from common.distributed.ledger import Ledger
 from common.distributed.processes import RankFailure, fate, keep_freed_memory
 from common.distributed.spawn import FRAME, LEAVE, LEAVE_S, Follower, SpawnedRanks, start_ranks
-from common.distributed.symmetric_memory import SymmetricAllReduce
+from common.distributed.symmetric_memory import SymmetricAllReduce, meet_in_symmetric_memory
 
 CPU_TIMEOUT_S = 60.0
 CPU = torch.device("cpu")
@@ -67,7 +68,7 @@ class TPGroup:
 
 _tp: TPGroup | None = None  # the process's own group; read at the outer API only, never inside a layer
 _spawned: SpawnedRanks | None = None  # of the group there is now, if rank 0 started its ranks
-_spawned_symmetric = False  # ranks that were started here have met in symmetric memory
+_failed = False  # a message did
 _own_world = False  # torch.distributed was initialized here, and not by whoever uses this module
 
 
@@ -112,7 +113,6 @@ def initialize_tensor_parallel(
     if spawning:
         shutdown_tensor_parallel()
         _spawned = start_ranks(follower, size)
-        atexit.register(shutdown_tensor_parallel)
     if size == 1:
         _tp = TPGroup(device=where)
         return _tp
@@ -122,6 +122,8 @@ def initialize_tensor_parallel(
         if spawning:
             shutdown_tensor_parallel()
         raise
+    atexit.unregister(_leave_at_exit)
+    atexit.register(_leave_at_exit)
     return _tp
 
 
@@ -168,6 +170,15 @@ def shutdown_tensor_parallel(tp: TPGroup | None = None) -> None:
         spawned.close()
 
 
+def _leave_at_exit() -> None:
+    """For a script that ends without shutdown: the threads of a gloo group that is still there abort the process now and
+    then. Not after a message has failed: a group that misses a member may never end; nor after an exception, whose end is no
+    goodbye. A joined NCCL group ends by itself."""
+    in_order = not _failed and not hasattr(sys, "last_type")
+    if _tp and (_spawned or (_tp.device.type == "cpu" and in_order)):
+        shutdown_tensor_parallel()
+
+
 def _dismiss(spawned: SpawnedRanks, tp: TPGroup | None) -> None:
     """Tell the followers to leave; end those that cannot hear it."""
     frame = torch.zeros(FRAME, dtype=torch.int64)
@@ -202,7 +213,8 @@ def pick_device(device: str, local_rank: int = 0, ranks: int = 1) -> torch.devic
 
 
 def _join(rank: int, size: int, device: torch.device, timeout: timedelta, disable_custom_all_reduce: bool) -> TPGroup:
-    global _own_world
+    global _own_world, _failed
+    _failed = False
     backend = "gloo" if device.type == "cpu" else "nccl"
     goodbyes = None
     if not dist.is_initialized():
@@ -218,29 +230,8 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta, disabl
     peers = tuple((int(host), int(pid)) for host, pid in everyone)
     fast = None
     if device.type == "cuda" and not disable_custom_all_reduce:
-        fast = _connect(device, device_group, control_group, peers)
+        fast = meet_in_symmetric_memory(device, device_group, control_group, peers, _spawned is not None)
     return TPGroup(dist.get_rank(), len(peers), device, device_group, control_group, peers, fast, _spawned, goodbyes)
-
-
-def _connect(device: torch.device, device_group, control_group, peers) -> SymmetricAllReduce | None:
-    """Symmetric memory, if all ranks can have it: they must all send the same message the same way.
-
-    Each process counts how often it has met others there, and for ever; the ranks of a second start, which are new and
-    begin at 0, would wait for one another under different numbers. They talk through NCCL.
-    """
-    global _spawned_symmetric
-    possible = len({host for host, _ in peers}) == 1 and SymmetricAllReduce.reachable(device, len(peers))
-    if not _all_agree(possible and not _spawned_symmetric, control_group):
-        return None
-    _spawned_symmetric = _spawned is not None
-    fast = SymmetricAllReduce.connect(device_group, device)
-    return fast if _all_agree(fast is not None, control_group) else None
-
-
-def _all_agree(mine: bool, group) -> bool:
-    vote = torch.tensor([int(mine)])
-    dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=group)  # COMM all-reduce [1]: can every rank do it?
-    return bool(vote)
 
 
 # --- the collectives: one rank alone has nothing to say, so R = 1 returns its input and records nothing
@@ -312,23 +303,27 @@ def _call(send: Callable[[], Any], op: str, x: torch.Tensor, tp: TPGroup, label:
     try:
         return send()
     except RuntimeError as error:
+        global _failed
+        _failed = True
         if tp.spawned:
             tp.spawned.broken = True
         if tp.goodbyes:
             tp.goodbyes.bereaved = True
-        raise RankFailure(f"rank {tp.rank}: {op} {label!r} {list(x.shape)} failed: {_blame(tp, error)}") from error
+        why, known = _blame(tp, error)
+        said = f"rank {tp.rank}: {op} {label!r} {list(x.shape)} failed: {why}"
+        raise RankFailure(said) from None if known else error  # the backend has nothing to add to a rank that is named
 
 
-def _blame(tp: TPGroup, error: Exception) -> str:
-    """Which peer is gone: the backend names a socket, a reader wants a rank."""
+def _blame(tp: TPGroup, error: Exception) -> tuple[str, bool]:
+    """Which peer is gone, and whether one is known to be: the backend names a socket, a reader wants a rank."""
     deadline = time.monotonic() + 2.0  # a dying process closes its sockets a moment before it is gone
     while time.monotonic() < deadline:
         if lost := lost_peer(tp):
-            return lost
+            return lost, True
         if tp.goodbyes and (left := [rank for rank in range(tp.size) if tp.goodbyes.said_by(rank)]):
-            return f"rank {left[0]} has left and makes no such call; every rank must make the same calls"
+            return f"rank {left[0]} has left and makes no such call; every rank must make the same calls", True
         time.sleep(0.02)
-    return f"no peer on this host is dead, so one is stuck or unreachable ({str(error).splitlines()[0]})"
+    return f"no peer on this host is dead, so one is stuck or unreachable ({str(error).splitlines()[0]})", False
 
 
 def lost_peer(tp: TPGroup | None = None) -> str | None:

@@ -7,7 +7,6 @@ this line meets another kind. A bool is no number: `top_k=True` is a slip, not a
 import math
 from collections.abc import Mapping, Sequence, Set
 from decimal import Decimal
-from difflib import get_close_matches
 from itertools import islice
 from numbers import Real
 from operator import index
@@ -16,7 +15,6 @@ from typing import Any
 
 MAX_IDS = 1 << 20  # token ids in one list: more than any vocabulary has
 MAX_INT = (1 << 31) - 1  # what a task's or a kernel's int32 holds
-MANY_NAMES = 10  # more are no help in an error
 
 
 def shown(value: Any) -> str:
@@ -209,24 +207,6 @@ def one_each(name: str, values: Any, n: int, kind: type, default: Any) -> list[A
         if not isinstance(one, kind):
             raise ValueError(f"{name} holds {shown(one)}, which is no {kind.__name__}")
     return values
-
-
-def refuse_unknown(
-    what: str, given: Sequence[str], known: Sequence[str], elsewhere: dict[str, str] | None = None
-) -> None:
-    """Raises ValueError for names that nobody here would read; `elsewhere` says what to use instead of some."""
-    unknown = sorted(set(map(str, given)) - set(known))
-    if not unknown:
-        return
-    name = unknown[0]
-    hint = (elsewhere or {}).get(name)
-    said = f"unknown {what} {', '.join(one if one.isidentifier() and len(one) < 60 else shown(one) for one in unknown[:3])}"
-    if hint:
-        raise ValueError(f"{said}: {hint}")
-    if len(known) <= MANY_NAMES:
-        raise ValueError(f"{said}; known: {', '.join(sorted(known))}")
-    closest = ", ".join(get_close_matches(name, known, 5, 0))
-    raise ValueError(f"{said}; known: {closest}... ({len(known)} in all)")
 
 
 def _index(value: Any) -> int:

@@ -6,27 +6,30 @@ python -m tests.mutation --module linear --line 83 --keep
 
 A change is one of: a comparison moved by one or negated, an operator replaced, a number moved by one, True for False, a call
 dropped, a condition inverted, None returned. The tests run in one process and stop at the first failure; what takes much longer
-than unchanged counts as caught, as it might never end. No file is written: an import hook hands the changed module out, in a
-process forked from one that has torch and transformers loaded. A survivor that tests/MUTATION.md gives a reason for is `known`.
+than unchanged, or gigabytes, counts as caught, as it might never end. No file is written: an import hook hands the changed module
+out, in a process forked from one that has torch and transformers loaded. A seed's sample stays when other lines change: whether a
+place belongs to it depends on its own line alone. A survivor that tests/MUTATION.md gives a reason for is `known`.
 """
 
 import argparse
 import ast
 import contextlib
+import hashlib
 import importlib.machinery
 import importlib.util
 import io
 import multiprocessing
 import os
-import random
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 HEAVY = [
@@ -37,23 +40,28 @@ HEAVY = [
     "pytest",
 ]
 TIMES, SECONDS = 3, 20  # CPU time a change may take: so many times that of the module as it is, and so much more
+GIBIBYTES = 6  # of memory
 
 # folder | modules | the tests that they have to themselves
 TABLE = """
 ch06_tp_vllm      | block_manager                    | ch06/test_block_manager ch06/test_prefix_hits ch06/test_scheduler
-ch06_tp_vllm      | scheduler                        | ch06/test_scheduler ch06/test_llm ch06/test_prefix_hits
-ch06_tp_vllm      | llm_engine input_batch output_processor input_processor request | ch06/test_llm ch06/test_prefix_hits
+ch06_tp_vllm      | scheduler                        | ch06/test_scheduler ch06/test_llm ch06/test_output_processor
+ch06_tp_vllm      | llm_engine input_batch output_processor input_processor request |
+                    ch06/test_llm ch06/test_output_processor ch06/test_prefix_hits ch06/test_trace
 ch07_sglang_radix | radix_cache eviction tree_node   | ch07/test_radix_cache ch07/test_eviction
 ch07_sglang_radix | memory_pool                      | ch07/test_memory_pool ch07/test_radix_cache
 ch07_sglang_radix | schedule_policy                  | ch07/test_schedule_policy
 ch07_sglang_radix | prefill_adder                    | ch07/test_prefill_adder ch07/test_schedule_policy ch07/test_scheduler
 ch07_sglang_radix | tasks                            | ch07/test_tasks
-ch07_sglang_radix | scheduler scheduler_state admission step_tasks outcome retraction request_memory request schedule_batch |
+ch07_sglang_radix | request_memory retraction step_tasks |
+                    ch07/test_request_memory ch07/test_retraction ch07/test_step_tasks ch07/test_scheduler ch07/test_overlap
+ch07_sglang_radix | scheduler scheduler_state admission outcome request schedule_batch |
                     ch07/test_scheduler ch07/test_overlap ch07/test_schedule_policy ch07/test_engine_api
 common/attention  | torch_native kv_cache            | common/attention/test_torch_native common/attention/test_shared_prefix
 common/attention  | sequence_table                   | common/attention/test_sequence_table
 common/layers     | linear heads vocab               | common/layers/test_linear common/layers/test_heads common/layers/test_vocab
-common/models     | weights                          | common/models/test_weights
+common/models     | weights                          |
+                    common/models/test_weights common/models/test_weights_refused common/models/test_stored_head
 common/sampling   | sampler                          | common/sampling/test_sampler common/sampling/test_bad_rows
 common/text       | tokenizer                        | common/text/test_tokenizer common/text/test_chat_template
 common/text       | detokenizer                      | common/text/test_detokenizer
@@ -75,12 +83,18 @@ NAMES = {"min": "max", "max": "min", "all": "any", "any": "all"}
 
 @dataclass(frozen=True)
 class Mutant:
-    """The index-th change of a module; change: what stands there -> what is put there."""
+    """The index-th change of a module; change: what stands there -> what is put there; text: its line of the source."""
 
     module: str
     index: int
     line: int
     change: str
+    text: str
+
+    @property
+    def name(self) -> str:
+        """Of the place and its change, whatever stands above and below."""
+        return f"`{self.module}: {self.change}` in `{self.text}`"
 
 
 @dataclass(frozen=True)
@@ -133,12 +147,17 @@ def _code(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def mutants(module: str) -> list[Mutant]:
-    found = []
-    for index, place in enumerate(list(places(ast.parse((ROOT / module).read_text(encoding="utf-8"))))):
+    source = (ROOT / module).read_text(encoding="utf-8")
+    found, seen = [], Counter()
+    for index, place in enumerate(list(places(ast.parse(source)))):
         before, old = ast.unparse(place.shown()), place.container[place.key]
         place.container[place.key] = place.value
-        found.append(Mutant(module, index, place.line, " ".join(f"{before} -> {ast.unparse(place.shown())}".split())))
+        change = " ".join(f"{before} -> {ast.unparse(place.shown())}".split())
         place.container[place.key] = old
+        text = source.splitlines()[place.line - 1].strip()
+        seen[change, text] += 1
+        nth = seen[change, text]  # two constants of a line are two places
+        found.append(Mutant(module, index, place.line, change + (f" ({nth})" if nth > 1 else ""), text))
     return found
 
 
@@ -161,7 +180,7 @@ class Hook(importlib.machinery.SourceFileLoader):
         return compile(ast.fix_missing_locations(tree), self.path, "exec")
 
 
-def run_tests(mutant: Mutant | None, tests: list[str], results) -> None:
+def run_tests(mutant: Mutant | None, tests: Sequence[str], results) -> None:
     """In the child: sends pytest's exit status and what it said."""
     import hypothesis  # noqa: PLC0415, so that the command itself starts at once
     import pytest  # noqa: PLC0415
@@ -170,8 +189,8 @@ def run_tests(mutant: Mutant | None, tests: list[str], results) -> None:
         sys.meta_path.insert(0, Hook(mutant))
     phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)  # making a failing example small takes long
     hypothesis.settings.register_profile("mutation", phases=phases, database=None, derandomize=True)
-    hypothesis.settings.load_profile("mutation")
     options = ["-x", "-q", "--tb=short", "-m", "not ranks", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout=300"]
+    options.append("--hypothesis-profile=mutation")  # conftest.py has others
     with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
         status = pytest.main([*options, *(str(ROOT / "tests" / f"{test}.py") for test in tests)])
     results.send((int(status), said.getvalue()))
@@ -185,29 +204,30 @@ class Bench:
         forks = "forkserver" in multiprocessing.get_all_start_methods()
         self.context = multiprocessing.get_context("forkserver" if forks else "spawn")
         self.context.set_forkserver_preload(HEAVY)
-        self.seconds: dict[str, float] = {}  # CPU time of a module's tests as it is
+        self.seconds: dict[tuple[str, ...], float] = {}  # CPU time of these tests with nothing changed
 
     def attempt(self, mutant: Mutant) -> tuple[str, str]:
         """(which test caught it, "" if none did; what pytest said)."""
-        tests = TESTS[mutant.module]
-        if mutant.module not in self.seconds:
-            status, said, self.seconds[mutant.module] = self._run(None, tests, float("inf"))
+        tests = tuple(TESTS[mutant.module])
+        if tests not in self.seconds:
+            status, said, self.seconds[tests] = self._run(None, tests, float("inf"))
             if status:
                 raise SystemExit(f"{said}\n{mutant.module}: its tests fail as it is")
-        status, said, _ = self._run(mutant, tests, TIMES * self.seconds[mutant.module] + SECONDS)
+        status, said, _ = self._run(mutant, tests, TIMES * self.seconds[tests] + SECONDS)
         found = re.search(r"^(?:FAILED|ERROR) (?:\S*?tests/)?(.+?)(?: - .*)?$", said, re.MULTILINE)
-        return "" if status == 0 else found.group(1) if found else "its end" if status > 0 else "the time limit", said
+        return "" if status == 0 else found.group(1) if found else "its end" if status > 0 else "the limit", said
 
-    def _run(self, mutant: Mutant | None, tests: list[str], limit: float) -> tuple[int, str, float]:
+    def _run(self, mutant: Mutant | None, tests: Sequence[str], limit: float) -> tuple[int, str, float]:
         """(exit status or -1, what pytest said, CPU seconds)."""
         results, theirs = self.context.Pipe(duplex=False)
         child = self.context.Process(target=run_tests, args=(mutant, tests, theirs))
         child.start()
         theirs.close()
-        used = 0.0
-        while not results.poll(0.2) and used <= limit:
+        used, held = 0.0, 0
+        while not results.poll(0.2) and used <= limit and held < GIBIBYTES << 30:
             with contextlib.suppress(psutil.Error):
-                used = sum(psutil.Process(child.pid).cpu_times()[:2])
+                process = psutil.Process(child.pid)
+                used, held = sum(process.cpu_times()[:2]), process.memory_info().rss
         try:
             status, said = results.recv() if results.poll() else (-1, "")
         except EOFError:  # it died
@@ -221,10 +241,15 @@ def chosen(args: argparse.Namespace) -> list[Mutant]:
     modules = [module for module in TESTS if args.module in (None, module, Path(module).stem)]
     if not modules:
         raise SystemExit(f"--module {args.module} is none of {', '.join(sorted(TESTS))}")
-    every = [mutant for module in modules for mutant in mutants(module) if args.line in (None, mutant.line)]
-    return sorted(
-        random.Random(args.seed).sample(every, min(args.sample, len(every))), key=lambda m: (m.module, m.index)
-    )
+    every = [mutant for module in modules for mutant in mutants(module) if not args.line or mutant.line in args.line]
+    every.sort(key=lambda mutant: hashlib.sha256(f"{args.seed} {mutant.name}".encode()).digest())
+    return sorted(every[: args.sample], key=lambda mutant: (mutant.module, mutant.index))
+
+
+def known_survivors() -> set[str]:
+    """Names of the places that MUTATION.md gives a reason for."""
+    text = (ROOT / "tests" / "MUTATION.md").read_text(encoding="utf-8")
+    return set(re.findall(r"^- (`.+? -> .+?` in `.+`): .", text, re.MULTILINE))
 
 
 def main() -> None:
@@ -232,31 +257,35 @@ def main() -> None:
     parser.add_argument("--module", help="one module, by its name or path; by default all, or those of the same name")
     parser.add_argument("--sample", type=int, default=1 << 30, help="so many changes, drawn at random; by default all")
     parser.add_argument("--seed", type=int, default=1, help="of the sample")
-    parser.add_argument("--line", type=int, help="the changes of this line only")
+    parser.add_argument("--line", type=int, nargs="+", help="the changes of these lines only")
     parser.add_argument("--keep", action="store_true", help="print what pytest says")
-    parser.add_argument("--log", type=Path, help="append the results to this file, and do not repeat those it has")
-    args = parser.parse_args()
-    known = set(
-        re.findall(r"^- `(.+? -> .+?)`: .", (ROOT / "tests" / "MUTATION.md").read_text(encoding="utf-8"), re.MULTILINE)
+    parser.add_argument(
+        "--log", type=Path, help="append the results to this file, and do not repeat what it has caught"
     )
+    args = parser.parse_args()
+    known, bench, verdicts = known_survivors(), Bench(), Counter()
     lines = args.log.read_text(encoding="utf-8").splitlines() if args.log and args.log.exists() else []
-    done, bench, verdicts = dict(line.split("\t")[:2] for line in lines), Bench(), []
-    for mutant in chosen(args):
-        place = f"{mutant.module}:{mutant.line}  {mutant.change}"
-        if place not in done:
-            start, (done[place], said) = time.monotonic(), bench.attempt(mutant)
+    done = {name: by for name, by, _ in (line.split("\t") for line in lines) if by}
+    progress = tqdm(chosen(args), unit="change")
+    for mutant in progress:
+        by = done.get(mutant.name)
+        if not by:
+            start, (by, said) = time.monotonic(), bench.attempt(mutant)
             if args.log:
                 with args.log.open("a", encoding="utf-8") as file:
-                    file.write(f"{place}\t{done[place]}\t{time.monotonic() - start:.0f} s\n")
+                    file.write(f"{mutant.name}\t{by}\t{time.monotonic() - start:.0f} s\n")
             if args.keep:
-                print(said)
-        verdicts.append(
-            "caught" if done[place] else "known" if f"{mutant.module}: {mutant.change}" in known else "survived"
-        )
-        print(f"{verdicts[-1]:<8}  {place}" + (f"  by {done[place]}" if done[place] else ""), flush=True)
-    caught, total = verdicts.count("caught"), max(len(verdicts), 1)
-    print(f"{caught} of {total} caught ({100 * caught / total:.1f} %), {verdicts.count('known')} known survivors")
-    sys.exit("survived" in verdicts)
+                progress.write(said)
+        verdict = "caught" if by else "known" if mutant.name in known else "survived"
+        verdicts[verdict] += 1
+        progress.write(f"{verdict:<8}  {mutant.module}:{mutant.line}  {mutant.change}" + (f"  by {by}" if by else ""))
+        progress.set_postfix(verdicts)
+    caught, total = verdicts["caught"], verdicts.total()
+    print(
+        f"{caught} of {total} caught ({100 * caught / max(total, 1):.1f} %), {verdicts['known']} known survivors, "
+        f"{verdicts['survived']} unknown"
+    )
+    sys.exit(verdicts["survived"] > 0)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python -m ch07_sglang_radix.benchmarks.bench_server_overhead --no-stream
     python -m ch07_sglang_radix.benchmarks.bench_server_overhead --model-path Qwen/Qwen2.5-0.5B --device cuda --concurrency 256
 
+Adds a row to figures/server_overhead.csv, in place of an earlier one of the same model and load.
 Prints, for each of both, output tokens a second, time to the first token and between tokens (medians), and the CPU seconds of every
 process. Rounds alternate, so that a slow minute of the machine hits both; medians over rounds are compared.
 The client is another process's worth of work: on two cores, it takes its share of what it measures.
@@ -11,26 +12,33 @@ The client is another process's worth of work: on two cores, it takes its share 
 
 import argparse
 import asyncio
+import csv
 import json
+import os
 import re
 import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
 from ch07_sglang_radix.engine import Engine
 from common.distributed.launch import run_main
+from common.teaching.report import FIGURES, write_csv
 from common.teaching.show import table
 
 ROOT = Path(__file__).parents[2]
 WARM_UP = 8  # requests
+LAST_LINES = 20  # of a server that did not start
+LOAD = ("model", "on", "ranks", "streams", "at once", "requests", "prompt tokens", "new tokens")  # what a row is about
 
 
 @dataclass
@@ -101,7 +109,10 @@ class ServerSide:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         flags = ["--port", "0", "--max-running-requests", str(args.concurrency), "--log-level", "info"]
-        for name, value in engine_arguments(args).items():
+        given = engine_arguments(args)
+        if args.mem_fraction_static:  # it counts what is in use, and the engine beside it uses its part
+            given["mem_fraction_static"] = 2 * args.mem_fraction_static
+        for name, value in given.items():
             if value is not None and name != "max_running_requests":
                 flags += [f"--{name.replace('_', '-')}", str(value)]
         self.process = subprocess.Popen(
@@ -110,13 +121,18 @@ class ServerSide:
             text=True,
             cwd=ROOT,
         )
+        last = deque(maxlen=LAST_LINES)
         for line in self.process.stderr:
+            last.append(line)
             if found := re.search(r"ready after .*http://(\S+:\d+)", line):
                 self.host, _, port = found.group(1).rpartition(":")
                 self.port = int(port)
                 break
         else:
-            raise ValueError("the server did not start; see above")
+            print(*last, sep="", end="", file=sys.stderr)
+            raise ValueError(
+                f"the server ended before it was ready, exit code {self.process.wait()}: it says why above"
+            )
         threading.Thread(target=lambda: list(self.process.stderr), daemon=True).start()  # or it would wait for a reader
 
     async def one(self, run: Run, ids: list[int]) -> None:
@@ -144,7 +160,8 @@ class ServerSide:
 
     def processes(self) -> dict[str, psutil.Process]:
         main = psutil.Process(self.process.pid)
-        children = {child.cmdline()[-1]: child for child in main.children()}
+        commands = {child: child.cmdline() for child in main.children()}
+        children = {said[-1]: child for child, said in commands.items() if "ch07_sglang_radix.serving.child" in said}
         return {"main": main, **dict(sorted(children.items())), "client": psutil.Process()}
 
     def flush(self) -> None:
@@ -189,6 +206,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mem-fraction-static", type=float, help="of a GPU, for each of the two; default there: 0.4")
     parser.add_argument("--no-stream", dest="stream", action="store_false")
+    parser.add_argument("--csv", type=Path, default=FIGURES / "server_overhead.csv")
     args = parser.parse_args()
     if args.mem_fraction_static is None and args.device != "cpu" and torch.cuda.is_available():
         args.mem_fraction_static = 0.4  # both are there at once
@@ -204,7 +222,58 @@ def main() -> None:
     finally:
         for side in sides.values():
             side.end()
+    load = load_of(args)
+    print(", ".join(f"{name} {value}" for name, value in load.items()) + f"; {args.rounds} rounds in turn")
     report(runs)
+    record(load | measured(runs), args.csv)
+
+
+def load_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What LOAD names."""
+    model = Path(args.model_path).name if args.model_path else "tiny-qwen"
+    lengths = args.requests, args.prompt_tokens, args.new_tokens
+    on = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    return dict(zip(LOAD, (model, on, args.tp_size, args.stream, args.concurrency, *lengths), strict=True))
+
+
+def tokens_a_second(run: Run) -> float:
+    return run.tokens / run.seconds
+
+
+def to_first_token(run: Run) -> float:
+    """Milliseconds."""
+    return 1e3 * statistics.median(run.first)
+
+
+def between_tokens(run: Run) -> float:
+    """Milliseconds."""
+    return 1e3 * statistics.median(run.between)
+
+
+def measured(runs: dict[str, list[Run]]) -> dict[str, Any]:
+    """The other columns: medians over rounds, the spread, and the seconds of CPU of each process of the server."""
+    columns = {"rounds": len(runs["server"]), "cores": os.cpu_count()}
+    for name, some in runs.items():
+        for what, of in (("tokens/s", tokens_a_second), ("first ms", to_first_token), ("between ms", between_tokens)):
+            there = what == "tokens/s" or some[0].first
+            columns[f"{name} {what}"] = round(statistics.median(map(of, some)), 2) if there else ""
+        speeds = sorted(map(tokens_a_second, some))
+        columns |= {f"{name} lowest": round(speeds[0], 2), f"{name} highest": round(speeds[-1], 2)}
+    for who in ("main", "scheduler", "detokenizer", "client"):
+        columns[f"{who} CPU s"] = round(statistics.median(run.cpu.get(who, 0) for run in runs["server"]), 2)
+    columns["wall s"] = round(statistics.median(run.seconds for run in runs["server"]), 2)
+    return columns
+
+
+def record(row: dict[str, Any], path: Path) -> None:
+    """Into the CSV; what was measured before keeps its machine and date."""
+    earlier = []
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            earlier = list(csv.DictReader(file))
+    if any(name not in old for old in earlier for name in row):
+        raise ValueError(f"{path} holds other columns than these rows have; give another --csv")
+    write_csv([row, *(old for old in earlier if any(old[name] != str(row[name]) for name in LOAD))], path)
 
 
 def report(runs: dict[str, list[Run]]) -> None:
@@ -216,16 +285,16 @@ def report(runs: dict[str, list[Run]]) -> None:
         return [said, format(engine, form), format(server, form), compare(engine, server)]
 
     rows = [
-        row("output tokens/s", lambda r: r.tokens / r.seconds, ",.0f", lambda e, s: f"{s / e:.1%} of the engine's"),
+        row("output tokens/s", tokens_a_second, ",.0f", lambda e, s: f"{s / e:.1%} of the engine's"),
     ]
     if runs["Engine"][0].first:
-        added = lambda e, s: f"+{s - e:.2f}"  # noqa: E731
+        added = lambda e, s: f"{s - e:+.2f}"  # noqa: E731
         rows += [
-            row("time to first token, ms", lambda r: 1e3 * statistics.median(r.first), ".2f", added),
-            row("time between tokens, ms", lambda r: 1e3 * statistics.median(r.between), ".2f", added),
+            row("time to first token, ms", to_first_token, ".2f", added),
+            row("time between tokens, ms", between_tokens, ".2f", added),
         ]
     table(["median of the rounds", "Engine", "server", "difference"], rows)
-    spread = {name: sorted(run.tokens / run.seconds for run in some) for name, some in runs.items()}
+    spread = {name: sorted(map(tokens_a_second, some)) for name, some in runs.items()}
     print("spread, tokens/s: " + "; ".join(f"{n} {s[0]:,.0f} to {s[-1]:,.0f}" for n, s in spread.items()))
     for name, some in runs.items():
         seconds = statistics.median(run.seconds for run in some)

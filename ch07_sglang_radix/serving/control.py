@@ -32,6 +32,7 @@ class ProfileBody(msgspec.Struct, forbid_unknown_fields=True):
 
     record_shapes: bool = False
     with_stack: bool = False
+    num_steps: int | None = None  # then it ends by itself
 
 
 class Nothing(msgspec.Struct, forbid_unknown_fields=True):
@@ -39,8 +40,22 @@ class Nothing(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class SessionBody(msgspec.Struct, forbid_unknown_fields=True):
+    """capacity_of_str_len: tokens that a prompt of the session may have, 0 is any number. The others of SGLang's are refused."""
+
     capacity_of_str_len: int = 0
     session_id: str | None = None
+    streaming: bool = False
+    timeout: float | None = None
+
+    def __post_init__(self):
+        if self.capacity_of_str_len < 0:
+            raise ValueError(f"capacity_of_str_len={self.capacity_of_str_len} must be at least 0")
+        if self.streaming:
+            raise ValueError(
+                "streaming=true: a session's prompt comes whole here; leave it out, and send a request a turn"
+            )
+        if self.timeout is not None:
+            raise ValueError("timeout: a session stays open here until /close_session; leave it out")
 
 
 class CloseBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -120,7 +135,7 @@ def control_router(manager: TokenizerManager) -> APIRouter:
     @router.post("/open_session", openapi_extra=described(SessionBody))
     async def open_session(request: Request) -> Response:
         body = await read_body(request, SessionBody)
-        return as_json(manager.sessions.open(body.session_id))
+        return as_json(manager.sessions.open(body.session_id, body.capacity_of_str_len))
 
     @router.post("/close_session", openapi_extra=described(CloseBody))
     async def close_session(request: Request) -> Response:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ch07_sglang_radix.server_args import ELSEWHERE, ServerArgs
+from common.arguments import refuse_unknown
 from common.text.reasoning import FORCED
-from common.values import choice, flag, real, refuse_unknown, shown, text, texts, whole
+from common.values import choice, flag, real, shown, text, texts, whole
 
 LEVELS = ("critical", "error", "warning", "info", "debug")
 OURS = (
@@ -37,7 +38,6 @@ NOT_HERE = {
     "tokenizer_mode": "the fast tokenizer is always used; leave it out", "load_format": "safetensors only; leave it out",
     "enable_torch_compile": "kernels are compiled without a flag; leave it out",
     "incremental_streaming_output": "/generate streams cumulative text; the OpenAI routes stream deltas",
-    "grpc_port": "HTTP is all that it speaks; use --port",
     "skip_server_warmup": "the engine warms up while it loads; leave it out",
 }  # fmt: skip
 
@@ -49,6 +49,7 @@ class HttpArgs:
     chat_template: a file in Jinja, or the template itself; instead of the checkpoint's. It is read once, here.
     tool_call_parser: Qwen's format is read with or without it. reasoning_parser: which kind of model thinks (FORCED in
     common/text/reasoning.py); without it <think> is text like any other. enable_metrics: GET /metrics.
+    grpc_port: also answer gRPC there (0: any free one).
     max_queued_requests: requests that have no token yet; one more is answered with 503. watchdog_timeout: seconds that a step
     may take, and a process may be stopped, before all end. drain_timeout: seconds that running requests have after SIGTERM.
     single_process: everything in one process, for reading and debugging. log_format: text or json. cors_allow_origins:
@@ -67,6 +68,7 @@ class HttpArgs:
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
     enable_metrics: bool = False
+    grpc_port: int | None = None
     max_queued_requests: int | None = None
     watchdog_timeout: float = 300.0
     drain_timeout: float = 30.0
@@ -79,6 +81,8 @@ class HttpArgs:
 
     def __post_init__(self):
         self._set("port", whole("port", self.port, 0, 65535))
+        if self.grpc_port is not None:
+            self._set("grpc_port", whole("grpc_port", self.grpc_port, 0, 65535))
         if self.max_queued_requests is not None:
             self._set("max_queued_requests", whole("max_queued_requests", self.max_queued_requests, 1))
         self._set("max_body_bytes", whole("max_body_bytes", self.max_body_bytes, 1024))
@@ -164,7 +168,7 @@ def _flag(name: str) -> str:
 
 
 def _hints(names: Sequence[str]) -> dict[str, str]:
-    return {_flag(name): f"it is SGLang's, not here: {NOT_HERE[name]}" for name in names if name in NOT_HERE}
+    return {_flag(name): NOT_HERE[name] for name in names if name in NOT_HERE}
 
 
 def bind(host: str, port: int) -> socket.socket:

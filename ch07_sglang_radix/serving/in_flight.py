@@ -18,8 +18,10 @@ from ch07_sglang_radix.request import RequestOutput
 from ch07_sglang_radix.serving.messages import BatchStr
 from ch07_sglang_radix.serving.sessions import Node
 from common.sampling.logprobs import TokenLogprobs
+from common.text.reasoning import ThoughtTokens, opens_thought
 
 LOOK_FOR_THE_CLIENT_S = 0.5
+END_OF_PROMPT = 16  # tokens, in which an opening <think> lies whole
 Pairs = tuple[tuple[int, float], ...]
 read_logprobs = msgspec.msgpack.Decoder(list[tuple[int, float | None, int, Pairs, Pairs]]).decode
 
@@ -63,6 +65,7 @@ class InFlight:
     news: News
     streams: bool
     started: float  # time.monotonic()
+    parser: str | None = None  # of --reasoning-parser
     begun: bool = False  # something has come: it no longer waits in the queue
     text: str = ""
     output_ids: list[int] = field(default_factory=list)
@@ -71,12 +74,20 @@ class InFlight:
     cached_tokens: int = 0
     finish_reason: dict[str, Any] | None = None
     node: Node | None = None  # its place in a session
+    thought: ThoughtTokens | None = field(init=False, default=None)  # with a parser
+
+    def __post_init__(self):
+        if self.parser is not None:  # whether the prompt opens the thought is seen from its tokens, whoever rendered it
+            end = self.call.requests[self.index].ids[-END_OF_PROMPT:]
+            self.thought = ThoughtTokens(opens_thought(self.call.tokenizer.decode(end, False), self.parser))
 
     def take(self, batch: BatchStr, i: int) -> None:
         """Row i of a message is about this one."""
         self.begun = True
         self.text += batch.new_text[i]
         self.output_ids += batch.new_ids[i]
+        if self.thought:
+            self.thought.take(map(self.call.tokenizer.token_bytes, batch.new_ids[i]))
         self.cached_tokens = batch.cached_tokens[i]
         if self.call.logprobs.wanted:
             self.logprobs += _told(batch.logprobs[i])
@@ -96,7 +107,10 @@ class InFlight:
             self.rid, None, request.ids, self.text, list(self.output_ids), self.cached_tokens, self.finish_reason,
             self.logprobs, self.prompt_logprobs,
         )  # fmt: skip
-        return self.call.result(output, self.index) | {"index": self.index}
+        answer = self.call.result(output, self.index) | {"index": self.index}
+        if self.thought:
+            answer["meta_info"]["reasoning_tokens"] = self.thought.count
+        return answer
 
 
 def _told(raw: msgspec.Raw) -> Sequence[TokenLogprobs]:

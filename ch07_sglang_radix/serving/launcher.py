@@ -50,6 +50,7 @@ class Server:
         host, port = self.socket.getsockname()[:2]
         self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self.stopping = 0  # signals so far
+        self.grpc = None
 
     def run(self) -> int:
         return asyncio.run(self._run())
@@ -80,6 +81,8 @@ class Server:
         listening.add_done_callback(self._stopped_listening)
         serving = asyncio.create_task(self.http.serve([self.socket]))
         log.info("%s (starting)", self.address)
+        if self.args.grpc_port is not None:
+            await self._serve_grpc(self.args.grpc_port)
         await self.manager.ready.wait()
         if self.manager.state == "ready":
             log.info("%s", self._banner())
@@ -87,9 +90,17 @@ class Server:
         code = await self._end()
         listening.cancel()
         self.app.state.xray.close()
+        if self.grpc:
+            await self.grpc.stop(LAST_ANSWERS_S)
         self.http.should_exit = True
         await asyncio.wait([serving], timeout=2 * LAST_ANSWERS_S)
         return code
+
+    async def _serve_grpc(self, port: int) -> None:
+        from ch07_sglang_radix.serving.grpc.service import serve_grpc  # noqa: PLC0415, who has no use for it loads none of it
+
+        self.grpc, port = await serve_grpc(self.manager, self.args.host, port)
+        log.info("grpc://%s:%d", self.args.host, port)
 
     def _banner(self) -> str:
         facts = self.manager.facts

@@ -19,6 +19,8 @@ def check_limits(request: GenerateRequest, args: HttpArgs) -> None:
     batch = request.text if isinstance(request.text, list) else [0]
     if request.input_ids and isinstance(request.input_ids[0], list):
         batch = request.input_ids
+    if not batch:
+        raise ValueError("text=[] is a batch of no prompt; give one at least")
     _at_most("prompts in a request", len(batch), MAX_BATCH)
     given = request.sampling_params or {}
     several = given if isinstance(given, list) else [given] * len(batch)

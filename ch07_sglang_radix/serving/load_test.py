@@ -47,8 +47,9 @@ QUESTIONS = (
 
 BAD_BODIES: tuple[Any, ...] = (
     b"", b"{", b"\xff\xfe", b"[]", b"null", b'"text"', b"[" * 5000, {}, {"text": None}, {"text": 5}, {"text": [1]},
-    {"text": "a", "input_ids": [1]}, {"input_ids": [1 << 40]}, {"input_ids": [-1]}, {"input_ids": ["a"]}, {"input_ids": []},
-    {"input_ids": [[]]}, {"text": ""}, {"text": "a", "colour": "red"}, {"text": "a", "stream": "yes"},
+    {"text": "a", "input_ids": [1]}, {"input_ids": [1 << 40]}, {"input_ids": [-1]}, {"input_ids": ["a"]},
+    {"text": []}, {"input_ids": []}, {"input_ids": [[]]},
+    {"text": ""}, {"text": "a", "colour": "red"}, {"text": "a", "stream": "yes"},
     {"text": "a", "sampling_params": 7}, {"text": "a", "sampling_params": {"temperature": -1}},
     {"text": "a", "sampling_params": {"top_p": 0}}, {"text": "a", "sampling_params": {"max_new_tokens": 1 << 40}},
     {"text": "a", "sampling_params": {"n": 0}}, {"text": "a", "sampling_params": {"n": 100000}},
@@ -198,7 +199,7 @@ class Footprint:
         self.processes = [root, *root.children(recursive=True)]
 
     def name(self, pid: int) -> str:
-        return next(f"{' '.join(p.cmdline()[1:4])} ({pid})" for p in self.processes if p.pid == pid)
+        return next(f"{' '.join(p.cmdline()[1:4])[:60]} ({pid})" for p in self.processes if p.pid == pid)
 
     def megabytes(self) -> dict[int, float]:
         return {process.pid: process.memory_info().rss / 2**20 for process in self.processes}

@@ -10,7 +10,7 @@ from typing import Any
 
 from ch07_sglang_radix.generate_request import GenerateCall, LogprobOptions
 from ch07_sglang_radix.serving.http_args import HttpArgs
-from ch07_sglang_radix.serving.io_struct import GenerateRequest, RequestError
+from ch07_sglang_radix.serving.io_struct import GenerateRequest, RequestError, SessionParams
 from ch07_sglang_radix.serving.limits import check_limits
 from ch07_sglang_radix.serving.sessions import Continuation, Sessions
 from common.request.intake import Intake
@@ -44,9 +44,16 @@ class Preparation:
         if is_several(request):
             raise ValueError("session_params: a session goes on by one request at a time, and n=1")
         new_ids = self.intake.ids(request.input_ids if request.text is None else request.text)
-        bos = self.intake.tokenizer.hf.bos_token_id if self.intake.tokenizer else None
-        continuation = self.sessions.continued(request.session_params, new_ids, bos)
+        continuation = self._continuation(request.session_params, new_ids)
         return self._call(None, continuation.prompt_ids, request), continuation
+
+    def _continuation(self, params: SessionParams, new_ids: list[int]) -> Continuation:
+        bos = self.intake.tokenizer.hf.bos_token_id if self.intake.tokenizer else None
+        return self.sessions.continued(params, new_ids, bos)
+
+    def room_for(self, ids: list[int], session: SessionParams | None) -> int:
+        """The most tokens that can follow these, behind what the session has."""
+        return self.intake.room_for(ids if session is None else self._continuation(session, ids).prompt_ids)
 
     def _call(self, text: Any, input_ids: Any, request: GenerateRequest) -> GenerateCall:
         logprobs = LogprobOptions.of(

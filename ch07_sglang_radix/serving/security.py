@@ -35,7 +35,7 @@ ROUTES: dict[str, Guard] = {
     "/v1/models": "key", "/v1/models/{model}": "key", "/v1/completions": "key", "/v1/chat/completions": "key",
     "/flush_cache": "admin", "/abort_request": "admin", "/pause_generation": "admin", "/continue_generation": "admin",
     "/step_generation": "admin", "/start_profile": "admin", "/stop_profile": "admin",
-    "/xray/events": "page",
+    "/xray/events": "page", "/": "files",
 }  # fmt: skip
 PREFIXES: dict[str, Guard] = {"/xray": "files", "/v1/models/": "key"}
 LOCAL_NAMES = ("localhost", "")
@@ -82,7 +82,7 @@ class _Guards:
         path, guard = scope["path"], guard_of(scope["path"])
         if scope["method"] == "OPTIONS":  # a browser asks what it may send; no route answers it
             return None
-        if not _has_key(guard, headers.get("authorization", ""), self.args):
+        if not has_key(guard, headers.get("authorization", ""), self.args):
             return 401, "Unauthorized"
         origin = headers.get("origin")
         if origin and not _same_origin(origin, headers.get("host", "")) and not self._allowed(origin):
@@ -124,7 +124,7 @@ class _Guards:
                 await as_json({"error": {"message": self._too_large()}}, 413)(scope, receive, send)
 
 
-def _has_key(guard: Guard, authorization: str, args: HttpArgs) -> bool:
+def has_key(guard: Guard, authorization: str, args: HttpArgs) -> bool:
     wanted = args.admin_api_key or args.api_key if guard == "admin" else args.api_key
     if guard in ("open", "files") or wanted is None:
         return True

@@ -20,7 +20,7 @@ from ch07_sglang_radix.scheduler import WORDS
 from ch07_sglang_radix.serving.channels import Pull, Push
 from ch07_sglang_radix.serving.http_args import HttpArgs
 from ch07_sglang_radix.serving.in_flight import InFlight, News
-from ch07_sglang_radix.serving.io_struct import Answer, GenerateRequest, RequestError
+from ch07_sglang_radix.serving.io_struct import Answer, GenerateRequest, RequestError, SessionParams
 from ch07_sglang_radix.serving.logs import log
 from ch07_sglang_radix.serving.messages import (
     VERSION,
@@ -199,9 +199,9 @@ class TokenizerManager:
             if one.name in self._rids:
                 raise RequestError(400, f"rid={shown(one.name)} is in use: a request of that name is still running")
         self._check_queue(len(call.requests))
-        news, now = News(), time.monotonic()
+        news, now, parser = News(), time.monotonic(), self.args.reasoning_parser
         mine = [
-            InFlight(next(self._numbers), one.name or uuid4().hex, i, call, news, request.stream, now)
+            InFlight(next(self._numbers), one.name or uuid4().hex, i, call, news, request.stream, now, parser)
             for i, one in enumerate(call.requests)
         ]
         if continuation is not None:
@@ -256,10 +256,10 @@ class TokenizerManager:
     def num_in_flight(self) -> int:
         return len(self._in_flight)
 
-    def room_for(self, ids: Sequence[int]) -> int:
-        """The most tokens that can follow these. Raises RequestError while the engine is not known."""
+    def room_for(self, ids: Sequence[int], session: SessionParams | None = None) -> int:
+        """The most tokens that can follow. Raises RequestError while the engine is not known, and as `generate` for a session."""
         self._check_ready()
-        return self._prepare.intake.room_for(ids)
+        return self._prepare.room_for(ids, session)
 
     # --- control
 

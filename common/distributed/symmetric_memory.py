@@ -73,3 +73,29 @@ class SymmetricAllReduce:
         mine.copy_(flat)
         torch.ops.symm_mem.two_shot_all_reduce_(mine, "sum", self._group)
         return mine.clone().view(x.shape)
+
+
+_spawned_have_met = False  # ranks that were started here, in this process
+
+
+def meet_in_symmetric_memory(
+    device: torch.device, device_group, control_group, peers: tuple[tuple[int, int], ...], spawned: bool
+) -> SymmetricAllReduce | None:
+    """Symmetric memory, if all ranks can have it: they must all send the same message the same way.
+
+    Each process counts how often it has met others there, and for ever; the ranks of a second start, which are new and
+    begin at 0, would wait for one another under different numbers. They talk through NCCL.
+    """
+    global _spawned_have_met
+    possible = len({host for host, _ in peers}) == 1 and SymmetricAllReduce.reachable(device, len(peers))
+    if not _all_agree(possible and not _spawned_have_met, control_group):
+        return None
+    _spawned_have_met = spawned
+    fast = SymmetricAllReduce.connect(device_group, device)
+    return fast if _all_agree(fast is not None, control_group) else None
+
+
+def _all_agree(mine: bool, group) -> bool:
+    vote = torch.tensor([int(mine)])
+    dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=group)  # COMM all-reduce [1]: can every rank do it?
+    return bool(vote)

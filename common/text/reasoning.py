@@ -4,6 +4,7 @@ Many chat templates write the opening tag themselves, so that the model's text b
 reads them in srt/parser/reasoning_parser.py.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from common.text.tool_calls import OPEN as TOOL_CALL
@@ -88,3 +89,45 @@ class ReasoningParser:
         text, self._rest = (self._rest.lstrip() if self._at_tag else self._rest), ""
         self._at_tag = self._at_tag and not text
         return Split(answer=text)
+
+
+class ThoughtTokens:
+    """How many tokens of an answer are its thought: all up to the one that completes </think>, or that a <tool_call> begins with.
+
+        thought = ThoughtTokens(opened=True)
+        thought.take([b"Rain", b"?</", b"think>", b"It"])   # thought.count == 3
+
+    It is told the bytes of each token: where tokens are cut, texts cannot be.
+    """
+
+    def __init__(self, opened: bool = False):
+        self.count = 0
+        self._opened, self._over = opened, False
+        self._text = bytearray()  # of the thought
+        self._begins: list[int] = []  # of each token, in it
+
+    def take(self, tokens: Iterable[bytes]) -> None:
+        for token in tokens:
+            if self._over:
+                return
+            self._begins.append(len(self._text))
+            self._text += token
+            self.count = self._counted()
+
+    def _counted(self) -> int:
+        if not self._opened:
+            text = self._text.lstrip()
+            self._opened = text.startswith(OPEN.encode())
+            self._over = not self._opened and not OPEN.encode().startswith(text)  # else it may still become a thought
+        if not self._opened:
+            return 0
+        ends = [self._ends(CLOSE.encode(), behind=True), self._ends(TOOL_CALL.encode(), behind=False)]
+        if found := [end for end in ends if end is not None]:
+            self._over = True
+            return sum(begin < min(found) for begin in self._begins)
+        return len(self._begins)
+
+    def _ends(self, tag: bytes, behind: bool) -> int | None:
+        """Where a thought that this tag closes ends, in bytes; looked for where the last token may have completed it."""
+        at = self._text.find(tag, max(0, self._begins[-1] - len(tag)))
+        return None if at < 0 else at + len(tag) * behind

@@ -228,6 +228,60 @@ def test_a_value_of_a_wrong_kind_is_refused_at_once_and_the_others_go_on(engine,
     assert {output.request_id for output in outputs} == {"good"}
 
 
+def test_of_equal_priority_the_first_goes_first_and_so_do_the_answers_of_a_prompt(checkpoint):
+    engine = LLMEngine(
+        str(checkpoint("qwen2")), device="cpu", num_gpu_blocks_override=64, scheduling_policy="priority", max_num_seqs=1
+    )
+    for name, n, priority in (("a", 3, 0), ("b", 1, 0), ("c", 2, -1)):
+        engine.add_request(name, [1, 2, 3], params(1, n=n), priority=priority)
+    assert [request.request_id for request in engine.scheduler.waiting] == ["c/0", "c/1", "a/0", "a/1", "a/2", "b/0"]
+
+
+def test_a_salt_stands_in_the_prompt_or_beside_it(engine):
+    """And the blocks of one salt are not those of another."""
+    hits = []
+    for prompt, beside in [
+        ({"cache_salt": "A"}, None), ({}, "A"), ({"cache_salt": "A"}, "A"), ({"cache_salt": "B"}, None), ({}, None)
+    ]:  # fmt: skip
+        engine.add_request("one", {"prompt_token_ids": list(range(9)), **prompt}, params(1), cache_salt=beside)
+        hits += [output.num_cached_tokens for output in engine.step()]
+    assert hits == [0, 8, 8, 0, 0]
+    with pytest.raises(ValueError, match="cache_salt='A', but the prompt says 'B'; give one of the two"):
+        engine.add_request("two", {"prompt_token_ids": [1], "cache_salt": "B"}, params(1), cache_salt="A")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ({"prompt": "a", "prompt_token_ids": [1]}, "a prompt has 'prompt' or 'prompt_token_ids', this one has"),
+        ({"cache_salt": "A"}, "a prompt has 'prompt' or 'prompt_token_ids', this one has"),
+        ({"prompt": [1, 2]}, "'prompt' holds .*; a text goes into 'prompt', token ids into 'prompt_token_ids'"),
+        ({"prompt_token_ids": "a"}, "'prompt_token_ids' holds 'a'; a text goes into 'prompt'"),
+    ],
+)
+def test_a_prompt_in_a_dict_is_one_thing_under_its_own_name(engine, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        engine.add_request("one", prompt, params(1))
+
+
+@pytest.mark.parametrize(("length", "tokens"), [(20, 12), (31, 1)])
+def test_without_chunked_prefill_prompt_and_answer_fit_into_one_step(checkpoint, length, tokens):
+    """Preempted, it has to come back in one; an answer without a limit is as long as that allows."""
+    llm = LLM(
+        str(checkpoint("qwen2")), device="cpu", num_gpu_blocks_override=64, max_num_batched_tokens=32, max_num_seqs=4,
+        enable_chunked_prefill=False,
+    )  # fmt: skip
+    (output,) = llm.generate([list(range(length))], params(None))
+    assert len(output.outputs[0].token_ids) == tokens
+    with pytest.raises(ValueError, match=r"= 33 tokens, but without chunked prefill a step holds .*=32"):
+        llm.generate([list(range(length))], params(33 - length))
+
+
+def test_an_answer_without_a_limit_is_as_long_as_model_and_pool_allow(checkpoint):
+    llm = LLM(str(checkpoint("qwen2")), device="cpu", num_gpu_blocks_override=4, block_size=16)
+    assert len(llm.generate([[1] * 50], params(None))[0].outputs[0].token_ids) == 64 - 50
+
+
 @pytest.mark.parametrize("name", ["block_size", "max_num_seqs", "max_num_batched_tokens", "num_gpu_blocks_override"])
 @pytest.mark.parametrize("value", [0, -1, 2.5])
 def test_sizes_of_the_engine_are_named_as_they_were_given(name, value):

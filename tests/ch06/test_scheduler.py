@@ -267,6 +267,14 @@ def test_who_is_decode_only():
     assert not run.scheduler.schedule().is_decode, "a prompt and its answers again: nano-vllm #144"
 
 
+def test_a_decode_beside_a_prompt_is_no_decode_step():
+    run = Run(budget=64)
+    run.add(5)
+    run.step()
+    run.add(5)
+    assert not run.scheduler.schedule().is_decode
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

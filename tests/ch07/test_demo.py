@@ -190,7 +190,7 @@ def test_a_broken_model_is_one_line(tmp_path, change, message):
         (["--page-size", 0], "page_size=0 must be at least 1"),
         (["--max-new-tokens", 5000], r"= \d+ tokens, but the model ends at 2048"),
         (["--max-new-tokens", 0], "max_new_tokens=0 must be at least 1"),
-        (["--dtype", "int8"], "dtype='int8' is unknown; use float32, bfloat16, float16"),
+        (["--dtype", "int8"], "dtype='int8' is unknown; use auto, float32, bfloat16, float16"),
         (["--model-name", "nobody/nothing-here"], "no local folder, .* the Hub did not give it"),
         (["--model-name", "./not-there"], "is no folder and no Hub id"),
         (["--prompts-file", "not-there.txt"], "not-there.txt"),

@@ -85,7 +85,7 @@ def test_an_end_of_text_stops_and_has_no_text(engine):
     [
         (
             {"prompt": "a", "sampling_params": {"temperture": 1}},
-            "unknown sampling parameter temperture; known: .*temperature",
+            r"^unknown sampling parameter temperture; did you mean temperature\?$",
         ),
         ({"prompt": "a", "sampling_params": {"temperature": -1}}, r"temperature=-1 must be in \[0, 1000\]"),
         ({"prompt": "a", "sampling_params": {"top_p": 0}}, r"top_p=0 must be in \(0, 1\]"),

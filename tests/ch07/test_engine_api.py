@@ -6,12 +6,14 @@ import json
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 
 import pytest
 import torch
 
 from ch07_sglang_radix import Engine
 from ch07_sglang_radix.scheduler import TPScheduler
+from ch07_sglang_radix.server_args import ELSEWHERE, IDLE, ServerArgs
 from ch07_sglang_radix.tasks import PrefillTask
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.tiny_qwen import TINY_QWEN_PATH
@@ -336,6 +338,15 @@ def test_a_name_of_sglang_s_that_is_not_here_comes_with_a_way_out(name, way_out)
         Engine(**{name: "x"})
 
 
+def test_switches_of_sglang_s_that_are_off_ask_for_nothing():
+    with Engine(
+        device="cpu", enable_priority_scheduling=False, enable_metrics=False, log_requests=False, host=None
+    ) as engine:
+        with pytest.raises(ValueError, match="cache_salt is not here: use extra_key"):
+            engine.generate("a", cache_salt="mine")
+        assert engine.generate(input_ids=[1], sampling_params={"max_new_tokens": 1}, cache_salt=None)["output_ids"]
+
+
 def test_one_rid_for_a_list_is_numbered():
     with Engine(device="cpu") as engine:
         short = {"max_new_tokens": 1}
@@ -477,6 +488,45 @@ def test_the_pool_can_be_a_share_of_the_memory():
 def test_bad_options_are_refused(options, complaint):
     with pytest.raises(ValueError, match=complaint):
         Engine(device="cpu", **options)
+
+
+def test_sglang_s_defaults_spelled_out_make_the_engine_without_them(engine):
+    assert ServerArgs(**IDLE) == ServerArgs(**dict.fromkeys(ELSEWHERE)) == ServerArgs()
+    assert set(IDLE) == set(ELSEWHERE)
+    assert not {field.name for field in fields(ServerArgs)} & set(ELSEWHERE)
+    idle = {"image_data": None, "lora_path": None, "return_hidden_states": False}
+    params = {"max_new_tokens": 1, "regex": None, "custom_params": None}
+    assert engine.generate("What?", params, **idle)["output_ids"]
+    for call in (engine.generate, lambda *args, **more: asyncio.run(engine.async_generate(*args, **more))):
+        with pytest.raises(ValueError, match=r"^argument image_data is not here: this engine reads text only$"):
+            call("What?", params, image_data="a")
+        with pytest.raises(ValueError, match=r"^unknown argument sampling_param; did you mean sampling_params\?$"):
+            call("What?", sampling_param=params)
+    at_rest(engine)
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"pp_size": 2}, "^engine argument pp_size is not here: layers are not spread over ranks here; use tp_size=$"),
+        (
+            {"tpsize": 2, "dp_size": 2},
+            r"^engine argument dp_size .*; unknown engine argument tpsize; did you mean tp_size",
+        ),
+        ({"lora_paths": ["a"]}, "^engine argument lora_paths is not here: adapters"),
+        ({"colour": 1}, r"^unknown engine argument colour; help\(ServerArgs\) has them all$"),
+    ],
+)
+def test_what_is_not_here_is_refused_by_every_door(given, complaint):
+    for door in (ServerArgs, lambda **given: ServerArgs.of(given), Engine):
+        with pytest.raises(ValueError, match=complaint):
+            door(**given)
+
+
+def test_half_and_float_are_sglang_s_other_names_of_dtypes(checkpoint):
+    for name, dtype in (("half", "float16"), ("float", "float32"), (None, "float32")):
+        info = Engine(str(checkpoint("qwen2")), device="cpu", dtype=name, max_total_tokens=64).get_server_info()
+        assert (info["dtype"], info["kv_cache_dtype"]) == (dtype, dtype)
 
 
 @pytest.mark.parametrize(

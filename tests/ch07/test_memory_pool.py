@@ -11,6 +11,19 @@ def test_slots_of_a_page_lie_side_by_side():
     assert (np.diff(slots, axis=1) == 1).all()
 
 
+def test_a_fresh_pool_gives_its_pages_in_order():
+    pool = TokenToKVPool(num_pages=4, page_size=2)
+    assert pool.alloc(2).tolist() == [0, 1, 2, 3]
+    assert pool.alloc(2).tolist() == [4, 5, 6, 7]
+
+
+def test_sizes_are_told_in_slots_and_what_came_and_went_in_pages():
+    pool = TokenToKVPool(num_pages=4, page_size=4)
+    pool.free(pool.alloc(3)[:8])
+    assert (pool.size, pool.free_slots, pool.num_free_pages) == (16, 12, 3)
+    assert (pool.taken, pool.given) == (3, 2)
+
+
 def test_alloc_takes_all_or_nothing():
     pool = TokenToKVPool(num_pages=3, page_size=2)
     assert pool.alloc(4) is None

@@ -21,8 +21,8 @@ def req(rid, length, new=4, first=None):
     return Req(rid, None, ids, SamplingParams(max_new_tokens=new), 0)
 
 
-def adder(memory, budget=64, promised=0.0, **options):
-    return PrefillAdder(memory, budget, promised, [], **options)
+def adder(memory, budget=64, promised=0.0):
+    return PrefillAdder(memory, budget, promised, [], 0.0)
 
 
 @pytest.mark.parametrize(("length", "computed", "chunked"), [(15, 15, False), (16, 16, False), (17, 16, True)])
@@ -34,10 +34,18 @@ def test_a_prompt_as_long_as_the_budget_is_no_chunk(length, computed, chunked):
     assert step.budget == 16 - computed
 
 
-def test_after_the_budget_is_spent_nobody_enters():
+@pytest.mark.parametrize("length", [16, 17], ids=["a whole prompt", "a chunk"])
+def test_after_the_budget_is_spent_nobody_enters_and_nobody_is_asked(length):
     step = adder(memory(), budget=16)
-    step.add(req(0, 16))
+    step.add(req(0, length))
     assert step.add(req(1, 1)) is Answer.FULL
+
+
+def test_the_last_token_of_the_budget_is_one_too():
+    step = adder(memory(page_size=1), budget=16)
+    step.add(req(0, 15))
+    assert step.add(req(1, 1)) is Answer.ADDED
+    assert step.budget == 0
 
 
 def test_what_is_left_of_the_budget_goes_to_the_next():
@@ -53,6 +61,13 @@ def test_a_chunk_is_a_page_at_least(left, answer):
     step = adder(memory(), budget=20 + left)
     step.add(req(0, 20))
     assert step.add(req(1, 30)) is answer
+
+
+def test_what_fits_as_a_whole_may_be_less_than_a_page():
+    step = adder(memory(), budget=20 + 3)
+    step.add(req(0, 20))
+    assert step.add(req(1, 3)) is Answer.ADDED
+    assert step.chunked is None
 
 
 @pytest.mark.parametrize(("length", "answer"), [(11, Answer.ADDED), (12, Answer.ADDED), (13, Answer.LATER)])

@@ -1,8 +1,11 @@
 """In which order waiting requests try to get in."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from ch07_sglang_radix.admission import Admission
 from ch07_sglang_radix.memory_pool import TokenToKVPool
 from ch07_sglang_radix.radix_cache import RadixCache
 from ch07_sglang_radix.request import Req
@@ -124,6 +127,12 @@ def test_what_is_in_the_tree_already_need_not_wait_for_anybody():
     assert order("lpm", tree_with(A), waiting) == [0, 1]
 
 
+def test_of_a_prompt_that_is_in_the_tree_as_a_whole_the_last_token_does_not_count():
+    """It must be computed, to have logits from."""
+    assert order("lpm", tree_with(A), reqs(A, [*A, 1])) == [1, 0]
+    assert order("shortest-prefill-first", tree_with(A), reqs([*A, 1, 2], A)) == [1, 0]
+
+
 def test_lpm_leaves_the_order_alone_when_nothing_is_cached_at_all():
     tree = RadixCache(TokenToKVPool(num_pages=10), disable=True)
     assert order("lpm", tree, reqs([*A[:64], 1], [*A[:64], 2], [7] * 64)) == [0, 1, 2]
@@ -149,6 +158,12 @@ def test_dfs_weight_goes_into_the_heaviest_subtree_first():
     assert got[:2] == [2, 3], "the subtree with most requests, depth first"
     assert got.index(1) < got.index(4), "children before the node itself"
     assert got[-1] == 0
+
+
+def test_dfs_weight_counts_a_subtree_that_another_match_has_split():
+    """The third request of A cuts A's node in two while it is matched; the two before it are below all the same."""
+    waiting = reqs([*B, 1], [*B, 2], [*A, 1], [*A, 2], [*A[:50], 9])
+    assert order("dfs-weight", tree_with(A, B), waiting) == [2, 3, 4, 0, 1]
 
 
 def test_random_is_a_permutation_and_repeats_with_its_seed():
@@ -178,6 +193,32 @@ def test_dynamic_leaves_lpm_when_there_is_nothing_to_hit_and_tries_again_later()
     for _ in range(64):
         policy.admitted(90, 100)
     assert [r.rid for r in policy.order(waiting)] == [1, 0]
+
+
+@pytest.mark.parametrize(("cached", "active"), [(10, "lpm"), (9, "fcfs")])
+def test_a_hit_rate_of_a_tenth_is_worth_lpm(cached, active):
+    policy = SchedulePolicy("dynamic", tree_with())
+    for _ in range(8):
+        policy.admitted(cached, 100)
+    policy.order(reqs([1], [2]))
+    assert policy.active == active
+
+
+def test_the_policy_hears_what_each_request_found_when_it_was_admitted():
+    scheduler = make(TINY_QWEN_PATH, page_size=4, schedule_policy="dynamic")
+    for _ in range(8):
+        scheduler.add_request(input_ids=list(range(20)), sampling_params=params(1))
+        scheduler.process_requests()
+    assert scheduler.policy.hit_rate == 7 * 16 / (8 * 20)
+    assert scheduler.served == {"prompt": 8 * 20, "cached": 7 * 16}
+
+
+def test_who_stands_in_front_of_those_that_are_taken_has_been_passed_over():
+    waiting = reqs(*([i] for i in range(5)))
+    state = SimpleNamespace(waiting=waiting)
+    Admission(state, 64, False, 0.0, make_room=None)._leave_the_queue({waiting[1], waiting[3]})
+    assert [req.passed_over for req in waiting] == [1, 0, 1, 0, 0]
+    assert [req.rid for req in state.waiting] == [0, 2, 4]
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES.keys() - {"fcfs"}))

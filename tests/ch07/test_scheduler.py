@@ -1,5 +1,7 @@
 """What rank 0 decides: who runs, on which pages, and what it refuses."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -54,6 +56,13 @@ def test_several_prompts_make_one_ragged_step(scheduler):
     scheduler.process_requests()
     assert scheduler.steps == {"prefill": 1, "decode": 2}
     assert scheduler.work == {"tokens": 15 + 2 * 3, "samplings": 3, "sampled": 9}
+
+
+def test_token_0_is_a_token(scheduler):
+    scheduler.add_request(input_ids=[1, 2], sampling_params=params(3, allowed_token_ids=[0]))
+    (out,) = scheduler.process_requests().values()
+    assert out.output_ids == [0, 0, 0]
+    assert (out.prompt_tokens, out.completion_tokens, scheduler.num_finished) == (2, 3, 1)
 
 
 def test_a_prompt_waits_a_step_for_the_prefix_that_another_is_computing(scheduler):
@@ -188,9 +197,53 @@ def test_a_request_larger_than_the_pool_is_refused(checkpoint):
         scheduler.add_request(input_ids=[1] * 30, max_new_tokens=20)
 
 
-def test_a_page_size_that_does_not_divide_the_chunk_is_refused(checkpoint):
-    with pytest.raises(ValueError, match="page_size=16 does not divide chunked_prefill_size=100; use 96 or 112"):
-        make(checkpoint("qwen2"), page_size=16, chunked_prefill_size=100)
+@pytest.mark.parametrize(
+    ("page_size", "chunk", "message"),
+    [
+        (16, 100, "page_size=16 does not divide chunked_prefill_size=100; use 96 or 112"),
+        (16, 10, "page_size=16 does not divide chunked_prefill_size=10; use 16"),
+        (1, 0, "chunked_prefill_size=0 must be at least 1, or -1 for no limit"),
+        (1, -2, "chunked_prefill_size=-2 must be"),
+    ],
+)
+def test_a_chunk_that_is_no_whole_pages_is_refused(checkpoint, page_size, chunk, message):
+    with pytest.raises(ValueError, match=message):
+        make(checkpoint("qwen2"), page_size=page_size, chunked_prefill_size=chunk)
+
+
+@pytest.mark.parametrize(("page_size", "chunk", "kept"), [(1, 1, 1), (4, 8, 8), (4, -1, -1), (4, None, 1024)])
+def test_a_chunk_may_be_a_page_or_without_limit(checkpoint, page_size, chunk, kept):
+    assert make(checkpoint("qwen2"), page_size=page_size, chunked_prefill_size=chunk).chunked_prefill_size == kept
+
+
+def test_on_a_cpu_no_step_is_queued_before_the_last_one_is_seen_unless_asked_for(checkpoint):
+    assert [make(checkpoint("qwen2"), overlap=overlap).overlap for overlap in (None, True)] == [False, True]
+
+
+@pytest.mark.parametrize(("conservativeness", "ratio"), [(0.5, 0.35), (1.0, 0.7), (2.0, 1.0)])
+def test_running_requests_are_expected_to_need_a_share_of_their_worst_case(checkpoint, conservativeness, ratio):
+    scheduler = make(checkpoint("qwen2"), schedule_conservativeness=conservativeness)
+    assert scheduler.new_token_ratio == pytest.approx(ratio)
+
+
+def test_a_request_has_priority_0_unless_it_says(scheduler):
+    scheduler.enqueue(None, [1], params(1))
+    scheduler.enqueue(None, [2], params(1), priority=1)
+    assert [req.priority for req in scheduler.waiting] == [0, 1]
+
+
+@pytest.mark.parametrize("seed", [1.5, "x", 1 << 63])
+def test_a_seed_is_a_whole_number_of_64_bits(checkpoint, seed):
+    with pytest.raises(ValueError, match="seed="):
+        make(checkpoint("qwen2"), seed=seed)
+
+
+def test_on_the_other_ranks_there_is_no_queue_no_tree_and_no_pool(checkpoint):
+    wrapper = TPRadixAttentionModelWrapper(str(checkpoint("qwen2")), "cpu", 4, max_total_tokens=64)
+    wrapper.tp = replace(wrapper.tp, rank=1, size=2)
+    other = TPScheduler(wrapper)
+    assert not {"waiting", "tree", "pool", "policy", "admission", "outcome", "step_tasks"} & vars(other).keys()
+    assert [other.enqueue(None, [1], params(1)) for _ in range(2)] == [0, 1], "it counts, to give the same ids"
 
 
 # --- the checker itself: a bug of each kind must not pass

@@ -65,6 +65,12 @@ def test_any_cut_or_changed_word_is_refused(task, data):
         decode(words)
 
 
+def test_a_task_says_how_many_sequences_get_a_token():
+    sequences = (PrefillSequence(0, 0, 2, 1), PrefillSequence(1, 0, 1, 0), PrefillSequence(2, 4, 1, 1))
+    assert PrefillTask(0, (), sequences, (1, 2, 3, 4)).num_emitting == 2
+    assert DecodeTask(0, (), (1, 2, 5), (7, 8, 9)).num_emitting == 3
+
+
 def test_another_version_is_refused_by_number():
     words = encode(StopTask(3))
     words[0] += 1

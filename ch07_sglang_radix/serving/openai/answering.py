@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from fastapi import Request, Response
 
-from ch07_sglang_radix.serving.io_struct import Answer, GenerateRequest, RequestError
+from ch07_sglang_radix.serving.io_struct import Answer, GenerateRequest, RequestError, SessionParams
 from ch07_sglang_radix.serving.openai.errors import APIError, of_abort, of_request_error
 from ch07_sglang_radix.serving.openai.protocol import DEFAULT_MODEL, Sampled
 from ch07_sglang_radix.serving.responses import DONE, EventStream, as_json, event, unless_gone
@@ -135,10 +135,10 @@ def tokenizer_of(manager: TokenizerManager) -> Tokenizer:
     return manager.tokenizer
 
 
-def room_for(manager: TokenizerManager, ids: Sequence[int]) -> int:
+def room_for(manager: TokenizerManager, ids: Sequence[int], session: SessionParams | None) -> int:
     """The most tokens that can follow, for an answer that is as long as it likes."""
     try:
-        return manager.room_for(ids)
+        return manager.room_for(ids, session)
     except RequestError as error:
         raise of_request_error(error, (), {}) from None
 

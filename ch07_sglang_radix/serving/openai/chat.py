@@ -38,7 +38,7 @@ async def chat(manager: TokenizerManager, http: Request) -> Response:
     if body.top_logprobs is not None and not body.logprobs:
         raise APIError("top_logprobs needs logprobs=true", "top_logprobs")
     prompt, ids = await asyncio.to_thread(prompt_of, body, tools, tokenizer, manager.args.chat_template)
-    length = body.max_completion_tokens or body.max_tokens or room_for(manager, ids)
+    length = body.max_completion_tokens or body.max_tokens or room_for(manager, ids, body.session_params)
     parser = manager.args.reasoning_parser
     opened = None if parser is None else opens_thought(prompt, parser)
     rid = body.rid or new_id("chatcmpl-")

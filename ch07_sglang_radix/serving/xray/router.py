@@ -1,4 +1,4 @@
-"""The page of a running server: GET /xray, its files, and /xray/events, a stream of the events (SSE).
+"""The page of a running server: GET /xray (and /, which leads there), its files, and /xray/events, a stream of the events (SSE).
 
     feed = Feed(watch)                       # watch(on) reaches Recorder.start and Recorder.stop in the scheduler's process
     app.include_router(xray_router(feed, manager.tokenizer))
@@ -13,7 +13,7 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
 
 from ch07_sglang_radix.serving.xray.feed import MOST_PAGES, Feed
 from ch07_sglang_radix.serving.xray.page import FILES, HEADERS, PAGE
@@ -27,6 +27,10 @@ def xray_router(feed: Feed, tokenizer: Tokenizer | None = None) -> APIRouter:
     """tokenizer: its chat template is told to the page, whose presets are conversations; without one they are plain text."""
     router = APIRouter(include_in_schema=False)
     chat = _chat(tokenizer)
+
+    @router.get("/")
+    async def front() -> Response:
+        return RedirectResponse("xray")
 
     @router.get("/xray")
     async def page() -> Response:

@@ -37,7 +37,7 @@ class FakeManager:
     async def model_info(self):
         return {"served_model_name": "fake", "max_model_len": 100}
 
-    def room_for(self, ids):
+    def room_for(self, ids, session=None):
         return ROOM
 
     async def generate(self, request: GenerateRequest, is_disconnected=None):

@@ -42,11 +42,11 @@ def test_a_model_has_two_names(alias):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--pp-size", "2"], r"unknown flag '--pp-size': it is SGLang's, not here: .*tp_size"),
-        (["--speculative-algorithm=EAGLE"], "it is SGLang's, not here"),
+        (["--pp-size", "2"], r"flag --pp-size is not here: .*tp_size"),
+        (["--speculative-algorithm=EAGLE"], "flag --speculative-algorithm is not here: "),
         (["--trust-remote-code"], "never run here"),
         (["--nnodes", "2"], "one host here"),
-        (["--temprature", "1"], "unknown flag '--temprature'; known: "),
+        (["--temprature", "1"], "unknown flag '--temprature'; "),
         (["stray"], "'stray' belongs to no flag"),
         (["--port", "70000"], "port=70000 must be at most 65535"),
         (["--tp-size", "0"], "tp_size=0"),
@@ -63,7 +63,6 @@ def test_a_model_has_two_names(alias):
         (["--skip-tokenizer-init", "--chat-template", "{}"], "chat_template is about text"),
         (["--skip-tokenizer-init", "--reasoning-parser", "qwen3"], "reasoning_parser is about text"),
         (["--grammar-backend", "xgrammar"], "llguidance is the only one here"),
-        (["--grpc-port", "30001"], "unknown flag '--grpc-port': it is SGLang's, not here: HTTP is all that it speaks"),
     ],
 )
 def test_what_is_not_here_is_one_line(flags, said):

@@ -19,6 +19,7 @@ from ch07_sglang_radix.serving.messages import Abort, BatchStr, Control, Event, 
 from ch07_sglang_radix.serving.metrics import Metrics, metrics_router
 from ch07_sglang_radix.serving.scheduler_process import NOTHING, SchedulerProcess
 from ch07_sglang_radix.serving.step_state import StepState
+from tests.ch07.serving.running import a_server
 
 DASHBOARD = Path(metrics_module.__file__).with_name("grafana.json")
 MODEL = {"model_name": "m"}
@@ -195,6 +196,42 @@ def test_the_pool_in_the_metrics_is_the_scheduler_s(monkeypatch, clock):
         "once each, retracted or not; neither the aborted one nor the probe"
     )
     assert states[-1].sampled == 240, "the probe's token is not among them"
+
+
+def scraped(server):
+    """{(name, its labels but the model's): value}."""
+    status, text = server.raw("/metrics")
+    assert status == 200
+    return {
+        (sample.name, *sorted(set(sample.labels.items()) - {("model_name", "tiny-qwen")})): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_a_server_of_several_processes_counts_each_request_once_and_no_probe():
+    with a_server("--enable-metrics") as server:
+        before = scraped(server)
+        for _ in range(3):
+            assert server.raw("/health")[0] == 200
+        assert scraped(server) == before, "a probe leaves no trace"
+        body = {"text": "What is a radix cache?", "sampling_params": {"max_new_tokens": 9, "ignore_eos": True}}
+        metas = [server.generate(**body)["meta_info"] for _ in range(3)]
+        metas.append(server.stream(**body)[-1]["meta_info"])
+        info, found = server.at_rest(), scraped(server)
+    whole, stream = ("is_streaming", "false"), ("is_streaming", "true")
+    assert found["sglang:num_requests_total", ("finish_reason", "length"), whole] == 3
+    assert found["sglang:num_requests_total", ("finish_reason", "length"), stream] == 1
+    assert found["sglang:generation_tokens_total", whole] == 27
+    assert found["sglang:prompt_tokens_total", whole] == sum(meta["prompt_tokens"] for meta in metas[:3])
+    cached = found["sglang:cached_tokens_total", ("cache_source", "device")]
+    assert cached == sum(meta["cached_tokens"] for meta in metas) > 0
+    assert found["sglang:time_to_first_token_seconds_count", stream] == 1
+    assert found["sglang:inter_token_latency_seconds_count",] == 32, "nine tokens have eight times between them"
+    assert found["sglang:queue_time_seconds_count",] == 4
+    assert found["sglang:kv_evictable_tokens",] == info["evictable_tokens"]
+    assert found["sglang:kv_available_tokens",] == info["free_tokens"]
+    assert found["sglang:num_running_reqs",] == 0
 
 
 # --- the dashboard

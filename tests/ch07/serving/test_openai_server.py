@@ -77,6 +77,19 @@ def test_a_chat_is_the_engine_s_answer_to_the_rendered_prompt(client, engine):
     assert (answer.usage.prompt_tokens, answer.choices[0].finish_reason) == (len(ids), "stop")
 
 
+def test_a_chat_in_a_session_may_be_as_long_as_its_context_leaves_room(client):
+    """Without a limit of its own an answer has the rest of the model's context: behind the session, too."""
+    url = str(client.base_url).replace("/v1/", "/")
+    name = client._client.post(url + "open_session", json={}).json()
+    body = {"model": "default", "messages": QUESTION, "temperature": 0}
+    first = client.chat.completions.create(**body, extra_body={"session_params": {"id": name}})
+    params = {"id": name, "rid": first.id}
+    second = client.chat.completions.create(**body, extra_body={"session_params": params})
+    assert second.usage.prompt_tokens == first.usage.total_tokens + first.usage.prompt_tokens
+    with pytest.raises(openai.BadRequestError, match="nobody"):
+        client.chat.completions.create(**body, extra_body={"session_params": params | {"rid": "nobody"}})
+
+
 def test_logprobs_are_the_engine_s(client, engine):
     answer = client.completions.create(
         model="default", prompt=PROMPTS[0], max_tokens=5, temperature=0, logprobs=2, echo=True
@@ -135,6 +148,28 @@ def test_a_model_that_thinks_and_calls_by_itself(scripted):
     (call,) = message.tool_calls
     assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "长城", "unit": "C"})
     assert answer.choices[0].finish_reason == "tool_calls"
+
+
+def test_tokens_of_the_thought_are_counted(scripted):
+    body = {"model": "default", "messages": QUESTION, "temperature": 0}
+    usage = scripted.chat.completions.create(**body).usage
+    told = usage.completion_tokens_details.reasoning_tokens
+    *_, last = scripted.chat.completions.create(**body, stream=True, stream_options={"include_usage": True})
+    assert last.usage.completion_tokens_details.reasoning_tokens == told
+    native = {
+        "text": "Say it.",
+        "sampling_params": {"max_new_tokens": 200},
+        "return_logprob": True,
+        "return_text_in_logprobs": True,
+    }
+    answer = scripted._client.post(str(scripted.base_url).replace("/v1/", "/generate"), json=native).json()["meta_info"]
+    behind = 1 + next(i for i, (_, _, text) in enumerate(answer["output_token_logprobs"]) if "/think>" in text)
+    assert answer["reasoning_tokens"] == told == behind < usage.completion_tokens
+
+
+def test_a_server_without_the_parser_counts_no_thoughts(client):
+    usage = client.completions.create(model="default", prompt="<think>", max_tokens=2).usage
+    assert usage.completion_tokens_details is None
 
 
 def test_the_same_in_a_stream_where_nothing_is_taken_back(scripted):

@@ -117,3 +117,9 @@ def test_the_way_in_is_shown_from_above():
     for readme in ("README.md", "ch07_sglang_radix/README.md"):
         assert "serving/README.md)" in (ROOT / readme).read_text(encoding="utf-8"), readme
     assert Path(ROOT / "notebooks" / "ch07_4_serving.ipynb").exists()
+
+
+def test_make_serve_starts_the_server_of_the_readme():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    recipe = re.search(r"^serve: setup\n\t(.*)$", makefile, re.MULTILINE).group(1)
+    assert recipe.replace("$(BIN)/", "") == "python -m ch07_sglang_radix.launch_server"

@@ -107,6 +107,10 @@ def test_a_session_over_http(server):
     status, name = server.call("/open_session", {"capacity_of_str_len": 1000})
     assert status == 200
     assert server.call("/open_session", {"capacity_of_str_len": 1, "session_id": name})[0] == 400
+    for field, value in (("streaming", True), ("timeout", 5), ("capacity_of_str_len", -1)):
+        status, answer = server.call("/open_session", {field: value})
+        assert status == 400
+        assert field in answer["error"]["message"]
     params = {"max_new_tokens": 4, "ignore_eos": True}
     first = server.generate(text="What is a page?", sampling_params=params, session_params={"id": name})
     second = server.generate(
@@ -117,6 +121,10 @@ def test_a_session_over_http(server):
     refused = server.call("/generate", {"text": "a", "session_params": {"id": name, "rid": "nobody"}})
     assert refused[0] == 400
     assert "Invalid request session id" in refused[1]["error"]["message"]
+    status, small = server.call("/open_session", {"capacity_of_str_len": 2, "streaming": False})
+    refused = server.call("/generate", {"input_ids": [1, 2, 3], "session_params": {"id": small}})
+    assert refused[0] == 400
+    assert "capacity_of_str_len=2" in refused[1]["error"]["message"]
     assert server.call("/close_session", {"session_id": name})[0] == 200
     assert server.call("/close_session", {"session_id": name})[0] == 400
 
@@ -136,6 +144,7 @@ def test_a_profile_has_a_file_a_rank(tmp_path):
         assert server.call("/stop_profile", {})[1]["file"].startswith(str(tmp_path))
         assert server.call("/stop_profile", {})[0] == 400
         assert server.call("/start_profile", {"output_dir": "/"})[0] == 400, "no path comes from a request"
+        assert server.call("/start_profile", {"num_steps": 0})[0] == 400
         server.generate(input_ids=[1, 2], sampling_params={"max_new_tokens": 3})  # the ranks have all written
         files = sorted(path.name for path in tmp_path.iterdir())
         assert files == [f"{name}-TP-{rank}.trace.json" for rank in range(2)]

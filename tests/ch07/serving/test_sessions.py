@@ -43,6 +43,19 @@ def test_a_first_token_is_not_repeated_in_the_middle(sessions):
     assert sessions.continued(SessionParams("s", rid="a"), [BOS, 3], None).prompt_ids == [BOS, 1, 2, BOS, 3]
 
 
+def test_a_session_takes_as_many_tokens_as_it_was_opened_for(sessions):
+    sessions.open("small", 4)
+    small = lambda new_ids, **params: sessions.continued(SessionParams("small", **params), new_ids, BOS)  # noqa: E731
+    with pytest.raises(RequestError, match=r"context 0 \+ 5 new tokens = 5, but .* capacity_of_str_len=4"):
+        small([1, 2, 3, 4, 5])
+    sessions.add(small([1, 2]), Node("a", [1, 2], [3], True))
+    assert small([4], rid="a").prompt_ids == [1, 2, 3, 4]
+    assert small([BOS, 4], rid="a").prompt_ids == [1, 2, 3, 4], "what is left out does not count"
+    with pytest.raises(RequestError, match=r"context 3 \+ 2 new tokens = 5"):
+        small([4, 5], rid="a")
+    assert small([4, 5], rid="a", offset=2).prompt_ids == [1, 2, 4, 5], "the way out"
+
+
 def test_replace_ends_what_continued_the_request(sessions):
     ask(sessions, "a", [1], answer=[2])
     ask(sessions, "b", [3], rid="a")

@@ -28,6 +28,28 @@ def test_prefill_behind_a_cached_prefix(table):
     assert step.meta.max_query_len == 3
 
 
+def test_a_token_of_minus_one_is_the_one_that_the_sequence_goes_on_with(table):
+    """A decode beside a prompt. One token each, and yet no decode step: who reads must come after who writes."""
+    step = table.prefill(np.array([-1, 13]), np.array([2, 1]), np.array([5, 0]), np.array([1, 1]))
+    assert step.input_ids.tolist() == [102, 13]
+    assert step.positions.tolist() == [5, 0]
+    assert step.meta.slot_mapping.tolist() == [4 * 4 + 1, 7 * 4]
+    assert step.meta.max_query_len == 2
+
+
+def test_no_update_changes_no_page(table):
+    before = table.page_table.clone()
+    table.set_pages([])
+    assert torch.equal(table.page_table, before)
+
+
+def test_attention_hears_who_begins_alike(table):
+    step = table.decode(np.array([1, 2, 1, 2, 1]), np.array([4, 5, 6, 7, 4]), alike=[(1, 4, 1)])
+    assert step.meta.prefixes.tiles.tolist() == [[1], [4], [4]]
+    assert step.meta.prefixes.tokens.tolist() == [0, 4, 4, 4, 4]
+    assert (step.meta.max_query_len, step.meta.page_table.shape) == (1, (5, 2))
+
+
 def test_decode_goes_on_with_the_last_tokens(table):
     step = table.decode(np.array([2, 1]), np.array([7, 8]))
     assert step.input_ids.tolist() == [102, 101]
@@ -60,6 +82,11 @@ def test_sequences_that_begin_alike_are_cut_into_tiles(table, alike, tiles):
     for first, count, pages in alike:
         assert (tokens[first : first + count] == 4 * pages).all()
     assert (tokens > 0).sum() == sum(count for _, count, _ in alike)
+
+
+@pytest.mark.parametrize(("members", "tiles"), [(0, 0), (3, 0), (4, 2), (9, 2)])
+def test_a_tile_is_worth_it_for_four_sequences_and_more(members, tiles):
+    assert SequenceTable(4, 8, 4, CPU, tile_members=members).max_tiles(11) == tiles
 
 
 def test_numbers_go_to_the_device_and_back():

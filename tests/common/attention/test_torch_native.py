@@ -250,6 +250,19 @@ def test_decode_rows_that_pad_little_are_one_group_in_order():
     assert _similar_lengths([0, 1, 2, 3], [1000, 801, 977, 900]) == [[0, 1, 2, 3]]
     assert _similar_lengths([0, 1, 2], [2000, 10, 1990]) == [[0, 2], [1]]
     assert _similar_lengths([], []) == []
+    full = MAX_PADDING + 10
+    assert _similar_lengths([0, 1], [full, 10]) == [[0, 1]]
+    assert _similar_lengths([0, 1], [full + 1, 10]) == [[0], [1]]
+
+
+def test_no_page_is_copied_that_nobody_attends_to():
+    """A long prompt makes the step's page table wide; the decode rows beside it are as short as before."""
+    step = Step([(0, 100), (9, 1), (5, 1)], page_size=4)
+    attention = TorchNativeAttention(step.cache, step.meta())
+    assert [len(part.pages) for part in attention.decodes[0].rounds] == [2 * 2 * 3], (
+        "K and V of two rows, 10 tokens each"
+    )
+    assert attention.extends[0].pages is None, "all of the prompt is new"
 
 
 def test_a_sequence_without_new_tokens_is_left_alone():

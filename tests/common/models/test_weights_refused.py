@@ -1,13 +1,14 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from common.models.checkpoint import checkpoint_files
-from common.models.weights import CheckpointTensor, load_model
+from common.models.weights import CheckpointTensor, _refuse_sizes_beyond_the_files, load_model
 from common.parallel_state import TPGroup
 from tests.common.models.files import rewrite, tensors
 from tests.oracle import save_random
@@ -175,6 +176,32 @@ def test_a_size_without_end_is_refused_before_anything_is_built(copy, change, sa
     (folder / "config.json").write_text(json.dumps({**config, **change}))
     monkeypatch.setattr("common.models.weights.CausalLM", None)
     refuse(folder, ValueError, f"{folder}: config.json says {says}, but the weight files ", have)
+
+
+def test_a_size_is_believed_if_a_tensor_is_as_long_on_its_longest_side():
+    def claims(shape, **sizes):
+        small = {
+            "vocab_size": 8,
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_heads": 2,
+            "head_dim": 4,
+            "num_layers": 1,
+        }
+        _refuse_sizes_beyond_the_files(SimpleNamespace(**small | sizes), {"a": SimpleNamespace(shape=shape)}, "here")
+
+    for shape in ((100_000, 8), (8, 100_000)):
+        claims(shape, vocab_size=100_000, num_heads=1000, head_dim=100)
+        with pytest.raises(
+            ValueError, match="vocab_size=100001, but the weight files have no tensor longer than 100000"
+        ):
+            claims(shape, vocab_size=100_001)
+        with pytest.raises(ValueError, match=r"num_attention_heads \* head_dim=101000, but the weight files have"):
+            claims(shape, num_heads=1000, head_dim=101)
+    with pytest.raises(ValueError, match="have no tensor longer than 0"):
+        claims((0, 100_000), hidden_size=100_000)  # a tensor without numbers can say anything
+    with pytest.raises(ValueError, match="num_hidden_layers=2, but the weight files have 0 layers"):
+        claims((8, 8), num_layers=2)
 
 
 def test_nothing_is_allocated_for_a_model_that_does_not_fit(copy, monkeypatch):

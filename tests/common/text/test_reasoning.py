@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.text.reasoning import ReasoningParser, Split, opens_thought
+from common.text.reasoning import ReasoningParser, Split, ThoughtTokens, opens_thought
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'
 CASES = {  # text, whether the prompt opened the thought, thought, answer
@@ -46,6 +46,30 @@ def test_the_cut_changes_nothing(parts, opened, data):
     text = "".join(parts)
     cut = data.draw(st.integers(0, len(text)))
     assert read([text[:cut], text[cut:]], opened) == read([text], opened) == read(list(text), opened)
+
+
+def counted(tokens, opened, at_once=True):
+    thought = ThoughtTokens(opened)
+    for some in [tokens] if at_once else [[token] for token in tokens]:
+        thought.take(token.encode() for token in some)
+    return thought.count
+
+
+ENDS = {  # how much of the text of a case is thought, tags and all
+    "no thought": "", "a thought": "<think>\nHm.\n</think>", "the prompt has opened it": "Hm.\n</think>",
+    "both have": "\n<think>\nHm.\n</think>", "a call closes it": "<think>I look.\n", "never closed": "<think>Hm, <tool",
+    "never closed, opened by the prompt": "<thin", "empty": "<think>\n\n</think>", "nothing": "", "blanks alone": "",
+    "half an opening tag": "", "the answer begins with blanks": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+@pytest.mark.parametrize("case", ENDS)
+def test_tokens_of_the_thought_are_counted_up_to_the_one_that_ends_it(case, size):
+    text, opened, *_ = CASES[case]
+    tokens = [text[i : i + size] for i in range(0, len(text), size)]
+    whole = -(-len(ENDS[case]) // size)  # the token that the end lies in belongs to it
+    assert counted(tokens, opened) == counted(tokens, opened, at_once=False) == whole
 
 
 def test_a_thought_streams_unless_it_is_to_come_whole():
