@@ -37,6 +37,7 @@ from common.values import flag, whole
 Answer = dict[str, Any]
 # arguments of SGLang's generate (0.5.23, srt/entrypoints/engine.py) that are not here
 ELSEWHERE = dict.fromkeys(("image_data", "audio_data", "video_data"), "this engine reads text only") | {
+    "cache_salt": "use extra_key, which keeps what a request caches apart too",
     "lora_path": "adapters are not here; merge them into the weights",
     "custom_logit_processor": "use logit_bias of sampling_params",
     "return_hidden_states": "answers are tokens and their log-probabilities",

@@ -62,6 +62,7 @@ ELSEWHERE = {
 }
 # values that ask for nothing of it, besides None: SGLang's own defaults (0.5.23, srt/arg_groups/fields/)
 IDLE = dict.fromkeys(ELSEWHERE) | {
+    "enable_priority_scheduling": False, "enable_metrics": False, "log_requests": False,
     "pp_size": 1, "dp_size": 1, "ep_size": 1, "nnodes": 1, "node_rank": 0, "base_gpu_id": 0, "stream_interval": 1,
     "enable_lora": False, "trust_remote_code": False, "disaggregation_mode": "null", "load_format": "auto",
     "json_model_override_args": "{}", "tokenizer_mode": "auto", "is_embedding": False, "enable_dp_attention": False,

@@ -90,9 +90,8 @@ def test_collectives_are_called_in_one_place():
         assert path.name == "parallel_state.py" or "common.distributed.symmetric_memory" not in path.read_text(
             encoding="utf-8"
         )
-        if path.name == "goodbyes.py":  # looks into the store, and sends nothing
-            called = re.findall(r"\bdist\.(\w+)\(", path.read_text(encoding="utf-8"))
-            assert called == ["PrefixStore"]
+        if path.name == "goodbyes.py":
+            assert set(re.findall(r"dist\.(\w+)", path.read_text(encoding="utf-8"))) == {"Store", "PrefixStore"}
         elif path.name not in ("parallel_state.py", "symmetric_memory.py"):
             assert "torch.distributed" not in path.read_text(encoding="utf-8"), path
 

@@ -338,6 +338,15 @@ def test_a_name_of_sglang_s_that_is_not_here_comes_with_a_way_out(name, way_out)
         Engine(**{name: "x"})
 
 
+def test_switches_of_sglang_s_that_are_off_ask_for_nothing():
+    with Engine(
+        device="cpu", enable_priority_scheduling=False, enable_metrics=False, log_requests=False, host=None
+    ) as engine:
+        with pytest.raises(ValueError, match="cache_salt is not here: use extra_key"):
+            engine.generate("a", cache_salt="mine")
+        assert engine.generate(input_ids=[1], sampling_params={"max_new_tokens": 1}, cache_salt=None)["output_ids"]
+
+
 def test_one_rid_for_a_list_is_numbered():
     with Engine(device="cpu") as engine:
         short = {"max_new_tokens": 1}
