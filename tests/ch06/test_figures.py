@@ -70,9 +70,7 @@ def test_the_memory_of_a_chat_service_is_what_the_demo_prints():
 def test_what_paging_costs_a_single_request_is_in_the_csv():
     speed = {row["cache"]: float(row["tokens/s"]) for row in rows_of("kv_cache") if row["requests"] == "these four"}
     whole, paged = speed["contiguous, 512 each"], speed["blocks of 16"]
-    said = (
-        f"costs a single request {100 * (1 - paged / whole):.0f} % here ({paged:.0f} tokens/s\ninstead of {whole:.0f}"
-    )
+    said = f"cost a single request {100 * (1 - paged / whole):.0f} % there ({paged:.0f} tokens/s instead of {whole:.0f}"
     assert said in README
     for name, value in speed.items():
         assert re.search(rf"^  {name} +\d+\.\d\d +{value:.0f}$", README, re.MULTILINE)

@@ -439,15 +439,17 @@ def test_after_shutdown_there_is_one_line(checkpoint):
 
 
 def test_a_bad_word_is_never_completed(llm):
+    """One that has as many tokens with a space as without: of others vLLM forbids the spelling without alone."""
     free = llm.generate("What is a page?", params(12))[0].outputs[0].text
-    word = free.split()[1]
+    encode = llm.get_tokenizer().encode
+    word = next(one for one in free.split()[1:] if len(encode(one)) == len(encode(f" {one}")))
     held = llm.generate("What is a page?", params(12, bad_words=[word]))[0].outputs[0].text
     assert word in free
     assert word not in held
 
 
 def test_a_bad_word_needs_a_tokenizer(engine):
-    with pytest.raises(ValueError, match="no tokenizer, so bad_words are no tokens; use logit_bias"):
+    with pytest.raises(ValueError, match=r"no tokenizer \(.*\), so bad_words are no tokens; use logit_bias"):
         engine.add_request("a", [1, 2, 3], params(2, bad_words=["x"]))
 
 

@@ -143,7 +143,7 @@ def test_tokens_are_counted_from_the_beginning(checkpoint):
     for name, length, tokens in (("a", 3, 4), ("b", 5, 2)):
         engine.add_request(name, list(range(length)), params(tokens, n=2))
     to_the_end(engine)
-    assert (engine.outputs.prompt_tokens, engine.outputs.generation_tokens) == (3 + 5, 2 * (4 + 2))
+    assert (engine.outputs.prompt_tokens, engine.outputs.generation_tokens) == (2 * (3 + 5), 2 * (4 + 2))
 
 
 def test_a_step_that_fails_ends_its_requests_and_nobody_else(checkpoint, monkeypatch):

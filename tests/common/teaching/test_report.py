@@ -62,6 +62,8 @@ def test_every_program_writes_its_files_here():
         "common/distributed/rank_main.py", "common/tiny_qwen/corpus.py", "common/tiny_qwen/tokenizer.py",
         "common/tiny_qwen/train.py", "common/teaching/apart.py", "ch07_sglang_radix/projects/swap.py",
         "ch07_sglang_radix/benchmarks/bench_cpu_real.py",  # the table in the README
+        "ch07_sglang_radix/serving/child.py", "ch07_sglang_radix/serving/demo_5_tool_call.py",
+        "common/teaching/scripted_checkpoint.py",
     }  # fmt: skip
     writers = set()
     for folder in ("common", "ch06_tp_vllm", "ch07_sglang_radix", "figures"):
