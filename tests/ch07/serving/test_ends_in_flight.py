@@ -11,7 +11,7 @@ from ch07_sglang_radix.serving.messages import VERSION, BatchStr, Hello
 from ch07_sglang_radix.serving.scheduler_process import NOTHING
 from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
 
-FACTS = {"vocab_size": 100, "context_length": 64, "max_total_num_tokens": 64, "page_size": 1}
+FACTS = {"vocab_size": 100, "context_length": 64, "max_total_num_tokens": 64, "page_size": 1, "shortened_by": None}
 
 
 class Pipe:
