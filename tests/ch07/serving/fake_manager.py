@@ -26,6 +26,7 @@ class FakeManager:
         self.finish: dict | None = None
         self.refusal: RequestError | None = None
         self.pause = 0.0
+        self.on_event: dict = {}  # nothing happens here
         self.requests: list[GenerateRequest] = []
         self.running = 0
 
