@@ -166,7 +166,7 @@ def test_everything_in_one_process():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--pp-size", "2"], "it is SGLang's, not here"),
+        (["--pp-size", "2"], "flag --pp-size is not here: "),
         (["--model-path", "/nowhere"], "/nowhere"),
         (["--port", "PORT"], "Address already in use"),
         (["--host", "192.0.2.1"], "cannot be served"),
