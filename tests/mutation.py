@@ -48,7 +48,7 @@ ch06_tp_vllm      | block_manager                    | ch06/test_block_manager c
 ch06_tp_vllm      | scheduler                        | ch06/test_scheduler ch06/test_llm ch06/test_output_processor
 ch06_tp_vllm      | llm_engine input_batch output_processor input_processor request |
                     ch06/test_llm ch06/test_output_processor ch06/test_prefix_hits ch06/test_trace
-ch07_sglang_radix | radix_cache eviction tree_node   | ch07/test_radix_cache ch07/test_eviction
+ch07_sglang_radix | radix_cache eviction tree_node   | ch07/test_radix_cache ch07/test_line_of_leaves ch07/test_eviction
 ch07_sglang_radix | memory_pool                      | ch07/test_memory_pool ch07/test_radix_cache
 ch07_sglang_radix | schedule_policy                  | ch07/test_schedule_policy
 ch07_sglang_radix | prefill_adder                    | ch07/test_prefill_adder ch07/test_schedule_policy ch07/test_scheduler

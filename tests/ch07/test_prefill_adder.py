@@ -21,8 +21,8 @@ def req(rid, length, new=4, first=None):
     return Req(rid, None, ids, SamplingParams(max_new_tokens=new), 0)
 
 
-def adder(memory, budget=64, promised=0.0):
-    return PrefillAdder(memory, budget, promised, [], 0.0)
+def adder(memory, budget=64, promised=0.0, gates=()):
+    return PrefillAdder(memory, budget, promised, [], 0.0, gates)
 
 
 @pytest.mark.parametrize(("length", "computed", "chunked"), [(15, 15, False), (16, 16, False), (17, 16, True)])

@@ -100,18 +100,6 @@ def test_unlocking_too_often_is_an_error():
         tree.dec_lock_ref(tree.match_prefix([1, 2]).last_node)
 
 
-def test_the_line_of_leaves_stays_short_however_often_they_are_used():
-    """Every use puts a leaf in line anew: four entries a node, and a few more, are swept out."""
-    tree, _ = tree_with([1, 2, 3, 4], [1, 2, 5], [7], [8])
-    tree.evict(1)
-    longest = 0
-    for _ in range(300):
-        tree.match_prefix([1, 2, 5])
-        longest = max(longest, len(tree._leaves))
-    assert longest == 4 * len(list(tree.nodes())) + 64
-    assert [tree.evict(1) for _ in range(5)] == [1, 1, 1, 2, 0], "7, 8 and then 5 and 1 2"
-
-
 def test_disabled_cache_matches_nothing():
     tree = RadixCache(TokenToKVPool(num_pages=4), disable=True)
     assert tree.insert([1, 2], np.array([0, 1])) == 0, "none of them was there"
