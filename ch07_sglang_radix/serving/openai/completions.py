@@ -1,7 +1,7 @@
 """/v1/completions: a text, or several, continued as it stands."""
 
 from codecs import getincrementaldecoder
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import Request, Response
@@ -55,7 +55,11 @@ async def completions(manager: TokenizerManager, http: Request) -> Response:
         logprob_start_len=0 if body.echo and body.logprobs is not None else None, top_logprobs_num=body.logprobs,
         extra_key=namespace(body), priority=body.priority or 0, routing_key=body.user, session_params=body.session_params,
     )  # fmt: skip
-    echoed = [tokenizer.decode(one) if are_ids else one for one in prompts] if body.echo else [""] * len(prompts)
+
+    def echoed(i: int) -> str:
+        """Asked for with the first answer: only then it is known that these are token ids."""
+        return "" if not body.echo else tokenizer.decode(prompts[i]) if are_ids else prompts[i]
+
     return await respond(manager, request, body, CompletionReply(rid, model, n, tokenizer, echoed), http)
 
 
@@ -71,13 +75,13 @@ def _prompts(prompt: str | list[str | int | list[int]]) -> tuple[list[Any], bool
 
 
 class CompletionReply:
-    """echoed: of each prompt, the text that comes before its answers."""
+    """echoed(i): the text that comes before the answers of prompt i."""
 
     renamed = {value: key for key, value in TO_SGLANG.items()} | {
         "max_new_tokens": "max_tokens", "top_logprobs_num": "logprobs", "input_ids": "prompt",
     }  # fmt: skip
 
-    def __init__(self, rid: str, model: str, n: int, tokenizer: Tokenizer, echoed: list[str]):
+    def __init__(self, rid: str, model: str, n: int, tokenizer: Tokenizer, echoed: Callable[[int], str]):
         self.head, self.n = head(rid, "text_completion", model), n
         self._tokenizer, self._echoed = tokenizer, echoed
         self._shown: dict[int, tuple[int, TokenList]] = {}  # of a stream: characters, tokens
@@ -96,7 +100,7 @@ class CompletionReply:
 
     def _choice(self, answer: Answer, shown: int, tokens: "TokenList", echo: bool = True) -> Choice:
         meta, index = answer["meta_info"], answer["index"]
-        before = self._echoed[index // self.n] if echo else ""
+        before = self._echoed(index // self.n) if echo else ""
         finish = meta["finish_reason"]
         return {
             "index": index, "text": before + answer["text"][shown:], "logprobs": tokens.new(meta),

@@ -225,12 +225,13 @@ class Fuzz:
 AFTERWARDS = {"/pause_generation": "/continue_generation", "/start_profile": "/stop_profile"}
 
 
-def run(url: str, cases: int) -> Fuzz:
-    """Nothing is shrunk: a server remembers what came before, and a body is a line."""
+def run(url: str, cases: int, derandomize: bool = False) -> Fuzz:
+    """derandomize: the same cases each time. Nothing is shrunk: a server remembers what came before, and a body is a line."""
     fuzz = Fuzz(url)
 
     @settings(
-        max_examples=cases, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+        max_examples=cases, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate],
+        derandomize=derandomize,
     )  # fmt: skip
     @given(requests(fuzz.spec()))
     def every(made):

@@ -49,6 +49,12 @@ def engine():
         yield engine
 
 
+@pytest.mark.parametrize("token", [-1, 5_000_000, 1 << 70])
+def test_ids_that_are_no_tokens_are_refused_also_if_they_are_to_be_echoed(client, token):
+    with pytest.raises(openai.BadRequestError, match=r"token id|token ids"):
+        client.completions.create(model="default", prompt=[5, token], echo=True)
+
+
 def test_greedy_completions_are_the_engine_s_and_transformers_(client, engine):
     answer = client.completions.create(model="default", prompt=PROMPTS, max_tokens=24, temperature=0)
     ours = engine.generate(PROMPTS, {"max_new_tokens": 24})
