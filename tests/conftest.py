@@ -52,7 +52,9 @@ THOROUGH = {
     "tests/ch07/test_projects.py::test_the_solution_gets_all_points": 2,
     "tests/ch07/test_readme.py::test_the_command_prints_what_is_shown": 4,
     "tests/ch07/serving/test_life_and_death.py::test_a_client_that_goes_away_has_its_request_aborted": 2,
-    "tests/ch07/serving/test_life_and_death.py::test_a_second_signal_ends_now": 2,
+    "tests/ch07/serving/test_life_and_death.py::test_a_second_signal_ends_now": 0,
+    "tests/ch07/serving/test_life_and_death.py::test_a_signal_while_it_loads_ends_it": 0,
+    "tests/ch07/serving/test_life_and_death.py::test_who_is_not_done_when_the_time_is_up_hears_so": 0,
     "tests/ch07/serving/test_life_and_death.py::test_when_one_is_killed_all_end": 12,
     "tests/ch07/serving/test_life_and_death.py::test_when_one_is_stopped_all_others_end_in_the_watchdog_s_time": 0,
     "tests/ch07/serving/test_readme.py::test_the_command_prints_what_is_shown": 0,
@@ -71,6 +73,8 @@ THOROUGH = {
     "tests/ch07/serving/test_openai_grammar.py": 8,
     "tests/ch07/serving/test_openapi_fuzz.py": 0,
     "tests/ch07/serving/test_readme.py::test_a_conversation_in_the_terminal": 0,
+    "tests/ch07/serving/test_readme.py::test_curl_is_answered": 0,
+    "tests/ch07/serving/test_readme.py::test_the_official_client_prints_what_is_shown": 0,
     "tests/ch07/serving/test_server.py::test_a_model_that_cannot_be_loaded_ends_the_server_with_its_reason": 0,
     "tests/ch07/serving/test_server.py::test_a_profile_has_a_file_a_rank": 0,
     "tests/ch07/serving/test_wiretap.py": 0,
@@ -82,7 +86,7 @@ THOROUGH = {
     "tests/common/distributed/test_spawn.py::test_a_bare_script_gets_its_ranks_and_leaves_none_behind": 3,
     "tests/common/distributed/test_spawn.py::test_ctrl_c_ends_all_in_one_line": 3,
     "tests/common/distributed/test_spawn.py::test_start_and_shut_down_ten_times": 0,
-    "tests/common/models/test_damaged_folders.py::test_a_damaged_folder_gives_the_right_model_or_one_line": 8,
+    "tests/common/models/test_damaged_folders.py::test_a_damaged_folder_gives_the_right_model_or_one_line": 16,
 }
 
 
