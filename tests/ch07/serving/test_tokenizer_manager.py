@@ -93,7 +93,9 @@ def test_a_character_of_several_tokens_is_shown_when_it_is_whole(here):
     assert any(character >= "\u4e00" for character in chunks[-1]["text"])
     assert all("\ufffd" not in chunk["text"] for chunk in chunks)
     if len(chunks) == len(chunks[-1]["output_ids"]):  # on a busy machine several tokens may come in one
-        assert any(later["text"] == chunk["text"] for chunk, later in itertools.pairwise(chunks)), "half a character waited"
+        assert any(later["text"] == chunk["text"] for chunk, later in itertools.pairwise(chunks)), (
+            "half a character waited"
+        )
 
 
 def test_answers_of_a_batch_say_which_they_are(here):
