@@ -52,8 +52,6 @@ class TokenizedGenerate(Message):
     priority: int = 0
     routing_key: str | None = None
     probe: bool = False  # of /health: counted nowhere, cached nowhere
-    grammar: tuple[str, str] | None = None  # (json_schema | regex | ebnf, its text)
-    require_reasoning: bool = False  # the grammar holds from the end of the thought on
 
 
 class BatchTokenizedGenerate(Message):

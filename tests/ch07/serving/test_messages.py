@@ -22,7 +22,7 @@ from ch07_sglang_radix.serving.messages import (
 
 NONE = msgspec.Raw(encode([]))
 ONE = TokenizedGenerate(
-    4, "a", [1, 2], {"temperature": 0.5}, {"stop": ["x"]}, True, "key", -3, "route", grammar=("ebnf", "g")
+    4, "a", [1, 2], {"temperature": 0.5, "grammar": ["ebnf", "g"]}, {"stop": ["x"]}, True, "key", -3, "route"
 )
 MESSAGES = [
     Hello(VERSION, "scheduler", 12, {"page_size": 4}),
