@@ -1,0 +1,128 @@
+"""Bytes a token: what MHA, GQA and latent attention keep of it, on one rank and on all, cut by heads or by requests.
+
+    python ch07_sglang_radix/experts/demo_8_cache_bytes.py
+
+For published models the pages of every rank are made as they are, one page of each pool, and measured. Then a small model with
+the cache of DeepSeek-V2-Lite (its row, three layers) answers on two ranks, which start by themselves: cut by heads, with the
+same rows on both, and as two data ranks, each with rows of its own.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+
+from ch07_sglang_radix import Engine
+from common.attention.kv_cache import PagedKVCache
+from common.distributed.launch import run_main
+from common.layers.heads import HeadLayout
+from common.models.config import ModelConfig
+from common.models.published_configs import published_shape, save_random_weights
+from common.teaching.show import check, heading, table
+
+MODELS = (
+    "SmolLM2-1.7B", "Qwen1.5-MoE-A2.7B", "Qwen2.5-7B", "Llama-3.1-8B", "Llama-3.1-70B", "Qwen3-30B-A3B", "Qwen3-235B-A22B",
+    "DeepSeek-V2-Lite", "DeepSeek-V2", "DeepSeek-V3",
+)  # fmt: skip
+RANKS, PAGE = (1, 2, 4, 8), 16
+SMALL = {  # the cache of V2-Lite, and little else of it
+    "num_hidden_layers": 3, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 1024, "n_routed_experts": 8,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+}  # fmt: skip
+PROMPTS = [list(range(100, 180)), list(range(300, 340)), list(range(500, 564)), list(range(700, 750))]
+
+
+class Cut(NamedTuple):
+    """A model over R ranks, heads cut over attn_tp of them: bytes of a token on a rank that holds it, and on all together."""
+
+    rank: int
+    everywhere: int
+
+
+def main() -> None:
+    shapes = {name: published_shape(name) for name in MODELS}
+    one_token(shapes)
+    cut_over_ranks(shapes)
+    on_two_ranks()
+
+
+def kind(config: ModelConfig) -> str:
+    if config.latent:
+        return "MLA"
+    return "MHA" if config.num_kv_heads == config.num_heads else "GQA"
+
+
+def pages(config: ModelConfig, ranks: int, rank: int, count: int = 1) -> PagedKVCache:
+    """Those of one of the ranks that cut the heads."""
+    heads = HeadLayout.of(config.num_heads, config.num_kv_heads, rank, ranks)
+    return PagedKVCache(config.num_layers, count, PAGE, heads.num_kv, dtype=torch.bfloat16, **config.kv_row)
+
+
+def measured(config: ModelConfig, attn_tp: int) -> Cut:
+    """A token's bytes; all ranks that cut the heads of one attention hold their part of it, and nobody else holds any."""
+    each = [pages(config, attn_tp, rank).kv.nbytes // PAGE for rank in range(attn_tp)]
+    return Cut(max(each), sum(each))
+
+
+def one_token(shapes: dict[str, ModelConfig]) -> None:
+    heading("One token on one rank, bfloat16")
+    rows = []
+    for name, config in shapes.items():
+        latent = config.latent
+        if latent:
+            what, made = f"{latent.kv_rank} + {latent.rope_dim}", config.num_heads * (config.head_dim + latent.v_dim)
+        else:
+            what, made = f"2 x {config.num_kv_heads} x {config.head_dim}", 2 * config.num_heads * config.head_dim
+        numbers = measured(config, 1).rank // (2 * config.num_layers)
+        rows.append(
+            (name, kind(config), config.num_heads, what, numbers, made, config.num_layers, measured(config, 1).rank)
+        )
+    table(("model", "kind", "heads", "cached a layer", "numbers", "with K, V a head", "layers", "bytes a token"), rows)
+    print('  "With K, V a head": as many numbers if every query head had a key and a value of its own in the cache.')
+
+
+def cut_over_ranks(shapes: dict[str, ModelConfig]) -> None:
+    heading("Heads cut over R ranks: bytes of a token on each rank, and on all ranks together")
+    header = ("model", "kind", *(f"R = {ranks}" for ranks in RANKS), "on all 8", "on all 8, as data ranks")
+    rows, copied = [], True
+    for name, config in shapes.items():
+        cut, alone = [measured(config, ranks) for ranks in RANKS], measured(config, 1)
+        rows.append((name, kind(config), *(each.rank for each in cut), cut[-1].everywhere, alone.everywhere))
+        copied &= not config.latent or cut[-1].everywhere == RANKS[-1] * alone.everywhere
+    table(header, rows)
+    check("of a latent row 8 ranks that cut heads hold 8 copies", copied)
+    print(
+        "  KV heads can be cut as long as there are some. A row that serves all heads cannot: every rank has all of it."
+    )
+    print("  A data rank has the whole of its own requests, so a token lies on one rank of the eight.")
+
+
+def on_two_ranks() -> None:
+    heading("Two ranks that answer, float32: DeepSeek-V2-Lite's row, three layers")
+    transformers.utils.logging.disable_progress_bar()  # of saving some megabytes, in the middle of the tables
+    with tempfile.TemporaryDirectory() as folder:
+        model = save_random_weights("DeepSeek-V2-Lite", Path(folder) / "small", **SMALL)
+        plain, heads = serve(model, attn_dp_size=1)
+        spread, data = serve(model, attn_dp_size=2)
+    rows = [("tp 2", *heads[:4]), ("tp 2, attn-dp 2", *data[:4])]
+    table(("", "query heads a rank", "KV bytes a token", "pool of a rank, bytes", "tokens in all pools"), rows)
+    check("the tokens are the same", plain == spread)
+    check("the same memory holds twice the tokens", data[3] == 2 * heads[3] and data[2] == heads[2])
+
+
+def serve(model: Path, attn_dp_size: int) -> tuple[list, tuple]:
+    with Engine(
+        model, device="cpu", tp_size=2, attn_dp_size=attn_dp_size, page_size=PAGE, dtype="float32", max_total_tokens=1024,
+        skip_tokenizer_init=True, check=True,
+    ) as engine:  # fmt: skip
+        answers = engine.generate(input_ids=PROMPTS, sampling_params={"max_new_tokens": 8, "ignore_eos": True})
+        wrapper, pool = engine.wrapper, engine.wrapper.kv_cache.kv
+        tokens = engine.get_server_info()["max_total_num_tokens"]
+        facts = wrapper.model.heads.num_q, pool.nbytes // (wrapper.num_pages * PAGE), pool.nbytes, tokens
+    return [answer["output_ids"] for answer in answers], facts
+
+
+if __name__ == "__main__":
+    run_main(main)

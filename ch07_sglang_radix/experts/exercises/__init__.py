@@ -1,0 +1,1 @@
+"""Exercises of the wing `experts`; see README.md."""

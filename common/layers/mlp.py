@@ -1,0 +1,23 @@
+"""The feed-forward half of a decoder layer; an expert that all tokens share is one, too."""
+
+import torch
+from torch import nn
+
+from common.layers.activation import SiluAndMul
+from common.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from common.parallel_state import TPGroup
+
+
+class MLP(nn.Module):
+    """x [T, D] -> [T, D]: down(silu(gate(x)) * up(x)); column, then row, one all-reduce unless reduce_results=False."""
+
+    def __init__(self, hidden_size: int, width: int, tp: TPGroup, name: str = "", reduce_results: bool = True):
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(hidden_size, [width] * 2, tp, name=f"{name}.gate_up_proj")
+        self.act = SiluAndMul()
+        self.down_proj = RowParallelLinear(
+            width, hidden_size, tp, name=f"{name}.down_proj", reduce_results=reduce_results
+        )
+
+    def forward(self, x: torch.Tensor, adapters=None) -> torch.Tensor:
+        return self.down_proj(self.act(self.gate_up_proj(x, adapters)), adapters)  # [T, 2F/R] -> [T, F/R] -> [T, D]
