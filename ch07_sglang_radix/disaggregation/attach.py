@@ -1,0 +1,81 @@
+"""Make an engine one half: what Engine calls, on every rank, if it has a disaggregation_mode."""
+
+from collections.abc import Callable
+from typing import Any
+from zlib import crc32
+
+import torch
+
+from ch07_sglang_radix.disaggregation import orders
+from ch07_sglang_radix.disaggregation.bootstrap import BootstrapServer
+from ch07_sglang_radix.disaggregation.decode import Decode
+from ch07_sglang_radix.disaggregation.kv_manager import KVManager
+from ch07_sglang_radix.disaggregation.messages import VERSION
+from ch07_sglang_radix.disaggregation.prefill import Prefill
+from ch07_sglang_radix.disaggregation.shm import ShmTransport
+from ch07_sglang_radix.disaggregation.tcp import HOST, TcpTransport
+from ch07_sglang_radix.disaggregation.transport import Handler, Transport
+from ch07_sglang_radix.scheduler import TPScheduler
+from ch07_sglang_radix.server_args import ServerArgs
+from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
+from common.parallel_state import gather
+
+TRANSPORTS = {"tcp": TcpTransport, "shm": ShmTransport}
+
+
+class Disaggregation:
+    """One rank's part of it. side: rank 0's; bootstrap: of the prefill side's rank 0. transport: instead of the flag's. Raises
+    ValueError for a port in use."""
+
+    def __init__(
+        self, scheduler: TPScheduler, args: ServerArgs, transport: Callable[[Handler], Transport] | None = None
+    ):
+        wrapper, self.mode = scheduler.wrapper, args.disaggregation_mode
+        self.manager = KVManager(wrapper, self.mode)
+        self.manager.transport = (transport or TRANSPORTS[args.disaggregation_transfer_backend])(self.manager)
+        scheduler.control.wings[orders.WING] = self.manager.obey
+        addresses = self._addresses()
+        self.side: Prefill | Decode | None = None
+        self.bootstrap: BootstrapServer | None = None
+        if scheduler.replica.rank > 0:
+            return
+        mine = what_it_is(wrapper) | {"backend": args.disaggregation_transfer_backend}
+        if self.mode == "prefill":
+            route = mine | {"ranks": wrapper.tp.size, "addresses": addresses}
+            self.bootstrap = BootstrapServer(route, args.disaggregation_bootstrap_port)
+            self.side = Prefill(scheduler, self.manager, args.disaggregation_timeout)
+        else:
+            reserved = args.num_reserved_decode_tokens
+            self.side = Decode(scheduler, self.manager, args.disaggregation_timeout, reserved, mine)
+
+    def _addresses(self) -> list[str]:
+        """Of all ranks' transports, on rank 0."""
+        port = torch.tensor([int(self.manager.transport.address.rpartition(":")[2])])
+        ports = gather(port, self.manager.tp, "ports")  # COMM gather [1]: where each rank can be reached
+        return [f"{HOST}:{int(one)}" for one in ports or ()]
+
+    def info(self) -> dict[str, Any]:
+        """For get_server_info."""
+        told = {"disaggregation_mode": self.mode, "kv_bytes_moved": self.manager.bytes_moved}
+        if self.bootstrap:
+            told |= {"disaggregation_bootstrap_port": self.bootstrap.port}
+        return told | ({"disaggregation_queues": self.side.counts()} if self.side else {})
+
+    def close(self) -> None:
+        """The other side sees every link go."""
+        if self.bootstrap:
+            self.bootstrap.close()
+        self.manager.transport.close()
+
+
+def what_it_is(wrapper: TPRadixAttentionModelWrapper) -> dict[str, Any]:
+    """What must be equal on both sides (bootstrap.py), whatever their numbers of ranks. The checksum is of the last norm, which no
+    cut touches: two models of one shape have different ones."""
+    config, norm, row = wrapper.config, wrapper.model.model.norm.weight, wrapper.kv_cache.kv.shape
+    check = crc32(norm.detach().float().cpu().numpy().tobytes())
+    model = (
+        f"{config.architecture} of {row[0]} layers, {config.num_kv_heads} KV heads, {row[1]} x {row[5]} numbers of each a token, "
+        f"vocabulary {config.vocab_size} (CRC {check:08x})"
+    )
+    kv_dtype = str(wrapper.kv_dtype).removeprefix("torch.")
+    return {"version": VERSION, "model": model, "page_size": wrapper.page_size, "kv_cache_dtype": kv_dtype}

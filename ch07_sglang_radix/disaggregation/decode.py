@@ -1,0 +1,155 @@
+"""The decode side: prealloc -> transfer -> arrived -> running, and not one prompt token is computed.
+
+    prealloc     until pages for the whole prompt are free, beside num_reserved_decode_tokens for each answer that is being written
+                 here or soon will be; what the tree has of the prompt need not come. First come, first served
+    transfer     reserved; the other side computes and sends
+    arrived      all ranks have everything; it lacks a row, or its grammar
+    running      the scheduler's own, as if a prefill step had just given it its first token
+
+If pages run out later, the scheduler retracts as always, and the prompt is then computed here: this engine has the model, too.
+SGLang 0.5.23: DecodePreallocQueue and DecodeTransferQueue in srt/disaggregation/decode.py; there what is retracted is copied to
+the CPU and comes back.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ch07_sglang_radix.disaggregation import orders
+from ch07_sglang_radix.disaggregation.bootstrap import ask_route, refuse_another
+from ch07_sglang_radix.disaggregation.held import Held
+from ch07_sglang_radix.disaggregation.kv_manager import KVManager
+from ch07_sglang_radix.disaggregation.rooms import State
+from ch07_sglang_radix.disaggregation.side import Passage, Side
+from ch07_sglang_radix.request import Req
+from ch07_sglang_radix.scheduler import TPScheduler
+from common.sampling.logprobs import TokenLogprobs
+
+
+class Decode(Side):
+    """mine: what this engine is, to be compared with a prefill engine's route (bootstrap.py)."""
+
+    stages = ("prealloc", "transfer", "arrived")
+    polled = ("transfer",)
+    waits_in: ClassVar[dict[str, str]] = {
+        "prealloc": "no pages were free for this prompt, or the prefill engine has not said where it is",
+        "transfer": "not all pages of this prompt have come from the prefill engine",
+    }  # fmt: skip
+
+    def __init__(
+        self, scheduler: TPScheduler, manager: KVManager, timeout: float, reserved_tokens: int, mine: dict[str, Any]
+    ):
+        super().__init__(scheduler, manager, timeout)
+        self.reserved_tokens, self.mine = reserved_tokens, mine
+        self._asking = ThreadPoolExecutor(1, "bootstrap")  # an answer may take seconds, and a step milliseconds
+        self._routes: dict[tuple[str, int], Future[int]] = {}  # where a bootstrap server is -> the number of its engine
+        self._engines: list[list[str]] = []  # their ranks' addresses
+        self._met: set[int] = set()
+        self._slots = iter(range(1 << 62))
+
+    def begin(self, one: Passage) -> None:
+        where = one.host, one.port
+        known = self._routes.get(where)
+        lost = known and known.done() and (known.exception() or not self._is_there(known.result()))
+        if known is None or lost:
+            self._routes[where] = self._asking.submit(self._meet, *where)
+
+    def _is_there(self, engine: int) -> bool:
+        return engine not in self._met or self.manager.knows(engine)
+
+    def _meet(self, host: str, port: int) -> int:
+        """In a thread. Raises ValueError if nobody is there, or somebody else than it should be."""
+        route = ask_route(host, port)
+        refuse_another(self.mine, route, f"{host}:{port}")
+        self._engines.append([str(address) for address in route["addresses"]])
+        return len(self._engines) - 1
+
+    def before_poll(self) -> None:
+        for one in [one for one in self.passages.values() if one.req.ended]:
+            if one.stage != "prealloc" or self._routes[one.host, one.port].done():  # else nobody could be told yet
+                self.fail(one, "the request was aborted on the decode side")
+        for one in [one for one in self.passages.values() if one.stage == "arrived"]:
+            self._run(one)
+        for one in [one for one in self.passages.values() if one.stage == "prealloc" and not one.req.ended]:
+            route = self._routes[one.host, one.port]
+            if not route.done():
+                continue
+            if error := route.exception():
+                self.fail(one, str(error))
+            elif not self._reserve(one, route.result()):
+                break
+
+    def move(self, one: Passage, state: State) -> None:
+        if state is State.SUCCESS:
+            one.move("arrived")
+            self._run(one)
+
+    # --- prealloc
+
+    def _reserve(self, one: Passage, engine: int) -> bool:
+        """Pages for what the tree has not, and the order to all ranks; False if there are too few."""
+        memory, req = self.memory, one.req
+        match = memory.tree.match_prefix(req.all_ids, req.extra_key)
+        memory.tree.inc_lock_ref(match.last_node)  # first: what is locked cannot be evicted for what is missing
+        missing = memory.whole_pages(len(req.prompt_ids)) - len(match.slots)
+        others = [
+            *self.scheduler.running,
+            *(other.req for other in self.passages.values() if other.room in self.held.of),
+        ]
+        growth = sum(map(self._will_grow, others))
+        room = memory.obtainable_slots()
+        if missing > room or (others and missing + growth + self._will_grow(req) > room):
+            memory.tree.dec_lock_ref(match.last_node)
+            return False
+        own = memory.take(missing // memory.page_size)
+        self.held.of[one.room] = Held(np.concatenate((match.slots, own)), len(match.slots), match.last_node)
+        self._introduce(engine)
+        first = len(match.slots) // memory.page_size
+        self.order(orders.RESERVE, one.room, engine, next(self._slots), first, *self.held.pages(one.room)[first:])
+        one.engine = engine
+        one.move("transfer")
+        return True
+
+    def _introduce(self, engine: int) -> None:
+        if engine not in self._met:
+            self._met.add(engine)
+            self.order(orders.MEET, engine, *orders.as_words(" ".join(self._engines[engine])))
+
+    def fail(self, one: Passage, why: str) -> None:
+        """What has reserved nothing has no link by which the other side would hear of it."""
+        route = self._routes[one.host, one.port]
+        if one.stage == "prealloc" and route.done() and not route.exception():
+            self._introduce(route.result())
+            self.order(orders.TURN_AWAY, one.room, route.result(), *orders.as_words(why))
+        super().fail(one, why)
+
+    def _will_grow(self, req: Req) -> int:
+        return min(req.max_len - req.seq_len, self.reserved_tokens)
+
+    # --- arrived
+
+    def _run(self, one: Passage) -> None:
+        """What a prefill step would have left behind, without one: a row, pages, the first token."""
+        s, memory, req = self.scheduler, self.memory, one.req
+        if not memory.rows.num_free or (req.params.grammar and not req.grammar):
+            return
+        metadata, held = self.manager.metadata_of(one.room), self.held.of.pop(one.room)
+        s.elsewhere.remove(req)
+        req.row, req.last_node, req.prefix_len = memory.rows.alloc(), held.last_node, held.prefix_len
+        req.kv_len, req.allocated_len, req.sent_len = len(req.prompt_ids), len(held.slots), 0
+        req.cached_tokens = metadata.cached_tokens
+        memory.rows.req_to_token[req.row, : len(held.slots)] = held.slots
+        memory.share(req)
+        self.order(orders.BEGIN, req.row, metadata.token)
+        self.leave(one)
+        self._tell_all([])  # before a step that feeds the token in
+        req.wanted -= 1
+        req.prompt_logprobs += map(_told, metadata.prompt_logprobs)
+        s.running.append(req)
+        s.outcome.take([(req, metadata.token, _told(metadata.logprobs[0]) if metadata.logprobs else None)])
+
+
+def _told(values: Sequence[Any]) -> TokenLogprobs:
+    return TokenLogprobs(*values)

@@ -1,0 +1,1 @@
+"""Exercises of the wing `disaggregation`; see README.md."""

@@ -1,0 +1,74 @@
+"""Two halves and a balancer, as a reader starts them: processes of their own, on free ports."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from tests.ch07.serving.running import ROOT, RunningServer
+
+KEPT = ("--disaggregation-timeout", "20", "--watchdog-timeout", "30", "--drain-timeout", "1")
+
+
+class Halves(NamedTuple):
+    """front: what clients ask."""
+
+    front: RunningServer
+    prefill: RunningServer
+    decode: RunningServer
+
+    def at_rest(self) -> None:
+        """Nothing runs or travels, and on both sides all pages are free or in the tree."""
+        for half in (self.prefill, self.decode):
+            if half.process.poll() is None:
+                settled(half)
+
+
+def settled(half: RunningServer) -> None:
+    """No room is on its way, and conservation holds."""
+    import time  # noqa: PLC0415
+
+    deadline = time.monotonic() + 15
+    while (info := half.info()) and (queues := info["disaggregation_queues"]):
+        left = {name: n for name, n in queues.items() if n and name != "failed"}
+        if not left and not info["running"] and not info["waiting"]:
+            break
+        assert time.monotonic() < deadline, (left, info)
+        time.sleep(0.05)
+    half.at_rest()
+
+
+@contextmanager
+def a_front(*flags: str) -> Iterator[RunningServer]:
+    command = [sys.executable, "-m", "ch07_sglang_radix.disaggregation.mini_lb", "--port", "0", *flags]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    front = RunningServer.__new__(RunningServer)
+    front.process, front.lines = process, []
+    front._reader = threading.Thread(target=front._read, daemon=True)
+    front._reader.start()
+    try:
+        front.url = front.said(r"ready: .*(http://\S+:\d+)")
+        yield front
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def two_halves(*flags: str, prefill: tuple[str, ...] = (), decode: tuple[str, ...] = ()) -> Iterator[Halves]:
+    """flags: of both halves."""
+    halves = [
+        RunningServer("--disaggregation-mode", mode, *KEPT, *flags, *own, wait=False)
+        for mode, own in (("prefill", prefill), ("decode", decode))
+    ]
+    try:
+        for half in halves:
+            half.said("ready after")
+        with a_front("--prefill", halves[0].url, "--decode", halves[1].url) as front:
+            yield Halves(front, *halves)
+    finally:
+        for half in halves:
+            half.process.kill()
+            half.process.wait()
