@@ -1,0 +1,1 @@
+"""Exercises of the wing `speculative`; see README.md."""
