@@ -1,0 +1,1 @@
+"""Exercises of the wing `adapters`; see README.md."""

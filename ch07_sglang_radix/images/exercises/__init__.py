@@ -1,0 +1,1 @@
+"""Exercises of the wing `images`; see README.md."""
