@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-all mutation serve chat lint tiny-qwen bench-cpu bench-cpu-real bench-gpu load-test grpc notebooks figures clean
+.PHONY: setup demo test test-all mutation serve chat lint tiny-qwen tiny-mixture tiny-heads tiny-adapters tiny-vision bench-cpu bench-cpu-real bench-gpu load-test grpc notebooks figures clean
 
 setup: .venv/installed
 
@@ -35,6 +35,27 @@ lint: setup
 
 tiny-qwen: setup
 	$(BIN)/python -m common.tiny_qwen.train
+
+# the bundled model's sibling with experts; afterwards who goes where in it
+tiny-mixture: setup
+	$(BIN)/python -m common.tiny_qwen.upcycle
+	$(BIN)/python -m common.tiny_qwen.routing
+
+# what guesses ahead of the bundled model; afterwards how often each is right
+tiny-heads: setup
+	$(BIN)/python -m common.tiny_qwen.train_draft
+	$(BIN)/python -m common.tiny_qwen.train_medusa
+	$(BIN)/python -m common.tiny_qwen.train_eagle
+	$(BIN)/python -m common.tiny_qwen.train_eagle --version 3
+	$(BIN)/python -m common.tiny_qwen.acceptance
+
+# its eyes: a vision tower, and the attention that looks at its rows
+tiny-vision: setup
+	$(BIN)/python -m common.tiny_qwen.train_vision
+
+# LoRA adapters of it
+tiny-adapters: setup
+	$(BIN)/python -m common.tiny_qwen.train_adapters
 
 bench-cpu: setup
 	$(BIN)/python ch07_sglang_radix/benchmarks/bench_cpu.py

@@ -96,9 +96,7 @@ def overlapped(parts, weights, tp: TPGroup) -> torch.Tensor:
         for i in range(len(parts)):
             parts[i] = parts[i] + waiting[i]()
             y = mlp(parts[i], up, down)
-            waiting[i] = start_all_reduce(
-                y, tp, "down_proj"
-            )  # COMM all-reduce [T/2, D]: while the other half is computed
+            waiting[i] = start_all_reduce(y, tp, "down_proj")  # COMM all-reduce [T/2, D]: while the other half computes
     return torch.cat([part + wait() for part, wait in zip(parts, waiting, strict=True)])
 
 

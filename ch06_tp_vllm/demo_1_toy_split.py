@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from common.distributed.cost_model import wire_bytes
 from common.distributed.launch import run_main
 from common.teaching.report import csv_option, write_csv
 from common.teaching.show import check, heading, matrix, mistake, table
@@ -131,14 +132,15 @@ def what_goes_wrong() -> None:
 
 
 def what_is_sent() -> None:
-    heading("What would be sent, layer by layer (bytes of the tensor on one rank)")
+    heading("What would be sent, layer by layer: bytes of the tensor on one rank, and on the wire between both")
     y = X @ W
     rows = [
         ("column, alone", "all_gather", [2, 3], y[:, :3].nbytes, "only if every rank needs all columns of Y"),
         ("row, alone", "all_reduce", [2, 6], y.nbytes, "partial sums -> the sum"),
         ("column, then row", "all_reduce", [2, 4], (y @ W.T).nbytes, "the same; between the two, nothing"),
     ]
-    table(("layer", "op", "shape", "bytes", "why"), rows)
+    rows = [(layer, op, shape, nbytes, wire_bytes(op, nbytes, 2), why) for layer, op, shape, nbytes, why in rows]
+    table(("layer", "op", "shape", "bytes", "on the wire", "why"), rows)
 
 
 def owners() -> Iterator[dict]:

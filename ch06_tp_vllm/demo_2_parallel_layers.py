@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common.distributed.cost_model import wire_bytes
 from common.distributed.launch import run_main
 from common.layers.heads import HeadLayout
 from common.layers.linear import (
@@ -107,9 +108,10 @@ def real_ranks(tp: TPGroup, x: torch.Tensor, weights: dict) -> None:
     heading(f"{tp.size} processes, rank 0's part")
     table(("layer", "weight here", "output here"), shapes)
     why_qkv_is_larger(tp.size)
-    heading("What was sent (bytes of the tensor on one rank)")
-    table(("op", "layer", "shape", "bytes", "why"),
-          [(e.op, e.label, str(list(e.shape)), e.bytes, "partial sums -> the sum") for e in entries])  # fmt: skip
+    heading("What was sent: bytes of the tensor on one rank, and on the wire between all")
+    table(("op", "layer", "shape", "bytes", "on the wire", "why"),
+          [(e.op, e.label, str(list(e.shape)), e.bytes, wire_bytes(e.op, e.bytes, tp.size), "partial sums -> the sum")
+           for e in entries])  # fmt: skip
     unsplit_is(y["replicated"], want["column"], "replicated: every rank has all of it")
     together(layers, everybodys, want)
     check("row: every rank has the whole sum, bias counted once", torch.allclose(y["row"], want["row"], atol=1e-5))

@@ -18,9 +18,10 @@ from common.attention.torch_native import TorchNativeAttention
 from common.distributed.cost_model import wire_bytes
 from common.distributed.launch import run_main
 from common.layers.heads import HeadLayout
+from common.layers.mlp import MLP
 from common.layers.rotary import RotaryEmbedding
 from common.models.config import ModelConfig
-from common.models.decoder import MLP, SelfAttention
+from common.models.decoder import SelfAttention
 from common.models.weights import TensorSource
 from common.parallel_state import TPGroup
 from common.teaching.report import csv_option, write_csv
@@ -149,7 +150,7 @@ def attention_on(tp: TPGroup, x: torch.Tensor, weights: dict) -> torch.Tensor:
 
 def mlp_on(tp: TPGroup, x: torch.Tensor, weights: dict) -> torch.Tensor:
     """x [T, D] -> this rank's partial sum [T, D]: down(silu(gate x) * up x) over its F/R columns."""
-    mlp = MLP(CONFIG, tp, layer=0)
+    mlp = MLP(HIDDEN, MLP_WIDTH, tp)
     mlp.down_proj.reduce_results = False
     for i, name in enumerate(("gate", "up")):
         mlp.gate_up_proj.weight.weight_loader(TensorSource(weights[name]), i)

@@ -200,7 +200,7 @@ def contiguous(executor: Executor, prompt: list[int], new: int) -> list[int]:
 def paged(executor: Executor, prompt: list[int], new: int) -> list[int]:
     """The same in blocks from anywhere in the pool, through the executor's own page table."""
     needed = -(-(len(prompt) + new) // executor.page_size)
-    blocks = random.sample(range(executor.kv_cache.num_pages), needed)
+    blocks = random.sample(range(executor.num_pages), needed)
     row = np.array([0])  # of the executor's tables
     executor.table.set_pages([(0, 0, blocks)])
     cached, emits = np.array([0]), np.array([1])

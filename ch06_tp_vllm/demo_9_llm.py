@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from ch06_tp_vllm import LLM, SamplingParams
 from ch06_tp_vllm.outputs import RequestOutput
 from ch06_tp_vllm.record_messages import of_the_step
+from common.distributed.cost_model import wire_bytes
 from common.distributed.launch import run_main
 from common.distributed.ledger import LedgerEntry
 from common.distributed.messages import FRAME
@@ -137,8 +138,9 @@ def show_messages(
     sent: dict, steps: int, layers: int, prefill: list[LedgerEntry], decode: list[LedgerEntry], ranks: int
 ) -> None:
     """What all steps sent, against the formula; then two of them message by message."""
-    heading(f"What {steps} steps sent (bytes of the tensors, as one rank hands them over)")
-    table(("op", "calls", "bytes"), [(op, row["calls"], row["bytes"]) for op, row in sorted(sent.items())])
+    heading(f"What {steps} steps sent: bytes of the tensors, as one rank hands them over, and on the wire between all")
+    rows = [(op, row["calls"], row["bytes"], wire_bytes(op, row["bytes"], ranks)) for op, row in sorted(sent.items())]
+    table(("op", "calls", "bytes", "on the wire"), rows)
     reduces = 1 + 2 * layers
     print(f"  formula: 1 + 2L = {reduces} all-reduces a step, x {steps} = {reduces * steps}; a gather a step")
     counted = sent["all_reduce"]["calls"], sent["gather"]["calls"]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ch06_tp_vllm.ngram_proposer import SpeculativeConfig
 from ch06_tp_vllm.scheduler import POLICIES
 from common.arguments import says_names
 from common.values import choice, flag, new_file, path, real, text, whole
@@ -14,8 +15,8 @@ ELSEWHERE = {
     "quantization": "weights are read as float32, bfloat16 or float16; use dtype=",
     "pipeline_parallel_size": "layers are not spread over ranks here; use tensor_parallel_size=",
     "data_parallel_size": "one engine is one replica; start several",
-    "enable_expert_parallel": "mixtures of experts are not here",
-    "speculative_config": "one token a step here; leave it out",
+    "all2all_backend": "every rank has all rows, and nothing travels to experts; leave it out",
+    "enable_eplb": "experts stay where they are in this chapter; leave it out",
     "enable_lora": "adapters are not here; merge them into the weights",
     "swap_space": "preempted requests are computed again, as in vLLM V1; leave it out",
     "cpu_offload_gb": "weights stay on the device; use more ranks or a smaller dtype",
@@ -45,15 +46,17 @@ ELSEWHERE = {
     "kv_transfer_config": "prefill and decode run in one engine here",
     "nnodes": "several hosts: start it under torchrun on each",
     "max_loras": "adapters are not here; merge them into the weights",
+    "moe_backend": "it is moe_runner= here: auto, loop, grouped or triton",
     "max_lora_rank": "adapters are not here; merge them into the weights",
 }  # fmt: skip
 # values that ask for nothing of it, besides None: vLLM's own defaults (0.33, engine/arg_utils.py, config/, entrypoints/llm.py)
 IDLE = dict.fromkeys(ELSEWHERE) | {
-    "pipeline_parallel_size": 1, "data_parallel_size": 1, "nnodes": 1, "enable_expert_parallel": False, "enable_lora": False,
+    "pipeline_parallel_size": 1, "data_parallel_size": 1, "nnodes": 1, "enable_lora": False,
+    "all2all_backend": "allgather_reducescatter", "enable_eplb": False,
     "cpu_offload_gb": 0, "swap_space": 4, "max_logprobs": 20, "disable_log_stats": True, "hf_overrides": {},
     "tokenizer_mode": "auto", "task": "generate", "runner": "auto", "convert": "auto",
     "config_format": "auto", "limit_mm_per_prompt": {}, "long_prefill_token_threshold": 0, "disable_sliding_window": False,
-    "max_loras": 1, "max_lora_rank": 16,
+    "max_loras": 1, "max_lora_rank": 16, "moe_backend": "auto",
 }  # fmt: skip
 
 
@@ -64,10 +67,14 @@ class EngineArgs:
 
     model: a folder in Hugging Face layout, a Hub id, or None for the bundled tiny model. tokenizer: another folder for the
     tokenizer; skip_tokenizer_init: none, token ids only. max_model_len: tokens of a request at most (prompt and answer).
+    enable_expert_parallel: the ranks hold some experts each, and not some columns of all of them.
     max_num_batched_tokens: the budget of a step. num_gpu_blocks_override: blocks in the pool; by default what memory
     allows, gpu_memory_utilization of the device's memory for weights and pool together. scheduler_reserve_full_isl: a
     request enters only if its whole prompt fits, and a share `watermark` of the blocks stays free. enforce_eager: no CUDA graphs.
-    disable_custom_all_reduce: NCCL for small sums too (common/distributed/symmetric_memory.py).
+    disable_custom_all_reduce: NCCL for small sums too (common/distributed/symmetric_memory.py). all_reduce: "shm" lets CPU
+    ranks of one host add up in shared memory (common/distributed/shared_memory.py) instead of gloo.
+    moe_runner: the form in which experts are computed (common/layers/moe_runner.py).
+    speculative_config: guesses that are verified, several tokens a step (ngram_proposer.py).
     async_scheduling: queue a step before the last one's tokens are seen; None: on a GPU. generation_config: "auto" takes
     sampling defaults from the model's generation_config.json, "vllm" takes vLLM's own. check_finite: look for NaN and
     infinity in the weights before they are used, and name them. check: test the conservation of blocks after every step.
@@ -81,6 +88,7 @@ class EngineArgs:
     trust_remote_code: bool = False
     load_format: str = "auto"
     tensor_parallel_size: int | None = None
+    enable_expert_parallel: bool = False
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
     device: str = "auto"
@@ -98,7 +106,10 @@ class EngineArgs:
     seed: int = 0
     enforce_eager: bool = False
     disable_custom_all_reduce: bool = False
+    all_reduce: str = "auto"
+    moe_runner: str = "auto"
     async_scheduling: bool | None = None
+    speculative_config: Mapping[str, Any] | None = None
     attention_backend: str = "auto"
     generation_config: str = "auto"
     check_finite: bool = False
@@ -123,11 +134,18 @@ class EngineArgs:
         switches = (
             "skip_tokenizer_init", "trust_remote_code", "enable_prefix_caching", "enable_chunked_prefill",
             "scheduler_reserve_full_isl", "enforce_eager", "disable_custom_all_reduce", "check_finite", "check",
+            "enable_expert_parallel",
         )  # fmt: skip
         for name in switches:
             self._set(name, flag(name, getattr(self, name)))
         if self.async_scheduling is not None:
             self._set("async_scheduling", flag("async_scheduling", self.async_scheduling))
+        if self.speculative_config is not None:
+            SpeculativeConfig.of(self.speculative_config)
+            if self.async_scheduling:
+                raise ValueError(
+                    "async_scheduling with speculative_config: guesses need the last step's tokens; leave one of the two out"
+                )
         for name in ("model", "tokenizer"):
             self._set(name, path(name, getattr(self, name)))
         if self.gpu_memory_utilization is not None:
@@ -138,6 +156,7 @@ class EngineArgs:
             self._set(name, text(name, getattr(self, name)))
         for name, allowed in (
             ("load_format", ("auto", "safetensors")), ("generation_config", ("auto", "vllm")), ("scheduling_policy", POLICIES),
+            ("all_reduce", ("auto", "shm")), ("moe_runner", ("auto", "loop", "grouped", "triton")),
         ):  # fmt: skip
             choice(name, getattr(self, name), allowed)
         if self.trust_remote_code:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ch06_tp_vllm.model_runner import StepMetadata
+from ch06_tp_vllm.model_runner import StepMetadata, VerifyMetadata
 from ch06_tp_vllm.request import Request
 from ch06_tp_vllm.scheduler import SchedulerOutput, num_scored
 from common.sampling.batch import SamplingBatch
@@ -23,12 +23,7 @@ class InputBatch:
         self._decoding: tuple[list[Request], SamplingBatch] | None = None  # of the last step, if it was all decodes
 
     def metadata(self, output: SchedulerOutput) -> StepMetadata:
-        updates, tokens = [], []
-        for s in output.scheduled:
-            request = s.request
-            if request.num_blocks_sent < len(request.block_table):
-                updates.append((request.row, request.num_blocks_sent, request.block_table[request.num_blocks_sent :]))
-                request.num_blocks_sent = len(request.block_table)
+        updates, tokens = self._updates(output), []
         columns = [(s.request.row, s.num_computed, s.num_new, s.emits, num_scored(s)) for s in output.scheduled]
         if not output.is_decode:
             for s in output.scheduled:
@@ -37,6 +32,22 @@ class InputBatch:
                 else:
                     tokens += s.request.all_token_ids[s.num_computed : s.num_computed + s.num_new]
         return StepMetadata(updates, *np.array(columns, dtype=np.int64).T, np.array(tokens, dtype=np.int64))
+
+    def verify_metadata(self, output: SchedulerOutput, guesses: np.ndarray) -> VerifyMetadata:
+        """guesses [B, n] behind the last token of each."""
+        self.forget()  # how far the next decode step has come is not known here
+        columns = [(s.request.row, s.num_computed) for s in output.scheduled]
+        return VerifyMetadata(self._updates(output), *np.array(columns, dtype=np.int64).T, guesses)
+
+    def _updates(self, output: SchedulerOutput) -> list[tuple[int, int, list[int]]]:
+        """New pieces of block tables, which from now on every rank knows."""
+        updates = []
+        for s in output.scheduled:
+            request = s.request
+            if request.num_blocks_sent < len(request.block_table):
+                updates.append((request.row, request.num_blocks_sent, request.block_table[request.num_blocks_sent :]))
+                request.num_blocks_sent = len(request.block_table)
+        return updates
 
     def sampling(self, requests: list[Request], is_decode: bool) -> SamplingBatch:
         """The parameters of the step's rows; those of a decode batch that has not changed are still there."""
@@ -50,5 +61,5 @@ class InputBatch:
         return batch
 
     def forget(self) -> None:
-        """The last step was not carried out."""
+        """The last step was not carried out, or not as a decode step."""
         self._decoding = None

@@ -159,18 +159,19 @@ class LLM:
 
     def shutdown(self) -> None:
         """Let go of the model and leave the process group. Safe to call twice."""
+        self.__exit__(None, None, None)
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """`shutdown`; with an error the other ranks hear of it (common/distributed/goodbyes.py)."""
         if self._engine and self._engine.trace:
             self._engine.trace.close()
         tp = self._engine.tp if self._engine else None
         self._engine = None
         if tp:
-            shutdown_tensor_parallel(tp)
-
-    def __enter__(self) -> "LLM":
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self.shutdown()
+            shutdown_tensor_parallel(tp, error)
 
 
 def _as_list(prompts: Any) -> list[Prompt]:

@@ -12,6 +12,7 @@ the same outputs. Rank 0 schedules and samples. Each question of a step has a pl
     may this request be queued        input_processor.py, common/request/intake.py
     who runs, and who goes back       scheduler.py
     which blocks                      block_manager.py
+    who guesses, and what is kept     ngram_proposer.py
     what a step is made of            input_batch.py
     how all ranks carry it out        model_runner.py
     what comes back                   output_processor.py
@@ -21,11 +22,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from ch06_tp_vllm.block_manager import BlockManager
 from ch06_tp_vllm.engine_args import EngineArgs
 from ch06_tp_vllm.input_batch import InputBatch
 from ch06_tp_vllm.input_processor import WORDS, InputProcessor, Prompt, check_name
 from ch06_tp_vllm.model_runner import ModelRunner
+from ch06_tp_vllm.ngram_proposer import SpeculativeConfig, SpeculativeStats, VerifiedStep
 from ch06_tp_vllm.output_processor import Group, OutputProcessor
 from ch06_tp_vllm.outputs import RequestMetrics, RequestOutput
 from ch06_tp_vllm.request import Request
@@ -34,11 +38,16 @@ from ch06_tp_vllm.scheduler import Scheduler, SchedulerOutput
 from ch06_tp_vllm.trace import Trace
 from common.distributed.messages import share
 from common.distributed.spawn import Follower
-from common.executor import VLLM_WORDS
-from common.parallel_state import initialize_tensor_parallel
+from common.models.config import ModelConfig
+from common.models.drafters.contract import DraftOptions
+from common.models.hub import resolve_model
+from common.parallel_state import get_parallel_state, initialize_tensor_parallel
+from common.pool_size import VLLM_WORDS
 from common.request.answer import End
 from common.request.intake import Intake
 from common.request.queued_step import QueuedStep
+from common.sampling.nodes import node_batch
+from common.tiny_qwen import TINY_QWEN_PATH
 from common.values import texts
 
 DEFAULT_BUDGET = {"cpu": 1024, "cuda": 8192}  # tokens a step: on a CPU what its caches like, on a GPU vLLM's own
@@ -59,11 +68,19 @@ class LLMEngine:
     def _build(self, args: EngineArgs) -> None:
         blocks, size = args.num_gpu_blocks_override, args.block_size
         self.args = args
+        self.speculative = (
+            SpeculativeConfig.of(args.speculative_config) if args.speculative_config is not None else None
+        )
+        self.speculative_stats = SpeculativeStats()
+        if args.enable_expert_parallel and args.tensor_parallel_size:  # before any rank is started
+            config = ModelConfig.from_folder(resolve_model(args.model or TINY_QWEN_PATH))
+            config.refuse_experts_layout(args.tensor_parallel_size)
         follower = Follower("ch06_tp_vllm.llm_engine:follow_rank_0", args.for_a_follower())
         self.tp = initialize_tensor_parallel(
             args.tensor_parallel_size, args.device, disable_custom_all_reduce=args.disable_custom_all_reduce,
-            follower=follower,
+            all_reduce=args.all_reduce, follower=follower, expert_parallel=args.enable_expert_parallel,
         )  # fmt: skip
+        cut_by_experts = args.enable_expert_parallel and self.tp.size > 1
         self.runner = ModelRunner(
             args.model, args.device, size, dtype=args.dtype,
             max_running_requests=args.max_num_seqs, max_total_tokens=None if blocks is None else blocks * size,
@@ -71,17 +88,20 @@ class LLMEngine:
             mem_fraction_static=args.gpu_memory_utilization, kv_cache_dtype=args.kv_cache_dtype,
             tokenizer_path=args.tokenizer, skip_tokenizer_init=args.skip_tokenizer_init,
             context_length=args.max_model_len, check_finite=args.check_finite, tp=self.tp, words=VLLM_WORDS,
+            moe_runner=args.moe_runner, parallel=get_parallel_state() if cut_by_experts else None,
+            speculative=DraftOptions("NGRAM", None, 0, 0, self.speculative.nodes) if self.speculative else None,
         )  # fmt: skip
         config, tokenizer = self.runner.config, self.runner.tokenizer
         self.blocks = BlockManager(
-            self.runner.kv_cache.num_pages, size, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
+            self.runner.num_pages, size, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
             tp_rank=self.tp.rank, tp_size=self.tp.size, enable_prefix_caching=args.enable_prefix_caching,
         )  # fmt: skip
         budget = args.max_num_batched_tokens or DEFAULT_BUDGET[self.tp.device.type]
         self.scheduler = Scheduler(
             self.blocks, max_num_batched_tokens=budget, max_num_seqs=args.max_num_seqs, policy=args.scheduling_policy,
             enable_chunked_prefill=args.enable_chunked_prefill,
-            scheduler_reserve_full_isl=args.scheduler_reserve_full_isl, watermark=args.watermark, settle=self._settle,
+            scheduler_reserve_full_isl=args.scheduler_reserve_full_isl, watermark=args.watermark,
+            num_spec_tokens=self.speculative.num_speculative_tokens if self.speculative else 0, settle=self._settle,
         )  # fmt: skip
         intake = Intake(
             tokenizer,
@@ -96,7 +116,7 @@ class LLMEngine:
         self.inputs = InputProcessor(intake, config, args.seed, step_limit)
         self.batch = InputBatch(self._settle)
         self.outputs = OutputProcessor(tokenizer)
-        on_gpu = self.tp.device.type == "cuda"
+        on_gpu = self.tp.device.type == "cuda" and self.speculative is None  # guesses need the last step's tokens
         self.async_scheduling = on_gpu if args.async_scheduling is None else args.async_scheduling
         self.num_steps = self._num_requests = 0
         self._queued: QueuedStep[Request] | None = None  # the step whose tokens nobody has looked at
@@ -213,7 +233,10 @@ class LLMEngine:
         self._note_first(output)
         emitting = [s.request for s in output.scheduled if s.emits]
         is_decode = output.is_decode
+        guesses = self.speculative.propose(emitting) if output.num_spec_tokens else None
         try:
+            if guesses is not None:
+                return self._verify(output, guesses)
             logits = self.runner.run(self.batch.metadata(output))
             self.runner.score_prompts(output)
         except BaseException as error:
@@ -231,6 +254,24 @@ class LLMEngine:
         if not emitting:
             return QueuedStep()
         return QueuedStep(emitting, self.runner.sample(logits, self.batch.sampling(emitting, is_decode)))
+
+    def _verify(self, output: SchedulerOutput, guesses: np.ndarray) -> VerifiedStep:
+        """A step of all decodes, with guesses [B, n] behind the last tokens."""
+        requests = [s.request for s in output.scheduled]
+        logits = self.runner.run(self.batch.verify_metadata(output, guesses))
+        self.num_steps += 1
+        for request in requests:
+            request.pending += 1
+        rows = [request.sampling_row() for request in requests]
+        drawn = self.runner.sample(logits, node_batch(rows, self.runner.verifier.waiting.tree))
+        step = VerifiedStep(requests, drawn, self.runner.verifier.accepted)
+        for request, run in zip(requests, step.runs, strict=True):
+            request.pending += len(run) - 1
+            request.num_computed_tokens += len(run)
+            self.speculative_stats.num_accepted_tokens += len(run) - 1
+        self.speculative_stats.num_drafts += len(requests)
+        self.speculative_stats.num_draft_tokens += guesses.size
+        return step
 
     def _note_first(self, output: SchedulerOutput) -> None:
         for s in output.scheduled:

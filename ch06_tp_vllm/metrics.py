@@ -15,7 +15,7 @@ class Metric:
 
 
 def engine_metrics(engine: LLMEngine) -> list[Metric]:
-    scheduler, blocks = engine.scheduler, engine.blocks
+    scheduler, blocks, speculative = engine.scheduler, engine.blocks, engine.speculative_stats
     return [
         Metric("vllm:num_requests_running", len(scheduler.running), "gauge"),
         Metric("vllm:num_requests_waiting", len(scheduler.waiting), "gauge"),
@@ -25,4 +25,7 @@ def engine_metrics(engine: LLMEngine) -> list[Metric]:
         Metric("vllm:num_preemptions", scheduler.num_preemptions, "counter"),
         Metric("vllm:prompt_tokens", engine.outputs.prompt_tokens, "counter"),
         Metric("vllm:generation_tokens", engine.outputs.generation_tokens, "counter"),
+        Metric("vllm:spec_decode_num_drafts", speculative.num_drafts, "counter"),
+        Metric("vllm:spec_decode_num_draft_tokens", speculative.num_draft_tokens, "counter"),
+        Metric("vllm:spec_decode_num_accepted_tokens", speculative.num_accepted_tokens, "counter"),
     ]

@@ -8,7 +8,8 @@ Rank 0 schedules; all ranks get the same few integers and execute them, each on 
     token ids                         of all sequences, end to end; -1: the one drawn last, which every rank has
 
 What attention is told (slot_mapping, block tables, query_start, context_lens) follows from these on every rank by
-itself. In a pure decode step there are no token ids at all.
+itself. In a pure decode step there are no token ids at all. A verify step (ngram_proposer.py) has the first part, then rows, tokens
+computed, and n guesses for each sequence.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from common.parallel_state import broadcast
 from common.sampling.batch import SamplingBatch
 from common.sampling.sampler import Drawn, sample
 
-STOP, STEP = 0, 1
+STOP, STEP, VERIFY = 0, 1, 2
 STOP_MESSAGE = np.array([STOP], dtype=np.int64)
 
 
@@ -44,11 +45,18 @@ class StepMetadata:
 
     def encode(self) -> np.ndarray:
         """-> int64 [n]"""
-        heads = chain.from_iterable((row, first, len(blocks), *blocks) for row, first, blocks in self.updates)
-        updates = np.fromiter(heads, dtype=np.int64)
         counts = np.array([STEP, len(self.updates), len(self.rows), len(self.token_ids)], dtype=np.int64)
         return np.concatenate(
-            (counts, updates, self.rows, self.computed, self.new, self.emits, self.scored, self.token_ids)
+            (
+                counts,
+                _encoded(self.updates),
+                self.rows,
+                self.computed,
+                self.new,
+                self.emits,
+                self.scored,
+                self.token_ids,
+            )
         )
 
     @staticmethod
@@ -57,14 +65,52 @@ class StepMetadata:
         if len(words) < 4 or words[0] != STEP:
             raise ValueError(f"not a step: {len(words)} words, kind {words[0] if len(words) else None}")
         num_updates, batch, tokens = words[1:4].tolist()
-        at, updates = 4, []
-        for _ in range(num_updates):
-            row, first, n = words[at : at + 3].tolist()
-            updates.append((row, first, words[at + 3 : at + 3 + n].tolist()))
-            at += 3 + n
+        updates, at = _decoded(words, num_updates)
         if at + 5 * batch + tokens != len(words):
             raise ValueError(f"a step of {len(words)} words announces {at + 5 * batch + tokens}")
         return StepMetadata(updates, *words[at : at + 5 * batch].reshape(5, batch), words[at + 5 * batch :])
+
+
+@dataclass(frozen=True)
+class VerifyMetadata:
+    """rows, computed [B], guesses [B, n] behind each sequence's last token."""
+
+    updates: Sequence[tuple[int, int, Sequence[int]]]
+    rows: np.ndarray
+    computed: np.ndarray
+    guesses: np.ndarray
+
+    def encode(self) -> np.ndarray:
+        """-> int64 [n]"""
+        counts = np.array([VERIFY, len(self.updates), *self.guesses.shape], dtype=np.int64)
+        return np.concatenate((counts, _encoded(self.updates), self.rows, self.computed, self.guesses.reshape(-1)))
+
+    @staticmethod
+    def decode(words: np.ndarray) -> "VerifyMetadata":
+        """Raises ValueError for anything that `encode` did not write."""
+        if len(words) < 4 or words[0] != VERIFY:
+            raise ValueError(f"not a verify step: {len(words)} words, kind {words[0] if len(words) else None}")
+        num_updates, batch, n = words[1:4].tolist()
+        updates, at = _decoded(words, num_updates)
+        if at + batch * (2 + n) != len(words):
+            raise ValueError(f"a verify step of {len(words)} words announces {at + batch * (2 + n)}")
+        rows, computed = words[at : at + 2 * batch].reshape(2, batch)
+        return VerifyMetadata(updates, rows, computed, words[at + 2 * batch :].reshape(batch, n))
+
+
+def _encoded(updates: Sequence[tuple[int, int, Sequence[int]]]) -> np.ndarray:
+    heads = chain.from_iterable((row, first, len(blocks), *blocks) for row, first, blocks in updates)
+    return np.fromiter(heads, dtype=np.int64)
+
+
+def _decoded(words: np.ndarray, count: int) -> tuple[list[tuple[int, int, list[int]]], int]:
+    """The updates behind four words of counts, and where they end."""
+    at, updates = 4, []
+    for _ in range(count):
+        row, first, n = words[at : at + 3].tolist()
+        updates.append((row, first, words[at + 3 : at + 3 + n].tolist()))
+        at += 3 + n
+    return updates, at
 
 
 class ModelRunner(Executor):
@@ -72,11 +118,17 @@ class ModelRunner(Executor):
 
     # --- rank 0
 
-    def run(self, step: StepMetadata) -> torch.Tensor | None:
-        """Have all ranks execute the step; returns the logits [B, V] of the sequences that emit, None if none does."""
+    def run(self, step: StepMetadata | VerifyMetadata) -> torch.Tensor | None:
+        """Have all ranks execute the step; returns the logits [B, V] of the sequences that emit, None if none does; of a verify
+        step those of all its tokens, B * (1 + n).
+
+        Raises RankFailure for whatever breaks it off here.
+        """
+        self.together.check()
         if self.tp.size > 1:
             send(step.encode(), self.tp, "step")
-        return self._execute(step)
+        with self.together:
+            return self._execute(step)
 
     def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> Drawn:
         """Draw one token for each row of the last step's logits, and tell all ranks."""
@@ -98,6 +150,7 @@ class ModelRunner(Executor):
 
     def stop(self) -> None:
         """Let the others out of `follow`."""
+        self.together.check()
         if self.tp.size > 1:
             send(STOP_MESSAGE, self.tp, "stop")
 
@@ -106,6 +159,12 @@ class ModelRunner(Executor):
     def follow(self) -> None:
         """Execute what rank 0 sends until it says stop."""
         while (words := receive(self.tp, "step"))[0] != STOP:
+            if words[0] == VERIFY:
+                verify = VerifyMetadata.decode(words)
+                self._execute(verify)
+                tokens = len(verify.rows) + verify.guesses.size
+                self._share_tokens(torch.empty(tokens, dtype=torch.int64, device=self.tp.device))
+                continue
             step = StepMetadata.decode(words)
             self._execute(step)
             if step.scored.any():
@@ -115,9 +174,13 @@ class ModelRunner(Executor):
 
     # --- both
 
-    def _execute(self, step: StepMetadata) -> torch.Tensor | None:
+    def _execute(self, step: StepMetadata | VerifyMetadata) -> torch.Tensor | None:
         self.table.set_pages(step.updates)
-        if len(step.token_ids) == 0:
+        if isinstance(step, VerifyMetadata):
+            batch, n = step.guesses.shape
+            chains = np.tile(np.arange(n), batch)  # each guess follows the one before
+            logits = self.verify(step.rows, step.computed, 1 + n, step.guesses.reshape(-1), chains)
+        elif len(step.token_ids) == 0:
             logits = self.decode(step.rows, step.computed)
         else:
             scored = first_of_each(step.new, step.scored)

@@ -51,8 +51,8 @@ class OutputProcessor:
         group.told = [(0, 0)] * len(group.requests)
 
     def take(self, step: QueuedStep[Request]) -> list[Request]:
-        """Append a step's tokens; returns the requests that got one, or an error. Waits for the device."""
-        grown = []
+        """Append a step's tokens; returns the requests that got some, or an error. Waits for the device."""
+        grown: dict[Request, None] = {}
         for request, token, told in step.take():
             if token < 0:
                 request.finish(End("error", message=(request.grammar and request.grammar.error) or problem(token)))
@@ -60,8 +60,8 @@ class OutputProcessor:
                 request.append(token, told)
                 self.generation_tokens += 1
             self._note(request)
-            grown.append(request)
-        return grown
+            grown[request] = None
+        return list(grown)
 
     def fail(self, requests: list[Request], error: BaseException) -> None:
         """A step could not be carried out: these end with it."""

@@ -16,7 +16,7 @@ vLLM 0.33: v1/core/sched/scheduler.py, Scheduler.schedule. Sarathi-Serve (Agrawa
 
 import bisect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ch06_tp_vllm.block_manager import BlockManager
@@ -36,10 +36,12 @@ class ScheduledRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class SchedulerOutput:
-    """One step. num_preempted requests were sent back to make room for it."""
+    """One step. num_preempted requests were sent back to make room for it. num_spec_tokens: of a step that is all decodes, for
+    how many guesses each request has slots behind its last token."""
 
     scheduled: list[ScheduledRequest]
     num_preempted: int = 0
+    num_spec_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -57,14 +59,14 @@ class Scheduler:
     max_num_batched_tokens: the budget of a step. max_num_seqs: rows. enable_chunked_prefill: a prompt longer than what is
     left of the budget is cut; without it, it waits for a step of its own. scheduler_reserve_full_isl: a request enters only
     if there are blocks for all its tokens, not just for the first chunk of them ("input sequence length"). watermark: and
-    if this share of the pool stays free for those who run. settle: makes every token that is still being drawn known;
-    called before a request is preempted.
+    if this share of the pool stays free for those who run. num_spec_tokens: guesses that a decode step may have behind each
+    last token. settle: makes every token that is still being drawn known; called before a request is preempted.
     """
 
     def __init__(
         self, blocks: BlockManager, *, max_num_batched_tokens: int, max_num_seqs: int, policy: str = "fcfs",
         enable_chunked_prefill: bool = True, scheduler_reserve_full_isl: bool = True, watermark: float = 0.0,
-        settle: Callable[[], None] = lambda: None,
+        num_spec_tokens: int = 0, settle: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         if policy not in POLICIES:
             raise ValueError(f"scheduling_policy={policy!r} is unknown; use {' or '.join(POLICIES)}")
@@ -75,7 +77,7 @@ class Scheduler:
         self.blocks, self.policy, self.settle = blocks, policy, settle
         self.max_num_batched_tokens, self.max_num_seqs = max_num_batched_tokens, max_num_seqs
         self.enable_chunked_prefill = enable_chunked_prefill
-        self.scheduler_reserve_full_isl = scheduler_reserve_full_isl
+        self.scheduler_reserve_full_isl, self.num_spec_tokens = scheduler_reserve_full_isl, num_spec_tokens
         self.watermark_blocks = int(watermark * len(blocks.blocks))
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -116,7 +118,20 @@ class Scheduler:
             computed = request.num_computed_tokens
             scheduled.append(ScheduledRequest(request, computed, num_new, computed + num_new == request.num_tokens))
             budget -= num_new
-        return SchedulerOutput(scheduled, len(preempted))
+        output = SchedulerOutput(scheduled, len(preempted))
+        return replace(output, num_spec_tokens=self._reserve(output)) if self.num_spec_tokens and scheduled else output
+
+    def _reserve(self, output: SchedulerOutput) -> int:
+        """Slots for guesses, if the step is all decodes and budget and blocks suffice; nobody is sent back for a guess."""
+        more = self.num_spec_tokens
+        if not output.is_decode or output.num_tokens * (1 + more) > self.max_num_batched_tokens:
+            return 0
+        needed = sum(self.blocks.blocks_needed(s.request, s.num_computed + 1 + more) for s in output.scheduled)
+        if needed > self.blocks.num_free_blocks:
+            return 0
+        for s in output.scheduled:
+            self.blocks.allocate_slots(s.request, s.num_computed + 1 + more)
+        return more
 
     def _start(self, request: Request, budget: int) -> int:
         """Take a waiting request in; returns how many of its tokens this step computes, 0 if it does not fit."""

@@ -7,12 +7,12 @@ is asked, for a reason of its own.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ch07_sglang_radix.policy_names import NO_CHUNKS
 from ch07_sglang_radix.prefill_adder import Answer, Gate, PrefillAdder
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.scheduler_state import SchedulerState
 from common.values import whole
 
-NO_CHUNKS = -1  # chunked_prefill_size: a prompt is computed as a whole
 NO_LIMIT = 1 << 62  # tokens of a step
 DEFAULT_CHUNK = {"cpu": 1024, "cuda": 8192}  # tokens a step: on a CPU what its caches like, on a GPU SGLang's default
 
@@ -37,11 +37,12 @@ class Admission:
         self.budget = chunked_prefill_size if chunked_prefill_size > 0 else NO_LIMIT
         self.enable_mixed_chunk, self.small_request_share = enable_mixed_chunk, small_request_share
         self.gates: list[Gate] = []
+        self.next_chunk: Callable[[int], int] | None = None  # of a prompt computed so far; None: as long as the first
 
     def next_prefill(self) -> PrefillBatch:
         """The chunked request first, then the queue in the policy's order; an empty batch if nobody can start."""
-        s = self.state
-        if not s.chunked and not (s.waiting and s.req_to_token.num_free):
+        s, room = self.state, self.state.room_in_lane()
+        if not s.chunked and not (s.waiting and s.req_to_token.num_free and room != 0):
             return PrefillBatch()
         decodes, budget = self._decodes()
         promised = sum(req.max_len - req.seq_len for req in s.running) * s.new_token_ratio
@@ -51,6 +52,8 @@ class Admission:
             adder.add_chunk(s.chunked, s.policy.chunk_limit(s.chunked, ordered, budget))
         s.held, s.resumed = {}, s.chunked
         for req in ordered:
+            if room is not None and len(adder.batch) >= room:
+                break
             first = req.cached_tokens is None  # it has not been in before, and gone back
             answer = adder.add(req)
             if answer is not Answer.ADDED:
@@ -59,8 +62,8 @@ class Admission:
                 break
             if answer is Answer.ADDED and first and not req.probe:
                 s.policy.admitted(req.kv_len, len(req.prompt_ids))
-                s.served["prompt"] += len(req.prompt_ids)
-                s.served["cached"] += req.kv_len
+                s.front.served["prompt"] += len(req.prompt_ids)
+                s.front.served["cached"] += req.kv_len
         s.chunked = adder.chunked
         if not adder.batch:
             return PrefillBatch()
@@ -72,10 +75,12 @@ class Admission:
     def _decodes(self) -> tuple[list[Req], int]:
         """(running requests that take part in the step, tokens left for prompts)."""
         s, budget = self.state, self.budget
-        if not self.enable_mixed_chunk or not any(req.wanted for req in s.running):
+        if s.chunked and self.next_chunk:
+            budget = self.next_chunk(s.chunked.kv_len)
+        if not self.enable_mixed_chunk or not any(req.wanted for req in s.in_lane):
             return [], budget
         self.make_room()  # decodes of the step come first
-        decodes = [req for req in s.running if req.wanted]
+        decodes = [req for req in s.in_lane if req.wanted]
         s.memory.grow_by_a_page([req for req in decodes if req.kv_len == req.allocated_len])
         return decodes, max(budget - len(decodes), s.page_size)
 
@@ -100,3 +105,10 @@ def chunk_size(size: int | None, page_size: int, default: int) -> int:
         way_out = f"{below} or {above}" if below else f"{above}"
         raise ValueError(f"page_size={page_size} does not divide chunked_prefill_size={size}; use {way_out}")
     return size
+
+
+def share_of_chunk(chunk: int, page_size: int, data_ranks: int) -> int:
+    """A data rank's part of a step's prompt tokens, in whole pages; all of them together compute no more. SGLang divides alike."""
+    if data_ranks == 1 or chunk == NO_CHUNKS:
+        return chunk
+    return max(chunk // data_ranks // page_size, 1) * page_size

@@ -3,6 +3,7 @@
     python -m ch07_sglang_radix.chat                     # an engine in this process, the bundled model; or make chat
     python -m ch07_sglang_radix.chat --tp-size 2         # starts the other rank itself
     python -m ch07_sglang_radix.chat --model-path FOLDER_OR_HUB_ID
+    python -m ch07_sglang_radix.chat --lora-paths pirate=common/tiny_qwen/adapters/pirate     # then /adapter pirate
     python -m ch07_sglang_radix.chat --server http://127.0.0.1:30000     # or any server that speaks OpenAI's API
 
 What you type is a turn of one conversation: from the second on its beginning comes from the radix tree. Lines that begin with
@@ -25,22 +26,26 @@ from ch07_sglang_radix.engine import Engine
 from ch07_sglang_radix.serving.ask import CHAT, COMPLETIONS, Answer, stream
 from ch07_sglang_radix.serving.http_client import Client, ServerError
 from common.distributed.launch import run_main
+from common.vision.keys import readable
 
 SHOWN_NODES, SHOWN_WORDS = 24, 60
-COMMANDS = ("tree", "stats", "flush", "chat", "new", "set")
+COMMANDS = ("tree", "stats", "flush", "chat", "new", "set", "adapter")
 HELP = """  /tree          the radix tree in words: each line a node, with its KV slots
   /stats         pages, hit rate, steps
   /flush         forget every cached prefix
   /chat on|off   talk through the model's chat template, or send the bare text
   /new           begin a new conversation
   /set NAME VALUE   a sampling parameter: temperature, max_new_tokens, top_p, ...
+  /adapter NAME  answer with this LoRA adapter; off: with the base model
   /quit          leave (or Ctrl-D)"""
 STATS = ("max_total_num_tokens", "free_tokens", "evictable_tokens", "hit_rate", "prompt_tokens", "cached_tokens")
 Said = str | list[dict[str, str]]  # a bare text, or the messages of a conversation
 
 
 class InProcess:
-    """Who answers: an engine here."""
+    """Who answers: an engine here. adapter: with which of its adapters."""
+
+    adapter: str | None = None
 
     def __init__(self, engine: Engine):
         if engine.wrapper.tokenizer is None:
@@ -52,7 +57,7 @@ class InProcess:
     def ask(self, said: Said, params: dict[str, Any], answer: Answer, grown: Callable[[], None]) -> None:
         """Fill `answer`, and call `grown` each time it has grown."""
         ids = self.tokenizer.encode(said) if isinstance(said, str) else self.tokenizer.encode_chat(said)
-        chunks = self.engine.generate(input_ids=ids, sampling_params=params, stream=True)
+        chunks = self.engine.generate(input_ids=ids, sampling_params=params, stream=True, lora_path=self.adapter)
         try:
             for chunk in chunks:
                 meta = chunk["meta_info"]
@@ -73,6 +78,8 @@ class InProcess:
         return self.engine.scheduler.tree.pretty(self._words).splitlines()
 
     def _words(self, key: np.ndarray) -> str:
+        if vision := self.engine.wrapper.config.vision:
+            key = readable(key, vision.image_token_id)
         text = repr(self.tokenizer.decode(key.tolist(), skip_special_tokens=False))
         return text if len(text) <= SHOWN_WORDS else f"{text[: SHOWN_WORDS // 2]} ... {text[-SHOWN_WORDS // 2 :]}"
 
@@ -81,6 +88,7 @@ class OverHttp:
     """Who answers: a server. Raises OSError or ServerError if there is none."""
 
     has_chat_template = True  # or the server says so
+    adapter: str | None = None
 
     def __init__(self, url: str, api_key: str | None):
         self.url, self.api_key = url, api_key
@@ -96,7 +104,8 @@ class OverHttp:
 
         async def listen() -> None:
             dialect = COMPLETIONS if isinstance(said, str) else CHAT
-            body = dialect.body(self.name, said, params["max_new_tokens"]) | others
+            model = f"{self.name}:{self.adapter}" if self.adapter else self.name
+            body = dialect.body(model, said, params["max_new_tokens"]) | others
             async with Client(self.url, self.api_key) as client, aclosing(stream(client, dialect, body, answer)) as new:
                 async for _ in new:
                     grown()
@@ -171,6 +180,8 @@ class Chat:
             self.say(f"  {what}; {self._forget()}")
         elif name == "set" and len(rest) == 2:
             self.set(*rest)
+        elif name == "adapter" and len(rest) == 1:
+            self.use_adapter(None if rest == ["off"] else rest[0])
         else:
             known = name in COMMANDS
             if name != "help":
@@ -196,6 +207,16 @@ class Chat:
             self.model.ask(self._said("hello"), params, Answer(), _enough)
         self.params = params
         self.say(f"  {', '.join(f'{name}={value}' for name, value in params.items())}")
+
+    def use_adapter(self, name: str | None) -> None:
+        before, self.model.adapter = self.model.adapter, name
+        try:
+            with suppress(_EnoughError):
+                self.model.ask(self._said("hello"), self.params, Answer(), _enough)
+        except (ValueError, ServerError):
+            self.model.adapter = before
+            raise
+        self.say(f"  {name or 'the base model'} answers from now on, and finds no page of another adapter in the tree")
 
     def _said(self, text: str) -> Said:
         return [*self.turns, {"role": "user", "content": text}] if self.templated else text
@@ -260,11 +281,13 @@ def main() -> None:
     parser.add_argument("--tp-size", type=int, default=1, help="ranks; they are started by this command")
     parser.add_argument("--page-size", type=int, default=1, help="tokens a page; 1 shares every token")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--lora-paths", nargs="*", metavar="NAME=FOLDER", help="LoRA adapters, for /adapter NAME")
     args = parser.parse_args()
     if args.server:
         talk(OverHttp(args.server, args.api_key), args.server)
         return
-    with Engine(args.model_path, tp_size=args.tp_size, page_size=args.page_size, device=args.device) as engine:
+    options = {name: getattr(args, name) for name in ("tp_size", "page_size", "device", "lora_paths")}
+    with Engine(args.model_path, **options) as engine:
         talk(InProcess(engine), f"{args.tp_size} rank(s)")
 
 

@@ -13,7 +13,7 @@ run. At the end three short prompts come behind the long one: `small_request_sha
 import time
 from typing import NamedTuple
 
-from ch07_sglang_radix.admission import NO_CHUNKS
+from ch07_sglang_radix.policy_names import NO_CHUNKS
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.distributed.launch import run_main

@@ -21,6 +21,7 @@ import torch
 from ch07_sglang_radix.replicated import Divergence, ReplicatedScheduler
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
+from common.distributed.cost_model import wire_bytes
 from common.distributed.launch import run_main
 from common.distributed.ledger import LedgerEntry
 from common.parallel_state import all_gather, initialize_tensor_parallel
@@ -131,15 +132,13 @@ def serve(scheduler: TPScheduler) -> Run:
 
 def show(runs: dict[str, list[Run]], size: int) -> None:
     heading(f"{REQUESTS} requests on {size} ranks: what rank 0 hands in, a step")
-    columns = [by_kind(some[0]) for some in runs.values()]
+    columns = [by_kind(some[0], size) for some in runs.values()]
     rows = [
-        (what, *(x for column in columns for x in (column[kind][0], round(column[kind][1]))))
+        (what, *(x for column in columns for x in (column[kind][0], *map(round, column[kind][1:]))))
         for kind, what in KINDS.items()
     ]
-    table(("", *(word for name in runs for word in (f"{DESIGNS[name]}: messages", "bytes"))), rows)
-    for name, column in zip(runs, columns, strict=True):
-        op, parts = ("a gather", size - 1) if name == "rank0" else ("an all-gather", size * (size - 1))
-        print(f"  {op} of logits on {size} ranks: {parts * column['logits'][1]:,.0f} bytes a step on the wire")
+    table(("", *(word for name in runs for word in (f"{DESIGNS[name]}: messages", "bytes", "on the wire"))), rows)
+    print("  logits are gathered on rank 0 where it decides, and on every rank where every rank does")
     heading("Milliseconds a step: the median of each run")
     table(("", "median", "lowest", "highest"), [
         (DESIGNS[name], f"{statistics.median(ms):.2f}", f"{min(ms):.2f}", f"{max(ms):.2f}")
@@ -147,14 +146,15 @@ def show(runs: dict[str, list[Run]], size: int) -> None:
     ])  # fmt: skip
 
 
-def by_kind(run: Run) -> dict[str, tuple[float, float]]:
-    """(messages, bytes) a step, by what they are for."""
-    sums = {kind: [0, 0] for kind in KINDS}
+def by_kind(run: Run, size: int) -> dict[str, tuple[float, float, float]]:
+    """(messages, bytes of the tensor, bytes on the wire) a step, by what they are for."""
+    sums = {kind: [0, 0, 0] for kind in KINDS}
     for entry in run.sent:
         kind = sums[entry.label if entry.label in KINDS else "layers"]
         kind[0] += 1
         kind[1] += entry.bytes
-    return {kind: (messages / run.steps, size / run.steps) for kind, (messages, size) in sums.items()}
+        kind[2] += wire_bytes(entry.op, entry.bytes, size)
+    return {kind: tuple(total / run.steps for total in totals) for kind, totals in sums.items()}
 
 
 # --- one rank differs

@@ -7,76 +7,119 @@
     for chunk in engine.generate("What is a radix cache?", stream=True): ...
     await engine.async_generate("What is a radix cache?")
 
-Engine(tp_size=2) starts the other ranks itself. Under torchrun it joins them: every rank makes the same calls, and `generate`
-answers all of them alike. What only the scheduler knows is rank 0's: the others get no pool, tree and queue from get_server_info,
-0 from abort_request, True from flush_cache, and no stream but its end. async_generate is rank 0's alone: the others call
-`engine.follow()`, which returns when rank 0 shuts down.
+Engine(tp_size=2, pp_size=2) starts the other three ranks itself. On several hosts each makes Engine(tp_size=..., nnodes=2,
+node_rank=i, dist_init_addr="HOST:PORT"): node 0's asks, the others call `engine.follow()`, which returns when node 0 shuts down.
+Under torchrun it joins them: every rank makes the same calls, and `generate` answers all of them alike. What only the scheduler
+knows is rank 0's: the others get no pool, tree and queue from get_server_info, 0 from abort_request, True from flush_cache, and no
+stream but its end. async_generate is rank 0's alone: the others call `engine.follow()`, which returns when rank 0 shuts down.
+Engine(dp_size=2) is two replicas behind the same calls: parallelism/replica_engine.py, under torchrun replica_ranks.py.
+What a user asks with is in generate_calls.py, all else that a user calls is here.
 """
 
-import secrets
+import os
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ch07_sglang_radix.admission import DEFAULT_CHUNK, NO_CHUNKS
 from ch07_sglang_radix.async_loop import SchedulerLoop
-from ch07_sglang_radix.generate_request import GenerateCall, GenerateRequest, LogprobOptions, check_rid
+from ch07_sglang_radix.engine_start import draft_options, prefill_tokens, refuse_ranks_for_another_model, seed
+from ch07_sglang_radix.generate_calls import Answer, GenerateCalls
+from ch07_sglang_radix.generate_request import GenerateCall, GenerateRequest, check_rid
+from ch07_sglang_radix.lora_calls import LoRACalls, lora_options
+from ch07_sglang_radix.node import node_of
 from ch07_sglang_radix.profiler import RankProfiler, StepsLeft, profile_name
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.server_args import DEFAULT_PAGE, ServerArgs
+from ch07_sglang_radix.server_info import as_it_stands, what_it_is
 from ch07_sglang_radix.streams import Stream, listen, wait_for
 from ch07_sglang_radix.tasks import LEAVE
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
-from common.arguments import says_names
-from common.distributed.spawn import Follower
-from common.parallel_state import initialize_tensor_parallel, shutdown_tensor_parallel
+from ch07_sglang_radix.weight_calls import EngineWeights
+from common.distributed.spawn import Follower, RankZeroLeft
+from common.parallel_state import ParallelState, shutdown_tensor_parallel
+from common.request.intake import Intake
 from common.values import flag, whole
 
-Answer = dict[str, Any]
-# arguments of SGLang's generate (0.5.23, srt/entrypoints/engine.py) that are not here
-ELSEWHERE = dict.fromkeys(("image_data", "audio_data", "video_data"), "this engine reads text only") | {
-    "cache_salt": "use extra_key, which keeps what a request caches apart too",
-    "lora_path": "adapters are not here; merge them into the weights",
-    "custom_logit_processor": "use logit_bias of sampling_params",
-    "return_hidden_states": "answers are tokens and their log-probabilities",
-    "data_parallel_rank": "one engine is one replica; start several",
-}
-asked = says_names("argument", ELSEWHERE, dict.fromkeys(ELSEWHERE) | {"return_hidden_states": False})
+# what several replicas need, in a wing that comes when it is asked for: processes of their own, or the ranks of torchrun
+REPLICA_ENGINE = "ch07_sglang_radix.parallelism.replica_engine"
+REPLICA_RANKS = "ch07_sglang_radix.parallelism.replica_ranks"
+REBALANCER = "ch07_sglang_radix.experts.rebalancer"  # another wing
+SPECULATIVE = "ch07_sglang_radix.speculative.attach"
+DISAGGREGATION = "ch07_sglang_radix.disaggregation.attach"  # for half an engine
+IMAGES = "ch07_sglang_radix.images.attach"  # for a model that sees
 
 
-class Engine:
+class Engine(GenerateCalls, EngineWeights, LoRACalls):
     """A model behind one call. The arguments are those of ServerArgs (server_args.py), under SGLang's names.
 
     Threads may call it: they wait in line, or, once async_generate has been used, run together.
     """
 
+    def __new__(cls, model_path: str | None = None, **server_args):
+        if ServerArgs.of({"model_path": model_path} | server_args).dp_size > 1 and "WORLD_SIZE" not in os.environ:
+            return import_module(REPLICA_ENGINE).ReplicaEngine(model_path, **server_args)
+        return super().__new__(cls)
+
     def __init__(self, model_path: str | None = None, **server_args):
         self.server_args = args = ServerArgs.of({"model_path": model_path} | server_args)
-        follower = Follower("ch07_sglang_radix.engine:follow_rank_0", args.for_a_follower())
-        tp = initialize_tensor_parallel(
-            args.tp_size, args.device, disable_custom_all_reduce=args.disable_custom_all_reduce, follower=follower
-        )
+        if args.ranks > 1:
+            refuse_ranks_for_another_model(args)
+        follower = Follower("ch07_sglang_radix.engine:follow_rank_0", args.for_a_follower(), node_of(args))
+        parallel = ParallelState.initialize(
+            args.tp_size, args.pp_size, args.dp_size, context_parallel_size=args.cp_size,
+            attention_data_parallel_size=args.attn_dp_size, expert_parallel_size=args.ep_size, device=args.device,
+            all_reduce=args.all_reduce, disable_custom_all_reduce=args.disable_custom_all_reduce, follower=follower,
+        )  # fmt: skip
+        tp = parallel.tp
+        self._replicas = None  # ours among those of torchrun's ranks
+        if args.dp_size > 1:
+            self._replicas = import_module(REPLICA_RANKS).ReplicaRanks(parallel, args.load_balance_method)
         page_size = args.page_size or DEFAULT_PAGE[tp.device.type]
         self._wrapper: TPRadixAttentionModelWrapper | None = TPRadixAttentionModelWrapper(
             args.model_path, args.device, page_size, dtype=args.dtype, max_total_tokens=args.max_total_tokens,
-            max_running_requests=args.max_running_requests, attention_backend=args.attention_backend,
+            max_running_requests=max(args.max_running_requests // args.attn_dp_size, 1),
+            attention_backend=args.attention_backend,
             disable_cuda_graph=args.disable_cuda_graph, mem_fraction_static=args.mem_fraction_static,
             kv_cache_dtype=args.kv_cache_dtype, tokenizer_path=args.tokenizer_path,
             skip_tokenizer_init=args.skip_tokenizer_init, context_length=args.context_length,
-            check_finite=args.check_finite, tp=tp,
+            check_finite=args.check_finite, parallel=parallel, pp_layer_partition=args.pp_layer_partition,
+            enable_layernorm_sp=args.enable_layernorm_sp, enable_all_reduce_fusion=args.enable_all_reduce_fusion,
+            enable_two_batch_overlap=args.enable_two_batch_overlap, moe_runner=args.moe_runner, ep_dispatch=args.ep_dispatch,
+            ep_num_redundant_experts=args.ep_num_redundant_experts, ep_dispatch_algorithm=args.ep_dispatch_algorithm,
+            speculative=draft_options(args), lora=lora_options(args),
         )  # fmt: skip
         overlap = None if args.disable_overlap_schedule is None else not args.disable_overlap_schedule
         self._scheduler: TPScheduler | None = TPScheduler(
-            self._wrapper, chunked_prefill_size=_prefill_tokens(args, tp.device.type, page_size),
+            self._wrapper, chunked_prefill_size=prefill_tokens(args, tp.device.type, page_size),
             enable_mixed_chunk=args.enable_mixed_chunk, small_request_share=args.small_request_share,
             schedule_policy=args.schedule_policy, disable_radix_cache=args.disable_radix_cache,
             radix_eviction_policy=args.radix_eviction_policy, overlap=overlap, gather_best=args.gather_best,
-            seed=_seed(args), schedule_conservativeness=args.schedule_conservativeness, check=args.check, trace=args.trace,
+            seed=seed(args), schedule_conservativeness=args.schedule_conservativeness, check=args.check, trace=args.trace,
+            num_lanes=args.pp_size + args.pp_async_batch_depth, max_lane_size=args.pp_max_micro_batch_size,
+            enable_dynamic_chunking=args.enable_dynamic_chunking,
+            radix_bigram=args.speculative_algorithm in ("EAGLE", "EAGLE3"),
         )  # fmt: skip
-        profiler = RankProfiler(tp.rank)
+        if args.speculative_algorithm:
+            import_module(SPECULATIVE).attach(self._scheduler, args)
+        profiler = RankProfiler(f"TP-{tp.rank}" + (f"-PP-{parallel.pp.rank}" if args.pp_size > 1 else ""))
         self._scheduler.control.notes |= {"start_profile": profiler.start, "stop_profile": profiler.stop}
+        self._let_weights_change(self._scheduler)
+        if args.watches_experts:
+            every, report = args.eplb_rebalance_num_iterations, args.expert_balancedness_report_mode
+            import_module(REBALANCER).Rebalancer(
+                self._scheduler, every if args.enable_eplb else None, reads=report != "off",
+                says=report in ("server_log", "both"), nodes=max(args.nnodes // args.pp_size, 1),
+            )  # fmt: skip
+        self._attach_adapters(args)
+        self.disaggregation, self.disaggregation_mode = None, args.disaggregation_mode
+        if args.disaggregation_mode != "null":
+            self.disaggregation = import_module(DISAGGREGATION).Disaggregation(self._scheduler, args)
+        if self._wrapper.images is not None:
+            import_module(IMAGES).attach(self._scheduler, args)
         self._profiled: StepsLeft | None = None
         self._loop: SchedulerLoop | None = None  # from the first async_generate on
         self._stream: Callable[[], Stream | None] = lambda: None  # the open one; not held: who drops it, closes it
@@ -95,34 +138,23 @@ class Engine:
 
     # --- answers
 
-    @asked
-    def generate(
-        self, prompt: str | Sequence[str] | None = None,
-        sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
-        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None, return_logprob: bool = False,
-        logprob_start_len: int | None = None, top_logprobs_num: int | None = None,
-        token_ids_logprob: Sequence[int] | None = None, stream: bool = False, *, rid: str | Sequence[str] | None = None,
-        extra_key: str | None = None, priority: int = 0, routing_key: str | None = None, require_reasoning: bool = False,
-    ) -> Answer | list[Answer] | Iterator[Answer]:  # fmt: skip
-        """One prompt -> one result, a list -> a list in the same order; with n > 1 a list, n results a prompt.
+    def _intake_of(self, method: str) -> Intake:
+        if method == "generate" and self.server_args.node_rank > 0:
+            raise ValueError("node 0 alone asks; the other nodes call engine.follow()")
+        if method == "async_generate" and self._replicas:
+            self._replicas.refuse(method)
+        if method == "async_generate" and self.scheduler.replica.rank > 0:
+            raise ValueError("async_generate is rank 0's; the other ranks call engine.follow()")
+        return self.scheduler.intake
 
-        A result has `text`, `output_ids` and `meta_info`: id, prompt_tokens, cached_tokens,
-        completion_tokens, finish_reason and, with return_logprob, output_token_logprobs: (log-probability, token id, None) for
-        each token; top_logprobs_num and token_ids_logprob add lists of others, logprob_start_len >= 0 the same for the prompt from
-        there on. Without `temperature` the answer is greedy (SGLang's own default is 1). `stop`, a string or several, ends an
-        answer and is not part of it. `json_schema`, `regex` or `ebnf` says what the answer must be (grammar.py), with
-        require_reasoning what must come after </think>; a grammar that cannot be compiled ends its own request, with
-        finish_reason abort and status_code 400. With `stream` an iterator comes back: of each answer that has grown, all it has
-        so far, and `index`, which of the answers it is; on ranks other than 0 only the whole answers, at the end. Who leaves
-        the iterator early ends what still runs. Nothing runs if any prompt or parameter is refused (ValueError).
-        """
-        stream = flag("stream", stream)
-        logprobs = LogprobOptions.of(return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob)
-        own = (rid, extra_key, priority, routing_key, require_reasoning)
-        call = GenerateCall.of(self.scheduler.intake, prompt, input_ids, sampling_params, logprobs, *own)
+    def _answers(self, call: GenerateCall, stream: bool) -> Answer | list[Answer] | Iterator[Answer]:
+        self._refuse_unknown_adapters(call)
         with self._turn:
             self._no_stream_is_open()
+            if self._replicas:
+                return self._replicas.generate(self.scheduler, call, self._enqueue, stream)
             if not self._loop:
+                self.scheduler.refuse_to_run_while_paused()
                 if stream:
                     answers = Stream(self.scheduler, call, self._enqueue)
                     self._stream = weakref.ref(answers)
@@ -136,25 +168,8 @@ class Engine:
         last = {answer["index"]: answer for answer in answers}
         return _without_index(call, last)
 
-    @asked
-    async def async_generate(
-        self, prompt: str | Sequence[str] | None = None,
-        sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
-        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None, return_logprob: bool = False,
-        logprob_start_len: int | None = None, top_logprobs_num: int | None = None,
-        token_ids_logprob: Sequence[int] | None = None, stream: bool = False, *, rid: str | Sequence[str] | None = None,
-        extra_key: str | None = None, priority: int = 0, routing_key: str | None = None, require_reasoning: bool = False,
-    ) -> Answer | list[Answer] | AsyncIterator[Answer]:  # fmt: skip
-        """`generate` for many callers at once: their requests run together. With `stream`, an async iterator.
-
-        Rank 0 only; the other ranks are in `follow`. A caller that is cancelled has its requests aborted.
-        """
-        if self.scheduler.tp.rank > 0:
-            raise ValueError("async_generate is rank 0's; the other ranks call engine.follow()")
-        stream = flag("stream", stream)
-        logprobs = LogprobOptions.of(return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob)
-        own = (rid, extra_key, priority, routing_key, require_reasoning)
-        call = GenerateCall.of(self.scheduler.intake, prompt, input_ids, sampling_params, logprobs, *own)
+    async def _async_answers(self, call: GenerateCall, stream: bool) -> Answer | list[Answer] | AsyncIterator[Answer]:
+        self._refuse_unknown_adapters(call)
         with self._turn:
             self._no_stream_is_open()
             self._loop = self._loop or SchedulerLoop(self.scheduler)
@@ -167,9 +182,12 @@ class Engine:
         return _without_index(call, last)
 
     def follow(self) -> None:
-        """On ranks other than 0, while rank 0 answers async_generate: do as it says until it shuts down."""
-        while self.scheduler.control.follow().step != LEAVE:
-            pass
+        """On ranks other than 0, while rank 0 answers async_generate, and on nodes other than 0: do as it says until it shuts
+        down. Raises RankFailure, with the name, when somebody has died.
+        """
+        with suppress(RankZeroLeft):
+            while self.scheduler.control.follow().step != LEAVE:
+                pass
 
     # --- control
 
@@ -182,10 +200,10 @@ class Engine:
             rid = check_rid(rid)
 
         def abort() -> int:
-            every = [req.rid for req in self.scheduler.unfinished]
+            every = [req.rid for req in self.scheduler.everybody]
             return sum(self.scheduler.abort(one) for one in (every if abort_all else [rid]))
 
-        return self._at_rest(abort) if self.scheduler.tp.rank == 0 else 0
+        return self._at_rest(abort) if self.scheduler.replica.rank == 0 else 0
 
     def flush_cache(self) -> bool:
         """Forget every cached prefix. False, and nothing is done, while requests wait or run."""
@@ -194,10 +212,13 @@ class Engine:
             scheduler = self.scheduler
             if scheduler.busy:
                 return False
-            scheduler.tree.flush()
+            for rank in scheduler.data_ranks:
+                rank.memory.flush()
+            for forget in scheduler.at_flush:
+                forget()
             return True
 
-        return self._at_rest(flush) if self.scheduler.tp.rank == 0 else True
+        return self._at_rest(flush) if self.scheduler.replica.rank == 0 else True
 
     def start_profile(
         self,
@@ -216,7 +237,7 @@ class Engine:
         self._note(
             "start_profile", folder=str(output_dir), name=name, record_shapes=record_shapes, with_stack=with_stack
         )
-        if num_steps is not None and self.scheduler.tp.rank == 0:  # all ranks step when rank 0 does
+        if num_steps is not None and self.scheduler.replica.rank == 0:  # all ranks step when rank 0 does
             self._profiled = StepsLeft(num_steps, self.scheduler.after_step, self.scheduler.control)
         return name
 
@@ -229,45 +250,20 @@ class Engine:
     def get_server_info(self) -> dict[str, Any]:
         """What the engine is, and on rank 0 also pool, tree, queue and hit rate as they stand."""
         s = self.scheduler
-        fixed = {
-            "model": {"architecture": s.wrapper.config.architecture, "layers": s.wrapper.config.num_layers},
-            "tp_size": s.tp.size, "tp_rank": s.tp.rank, "device": str(s.tp.device),
-            "dtype": str(s.wrapper.dtype).removeprefix("torch."),
-            "kv_cache_dtype": str(s.wrapper.kv_dtype).removeprefix("torch."), "page_size": s.page_size,
-            "chunked_prefill_size": s.chunked_prefill_size, "steps": dict(s.steps),
-        }  # fmt: skip
-        if s.tp.rank > 0:
+        fixed = (self._replicas.facts if self._replicas else {}) | what_it_is(s)
+        if s.replica.rank > 0:
             return fixed
-
-        def info() -> dict[str, Any]:
-            served = s.served["prompt"]
-            return {
-                "schedule_policy": s.policy.name, "radix_eviction_policy": s.tree.eviction,
-                "max_total_num_tokens": s.pool.size, "free_tokens": s.pool.free_slots,
-                "evictable_tokens": s.tree.evictable_size, "protected_tokens": s.tree.protected_size,
-                "held_tokens": s.held_slots,
-                "waiting": len(s.waiting), "running": len(s.admitted),
-                "prompt_tokens": served, "cached_tokens": s.served["cached"],
-                "hit_rate": s.served["cached"] / served if served else 0.0,
-                "evicted_tokens": s.tree.evicted, "retractions": s.retractions, "new_token_ratio": s.new_token_ratio,
-                "steps": dict(s.steps),
-            }  # fmt: skip
-
-        return fixed | self._at_rest(info)
+        half = self.disaggregation.info() if self.disaggregation else {}
+        return fixed | half | self._at_rest(lambda: as_it_stands(s))
 
     # --- inside
 
     def _enqueue(self, one: GenerateRequest) -> int:
+        self._refuse_while_asleep()
         return self.scheduler.enqueue(
-            None,
-            one.ids,
-            one.params,
-            words=one.words,
-            extra_key=one.extra_key,
-            priority=one.priority,
-            name=one.name,
-            routing_key=one.routing_key,
-        )
+            None, one.ids, one.params, words=one.words, extra_key=one.extra_key, priority=one.priority, name=one.name,
+            routing_key=one.routing_key, handoff=one.handoff, pictures=one.pictures, lora_path=one.lora_path,
+        )  # fmt: skip
 
     def _no_stream_is_open(self) -> None:
         open_one = self._stream()
@@ -277,7 +273,7 @@ class Engine:
     def _note(self, note: str, /, **arguments: Any) -> Any:
         """On all ranks: those that follow are told, those that run the same script come here themselves."""
         control = self.scheduler.control
-        if control.tp.spawned or self._loop:
+        if control.replica.spawned or self._loop:
             return self._at_rest(lambda: control.note(note, **arguments))
         return control.notes[note](**arguments)
 
@@ -287,6 +283,13 @@ class Engine:
 
     def shutdown(self) -> None:
         """Let go of the model and leave the process group. Safe to call twice."""
+        self.__exit__(None, None, None)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """`shutdown`; with an error the other ranks hear of it (goodbyes.py)."""
         if (stream := self._stream()) is not None:
             stream.close()
         if self._loop:
@@ -294,16 +297,14 @@ class Engine:
             self._loop = None
         if self._scheduler and self._scheduler.trace:
             self._scheduler.trace.close()
+        if self.disaggregation:
+            self.disaggregation.close()
+            self.disaggregation = None
+        self._let_weights_go()
         tp = self._scheduler.tp if self._scheduler else None
         self._scheduler = self._wrapper = None
         if tp:
-            shutdown_tensor_parallel(tp)
-
-    def __enter__(self) -> "Engine":
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self.shutdown()
+            shutdown_tensor_parallel(tp, error)
 
 
 def _without_index(call: GenerateCall, last: dict[int, Answer]) -> Answer | list[Answer]:
@@ -317,17 +318,3 @@ def follow_rank_0(**server_args) -> None:
     engine = Engine(**server_args)
     while True:
         engine.scheduler.control.follow()
-
-
-def _prefill_tokens(args: ServerArgs, device: str, page_size: int) -> int | None:
-    """Prompt tokens of a step: chunked_prefill_size, and no more than max_prefill_tokens in whole pages."""
-    if args.max_prefill_tokens is None:
-        return args.chunked_prefill_size
-    most = max(args.max_prefill_tokens // page_size, 1) * page_size
-    chunk = DEFAULT_CHUNK[device] if args.chunked_prefill_size is None else args.chunked_prefill_size
-    return most if chunk == NO_CHUNKS else min(most, chunk)
-
-
-def _seed(args: ServerArgs) -> int:
-    """Rank 0 alone draws, so the others need not know the number."""
-    return secrets.randbits(32) if args.random_seed is None else args.random_seed

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from ch07_sglang_radix.handoff import Handoff
+from ch07_sglang_radix.lora import lora_names
 from ch07_sglang_radix.request import RequestOutput
 from common.arguments import refuse_unknown, without_idle
 from common.request.intake import Intake
@@ -18,6 +20,7 @@ from common.sampling.params import SamplingParams
 from common.text.answer import compiled
 from common.text.tokenizer import Tokenizer
 from common.values import flag, one_each, prompts, shown, text, texts, token_ids, walked, whole
+from common.vision.pictures import Pictures
 
 RENAMED = {"sampling_seed": "seed"}  # SGLang's name -> ours; all other names are the same
 SAMPLING = (
@@ -52,6 +55,9 @@ class GenerateRequest:
     priority: int
     name: str | None = None
     routing_key: str | None = None
+    handoff: Handoff | None = None
+    pictures: Pictures | None = None
+    lora_path: str | None = None  # its adapter's name
 
 
 @dataclass(frozen=True)
@@ -97,9 +103,10 @@ class GenerateCall:
     @classmethod
     def of(
         cls, intake: Intake, prompt: Any, input_ids: Any, sampling_params: Any, logprobs: LogprobOptions, rid: Any,
-        extra_key: Any, priority: Any, routing_key: Any, require_reasoning: Any = False,
+        extra_key: Any, priority: Any, routing_key: Any, require_reasoning: Any = False, handoff: Handoff | None = None,
+        image_data: Any = None, lora_path: Any = None, enable_lora: bool = False,
     ) -> "GenerateCall":  # fmt: skip
-        """Raises ValueError, in one line, for whatever cannot run."""
+        """Raises ValueError, in one line, for whatever cannot run. handoff: of the first answer."""
         if (prompt is None) == (input_ids is None):
             raise ValueError("give either prompt or input_ids")
         extra_key, priority = intake.namespace("extra_key", extra_key), intake.priority(priority)
@@ -107,16 +114,29 @@ class GenerateCall:
         more = logprobs.params() | {"after_thinking": flag("require_reasoning", require_reasoning)}
         several, single = _prompts(prompt, input_ids)
         given = one_each("sampling_params", sampling_params, len(several), Mapping, {})
+        adapters = lora_names(lora_path, len(several), enable_lora)
         requests: list[GenerateRequest] = []
-        for one, values, name in zip(several, given, _names(rid, len(several), single), strict=True):
-            ids = intake.ids(one)
+        shown_with = images_of_each(image_data, len(several), single)
+        names = _names(rid, len(several), single)
+        for one, images, values, name, adapter in zip(several, shown_with, given, names, adapters, strict=True):
+            ids, pictures = intake.shown(intake.ids(one), images)
+            if pictures and handoff:
+                raise ValueError("image_data: half an engine hands over K and V of text alone; use a whole one")
             params, n, words = _params(values, more)
+            if handoff and handoff.mode == "prefill":  # the rest is the other engine's
+                params = replace(params, max_new_tokens=1, min_new_tokens=min(params.min_new_tokens, 1))
             intake.stops((*words["stop"], *words["stop_regex"]))
             intake.fits(ids, params)
             single = single and n == 1
             for i in range(n):
                 own = f"{name}_{i}" if name and n > 1 else name
-                requests.append(GenerateRequest(ids, _sibling(params, i), words, extra_key, priority, own, routing_key))
+                mine = handoff and handoff.next(len(requests))
+                own_params = _sibling(params, i)
+                requests.append(
+                    GenerateRequest(
+                        ids, own_params, words, extra_key, priority, own, routing_key, mine, pictures, adapter
+                    )
+                )
         return cls(requests, single, logprobs, intake.tokenizer)
 
     def result(self, out: RequestOutput, i: int) -> dict[str, Any]:
@@ -124,8 +144,14 @@ class GenerateCall:
         meta = {
             "id": self.requests[i].name or out.request_id, "prompt_tokens": out.prompt_tokens,
             "cached_tokens": out.cached_tokens, "completion_tokens": out.completion_tokens,
-            "finish_reason": out.finish_reason,
+            "finish_reason": out.finish_reason, "weight_version": out.weight_version,
         }  # fmt: skip
+        if out.drafts:
+            right, guessed = out.drafts["spec_num_correct_drafts"], out.drafts["spec_num_proposed_drafts"]
+            meta |= out.drafts | {
+                "spec_accept_rate": right / guessed if guessed else 0.0,
+                "spec_accept_length": out.completion_tokens / out.drafts["spec_verify_ct"],
+            }
         if self.logprobs.wanted:
             meta |= self._told("output", out.logprobs)
             if self.logprobs.start != OUTPUTS_ONLY:
@@ -163,6 +189,17 @@ def _prompts(prompt: Any, input_ids: Any) -> tuple[list[Any], bool]:
         if isinstance(one, str):
             raise ValueError(f"input_ids holds {shown(one)}, which is a text; texts go into prompt")
     return several, single
+
+
+def images_of_each(image_data: Any, prompts: int, single: bool) -> list[list[Any]]:
+    """SGLang's image_data: for one prompt a picture or a list of them; for several a list with such a thing, or None, for each."""
+    if image_data is None:
+        return [[] for _ in range(prompts)]
+    if single:
+        return [list(image_data) if isinstance(image_data, list | tuple) else [image_data]]
+    if not isinstance(image_data, list | tuple) or len(image_data) != prompts:
+        raise ValueError(f"image_data: {prompts} prompts need a list with the picture, the pictures or None for each")
+    return [[] if one is None else list(one) if isinstance(one, list | tuple) else [one] for one in image_data]
 
 
 def _names(rid: Any, n: int, single: bool) -> list[str | None]:

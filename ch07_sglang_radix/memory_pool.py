@@ -10,8 +10,6 @@ Only the last lies on every rank. A slot is one token's place, a page is P slots
 
 import numpy as np
 
-from common.attention.kv_cache import PagedKVCache
-
 
 class ReqToTokenPool:
     """One row of slots for each running request: req_to_token [max_running_requests, max_context]."""
@@ -38,12 +36,11 @@ class ReqToTokenPool:
 class TokenToKVPool:
     """The free pages. Rank 0 alone gives them out, so a page id means the same page on every rank.
 
-    Takes its size from this rank's PagedKVCache, or from numbers where no model is at hand.
+    Of page ids it knows the number alone: what a page holds, and on which ranks, is the executor's business.
     """
 
-    def __init__(self, kv_cache: PagedKVCache | None = None, *, num_pages: int = 0, page_size: int = 1):
-        self.num_pages = kv_cache.num_pages if kv_cache else num_pages
-        self.page_size = kv_cache.page_size if kv_cache else page_size
+    def __init__(self, num_pages: int = 0, page_size: int = 1):
+        self.num_pages, self.page_size = num_pages, page_size
         self._free = np.arange(self.num_pages, dtype=np.int64)[::-1]  # a stack, page 0 on top
         self._num_free = self.num_pages
         self._is_free = np.ones(self.num_pages, dtype=bool)

@@ -1,11 +1,11 @@
 """What comes back: tokens are appended, requests end, results are laid out for whoever waits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ch07_sglang_radix.request import Req, RequestOutput
 from ch07_sglang_radix.scheduler_state import SchedulerState
 from common.request.answer import End
-from common.request.queued_step import QueuedStep
+from common.sampling.logprobs import TokenLogprobs
 from common.sampling.sampler import problem
 
 
@@ -15,16 +15,18 @@ class Outcome:
     def __init__(self, state: SchedulerState):
         self.state = state
 
-    def take(self, step: QueuedStep[Req]) -> None:
-        """Append a step's tokens, and end who has come to an end. Waits for the device."""
+    def take(self, taken: Iterable[tuple[Req, int, TokenLogprobs | None]]) -> None:
+        """Append a step's tokens (QueuedStep.take), and end who has come to an end."""
         s, ended = self.state, False
-        for req, token, told in step.take():
+        for req, token, told in taken:
+            if req.ended:
+                continue  # the rest of a run, behind its end
             if token < 0:
                 s.running.remove(req)
                 self._fail(req, (req.grammar and req.grammar.error) or problem(token))
                 continue
             req.take_token(token, told)
-            s.grown[req.rid] = req
+            s.front.grown[req.rid] = req
             if req.finish_reason is not None:
                 ended = True
                 self.end(req)
@@ -35,14 +37,15 @@ class Outcome:
         """A running request has come to its end: leave to the tree what is known, take the rest back."""
         # without what a step that is on its way still computes for it
         req.kv_len = len(req.prompt_ids) + max(len(req.output_ids) - 1, 0)
-        if req.probe:
+        rolls_back = req.session is not None and req.answer.end.kind == "abort"
+        if req.probe or rolls_back:
             self.state.memory.release(req)
         else:
             self.state.memory.finish(req)
         self.report(req)
 
     def report(self, req: Req) -> None:
-        s = self.state
+        s = self.state.front
         s.num_finished += not req.probe
         s.grown[req.rid] = req
         s.results[req.rid] = self.output_of(req)
@@ -53,30 +56,33 @@ class Outcome:
         req = next((req for req in s.unfinished if req.rid == rid), None)
         if req is None:
             return False
-        req.finish(End("abort"))
+        self.stop(req, End("abort"))
+        return True
+
+    def stop(self, req: Req, end: End) -> None:
+        """A request that has not ended comes to this end, wherever it is."""
+        s = self.state
+        req.finish(end)
         if req in s.running:
             s.running.remove(req)
             self.end(req)
-            return True
+            return
         if req is s.chunked:
             s.chunked = None
             s.memory.release(req)
         else:
-            s.waiting.remove(req)
+            (s.waiting if req in s.waiting else s.elsewhere).remove(req)
         self.report(req)
-        return True
 
     def refuse(self, req: Req, why: str) -> None:
         """A waiting request can never run, by its own fault."""
-        self.state.waiting.remove(req)
-        req.finish(End("refused", message=why))
-        self.report(req)
+        self.stop(req, End("refused", message=why))
 
     def fail(self, reqs: Sequence[Req], error: BaseException) -> None:
         """A step could not be carried out: its requests end with the error, and nobody else."""
         reason = " ".join((f"{type(error).__name__}: {error}" if str(error) else type(error).__name__).split())
         s = self.state
-        s.batch = s.empty_batch()
+        s.forget_batches()
         for req in reqs:
             if req is s.chunked:
                 s.chunked = None
@@ -95,5 +101,6 @@ class Outcome:
         return RequestOutput(
             request_id=req.rid, prompt=req.prompt, prompt_ids=req.prompt_ids, text=req.answer.shown(),
             output_ids=list(req.output_ids), cached_tokens=req.cached_tokens or 0, finish_reason=req.finish_reason,
-            logprobs=list(req.answer.logprobs), prompt_logprobs=list(req.prompt_logprobs),
+            logprobs=list(req.answer.logprobs), prompt_logprobs=list(req.prompt_logprobs), drafts=req.drafts,
+            weight_version=self.state.front.weight_version,
         )  # fmt: skip

@@ -84,7 +84,7 @@ class PrefillAdder:
         """Admit `req` if a place, tokens of the budget and, probably, the pages for its whole answer are there."""
         if self.budget <= 0 or self.memory.rows.num_free == 0:
             return Answer.FULL
-        match = self.tree.match_prefix(req.matchable_ids, req.extra_key)
+        match = self.memory.match(req)
         new = req.seq_len - len(match.slots)
         if (self.chunked and new > self.budget) or not self._in_batch(req, len(match.slots)):
             return Answer.LATER  # one prompt in parts is enough; what is being computed need not be computed twice
@@ -107,7 +107,10 @@ class PrefillAdder:
         """
         self.tree.inc_lock_ref(match.last_node)  # first: locking may shrink what is evictable
         worst = req.seq_len + min(req.max_len - req.seq_len, CLIP_MAX_NEW_TOKENS)
-        if self.memory.whole_pages(worst) - len(match.slots) > self.memory.obtainable_slots() - self.promised:
+        if (
+            self.memory.whole_pages(worst) - self.memory.whole_pages(len(match.slots))
+            > self.memory.obtainable_slots() - self.promised
+        ):
             self.tree.dec_lock_ref(match.last_node)
             return False
         self.memory.admit(req, match)
@@ -119,7 +122,7 @@ class PrefillAdder:
         most = self.budget if limit is None else limit
         if n > min(most, room):
             most = min(most, max(self.budget - self._for_small, self.page_size))
-            n = min(most, room) // self.page_size * self.page_size
+            n = max((req.kv_len + min(most, room)) // self.page_size * self.page_size - req.kv_len, 0)
             self.chunked = req
         if n == 0:
             self.budget = 0

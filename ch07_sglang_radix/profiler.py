@@ -5,6 +5,7 @@ srt/managers/scheduler_profiler_mixin.py.
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,12 @@ log = logging.getLogger(__name__)
 
 
 class RankProfiler:
-    """One profile at a time. It sees the thread that starts and stops it, which must be the one that steps."""
+    """One profile at a time. It sees the thread that starts and stops it, which must be the one that steps.
 
-    def __init__(self, rank: int):
+    rank: what the file is called after, such as TP-0-PP-1.
+    """
+
+    def __init__(self, rank: str):
         self.rank = rank
         self._running: profile | None = None
         self._file: Path | None = None
@@ -35,7 +39,7 @@ class RankProfiler:
         flag("record_shapes", record_shapes)
         flag("with_stack", with_stack)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-        self._file = Path(folder) / f"{name}-TP-{self.rank}.trace.json"
+        self._file = Path(folder) / f"{name}-{self.rank}.trace.json"
         self._running = profile(activities=activities, record_shapes=record_shapes, with_stack=with_stack)
         self._running.start()
 
@@ -73,4 +77,4 @@ class StepsLeft:
 
 def profile_name() -> str:
     """Of the files of one profile, the same on all ranks: rank 0 says it."""
-    return f"{time.time():.3f}"
+    return f"{time.time():.3f}-{os.getpid()}"  # replicas are told at the same moment

@@ -31,10 +31,14 @@ NO_SLOTS = np.zeros(0, dtype=np.int64)
 
 @dataclass(frozen=True)
 class MatchResult:
-    """slots [n] of the longest cached prefix, and the node it ends at: lock that node before anything is evicted."""
+    """slots [n] of the longest cached prefix, and the node it ends at: lock that node before anything is evicted.
+
+    kept: so many at the end are not the tree's, but what the request's session has kept (session_memory.py).
+    """
 
     slots: np.ndarray
     last_node: TreeNode
+    kept: int = 0
 
 
 class RadixCache:
@@ -186,10 +190,25 @@ class RadixCache:
         return evicted
 
     def flush(self) -> None:
-        """Give everything back that nobody uses, and forget the rest. No eviction: nobody needed the room."""
+        """Give everything back that nobody uses, and forget the rest."""
+        self._evict_all()
+        self.reset()
+
+    def set_apart(self, mark: Hashable) -> None:
+        """Give everything back that nobody uses; who comes from now on does not find the rest: each namespace in it becomes
+        another, (mark, extra_key). Who holds a lock finds its path under that name, and leaves there what it computes.
+        """
+        self._evict_all()
+        nodes = list(self.nodes())
+        for node in nodes:
+            node.extra_key = (mark, node.extra_key)
+        for node in (self.root, *nodes):
+            node.children = {self.name_of(child): child for child in node.children.values()}
+
+    def _evict_all(self) -> None:
+        """No eviction: nobody needed the room."""
         flushed = self.evict(self.pool.size)
         self.evicted -= flushed
-        self.reset()
 
     # --- the two moments in a request's life at which it and the tree trade slots
 

@@ -30,7 +30,7 @@ from ch07_sglang_radix.request import RequestOutput
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tasks import DecodeTask, PrefillTask, encode
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
-from common.parallel_state import TPGroup, all_gather, broadcast
+from common.parallel_state import ParallelState, TPGroup, all_gather, broadcast
 from common.sampling.batch import SamplingBatch
 from common.sampling.params import SamplingParams
 from common.sampling.sampler import Drawn, sample
@@ -48,6 +48,10 @@ class ReplicatedScheduler(TPScheduler):
     """
 
     def __init__(self, wrapper: TPRadixAttentionModelWrapper, *, compare: bool = True, **options: Any):
+        if wrapper.verifier:
+            raise ValueError(
+                "guesses are not verified by this design: its steps are tasks of one token; use TPScheduler"
+            )
         self.ranks = wrapper.tp
         super().__init__(_AsIfAlone(wrapper), **options)
         self.control = ReplicatedControl(wrapper, compare)
@@ -135,6 +139,7 @@ class _AsIfAlone:
     def __init__(self, wrapper: TPRadixAttentionModelWrapper):
         self._wrapper = wrapper
         self.tp = replace(wrapper.tp, rank=0, size=1)
+        self.parallel = ParallelState.of(self.tp)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._wrapper, name)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ch07_sglang_radix.handoff import Handoff
 from ch07_sglang_radix.tree_node import TreeNode
 from common.request.answer import Answer, End
 from common.sampling.batch import SamplingRow
@@ -18,6 +19,7 @@ from common.sampling.grammar import GrammarMask
 from common.sampling.logprobs import TokenLogprobs
 from common.sampling.params import SamplingParams
 from common.text.answer import AnswerText
+from common.vision.pictures import Pictures
 
 # (HTTP's number, its name), which SGLang puts into finish_reason (managers/schedule_batch.py, FINISH_ABORT)
 FAULTS = {"error": (500, "InternalServerError"), "refused": (400, "BadRequestError")}
@@ -38,6 +40,13 @@ class Req:
     name: str | None = None  # the user's own
     routing_key: str | None = None  # for the policy of that name
     probe: bool = False  # it asks whether the engine lives: counted nowhere, cached nowhere
+    session: str | None = None  # the streaming session whose turn it is, which gets its K and V at the end
+    lora_id: str | None = None  # identity of its adapter (lora.py); None: the base model
+    handoff: Handoff | None = (
+        None  # its prompt's K and V go to another engine, or come from one; None once a wing has taken it
+    )
+
+    pictures: Pictures | None = None  # which tokens of the prompt are rows of pictures
 
     stops: frozenset[int] = frozenset()  # tokens that end it
     text: AnswerText | None = None  # what ends it as text; without it the answer has none
@@ -53,7 +62,8 @@ class Req:
     last_node: TreeNode | None = None
     prefix_len: int = 0  # slots of the row that belong to the tree
     cache_inserted_len: int = 0  # tokens it has inserted into the tree itself
-    cached_tokens: int | None = None  # prompt tokens found in the tree when it was first admitted
+    committed_len: int = 0  # tokens that its session had kept: back to there if it is aborted
+    cached_tokens: int | None = None  # prompt tokens found in the tree, or kept, when it was first admitted
 
     grammar: GrammarMask | None = None  # once it is compiled (grammar_manager.py); a retraction leaves it as it is
 
@@ -63,6 +73,11 @@ class Req:
     kv_len: int = 0  # tokens whose K and V are in the pool, or on their way there
     allocated_len: int = 0  # slots the row has, a multiple of the page size
     sent_len: int = 0  # slots of the row that every rank's page table knows
+    lane: int = 0  # the micro-batch it runs in (scheduler_state.py)
+    data_rank: int = 0  # who has its pages, where attention is data-parallel
+    verify_ct: int = 0  # verify steps that it took part in
+    correct_drafts: int = 0  # guesses that came out of them
+    proposed_drafts: int = 0  # and that were verified
 
     # while it waits
     passed_over: int = 0  # prefill steps that took later requests and not this one
@@ -70,11 +85,12 @@ class Req:
     def __post_init__(self):
         self.answer = Answer(self.params, self.stops, self.text or AnswerText(None), self.output_ids)
         self._ids = np.zeros(self.max_len, dtype=np.int64)
-        self._ids[: len(self.prompt_ids)] = self.prompt_ids
+        self._ids[: len(self.prompt_ids)] = self.pictures.named(self.prompt_ids) if self.pictures else self.prompt_ids
 
     @property
     def all_ids(self) -> np.ndarray:
-        """Prompt and output [n]: what a prefill must cover, also after a retraction."""
+        """Prompt and output [n]: what a prefill must cover, also after a retraction. Rows of pictures have numbers of their own
+        here (common/vision/keys.py), which the tree and the ranks read; in prompt_ids they are placeholders."""
         return self._ids[: len(self.prompt_ids) + len(self.output_ids)]
 
     @property
@@ -98,12 +114,22 @@ class Req:
         """Tokens it will have at most."""
         return len(self.prompt_ids) + self.params.max_new_tokens
 
-    def sampling_row(self) -> SamplingRow:
-        """For the newest of its pending tokens."""
+    def sampling_row(self, ahead: int = -1) -> SamplingRow:
+        """For the newest of its pending tokens; ahead = 0: for the one behind these."""
         edits = (self.grammar,) if self.grammar else ()
         return SamplingRow(
-            self.params, self.seed, self.prompt_ids, self.output_ids, self.pending - 1, self.held_back, edits
+            self.params, self.seed, self.prompt_ids, self.output_ids, self.pending + ahead, self.held_back, edits
         )
+
+    @property
+    def drafts(self) -> dict[str, int] | None:
+        """What became of guesses, in SGLang's words; None if none was verified."""
+        if not self.verify_ct:
+            return None
+        return {
+            "spec_verify_ct": self.verify_ct, "spec_num_correct_drafts": self.correct_drafts,
+            "spec_num_proposed_drafts": self.proposed_drafts,
+        }  # fmt: skip
 
     @property
     def first_scored(self) -> int:
@@ -148,6 +174,8 @@ class RequestOutput:
     finish_reason: dict[str, Any] | None  # None while it runs
     logprobs: list[TokenLogprobs]
     prompt_logprobs: list[TokenLogprobs]
+    drafts: dict[str, int] | None = None  # Req.drafts
+    weight_version: str = "default"  # of the weights that gave its newest token
 
     def to_json(self) -> dict[str, Any]:
         told = {name: [asdict(one) for one in getattr(self, name)] for name in ("logprobs", "prompt_logprobs")}

@@ -34,6 +34,8 @@ class Retraction:
             decoded = sum(len(r.output_ids) for r in s.running)
             total = sum(r.params.max_new_tokens for r in s.running)
             s.new_token_ratio = min(1.0, (decoded + RETRACT_DECODE_STEPS * len(s.running)) / total)
+        while self.lacks_room(1) and s.memory.sessions.forget_oldest():
+            pass  # who is left has nobody else to wait for
         self._back_to_the_queue(retracted)
 
     def retract_all(self) -> None:
@@ -44,7 +46,6 @@ class Retraction:
         for req in retracted:
             s.memory.release(req)
         s.running, s.chunked = [], None
-        s.batch = s.empty_batch()  # the same requests may run again in the next decode step, in other rows
         self._back_to_the_queue(retracted)
 
     def lacks_room(self, steps: int) -> bool:
@@ -64,5 +65,7 @@ class Retraction:
 
     def _back_to_the_queue(self, reqs: list[Req]) -> None:
         """In front: they came first."""
+        if reqs:  # the same requests may run again in the next decode step of their lane, in other rows
+            self.state.forget_batches()
         self.state.retractions += len(reqs)
         self.state.waiting = sorted(reqs, key=lambda req: req.rid) + self.state.waiting

@@ -5,62 +5,53 @@ the larger the running batch, the more a decode step is worth. But those that ru
 at most: then a decode step is due. With `enable_mixed_chunk` they need not wait, they take part in the prefill
 step with a token each. Requests join and leave at any step.
 
-With overlap, step N+1 is prepared and queued while a GPU still computes step N, and only then are N's tokens
-looked at:
-
-    GPU        | step N      | step N+1    | step N+2    |
-    rank 0     | queue N+1, take N's tokens | queue N+2, take N+1's ...
-
-The tokens themselves never leave the device in between: N+1 reads them where N left them. An end that its
-length tells is known ahead; a stop token is seen one step late, and that step's token is thrown away.
-
 What rank 0 decides is written into a task and executed by all ranks (control_plane.py). On the other ranks a TPScheduler only
-follows. This file is the loop; each of its questions has a place of its own:
+follows. This file is what the user sees; each question has a place of its own:
 
     what is known                     scheduler_state.py
+    what comes after what             step_loop.py
     may this request be queued        common/request/intake.py
+    prefill or decode                 data_rank.py
     who may enter, and who first      admission.py, schedule_policy.py, prefill_adder.py
     what must its text be             grammar_manager.py, common/sampling/grammar.py
-    what a step is made of            step_tasks.py, tasks.py
+    what a step is made of            step_plan.py, step_tasks.py, tasks.py
+    how a step brings several tokens  verify_step.py
     what comes back                   outcome.py, common/request/queued_step.py
     no page left: who goes back       retraction.py
-    what a request holds              request_memory.py, radix_cache.py
+    what a request holds              request_memory.py, radix_cache.py, session_memory.py
     is nothing lost                   invariants.py
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ch07_sglang_radix.admission import DEFAULT_CHUNK, Admission, chunk_size
-from ch07_sglang_radix.grammar_manager import GrammarManager
-from ch07_sglang_radix.invariants import check_invariants
-from ch07_sglang_radix.outcome import Outcome
-from ch07_sglang_radix.prefill_adder import Answer
+from ch07_sglang_radix import dynamic_chunk_sizer
+from ch07_sglang_radix.admission import DEFAULT_CHUNK, chunk_size, share_of_chunk
+from ch07_sglang_radix.data_rank import LOAD_BALANCE_METHODS, DataRank, pick_data_rank
+from ch07_sglang_radix.handoff import Handoff
+from ch07_sglang_radix.policy_names import check_dynamic_chunking
 from ch07_sglang_radix.request import Req, RequestOutput
-from ch07_sglang_radix.retraction import Retraction
-from ch07_sglang_radix.scheduler_state import SchedulerState
-from ch07_sglang_radix.step_tasks import StepTasks
-from ch07_sglang_radix.tasks import DecodeTask, PrefillTask, StopTask
+from ch07_sglang_radix.step_loop import StepLoop
+from ch07_sglang_radix.tasks import StopTask
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
-from ch07_sglang_radix.trace import Trace
+from common.distributed.layout import Layout
 from common.distributed.messages import share
 from common.parallel_state import RankFailure
 from common.request.intake import Intake, Words
-from common.request.queued_step import QueuedStep
 from common.sampling.batch import uniform
 from common.sampling.params import SamplingParams
 from common.text.answer import AnswerText
-from common.values import flag, shown, whole
+from common.values import choice, flag, shown, whole
+from common.vision.pictures import Pictures
 
-HELD_S = 0.002  # between two looks at closed gates, while nothing else is to be done
 PROBE = -1  # the number of a request that is not counted
+PAUSE_MODES = ("abort", "retract", "in_place")  # SGLang's
 WORDS = Words("max_new_tokens", "input_ids", "max_total_tokens")
 
 
-class TPScheduler(SchedulerState):
+class TPScheduler(StepLoop):
     """Requests in, tokens out, on as many ranks as the wrapper has.
 
     Every rank makes the same calls (`add_request`, `process_requests`); rank 0 keeps the queue, the others
@@ -75,9 +66,11 @@ class TPScheduler(SchedulerState):
     gather_best: where all requests of a step are greedy or have a small top_k, every rank sends its best logits
     instead of all. seed: for requests that bring none. schedule_conservativeness: times the share of its worst case that
     a running request is expected to need, when others ask to enter. check: test the conservation of pages after every step.
-    trace: a file to which every step writes a line (trace.py).
-
-    `after_step`: called after each step, in order; the check and the trace are its first users.
+    enable_dynamic_chunking: the next part of a long prompt is so long that it takes as long as the first (dynamic_chunk_sizer.py).
+    trace: a file to which every step writes a line (trace.py). load_balance_method: which data rank a request goes to
+    (data_rank.py), where the wrapper has several; each gets its share of chunked_prefill_size. num_lanes: steps on their way
+    through the pipeline's stages at once, by default one a stage. max_lane_size: requests that run in a lane at most, by
+    default their share. tp_size, pp_size, ...: how the ranks are laid out; the wrapper knows, and what is given must agree.
     """
 
     def __init__(
@@ -85,49 +78,68 @@ class TPScheduler(SchedulerState):
         enable_mixed_chunk: bool = False, small_request_share: float = 0.0, schedule_policy: str = "fcfs",
         disable_radix_cache: bool = False, radix_eviction_policy: str = "lru", radix_bigram: bool = False,
         overlap: bool | None = None, gather_best: bool = False, seed: int = 0, schedule_conservativeness: float = 1.0,
-        check: bool = False, trace: str | Path | None = None,
+        check: bool = False, trace: str | Path | None = None, num_lanes: int | None = None,
+        max_lane_size: int | None = None, load_balance_method: str = LOAD_BALANCE_METHODS[0], tp_size: int | None = None,
+        pp_size: int | None = None, dp_size: int | None = None, attn_dp_size: int | None = None, cp_size: int | None = None,
+        enable_dynamic_chunking: bool = False,
     ):  # fmt: skip
-        default = DEFAULT_CHUNK[wrapper.tp.device.type]
-        self.chunked_prefill_size = chunk_size(chunked_prefill_size, wrapper.page_size, default)
+        sizes = {"tp": tp_size, "pp": pp_size, "dp": dp_size, "attn_dp": attn_dp_size, "cp": cp_size}
+        _refuse_other_sizes(wrapper.parallel.layout, sizes)
+        default, num_data_ranks = DEFAULT_CHUNK[wrapper.tp.device.type], wrapper.parallel.layout.attn_dp
+        chunk = chunk_size(chunked_prefill_size, wrapper.page_size, default)
+        self.chunked_prefill_size = share_of_chunk(chunk, wrapper.page_size, num_data_ranks)
+        self.load_balance_method = choice("load_balance_method", load_balance_method, LOAD_BALANCE_METHODS)
         if not 0 <= small_request_share < 1:
             raise ValueError(f"small_request_share={small_request_share} must be in [0, 1); 0 reserves nothing")
         switches = {
             "enable_mixed_chunk": enable_mixed_chunk, "disable_radix_cache": disable_radix_cache,
             "radix_bigram": radix_bigram, "gather_best": gather_best, "check": check,
+            "enable_dynamic_chunking": enable_dynamic_chunking,
         }  # fmt: skip
         for name, value in switches.items():
             flag(name, value)
+        if wrapper.verifier and wrapper.verifier.drafter and enable_mixed_chunk:
+            raise ValueError(
+                "enable_mixed_chunk with speculative decoding: a drafter is told of prompts, or of running requests, in one step; "
+                "leave one of the two out"
+            )
         whole("seed", seed, -(1 << 63), (1 << 63) - 1)
-        super().__init__(
-            wrapper, schedule_policy=schedule_policy, disable_radix_cache=disable_radix_cache,
-            radix_eviction_policy=radix_eviction_policy, radix_bigram=radix_bigram, seed=seed,
-            schedule_conservativeness=schedule_conservativeness,
-        )  # fmt: skip
-        self.overlap = wrapper.tp.device.type == "cuda" if overlap is None else overlap
+        if enable_dynamic_chunking:
+            check_dynamic_chunking(wrapper.parallel.pp.size, self.chunked_prefill_size)
+        options = {
+            "schedule_policy": schedule_policy, "disable_radix_cache": disable_radix_cache,
+            "radix_eviction_policy": radix_eviction_policy, "radix_bigram": radix_bigram, "seed": seed,
+            "schedule_conservativeness": schedule_conservativeness, "num_lanes": num_lanes, "max_lane_size": max_lane_size,
+        }  # fmt: skip
+        super().__init__(wrapper, **options)
         config = wrapper.config
         self.intake = Intake(
             wrapper.tokenizer, config.vocab_size, wrapper.context_length,
-            wrapper.kv_cache.num_pages * self.page_size, self.page_size, WORDS,
+            wrapper.num_pages * self.page_size, self.page_size, WORDS,
             "context_length" if wrapper.context_length < config.max_position_embeddings else None,
         )  # fmt: skip
-        self.trace: Trace | None = None
-        self.after_step: list[Callable[[], None]] = []
-        if self.tp.rank > 0:
-            return
-        self.outcome = Outcome(self)
-        self.retraction = Retraction(self, self._settle)
-        limits = (self.chunked_prefill_size, enable_mixed_chunk, small_request_share)
-        self.admission = Admission(self, *limits, self.retraction.make_room)
-        self.grammars = GrammarManager(wrapper)
-        self.admission.gates.append(self.grammars)
-        self.step_tasks = StepTasks(self, gather_best)
-        self._queued: QueuedStep[Req] | None = None  # the step whose tokens nobody has looked at
-        self._owes_decode = False  # those that run have waited for a prefill step
-        if check:
-            self.after_step.append(partial(check_invariants, self))
-        if trace:
-            self.trace = Trace(trace, self)
-            self.after_step.append(self.trace.end)
+        others = []
+        if self.replica.rank == 0:
+            others = [DataRank(wrapper, **options, front=self, number=i) for i in range(1, num_data_ranks)]
+        self.start_loop(
+            overlap,
+            self.chunked_prefill_size,
+            enable_mixed_chunk,
+            small_request_share,
+            gather_best,
+            check,
+            trace,
+            others,
+        )
+        if enable_dynamic_chunking:
+            self._size_chunks(wrapper)
+
+    def _size_chunks(self, wrapper: TPRadixAttentionModelWrapper) -> None:
+        """The next part of a long prompt is to take as long as the first one does."""
+        base = self.chunked_prefill_size
+        cost = dynamic_chunk_sizer.measure(wrapper, base)  # on every rank: what a stage sends, the next one receives
+        if self.replica.rank == 0:
+            self.admission.next_chunk = lambda done: dynamic_chunk_sizer.next_chunk(cost, base, done, self.page_size)
 
     # --- for the user
 
@@ -157,7 +169,8 @@ class TPScheduler(SchedulerState):
     def enqueue(
         self, text: str | None, ids: list[int], params: SamplingParams, *, words: Mapping[str, Any] | None = None,
         extra_key: str | None = None, priority: int = 0, name: str | None = None,
-        routing_key: str | None = None, shows_text: bool = True, probe: bool = False,
+        routing_key: str | None = None, shows_text: bool = True, probe: bool = False, session: str | None = None,
+        handoff: Handoff | None = None, pictures: Pictures | None = None, lora_path: str | None = None,
     ) -> int:  # fmt: skip
         """What add_request does once the intake has found nothing wrong; returns the id.
 
@@ -165,23 +178,41 @@ class TPScheduler(SchedulerState):
         priority: for the schedule and the eviction policy of that name. name: the user's own, to abort it by.
         routing_key: for the schedule policy of that name. shows_text: False if others turn tokens into text, and only stop
         texts are looked for here. probe: does the engine live? Counted nowhere and cached nowhere; one at a time.
+        session: whose turn it is, of one at a time (session_memory.py). handoff: which engine does the other half (handoff.py).
+        pictures: of the prompt, which has placeholders for their rows. lora_path: name of its adapter; if there is none of this
+        name any more, the request ends with that as its error.
         """
         rid = PROBE if probe else self.num_requests
         self.num_requests += not probe
-        if self.tp.rank == 0:
+        if self.replica.rank == 0:
             seed = params.seed if params.seed is not None else int(uniform(self.seed, rid) * (1 << 24))
             ends = frozenset(params.stop_token_ids + self.wrapper.config.eos_token_ids)
             stops = frozenset(params.stop_token_ids) if params.ignore_eos else ends
             if params.grammar:
                 ends = stops = ends | self.grammars.end_ids
+            lora_id = unknown = None
+            if lora_path is not None:
+                try:
+                    lora_id = self.lora.acquire(lora_path)
+                except ValueError as error:
+                    unknown = str(error)
+            namespace = (lora_id, extra_key) if lora_id else extra_key
             needs_text = shows_text or any((words or {}).get(name) for name in ("stop", "stop_regex"))
             req = Req(
-                rid, text, ids, params, seed, extra_key, priority, name, routing_key, probe, stops=stops, held_back=ends,
+                rid, text, ids, params, seed, namespace, priority, name, routing_key, probe, session, lora_id, handoff,
+                pictures, stops=stops, held_back=ends,
                 text=AnswerText(self.wrapper.tokenizer if needs_text else None, ids, **(words or {})),
                 wanted=params.max_new_tokens,
             )  # fmt: skip
             self.grammars.start(req)
-            self.waiting.append(req)
+            rank = pick_data_rank(self.data_ranks, self.load_balance_method, rid, session)
+            req.data_rank = rank.number
+            rank.waiting.append(req)
+            if unknown:
+                rank.outcome.refuse(req, unknown)
+                return rid
+            for call in self.queued:
+                call(req)
         return rid
 
     def process_requests(self, arrivals: Callable[[int], bool] | None = None) -> dict[int, RequestOutput]:
@@ -191,16 +222,17 @@ class TPScheduler(SchedulerState):
         are to come. A ValueError of its own (a request refused) ends the run, with that error on every rank.
         """
         refused = None
-        if self.tp.rank > 0:
+        if self.replica.rank > 0:
             self.control.follow()
         else:
             try:
                 refused = self._run_to_the_end(arrivals)
             except BaseException as error:
-                self.drop_all()
-                if self.tp.size > 1 and not isinstance(error, RankFailure | KeyboardInterrupt):
+                in_step = not isinstance(error, RankFailure | KeyboardInterrupt)
+                self.drop_all(in_step)
+                if self.replica.size > 1 and in_step:
                     self.control.send_task(StopTask(self.step_number))
-                    share({"refused": f"rank 0 has stopped: {error}"}, self.tp)
+                    share({"refused": f"rank 0 has stopped: {error}"}, self.replica)
                 raise
             self.control.send_task(StopTask(self.step_number))
         return self.share_results(refused)
@@ -208,13 +240,13 @@ class TPScheduler(SchedulerState):
     def share_results(self, refused: str | None = None) -> dict[int, RequestOutput]:
         """After rank 0 has sent a StopTask: what has finished, the same on all ranks."""
         outputs, self.grown = sorted(self.results.values(), key=lambda output: output.request_id), {}
-        if self.tp.size > 1:
+        if self.replica.size > 1:
             report = share(
                 {
                     "refused": refused, "next_id": self.num_requests, "steps": self.steps, "work": self.work,
                     "outputs": [output.to_json() for output in outputs],
                 },
-                self.tp,
+                self.replica,
             )  # fmt: skip
             refused = report["refused"]
             if "outputs" in report:
@@ -236,107 +268,71 @@ class TPScheduler(SchedulerState):
             more = self.step() or coming
         return None
 
-    @property
-    def busy(self) -> bool:
-        """Is anything waiting, running or on its way?"""
-        return bool(self.unfinished or self._queued)
-
-    # --- one step (rank 0)
-
-    def step(self) -> bool:
-        """Schedule, execute, sample, account. False if there was nothing to do."""
-        if self.trace:
-            self.trace.begin()
-        self.grammars.take(self.outcome.refuse)
-        decoding = any(req.wanted for req in self.running)
-        batch = None if decoding and self._owes_decode else self.admission.next_prefill()
-        if batch and batch.reqs:
-            self._owes_decode = not self.admission.enable_mixed_chunk
-            task, emitting = self.step_tasks.prefill(batch)
-            reqs = [req for req, _ in batch.reqs] + batch.decodes
-            queued = self._queue(task, reqs, emitting, partial(self.step_tasks.prefill_queued, batch, emitting))
-        elif decoding and any(req.wanted for req in self.running):
-            self._owes_decode = False
-            queued = self._queue_decode()
-        elif self._queued is None:
-            if not self.waiting:
-                return False
-            if Answer.HELD.value not in self.held.values():
-                first = self.waiting[0].rid
-                raise AssertionError(f"request {first} cannot start although nothing runs: pages were lost")
-            time.sleep(HELD_S)
-            return True
-        else:
-            queued = None
-        if self.trace:
-            self.trace.queued()
-        self._settle()
-        self._queued = queued
-        if not self.overlap:
-            self._settle()
-        for call in list(self.after_step):  # one may take itself out
-            call()
-        return True
-
-    def _queue_decode(self) -> QueuedStep[Req]:
-        self.retraction.make_room()
-        reqs = [req for req in self.running if req.wanted]
-        if not reqs:  # room was made by looking at the last step's tokens, and they were the last
-            return QueuedStep()
-        task, emitting = self.step_tasks.decode(reqs)
-        return self._queue(task, reqs, emitting, self.step_tasks.decode_queued)
-
-    def _queue(
-        self, task: PrefillTask | DecodeTask, reqs: Sequence[Req], emitting: Sequence[Req], queued: Callable[[], None]
-    ) -> QueuedStep[Req]:
-        """Have all ranks do it for `reqs`, and draw a token for each of `emitting`; `queued` moves the lengths on."""
-        self.work["samplings"] += bool(emitting)
-        self.work["sampled"] += sum(not req.probe for req in emitting)
-        if self.trace:
-            self.trace.task(task)
-        try:
-            logits = self.control.execute(task)
-        except BaseException as error:
-            self.outcome.fail(reqs, error)
-            if self.control.tp.size > 1 or not isinstance(error, Exception):
-                raise  # the other ranks are somewhere in the middle of it; or somebody wants us to stop
-            return QueuedStep()
-        if "scored" in task.columns:
-            self.step_tasks.score_prompts(task, reqs)
-        for req in emitting:
-            req.pending += 1
-            req.wanted -= 1
-        drawn = None
-        if emitting:
-            if any(req.grammar or req.params.needs_last_token for req in emitting):
-                self._settle()  # a grammar or a penalty must know every token before the one it is for
-            drawn = self.control.sample(logits, self.step_tasks.sampling(task, emitting))
-        queued()
-        return QueuedStep(list(emitting), drawn)
-
-    def _settle(self) -> None:
-        """Look at the tokens of the step that was queued last."""
-        step, self._queued = self._queued, None
-        if step:
-            self.outcome.take(step)
-
     def abort(self, rid: int | str) -> int:
         """End a request wherever it is (rank 0, between two steps); its pages are free or in the tree at once.
 
         Returns how many there were to end. A text is the user's own name of a request, and of all its n answers.
         """
-        if not isinstance(rid, str):
-            return int(self.outcome.abort(rid))
-        ours = [r.rid for r in self.unfinished if r.name == rid or (r.name or "").startswith(f"{rid}_")]
-        return sum(map(self.outcome.abort, ours))
+        if isinstance(rid, str):
+            ours = [r for r in self.everybody if r.name == rid or (r.name or "").startswith(f"{rid}_")]
+        else:
+            ours = [r for r in self.everybody if r.rid == rid]
+        return sum(self.data_ranks[req.data_rank].outcome.abort(req.rid) for req in ours)
+
+    def pause(self, mode: str = PAUSE_MODES[0]) -> int:
+        """No step runs until `resume`, between two steps; returns how many requests it has met. On every rank that runs a script.
+
+        abort: they end; retract: their pages go to the tree, they to the queue; in_place: they keep them.
+        """
+        choice("mode", mode, PAUSE_MODES)
+        self.paused = True
+        if self.replica.rank > 0:
+            return 0
+        self.settle_all()
+        met = self.everybody
+        if mode == "abort":
+            for req in met:
+                self.abort(req.rid)
+        elif mode == "retract":
+            for rank in self.data_ranks:
+                rank.retraction.retract_all()
+        return len(met)
+
+    def resume(self) -> None:
+        self.paused = False
+
+    def refuse_to_run_while_paused(self) -> None:
+        """For whoever steps the scheduler by himself, and would wait for nothing."""
+        if self.paused:
+            raise ValueError("generation is paused, and nothing is computed; call continue_generation() first")
 
     def output_of(self, req: Req) -> RequestOutput:
         """What a request has so far; finish_reason is None while it runs."""
         return self.outcome.output_of(req)
 
-    def drop_all(self) -> None:
-        """Forget every request and what is on its way (rank 0); their pages are free or in the tree at once."""
-        for req in self.unfinished:
+    def drop_all(self, in_step: bool = True) -> None:
+        """Forget every request and what is on its way (rank 0); their pages are free or in the tree at once.
+
+        in_step: the other ranks have all been told the same; else nothing comes back from them.
+        """
+        if not in_step:
+            self.control.forget()
+        elif self._flights:  # the stages still work on them, and their logits come back in any case
+            with suppress(RankFailure):
+                self.settle_all()
+        for req in self.everybody:
             self.abort(req.rid)
-        self._queued, self.batch = None, self.empty_batch()
+        self._flights.clear()
+        self._queued = None
+        for rank in self.data_ranks:
+            rank.forget_batches()
         self.results, self.grown = {}, {}
+
+
+def _refuse_other_sizes(layout: Layout, asked: Mapping[str, int | None]) -> None:
+    for name, size in asked.items():
+        if size not in (None, getattr(layout, name)):
+            raise ValueError(
+                f"{name}_size={size}, but the wrapper's ranks are laid out as {layout}; give the same to "
+                "ParallelState.initialize, or leave it out"
+            )

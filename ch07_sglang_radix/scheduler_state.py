@@ -5,12 +5,16 @@ The scheduler (scheduler.py) is the loop over this state; who may enter, what a 
 ranks the counts alone are filled, from what rank 0 shares at the end.
 """
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
 from ch07_sglang_radix.control_plane import ControlPlane
 from ch07_sglang_radix.eviction import pick_strategy
+from ch07_sglang_radix.expert_load import ExpertLoad
+from ch07_sglang_radix.lora import LoRABook
 from ch07_sglang_radix.memory_pool import ReqToTokenPool, TokenToKVPool
 from ch07_sglang_radix.policy_names import check_policy
 from ch07_sglang_radix.radix_cache import RadixCache
@@ -29,44 +33,70 @@ Owners = Iterator[tuple[str, np.ndarray]]
 class SchedulerState:
     """Grouped by who moves it. The arguments are those of TPScheduler.
 
+    front: where it is counted, and where results come out: the first of several data ranks (data_rank.py), or this state itself.
+    number: of this data rank.
+
     Raises ValueError, on every rank alike, for a schedule or an eviction policy that is not there.
     """
 
     def __init__(
         self, wrapper: TPRadixAttentionModelWrapper, *, schedule_policy: str = "fcfs", disable_radix_cache: bool = False,
         radix_eviction_policy: str = "lru", radix_bigram: bool = False, seed: int = 0,
-        schedule_conservativeness: float = 1.0,
+        schedule_conservativeness: float = 1.0, num_lanes: int | None = None, max_lane_size: int | None = None,
+        front: "SchedulerState | None" = None, number: int = 0,
     ):  # fmt: skip
         # rank 0 alone uses them, and all refuse them: whoever went on would wait for a rank that has left
         check_policy(schedule_policy, disable_radix_cache)
         pick_strategy(radix_eviction_policy)
-        self.wrapper, self.tp, self.page_size, self.seed = wrapper, wrapper.tp, wrapper.page_size, seed
-        self.control = ControlPlane(wrapper)
+        parallel = wrapper.parallel
+        num_lanes = parallel.pp.size if num_lanes is None else num_lanes
+        if num_lanes > 1 and parallel.pp.size == 1 and parallel.replica.size > 1:
+            raise ValueError(f"num_lanes={num_lanes} for one stage of {parallel.tp.size} ranks; lanes need pp_size > 1")
+        self.wrapper, self.page_size, self.seed = wrapper, wrapper.page_size, seed
+        self.tp, self.replica = wrapper.tp, parallel.replica  # rank 0 of the replica is the will
+        self.front, self.number = front or self, number
+        if front is None:
+            self.control = ControlPlane(wrapper)
+            wrapper.set_steps_in_flight(num_lanes)
 
-        # counts
+        # counts, but for retractions of the front alone
         self.steps = {"prefill": 0, "decode": 0}
-        self.work = {"tokens": 0, "samplings": 0, "sampled": 0}  # rows fed in; steps that sampled; tokens they gave
+        # rows computed, and those of them that are no padding; steps that sampled; tokens they gave
+        self.work = {"tokens": 0, "inputs": 0, "samplings": 0, "sampled": 0}
         self.retractions = self.num_finished = self.num_requests = 0
+        self.expert_load: ExpertLoad | None = None  # of rank 0, if somebody reads it (experts/rebalancer.py)
+        self.lora: LoRABook | None = None  # of the front, if there are adapters (adapters/control.py)
         self.served = {"prompt": 0, "cached": 0}  # tokens of the prompts admitted so far, and how many were in the tree
 
-        # what has come out
+        # what others have set, of the front alone, on every rank
+        self.paused = False  # no step runs (TPScheduler.pause)
+        self.weight_version = "default"  # of the weights that compute (adapters/weight_updater.py)
+
+        # what has come out, of the front alone
         self.results: dict[int, RequestOutput] = {}
         self.grown: dict[int, Req] = {}  # who got a token since somebody has emptied this
 
         self.last_prefill: list[tuple[Req, int]] = []  # the newest prefill: who, and how many tokens computed
-        if self.tp.rank > 0:
+        if self.replica.rank > 0:
             return  # rank 0 alone has a queue, a tree and pools
 
         # pages and rows
-        self.pool = TokenToKVPool(wrapper.kv_cache)
-        self.req_to_token = ReqToTokenPool(wrapper.max_running_requests, wrapper.max_context + self.page_size)
+        self.pool = TokenToKVPool(wrapper.num_pages, wrapper.page_size)
+        nodes = wrapper.verifier.options.nodes if wrapper.verifier else 0
+        self.req_to_token = ReqToTokenPool(wrapper.max_running_requests, wrapper.max_context + nodes + self.page_size)
         self.tree = RadixCache(self.pool, self.req_to_token, disable_radix_cache, radix_eviction_policy, radix_bigram)
         self.memory = RequestMemory(self.pool, self.req_to_token, self.tree)
-        self.more_owners: list[Callable[[], Owners]] = []  # of pages, besides the free list, the requests and the tree
+        # of pages, besides the free list, the requests and the tree
+        self.more_owners: list[Callable[[], Owners]] = [self.memory.sessions.owners]
+        # of locks in the tree, besides the requests: who has a `last_node`
+        self.more_users: list[Callable[[], Iterable[Any]]] = [self.memory.sessions.slots.values]
 
         # admission
         self.policy = SchedulePolicy(schedule_policy, self.tree, seed)
         self.waiting: list[Req] = []
+        self.elsewhere: list[
+            Req
+        ] = []  # whom a wing has taken out of the queue, and brings back to it or to those that run
         self.chunked: Req | None = None  # the one request whose prompt is computed in part
         self.init_new_token_ratio = min(INIT_NEW_TOKEN_RATIO * schedule_conservativeness, 1.0)
         self.new_token_ratio = self.init_new_token_ratio
@@ -75,7 +105,41 @@ class SchedulerState:
 
         # decoding
         self.running: list[Req] = []
-        self.batch = self.empty_batch()  # of the newest decode step
+        self.lane = 0  # whose turn it is, of num_lanes: micro-batches that are on their way at once
+        self.max_lane_size = max_lane_size
+        self.batches = [self.empty_batch() for _ in range(num_lanes)]  # of each lane's newest decode step
+
+    @property
+    def num_lanes(self) -> int:
+        return len(self.batches)
+
+    @property
+    def batch(self) -> ScheduleBatch:
+        """Of the lane's newest decode step."""
+        return self.batches[self.lane]
+
+    @property
+    def in_lane(self) -> list[Req]:
+        """Who runs in the lane whose turn it is."""
+        return self.running if self.num_lanes == 1 else [req for req in self.running if req.lane == self.lane]
+
+    def room_in_lane(self) -> int | None:
+        """How many more may begin to run in this lane, so that all lanes get their share; None: there is only one."""
+        if self.num_lanes == 1:
+            return None
+        share = -(-len(self.unfinished) // self.num_lanes)
+        return max(min(share, self.max_lane_size or share) - len(self.in_lane), 0)
+
+    def even_out_lanes(self) -> None:
+        """Whoever is too many in this lane, none of whose steps is on its way, goes to the lane with the fewest."""
+        share = -(-len(self.running) // self.num_lanes)
+        for req in self.in_lane[share:]:
+            sizes = Counter(one.lane for one in self.running)
+            req.lane = min(range(self.num_lanes), key=lambda lane: sizes[lane])
+
+    def forget_batches(self) -> None:
+        """The running requests have changed in a way that no batch can follow."""
+        self.batches = [self.empty_batch() for _ in self.batches]
 
     def empty_batch(self) -> ScheduleBatch:
         return ScheduleBatch(self.memory, bool(self.wrapper.table.tile_members))
@@ -88,7 +152,7 @@ class SchedulerState:
     @property
     def unfinished(self) -> list[Req]:
         """Everybody who waits or runs."""
-        return [*self.waiting, *([self.chunked] if self.chunked else []), *self.running]
+        return [*self.waiting, *self.elsewhere, *([self.chunked] if self.chunked else []), *self.running]
 
     @property
     def decoding(self) -> list[Req]:

@@ -3,8 +3,8 @@
     pip download sglang==0.5.23 --no-deps && unzip -q sglang-0.5.23-*.whl -d sglang-0.5.23
     python -m ch07_sglang_radix.sglang_map sglang-0.5.23
 
-The README is read, and the release looked up: each line that it names must be there, and where a table says that
-something lives, a class or a function must begin. Ends with exit code 1 and the places that are not so.
+The chapter's README and its server's are read, and the release looked up: each line that they name must be there, and where
+a table says that something lives, a class or a function must begin. Ends with exit code 1 and the places that are not so.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from common.distributed.launch import run_main
 
 VERSION = "0.5.23"
 README = Path(__file__).with_name("README.md")
+SERVER_S = README.parent / "serving" / "README.md"
 MAPS = ("Where this lives in SGLang", "From here into the real source")  # sections whose tables name definitions
 REFERENCE = re.compile(r"([\w/]+\.py):(\d+)((?:(?:, | and | to )\d+)*)")
 BEGINS = re.compile(r"\s*(class|def|async def) \w")
@@ -52,8 +53,8 @@ def text_at(path: Path, line: int) -> str:
 
 
 def places_named() -> list[Place]:
-    """Every line of SGLang that the README names, anywhere."""
-    found = REFERENCE.findall(README.read_text(encoding="utf-8"))
+    """Every line of SGLang that the READMEs name, anywhere."""
+    found = [one for readme in (README, SERVER_S) for one in REFERENCE.findall(readme.read_text(encoding="utf-8"))]
     places = [(file, int(n)) for file, first, more in found for n in (first, *re.findall(r"\d+", more))]
     return list(dict.fromkeys(places + places_mapped()))
 

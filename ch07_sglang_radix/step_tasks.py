@@ -1,20 +1,24 @@
 """What a step is made of: requests -> the task that tells every rank what to do, and afterwards the numbers as if it were done.
 
 A prefill task carries prompt tokens, a decode task none: every rank has the last token of each row. Both name the pages that are
-new to the ranks' page tables. Once the task is out, `*_queued` moves every length on: the next step is made from these.
+new to the ranks' page tables. Once the task is out, `*_launched` moves every length on: the next step is made from these.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
 from ch07_sglang_radix.admission import PrefillBatch
+from ch07_sglang_radix.control_plane import ControlPlane
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.scheduler_state import SchedulerState
+from ch07_sglang_radix.step_plan import StepPlan
 from ch07_sglang_radix.tasks import DecodeTask, PrefillSequence, PrefillTask
+from ch07_sglang_radix.tp_model_wrapper import LAST_TOKEN
+from ch07_sglang_radix.verify_step import Speculation
 from common.sampling.batch import SamplingBatch
 
-LAST_TOKEN = -1  # in a prefill task: the last token of the row, which may be known to the device only
 MAX_BEST = 1024  # with a larger top_k every rank sends all its logits
 MIN_NEW_TOKEN_RATIO_FACTOR, RATIO_DECAY_STEPS = 0.14, 600  # of the ratio it begins with; SGLang's
 
@@ -27,8 +31,8 @@ class StepTasks:
 
     # --- a prefill step
 
-    def prefill(self, batch: PrefillBatch) -> tuple[PrefillTask, list[Req]]:
-        """(the task, who gets a token out of it: prompts that end in it, and the decodes that take part)."""
+    def prefill(self, batch: PrefillBatch) -> StepPlan:
+        """Who gets a token out of it: prompts that end in it, and the decodes that take part."""
         s, reqs, decodes = self.state, batch.reqs, batch.decodes
         sequences = [PrefillSequence(req.row, req.kv_len, n, int(_completes(req, n))) for req, n in reqs]
         sequences += [PrefillSequence(req.row, req.kv_len, 1, 1) for req in decodes]
@@ -38,64 +42,75 @@ class StepTasks:
         updates = s.memory.page_updates([*(req for req, _ in reqs), *decodes])
         token_ids = tuple(np.concatenate(tokens).tolist())
         scored = tuple(num_scored(req, n) for req, n in reqs) + (0,) * len(decodes)
-        columns = {"scored": scored} if any(scored) else {}
-        task = PrefillTask(s.step_number, updates, tuple(sequences), token_ids, self._best(emitting), columns)
-        return task, emitting
+        everybody = [*(req for req, _ in reqs), *decodes]
+        columns = self._columns(everybody)
+        if any(scored):
+            columns["scored"] = scored
+        if any(req.pictures for req in everybody):
+            columns["shift"] = tuple(req.pictures.shift(req.kv_len) if req.pictures else 0 for req in everybody)
+        task = PrefillTask(s.front.step_number, updates, tuple(sequences), token_ids, self._best(emitting), columns)
+        return StepPlan(
+            task, everybody, emitting, partial(self.prefill_launched, batch, emitting),
+            lambda: SamplingBatch([req.sampling_row() for req in emitting]),
+        )  # fmt: skip
 
-    def prefill_queued(self, batch: PrefillBatch, emitting: list[Req]) -> None:
+    def prefill_launched(self, batch: PrefillBatch, emitting: list[Req]) -> None:
         s = self.state
-        s.work["tokens"] += sum(n for _, n in batch.reqs) + len(batch.decodes)
-        s.steps["prefill"] += 1
         for req, n in batch.reqs:
             req.kv_len += n
             if not req.probe:
-                s.tree.cache_unfinished_req(req)
+                s.memory.share(req)
         for req in batch.decodes:
             req.kv_len += 1
-        s.running += emitting[: len(emitting) - len(batch.decodes)]
+        complete = emitting[: len(emitting) - len(batch.decodes)]
+        for req in complete:
+            req.lane = s.lane
+        s.running += complete
         if batch.decodes:
-            s.batch = s.empty_batch()  # its positions have moved on without it
+            s.forget_batches()  # its positions have moved on without it
 
     # --- a decode step
 
-    def decode(self, reqs: Sequence[Req]) -> tuple[DecodeTask, list[Req]]:
+    def decode(self, reqs: Sequence[Req]) -> StepPlan:
         """One more token for each of `reqs`; there is room for it."""
         s, batch = self.state, self.state.batch
         batch.become(reqs)
         s.memory.grow_by_a_page([req for req in batch.reqs if req.kv_len == req.allocated_len])
         updates = s.memory.page_updates(batch.reqs)
         rows, positions = tuple(batch.rows.tolist()), tuple(batch.positions.tolist())
-        return DecodeTask(s.step_number, updates, rows, positions, self._best(batch.reqs), batch.alike), batch.reqs
+        best, columns = self._best(batch.reqs), self._columns(batch.reqs)
+        task = DecodeTask(s.front.step_number, updates, rows, positions, best, batch.alike, columns)
+        return StepPlan(task, batch.reqs, batch.reqs, self.decode_launched, batch.next_sampling)
 
-    def decode_queued(self) -> None:
+    def decode_launched(self) -> None:
+        self._expect_less()
+        self.state.batch.advance()
+
+    def _expect_less(self) -> None:
+        """The longer nobody had to go back, the less the running requests are expected to need."""
         s = self.state
-        s.work["tokens"] += s.wrapper.decode_rows(len(s.batch.reqs), bool(s.batch.alike))
-        s.steps["decode"] += 1
         least = s.init_new_token_ratio * MIN_NEW_TOKEN_RATIO_FACTOR
         decay = (s.init_new_token_ratio - least) / RATIO_DECAY_STEPS
         s.new_token_ratio = max(s.new_token_ratio - decay, least)
-        s.batch.advance()
 
-    def score_prompts(self, task: PrefillTask, reqs: Sequence[Req]) -> None:
-        """Log-probabilities of prompt tokens, for those of `reqs` that ask for them. Waits for the device."""
-        asked = [
-            (req, s.cached, n) for req, s, n in zip(reqs, task.sequences, task.columns["scored"], strict=True) if n
-        ]
-        tokens = [token for req, first, n in asked for token in req.prompt_ids[first + 1 : first + 1 + n]]
-        top = [req.params.prompt_logprobs for req, _, n in asked for _ in range(n)]
-        ids = [req.params.token_ids_logprob for req, _, n in asked for _ in range(n)]
-        told = self.state.control.prompt_logprobs(tokens, top, ids)
-        for req, first, n in asked:
-            mine, told = told[:n], told[n:]
-            req.prompt_logprobs += mine[req.first_scored - first :]  # those before were not asked for, or told already
+    # --- a verify step
 
-    # --- both
+    def verify(self, speculation: Speculation) -> StepPlan | None:
+        """A run of tokens for each who wants more; None if a plain decode step is due."""
+        return speculation.plan(self._best, self._columns, self.verify_launched)
 
-    def sampling(self, task: PrefillTask | DecodeTask, emitting: Sequence[Req]) -> SamplingBatch:
-        """How to draw a token for each row that emits."""
-        if isinstance(task, DecodeTask):
-            return self.state.batch.next_sampling()
-        return SamplingBatch([req.sampling_row() for req in emitting])
+    def verify_launched(self) -> None:
+        self._expect_less()
+        self.state.forget_batches()  # how far each has come is known when the paths are
+
+    # --- all
+
+    def _columns(self, reqs: Sequence[Req]) -> dict[str, tuple[int, ...]]:
+        """What the task says of each sequence besides its row (tasks.COLUMNS)."""
+        if self.state.front.lora is None:
+            return {}
+        slots = tuple(self.state.front.lora.slots.get(req.lora_id, 0) for req in reqs)
+        return {"adapter": slots} if any(slots) else {}
 
     def _best(self, reqs: Sequence[Req]) -> int:
         """How many of its best logits each rank gives in this step; 0: all."""
@@ -106,6 +121,23 @@ class StepTasks:
             return 0
         best = max((1 if p.greedy else p.top_k for p in params), default=0)
         return best if best <= MAX_BEST else 0
+
+
+def score_prompts(control: ControlPlane, plans: Sequence[StepPlan]) -> None:
+    """Log-probabilities of prompt tokens, for those who ask for them. Waits for the device."""
+    asked = [
+        (req, sequence.cached, n)
+        for plan in plans
+        for req, sequence, n in zip(plan.reqs, plan.task.sequences, plan.task.columns["scored"], strict=True)
+        if n
+    ]
+    tokens = [token for req, first, n in asked for token in req.prompt_ids[first + 1 : first + 1 + n]]
+    top = [req.params.prompt_logprobs for req, _, n in asked for _ in range(n)]
+    ids = [req.params.token_ids_logprob for req, _, n in asked for _ in range(n)]
+    told = control.prompt_logprobs(tokens, top, ids)
+    for req, first, n in asked:
+        mine, told = told[:n], told[n:]
+        req.prompt_logprobs += mine[req.first_scored - first :]  # those before were not asked for, or told already
 
 
 def num_scored(req: Req, n: int) -> int:

@@ -11,16 +11,15 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 from ch07_sglang_radix.async_loop import SchedulerLoop
+from ch07_sglang_radix.generate_calls import Answer
 from ch07_sglang_radix.generate_request import GenerateCall, GenerateRequest
 from ch07_sglang_radix.request import RequestOutput
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tasks import StopTask
 
 Enqueue = Callable[[GenerateRequest], int]
-Answer = dict[str, Any]
 
 
 class Stream(Iterator[Answer]):
@@ -34,7 +33,7 @@ class Stream(Iterator[Answer]):
 
     def __next__(self) -> Answer:
         while not self._ready and not self.closed:
-            if self._scheduler.tp.rank > 0:
+            if self._scheduler.replica.rank > 0:
                 self._follow()
             else:
                 self._step()
@@ -44,6 +43,7 @@ class Stream(Iterator[Answer]):
 
     def _step(self) -> None:
         scheduler = self._scheduler
+        scheduler.refuse_to_run_while_paused()
         try:
             more = scheduler.step()
         except BaseException:
@@ -70,7 +70,7 @@ class Stream(Iterator[Answer]):
         """End what still runs and give everything back; safe to call twice."""
         if self.closed:
             return
-        if self._scheduler.tp.rank > 0:
+        if self._scheduler.replica.rank > 0:
             self._follow()
             return
         self.closed = True

@@ -7,8 +7,10 @@ is not here.
 import numpy as np
 import torch
 
-from ch07_sglang_radix.tasks import DecodeTask, PrefillTask
-from common.executor import Executor, first_of_each
+from ch07_sglang_radix.tasks import DecodeTask, ParallelTask, PrefillTask, VerifyTask
+from common.executor import NO_TOKENS, Executor, StepParts, first_of_each
+
+LAST_TOKEN = -1  # in a prefill step: the last token of the row, which may be known to the device only
 
 
 class TPRadixAttentionModelWrapper(Executor):
@@ -20,12 +22,54 @@ class TPRadixAttentionModelWrapper(Executor):
         Returns this rank's logits [B, V/R] of the sequences that emit a token, None if none does.
         """
         self.table.set_pages(task.updates)
-        rows, cached, new, emits = np.array(task.sequences, dtype=np.int64).T
-        scored = first_of_each(new, np.array(task.columns.get("scored", 0 * new), dtype=np.int64))
-        return self.ragged(np.array(task.token_ids, dtype=np.int64), rows, cached, new, emits, scored)
+        return self.ragged(*_ragged(task), shifts=task.columns.get("shift"), adapters=_adapters(task))
 
     def execute_decode_task(self, task: DecodeTask) -> torch.Tensor:
         """One more token for each running row: feed in its last token. Returns logits [B, V/R] of this rank."""
         self.table.set_pages(task.updates)
         rows, positions = np.array(task.rows, dtype=np.int64), np.array(task.positions, dtype=np.int64)
-        return self.decode(rows, positions, task.alike)
+        return self.decode(rows, positions, task.alike, adapters=_adapters(task))
+
+    def execute_verify_task(self, task: VerifyTask) -> torch.Tensor:
+        """One token or more for each running row: feed in its last token and guesses. Returns logits [B * N, V/R] of this rank."""
+        self.table.set_pages(task.updates)
+        rows, positions = np.array(task.rows, dtype=np.int64), np.array(task.positions, dtype=np.int64)
+        return self.verify(rows, positions, task.nodes, task.guesses, task.parents, _adapters(task))
+
+    def execute_parallel_task(self, task: ParallelTask) -> torch.Tensor | None:
+        """This data rank's part, in step with the others: the logits are of all sequences that emit, part by part.
+
+        Where one part prefills, the decodes of the others are sequences of a prefill step with one new token each.
+        """
+        own = task.parts[self.communicator.part]
+        if own:
+            self.table.set_pages(own.updates)
+        if not any(isinstance(part, PrefillTask) for part in task.parts):
+            rows, positions = (np.array(x, dtype=np.int64) for x in ((own.rows, own.positions) if own else ((), ())))
+            return self.decode(rows, positions, parts=[len(part.rows) if part else 0 for part in task.parts])
+        ragged = [_ragged(part) for part in task.parts]
+        parts = StepParts(
+            [len(tokens) for tokens, *_ in ragged],
+            [np.cumsum(new)[np.flatnonzero(emits)] - 1 for _, _, _, new, emits, _ in ragged],
+            [scored for *_, scored in ragged],
+        )  # fmt: skip
+        return self.ragged(*ragged[self.communicator.part], parts=parts)
+
+
+def _adapters(task: PrefillTask | DecodeTask | VerifyTask) -> np.ndarray | None:
+    """[B] slots, 0 for none; None if no sequence has an adapter."""
+    slots = task.columns.get("adapter")
+    return None if slots is None else np.array(slots, dtype=np.int64)
+
+
+def _ragged(task: PrefillTask | DecodeTask | None) -> tuple[np.ndarray, ...]:
+    """Executor.ragged's arguments: token ids, and per sequence its row, cached and new tokens, does it emit; what is scored."""
+    if task is None:
+        return (NO_TOKENS,) * 6
+    if isinstance(task, DecodeTask):
+        rows, cached = np.array(task.rows, dtype=np.int64), np.array(task.positions, dtype=np.int64)
+        new = np.ones_like(rows)
+        return np.full_like(rows, LAST_TOKEN), rows, cached, new, new, NO_TOKENS
+    rows, cached, new, emits = np.array(task.sequences, dtype=np.int64).T
+    scored = first_of_each(new, np.array(task.columns.get("scored", 0 * new), dtype=np.int64))
+    return np.array(task.token_ids, dtype=np.int64), rows, cached, new, emits, scored

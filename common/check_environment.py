@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "psutil", "tqdm")
+NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "pillow", "psutil", "tqdm")
 LITTLE_MEMORY, LITTLE_DISK = 2e9, 1e9  # bytes that the tests and a small model want
 SMALL, LARGE = 896, 8 << 20  # bytes of a message: an all-reduce of one token of the bundled model; one of a long prompt
 GB = 1e9
@@ -98,7 +98,7 @@ def cores() -> int:
 def speed(problems: list[str]) -> list[Row]:
     import torch  # noqa: PLC0415
 
-    from common.distributed.cost_model import Link  # noqa: PLC0415
+    from common.distributed.cost_model import Link, Sample  # noqa: PLC0415
     from common.distributed.probe import MOST_BYTES, all_reduce_seconds, bytes_per_s  # noqa: PLC0415
 
     rows = [("memory, one thread", f"{bytes_per_s(MOST_BYTES) / GB:.1f} GB/s read by matrix-vector products")]
@@ -118,7 +118,7 @@ def speed(problems: list[str]) -> list[Row]:
             problems.append(f'{name}: {str(error).splitlines()[0]}; see "Without make" in README.md')
             continue
         if device == "cpu" and large > small:
-            link = Link.fit("all_reduce", 2, (SMALL, small), (LARGE, large))
+            link = Link.fit([Sample("all_reduce", 2, SMALL, small), Sample("all_reduce", 2, LARGE, large)])
         rows.append(
             (name, f"all-reduce of {SMALL} bytes {small * 1e3:.3f} ms, of {LARGE >> 20} MiB {large * 1e3:.1f} ms")
         )

@@ -1,106 +1,189 @@
-"""Process groups, and the one place where ranks talk to each other.
+"""Who am I, and with whom can I talk: the groups of this process, made once and kept.
 
-`TPGroup` says which rank this is and whom it can talk to. Layers take it as an argument, so a notebook
-can build all R ranks of a layer in one process (`TPGroup(rank, size)` without process groups) and add up
-the partial sums by hand. `initialize_tensor_parallel` makes the real one.
+    ParallelState.initialize(tensor_parallel_size=2, pipeline_parallel_size=2)    every kind of group, see layout.py
+    initialize_tensor_parallel(2)                                                 the common case: all ranks cut each layer
 
-Four collectives, each recorded by the group's ledger under a label:
-
-    all_reduce  partial sums -> the full sum on every rank
-    all_gather  shards       -> all shards on every rank
-    gather      shards       -> all shards on rank 0
-    broadcast   rank 0's     -> every rank's
-
-Vocabulary and semantics: Megatron-LM (Shoeybi et al. 2019); vLLM and SGLang keep the same groups in a
+`TPGroup` and the collectives are in distributed/collectives.py; they are at hand here too, as vLLM and SGLang have them in a
 file of this name.
 """
 
 import atexit
 import gc
 import os
-import platform
 import sys
-import time
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from common.distributed.goodbyes import Goodbyes, next_meeting
-from common.distributed.ledger import Ledger
-from common.distributed.processes import RankFailure, fate, keep_freed_memory
+from common.distributed import collectives
+from common.distributed.collectives import (  # noqa: F401, for those who look for them here
+    CPU,
+    RankFailure,
+    Sent,
+    TPGroup,
+    all_gather,
+    all_gather_rows,
+    all_reduce,
+    all_reduce_add_norm,
+    all_reduce_together,
+    all_to_all,
+    broadcast,
+    gather,
+    health,
+    receive_from,
+    reduce_scatter,
+    send_to,
+    start_all_reduce,
+    start_exchange,
+    start_receive,
+)
+from common.distributed.devices import pick_device
+from common.distributed.fast_all_reduce import pick, quicken
+from common.distributed.layout import GROUPS, Layout, Place
+from common.distributed.processes import keep_freed_memory
+from common.distributed.rendezvous import host_number, meeting, who_tells
 from common.distributed.spawn import FRAME, LEAVE, LEAVE_S, Follower, SpawnedRanks, start_ranks
-from common.distributed.symmetric_memory import SymmetricAllReduce, meet_in_symmetric_memory
 
 CPU_TIMEOUT_S = 60.0
-CPU = torch.device("cpu")
 GPU_TIMEOUT_S = 300.0  # the first NCCL call sets up rings, the first kernels are compiled
 FOREVER = timedelta(days=365)  # that a follower waits for work: rank 0 may sit in a notebook overnight
 
 
 @dataclass(frozen=True)
-class TPGroup:
-    """This rank among its tensor-parallel peers.
+class ParallelState:
+    """The layout, this rank's place in it, and a group of each kind; of one member where the layout does not cut.
 
-    device_group carries tensors (gloo on CPU, NCCL on GPU), control_group is always gloo and carries what
-    the CPU decides. Both are None for a single process and for ranks that a notebook plays by hand.
+    Groups with the same members are one group, but for `pp`. `replica` is where one will reigns: its rank 0 decides for all.
     """
 
-    rank: int = 0
-    size: int = 1
-    device: torch.device = CPU
-    device_group: Any = None
-    control_group: Any = None
-    peers: tuple[tuple[int, int], ...] = ()  # (host, pid) of each rank, to name the one that died
-    fast_all_reduce: SymmetricAllReduce | None = None  # for small messages between GPUs of one host
-    spawned: SpawnedRanks | None = None  # rank 0 started the others: only it runs a script, they follow
-    goodbyes: Goodbyes | None = None  # torchrun started them: who shuts down says so
-    ledger: Ledger = field(default_factory=Ledger, compare=False)
+    layout: Layout
+    place: Place
+    world: TPGroup
+    replica: TPGroup
+    tp: TPGroup
+    pp: TPGroup
+    dp: TPGroup
+    attn_tp: TPGroup
+    attn_dp: TPGroup
+    cp: TPGroup
+    ep: TPGroup
+    moe_tp: TPGroup
 
-    def __post_init__(self):
-        if not 0 <= self.rank < self.size:
-            raise ValueError(f"rank={self.rank} is outside 0..{self.size - 1} (size={self.size})")
+    @classmethod
+    def of(cls, tp: TPGroup) -> "ParallelState":
+        """Tensor parallelism alone, over this group; also one that a notebook plays by hand."""
+        layout = Layout(tp.size)
+        return cls._with({"tp": tp}, layout, layout.place(tp.rank), tp)
+
+    def groups(self) -> tuple[TPGroup, ...]:
+        return (self.world, *(getattr(self, kind) for kind in GROUPS))
+
+    def process_groups(self) -> list[Any]:
+        both = (p for group in self.groups() for p in (group.device_group, group.control_group))
+        return list(dict.fromkeys(p for p in both if p is not None))
+
+    @classmethod
+    def _with(cls, made: dict[str, TPGroup], layout: Layout, place: Place, world: TPGroup) -> "ParallelState":
+        alone = replace(world, rank=0, size=1, device_group=None, control_group=None, fast_all_reduce=None,
+                        ranks=(place.rank,))  # fmt: skip
+        groups = {}
+        for kind in GROUPS:
+            same = layout.group_of(kind, place.rank) == list(range(layout.world))
+            groups[kind] = made.get(kind) or (world if same else alone)
+        return cls(layout, place, world, **groups)
+
+    @classmethod
+    def initialize(
+        cls, tensor_parallel_size: int | None = None, pipeline_parallel_size: int = 1, data_parallel_size: int = 1,
+        expert_parallel_size: int = 1, context_parallel_size: int = 1, world_size: int | None = None, *,
+        attention_data_parallel_size: int = 1, device: str = "auto", timeout_s: float | None = None,
+        disable_custom_all_reduce: bool = False, all_reduce: str = "auto",  # noqa: F811, the flag's name
+        follower: Follower | None = None,
+    ) -> "ParallelState":  # fmt: skip
+        """Join all groups of the layout; the tensor-parallel size is by default what is left of the world.
+
+        data_parallel_size: whole replicas. Expert, context and attention-data parallelism are cut inside the tensor-parallel
+        ranks and do not multiply. world_size: as many as torchrun started; given, it is checked.
+
+        Without torchrun there is one rank, no process group and no communication, unless a `follower` says what other ranks
+        would do: then they are started here (spawn.py), and end with this process or when others are started; its `node` says
+        that this is one of several hosts, each of which starts its own (nodes.py). Under torchrun address and port come from
+        its environment. A collective that a peer does not answer within `timeout_s` (default 60 s on CPU) raises RankFailure.
+        Between GPUs of one host small all-reduces go through symmetric memory (symmetric_memory.py), unless
+        `disable_custom_all_reduce`; all others through NCCL. all_reduce="shm": CPU ranks of one host add up in shared memory
+        (shared_memory.py); "auto" is gloo for them.
+
+        Raises ValueError, with the nearest legal sizes, if the layout is not the processes that run, or if ranks cannot share
+        the memory that was asked for.
+        """
+        sizes = (tensor_parallel_size, pipeline_parallel_size, data_parallel_size)
+        cuts = {"attn_dp": attention_data_parallel_size, "cp": context_parallel_size, "ep": expert_parallel_size}
+        world, joined = _world_size()
+        if follower is not None and not joined:
+            world = world_size  # those that are started here; None: as many as the sizes say
+        elif world_size not in (None, world):
+            raise ValueError(f"world_size={world_size} but {world} process(es) run; leave it out, or start as many")
+        layout = Layout.of(*sizes, **cuts, world=world)
+        return _start(layout, device, timeout_s, disable_custom_all_reduce, all_reduce, None if joined else follower)
 
 
-_tp: TPGroup | None = None  # the process's own group; read at the outer API only, never inside a layer
+_state: ParallelState | None = None  # the process's own; read at the outer API only, never inside a layer
 _spawned: SpawnedRanks | None = None  # of the group there is now, if rank 0 started its ranks
-_failed = False  # a message did
 _own_world = False  # torch.distributed was initialized here, and not by whoever uses this module
 
 
 def initialize_tensor_parallel(
     tensor_parallel_size: int | None = None, device: str = "auto", timeout_s: float | None = None,
-    disable_custom_all_reduce: bool = False, follower: Follower | None = None,
+    disable_custom_all_reduce: bool = False, all_reduce: str = "auto",  # noqa: F811, the flag's name
+    follower: Follower | None = None, expert_parallel: bool = False,
 ) -> TPGroup:  # fmt: skip
-    """Join the group of `tensor_parallel_size` ranks (default: as many as torchrun started).
+    """Join the group of `tensor_parallel_size` ranks (default: as many as torchrun started): ParallelState.initialize has all else.
 
-    Without torchrun there is one rank, no process group and no communication, unless a `follower` says what other ranks
-    would do: then they are started here (spawn.py), and end with this process or when others are started. The address
-    and the port come from torchrun's environment, never from here. A collective that a peer does not answer within
-    `timeout_s` (default 60 s on CPU) raises RankFailure. Between GPUs of one host small all-reduces go through symmetric
-    memory (symmetric_memory.py), unless `disable_custom_all_reduce`; all others through NCCL.
-
+    expert_parallel: experts are dealt out over all of them, as vLLM does; get_parallel_state has the groups.
     Raises ValueError if the size is not the number of processes that run.
     """
-    global _tp, _spawned
-    leading = _spawned is not None and bool(_spawned.processes)  # ranks of an earlier start follow this process
-    joined = dist.is_initialized() and not leading
-    world = dist.get_world_size() if joined else int(os.environ.get("WORLD_SIZE", "1"))
+    world, joined = _world_size()
     size = world if tensor_parallel_size is None else tensor_parallel_size
-    alone = not joined and "WORLD_SIZE" not in os.environ
-    spawning = follower is not None and alone and isinstance(size, int) and size > 1
+    spawning = follower is not None and not joined and isinstance(size, int) and size > 1
     if size != world and not spawning:
         raise ValueError(
             f"tensor_parallel_size={size} but {world} process(es) run; start the script with "
             f"torchrun --nproc_per_node={size}, or ask for tensor_parallel_size={world}"
         )
+    started = follower if spawning else None
+    layout = Layout.of(size, ep=size if expert_parallel else 1)
+    return _start(layout, device, timeout_s, disable_custom_all_reduce, all_reduce, started).tp
+
+
+def _leading() -> bool:
+    """Do ranks of an earlier start follow this process?"""
+    return _spawned is not None and _spawned.started_here
+
+
+def _world_size() -> tuple[int, bool]:
+    """(processes that run together, have they been started or joined by others: torchrun, or rank 0)."""
+    if dist.is_initialized() and not _leading():
+        return dist.get_world_size(), True
+    return int(os.environ.get("WORLD_SIZE", "1")), "WORLD_SIZE" in os.environ
+
+
+def _start(
+    layout: Layout, device: str, timeout_s: float | None, no_custom: bool, how: str, follower: Follower | None
+) -> ParallelState:
+    global _state, _spawned
+    size, spawning = layout.world, follower is not None and layout.world > 1
+    leading = _leading()
     rank = int(os.environ.get("RANK", "0"))
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    where = pick_device(device, int(os.environ.get("LOCAL_RANK", rank)), ranks_here)
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    if spawning and follower.node:
+        here = follower.node.ranks(size)
+        rank, ranks_here, local_rank = here.start, len(here), 0
+    where = pick_device(device, local_rank, ranks_here)
+    fast = pick(how, no_custom, where.type)
     if where.type == "cpu":
         # R ranks x several threads on the same cores made each collective 20 to 45 times slower
         torch.set_num_threads(1)
@@ -108,54 +191,64 @@ def initialize_tensor_parallel(
     else:
         torch.cuda.set_device(where)
     if leading and not spawning:  # one rank beside them, which talks to nobody
-        return TPGroup(device=where)
+        return ParallelState.of(TPGroup(device=where))
     timeout = timedelta(seconds=timeout_s or (CPU_TIMEOUT_S if where.type == "cpu" else GPU_TIMEOUT_S))
     if spawning:
         shutdown_tensor_parallel()
-        _spawned = start_ranks(follower, size)
+        _spawned = start_ranks(follower, size, f"tensor_parallel_size={size}" if layout.tp == size else f"{layout}")
     if size == 1:
-        _tp = TPGroup(device=where)
-        return _tp
+        _state = ParallelState.of(TPGroup(device=where))
+        return _state
     try:
-        _tp = _join(rank, size, where, timeout, disable_custom_all_reduce)
+        _state = _join(layout, rank, where, timeout, fast)
     except BaseException:  # Ctrl-C too: nobody would end the ranks that wait
         if spawning:
             shutdown_tensor_parallel()
         raise
     atexit.unregister(_leave_at_exit)
     atexit.register(_leave_at_exit)
-    return _tp
+    return _state
 
 
 def become_follower(ranks: SpawnedRanks, rank: int) -> None:
     """In a process that rank 0 has started: initialize_tensor_parallel will join these ranks, as it joins torchrun's."""
     global _spawned
     _spawned = ranks
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks.size), LOCAL_WORLD_SIZE=str(ranks.size)
-    )
+    local = {"LOCAL_RANK": rank - ranks.first, "LOCAL_WORLD_SIZE": len(ranks.here)}
+    os.environ.update({name: str(n) for name, n in {"RANK": rank, "WORLD_SIZE": ranks.size, **local}.items()})
 
 
 def get_tensor_parallel(device: str = "auto") -> TPGroup:
     """The group of this process; made on the spot if initialize_tensor_parallel has not been called."""
-    return _tp or initialize_tensor_parallel(device=device)
+    return _state.tp if _state else initialize_tensor_parallel(device=device)
 
 
-def shutdown_tensor_parallel(tp: TPGroup | None = None) -> None:
+def get_parallel_state(device: str = "auto") -> ParallelState:
+    """What initialize has made; without it tensor parallelism over all processes."""
+    if _state is None:
+        initialize_tensor_parallel(device=device)
+    return _state
+
+
+def shutdown_tensor_parallel(tp: TPGroup | None = None, error: BaseException | None = None) -> None:
     """Leave the group; safe to call twice. Drop the engine first: its CUDA graphs use the group.
 
     With `tp` only if the process is in that one: a later start has a group of its own. Ranks that were started here
-    end. A world that somebody else initialized stays.
+    end. A world that somebody else initialized stays. error: what this rank leaves with, for the others to name.
     """
-    global _tp, _spawned, _own_world
-    if tp is not None and tp is not _tp:
+    global _state, _spawned, _own_world
+    if tp is not None and (_state is None or tp is not _state.tp):
         return
-    tp, _tp = _tp, None
-    spawned, _spawned = (_spawned, None) if _spawned and _spawned.processes else (None, _spawned)
-    if spawned:
-        _dismiss(spawned, tp)
+    state, _state = _state, None
+    tp = state.world if state else None
+    spawned, _spawned = (_spawned, None) if _leading() else (None, _spawned)
+    if spawned and spawned.first == 0:
+        _dismiss(spawned, state)
     if tp is not None and tp.goodbyes:
-        tp.goodbyes.say()
+        tp.goodbyes.say(error)
+    for group in state.groups() if state else ():
+        if group.fast_all_reduce:
+            group.fast_all_reduce.close()
     if tp is not None and tp.device.type == "cuda":
         # NCCL waits for captured graphs that hold its communicator, and the next engine needs the memory: garbage goes first
         gc.collect()
@@ -164,8 +257,8 @@ def shutdown_tensor_parallel(tp: TPGroup | None = None) -> None:
         dist.destroy_process_group()
         _own_world = False
     elif tp is not None and tp.size > 1 and dist.is_initialized():
-        dist.destroy_process_group(tp.device_group)
-        dist.destroy_process_group(tp.control_group)
+        for group in state.process_groups():
+            dist.destroy_process_group(group)
     if spawned:
         spawned.close()
 
@@ -174,166 +267,81 @@ def _leave_at_exit() -> None:
     """For a script that ends without shutdown: the threads of a gloo group that is still there abort the process now and
     then. Not after a message has failed: a group that misses a member may never end; nor after an exception, whose end is no
     goodbye. A joined NCCL group ends by itself."""
-    in_order = not _failed and not hasattr(sys, "last_type")
-    if _tp and (_spawned or (_tp.device.type == "cpu" and in_order)):
+    in_order = not health.failed and not hasattr(sys, "last_type")
+    if _state and (_spawned or (_state.world.device.type == "cpu" and in_order)):
         shutdown_tensor_parallel()
 
 
-def _dismiss(spawned: SpawnedRanks, tp: TPGroup | None) -> None:
-    """Tell the followers to leave; end those that cannot hear it."""
+def _dismiss(spawned: SpawnedRanks, state: ParallelState | None) -> None:
+    """Tell the followers to leave, in the way in which they hear of work; end those that cannot hear it."""
     frame = torch.zeros(FRAME, dtype=torch.int64)
     frame[0] = LEAVE
     try:
-        if spawned.broken or tp is None:
+        if spawned.broken or state is None:
             raise RankFailure("out of step")
-        group = tp.control_group
-        left = dist.broadcast(frame, group_src=0, group=group, async_op=True)  # COMM broadcast [FRAME]: no more work
-        left.wait(timedelta(seconds=LEAVE_S))
+        group, left = state.replica.control_group, []
+        if state.pp.size > 1:
+            for rank in range(1, state.replica.size):
+                one = dist.isend(frame, group_dst=rank, group=group)  # COMM send [FRAME]: no more work
+                left.append(one)
+        else:
+            one = dist.broadcast(frame, group_src=0, group=group, async_op=True)  # COMM broadcast [FRAME]: no more work
+            left.append(one)
+        for one in left:
+            one.wait(timedelta(seconds=LEAVE_S))
     except RuntimeError:  # dead, or in the middle of a step that this process was torn out of
         spawned.kill()
 
 
-def pick_device(device: str, local_rank: int = 0, ranks: int = 1) -> torch.device:
-    """auto | cpu | cuda -> this rank's device. Raises ValueError if there is no such GPU.
-
-    `ranks` on this host must all land on the same kind: auto takes GPUs only if there is one for each.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.device_count() >= max(ranks, local_rank + 1) else "cpu"
-    if device == "cpu":
-        return torch.device("cpu")
-    if device != "cuda":
-        raise ValueError(f"device={device!r} is unknown; use auto, cpu or cuda")
-    if torch.cuda.device_count() < max(ranks, local_rank + 1):
-        raise ValueError(
-            f"device=cuda but local rank {local_rank} finds {torch.cuda.device_count()} GPU(s) for {ranks} "
-            f"rank(s); one process drives one GPU: start fewer ranks or use the CPU (--force-cpu, device=cpu)"
-        )
-    return torch.device("cuda", local_rank)
-
-
-def _join(rank: int, size: int, device: torch.device, timeout: timedelta, disable_custom_all_reduce: bool) -> TPGroup:
-    global _own_world, _failed
-    _failed = False
-    backend = "gloo" if device.type == "cpu" else "nccl"
-    goodbyes = None
+def _join(layout: Layout, rank: int, device: torch.device, timeout: timedelta, fast: str) -> ParallelState:
+    global _own_world
+    health.failed = False
+    size, backend = layout.world, "gloo" if device.type == "cpu" else "nccl"
+    store = None
     if not dist.is_initialized():
-        store = dist.FileStore(_spawned.meet(rank), size) if _spawned else next_meeting(timeout)
+        store = meeting(_spawned, rank, timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         _own_world = True
-        goodbyes = None if _spawned else Goodbyes(store, rank)
     device_group = dist.new_group(backend=backend, timeout=timeout)
-    control_group = dist.new_group(backend="gloo", timeout=FOREVER if _spawned and rank > 0 else timeout)
-    me = torch.tensor([zlib.crc32(platform.node().encode()), os.getpid()])
+    patience = FOREVER if _spawned and rank > 0 else timeout
+    control_group = dist.new_group(backend="gloo", timeout=patience)
+    me = torch.tensor([host_number(_spawned), os.getpid()])
     everyone = [torch.empty_like(me) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, me, group=control_group)  # COMM all-gather [2]: host and pid, to name a rank that dies
     peers = tuple((int(host), int(pid)) for host, pid in everyone)
-    fast = None
-    if device.type == "cuda" and not disable_custom_all_reduce:
-        fast = meet_in_symmetric_memory(device, device_group, control_group, peers, _spawned is not None)
-    return TPGroup(dist.get_rank(), len(peers), device, device_group, control_group, peers, fast, _spawned, goodbyes)
+    members, goodbyes = who_tells(store, _spawned, rank, peers)
+    world = TPGroup(
+        dist.get_rank(), len(peers), device, device_group, control_group, peers, None, _spawned, goodbyes, members
+    )
+    place = layout.place(world.rank)
+    made: dict[str, TPGroup] = {}
+    for kind in GROUPS:
+        groups = layout.groups(kind)
+        # hidden states have a group of their own: on a GPU the messages between two ranks of one group wait for each other, and
+        # those that go up the stages must not wait for logits that come back
+        same = next((other for other in made if layout.groups(other) == groups), None) if kind != "pp" else None
+        if same:
+            made[kind] = made[same]
+        elif len(groups[0]) > 1 and (len(groups) > 1 or kind == "pp"):
+            made[kind] = _join_groups(groups, world, backend, timeout)
+    made, world = quicken(made, world, layout, fast, patience.total_seconds())
+    return ParallelState._with(made, layout, place, world)
 
 
-# --- the collectives: one rank alone has nothing to say, so R = 1 returns its input and records nothing
+def _join_groups(groups: list[list[int]], world: TPGroup, backend: str, timeout: timedelta) -> TPGroup:
+    """This rank's group of those of one kind. Every rank makes all of them, in the same order."""
+    mine = None
+    for ranks in groups:
+        device_group = dist.new_group(ranks, backend=backend, timeout=timeout)
+        control_group = dist.new_group(ranks, backend="gloo", timeout=timeout)
+        if world.rank in ranks:
+            mine = replace(
+                world, rank=ranks.index(world.rank), size=len(ranks), device_group=device_group,
+                control_group=control_group, ranks=tuple(ranks),
+            )  # fmt: skip
+    return mine
 
 
-def all_reduce(x: torch.Tensor, tp: TPGroup, label: str) -> torch.Tensor:
-    """x [...] partial on each rank -> the sum, equal on every rank. Go on with the result: x may be overwritten."""
-    if tp.size == 1:
-        return x
-    if tp.fast_all_reduce and tp.fast_all_reduce.fits(x):
-        return _communicate("all_reduce", x, tp, label, lambda group: tp.fast_all_reduce(x))
-    _communicate("all_reduce", x, tp, label, lambda group: dist.all_reduce(x, group=group))
-    return x
-
-
-def start_all_reduce(x: torch.Tensor, tp: TPGroup, label: str) -> Callable[[], torch.Tensor]:
-    """Begin the sum of x [...] and compute something else; what comes back waits for it and returns it. Leave x alone till then."""
-    if tp.size == 1:
-        return lambda: x
-    work = _communicate("all_reduce", x, tp, label, lambda group: dist.all_reduce(x, group=group, async_op=True))
-
-    def wait() -> torch.Tensor:
-        _call(work.wait, "all_reduce", x, tp, label)
-        return x
-
-    return wait
-
-
-def all_gather(x: torch.Tensor, tp: TPGroup, label: str) -> list[torch.Tensor]:
-    """x [...] -> [x of rank 0, x of rank 1, ...] on every rank."""
-    if tp.size == 1:
-        return [x]
-    parts = [torch.empty_like(x) for _ in range(tp.size)]
-    _communicate("all_gather", x, tp, label, lambda group: dist.all_gather(parts, x, group=group))
-    return parts
-
-
-def gather(x: torch.Tensor, tp: TPGroup, label: str) -> list[torch.Tensor] | None:
-    """x [...] -> [x of rank 0, x of rank 1, ...] on rank 0, None elsewhere."""
-    if tp.size == 1:
-        return [x]
-    parts = [torch.empty_like(x) for _ in range(tp.size)] if tp.rank == 0 else None
-    _communicate("gather", x, tp, label, lambda group: dist.gather(x, parts, group_dst=0, group=group))
-    return parts
-
-
-def broadcast(x: torch.Tensor, tp: TPGroup, label: str) -> torch.Tensor:
-    """x [...] of rank 0 -> x on every rank. In place."""
-    if tp.size > 1:
-        _communicate("broadcast", x, tp, label, lambda group: dist.broadcast(x, group_src=0, group=group))
-    return x
-
-
-def _communicate(op: str, x: torch.Tensor, tp: TPGroup, label: str, call: Callable[[Any], Any]) -> Any:
-    """Record the message, send it over the group that fits its device, and name the rank that failed it."""
-    group = tp.control_group if x.device.type == "cpu" else tp.device_group
-    if group is None:
-        raise ValueError(
-            f"{op} {label!r}: rank {tp.rank} of {tp.size} has no process group; start with torchrun and "
-            f"initialize_tensor_parallel({tp.size}), or add up the partial results by hand (reduce_results=False)"
-        )
-    if tp.spawned and tp.spawned.ended:
-        raise RankFailure(f"rank {tp.rank}: {op} {label!r}: the other ranks have ended; make a new engine")
-    tp.ledger.record(op, label, x)
-    return _call(lambda: call(group), op, x, tp, label)
-
-
-def _call(send: Callable[[], Any], op: str, x: torch.Tensor, tp: TPGroup, label: str) -> Any:
-    try:
-        return send()
-    except RuntimeError as error:
-        global _failed
-        _failed = True
-        if tp.spawned:
-            tp.spawned.broken = True
-        if tp.goodbyes:
-            tp.goodbyes.bereaved = True
-        why, known = _blame(tp, error)
-        said = f"rank {tp.rank}: {op} {label!r} {list(x.shape)} failed: {why}"
-        raise RankFailure(said) from None if known else error  # the backend has nothing to add to a rank that is named
-
-
-def _blame(tp: TPGroup, error: Exception) -> tuple[str, bool]:
-    """Which peer is gone, and whether one is known to be: the backend names a socket, a reader wants a rank."""
-    deadline = time.monotonic() + 2.0  # a dying process closes its sockets a moment before it is gone
-    while time.monotonic() < deadline:
-        if lost := lost_peer(tp):
-            return lost, True
-        if tp.goodbyes and (left := [rank for rank in range(tp.size) if tp.goodbyes.said_by(rank)]):
-            return f"rank {left[0]} has left and makes no such call; every rank must make the same calls", True
-        time.sleep(0.02)
-    return f"no peer on this host is dead, so one is stuck or unreachable ({str(error).splitlines()[0]})", False
-
-
-def lost_peer(tp: TPGroup | None = None) -> str | None:
-    """ "rank 1 (pid 4711) has died", if a peer on this host has; None if all of them run."""
-    tp = tp or _tp
-    for rank, (host, pid) in enumerate(tp.peers if tp else ()):
-        if rank != tp.rank and host == tp.peers[tp.rank][0] and (what := fate(pid)):
-            if tp.spawned and tp.spawned.died_of_another(rank):  # whose end may take the system longer
-                continue
-            if tp.goodbyes and tp.goodbyes.said_by(rank):  # its end was no death
-                continue
-            return f"rank {rank} (pid {pid}) {what}{tp.spawned.last_words(rank) if tp.spawned else ''}"
-    return None
+def lost_peer() -> str | None:
+    """ "rank 1 (pid 4711) has died", if a peer on this host has; None if all of them run, or there are none."""
+    return collectives.lost_peer(_state.world) if _state else None

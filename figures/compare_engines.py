@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ch06_tp_vllm.bench_throughput import serve, workload
 from ch06_tp_vllm.llm_engine import LLMEngine
 from ch07_sglang_radix import Engine
-from ch07_sglang_radix.benchmarks.bench_gpu import Workloads
+from ch07_sglang_radix.benchmarks.gpu_workloads import Workloads
 from common.distributed.launch import run_main
 from common.models.published_configs import shared_random_weights
 from common.parallel_state import initialize_tensor_parallel

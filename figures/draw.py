@@ -14,9 +14,20 @@ batching.svg          <- batching.csv          python ch06_tp_vllm/demo_8_schedu
 messages.svg          <- messages.csv          torchrun --nproc_per_node=2 -m ch06_tp_vllm.record_messages figures/messages.csv
 overlap_gaps.svg      <- bench_gpu_*.csv       make bench-gpu PART=small | large | large-tp2
 prefix.svg            <- bench_prefix.csv      python -m ch07_sglang_radix.benchmarks.bench_prefix
+load_balance.svg      <- load_balance.csv      python -m ch07_sglang_radix.benchmarks.bench_load_balance --scale 0.5
 control_plane.svg     <- control_plane.csv     torchrun --nproc_per_node=2 ch07_sglang_radix/benchmarks/bench_control_plane.py
                                                    --published Qwen2.5-0.5B
                          control_plane_gpu.csv the same on two GPUs, --out figures/control_plane_gpu.csv
+experts_forms.svg     <- experts_forms.csv     python -m ch07_sglang_radix.benchmarks.bench_experts --part forms
+                         experts_kernels.csv   the same on a GPU, --part kernels; left out while it is not there
+pipeline.svg          <- pipeline.csv          torchrun --nproc_per_node=2 ch07_sglang_radix/parallelism/demo_3_pipeline_timeline.py
+                                                   --csv figures/pipeline.csv
+all_reduce_cpu.svg    <- all_reduce_cpu.csv, all_reduce_decode.csv     python -m common.distributed.bench_all_reduce
+links.svg             <- links.csv             python -m common.distributed.measure_links --nproc 2 3 4
+disaggregation.svg    <- disaggregation.csv    python -m ch07_sglang_radix.benchmarks.bench_disaggregation --rounds 3
+                                                   --prompts 100 400 800 --count 4 --every 0.8 --tokens 1900
+speculation.svg       <- speculation.csv       python ch07_sglang_radix/speculative/demo_5_who_guesses.py --batches 1 4 16 64
+                                                   --rounds 3 --csv figures/speculation.csv
 """
 
 import csv
@@ -29,6 +40,8 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Patch, Rectangle
+
+from common.distributed.cost_model import Link, Sample
 
 HERE = Path(__file__).parent
 BLUE, ORANGE, GREY, GREEN, RED = "#4c72b0", "#dd8452", "#999999", "#55a868", "#c44e52"
@@ -379,6 +392,35 @@ def prefix():
     return figure
 
 
+def load_balance():
+    """What each policy finds in the replicas' trees, and how much of the work the fullest replica gets."""
+    rows = read("load_balance.csv")
+    workloads, policies = (list(dict.fromkeys(row[name] for row in rows)) for name in ("workload", "policy"))
+    colours = dict(zip(policies, (GREY, PALE_GREY, BLUE, PALE_BLUE, PALE_ORANGE, GREEN, ORANGE), strict=True))
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True)
+    for n, workload in enumerate(workloads):
+        mine = [row for row in rows if row["workload"] == workload]
+        best = float(mine[0]["one tree %"])
+        axes[0].plot([best, best], [n - 0.05, n + 0.8], color=RED, linewidth=1, label="one tree" if n == 0 else None)
+        for i, row in enumerate(mine):
+            at = n + 0.8 * i / len(policies)
+            for axis, column in zip(axes, ("hit %", "imbalance"), strict=True):
+                label = row["policy"] if n == 0 else None
+                axis.barh(at, float(row[column]), 0.75 / len(policies), color=colours[row["policy"]], label=label)
+    axes[0].set_yticks([n + 0.35 for n in range(len(workloads))], workloads, fontsize=8)
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel("prompt tokens found, %")
+    axes[1].set_xlabel(f"work of the fullest of {rows[0]['replicas']} replicas, in even shares")
+    axes[1].axvline(1, color=GREY, linewidth=0.8)
+    axes[0].legend(fontsize=7, loc="upper center", bbox_to_anchor=(1.0, -0.13), ncol=4)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"{rows[0]['replicas']} replicas of the bundled model, {rows[0]['device']}, {rows[0]['date']}", fontsize=10
+    )
+    return figure
+
+
 def control_plane():
     """Microseconds of a decode step that go into deciding and telling, by phase, in both designs, on a CPU and on GPUs."""
     tables = [read("control_plane.csv"), read("control_plane_gpu.csv")]
@@ -417,9 +459,209 @@ def _control_plane_of(axis, rows):
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def all_reduce_cpu():
+    """A message of each size through gloo and through shared memory; and a decode step that sends 2L + 1 small ones."""
+    rows, steps = read("all_reduce_cpu.csv"), read("all_reduce_decode.csv")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for way, colour in (("gloo", ORANGE), ("shm", BLUE)):
+        mine = [row for row in rows if row["way"] == way]
+        sizes, low, middle, high = ([float(row[key]) for row in mine] for key in ("bytes", "lowest", "us", "highest"))
+        axes[0].fill_between(sizes, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes[0].plot(sizes, middle, color=colour, marker=".", label=way)
+        here = [row for row in steps if row["way"] == way]
+        y = [i + (0.2 if way == "shm" else -0.2) for i in range(len(here))]
+        values = [float(row["ms"]) for row in here]
+        ends = [[v - float(r["lowest"]) for v, r in zip(values, here, strict=True)],
+                [float(r["highest"]) - v for v, r in zip(values, here, strict=True)]]  # fmt: skip
+        axes[1].barh(y, values, 0.38, color=colour, xerr=ends, error_kw={"elinewidth": 0.8})
+    axes[0].set(xscale="log", yscale="log", xlabel="bytes of the message", ylabel="us")
+    axes[0].legend(fontsize=8)
+    names = list(dict.fromkeys(f"{row['step']},\n{row['sums a step']} sums" for row in steps))
+    axes[1].set_yticks(range(len(names)), names, fontsize=8)
+    axes[1].invert_yaxis()
+    axes[1].set_xscale("log")
+    axes[1].set_xlabel("ms a decode step: median, lowest and highest round")
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{rows[0]['ranks']} ranks on one host, {rows[0]['device']}, {rows[0]['date']}", fontsize=10)
+    return figure
+
+
+# --- experts
+
+
+def experts_forms():
+    """A layer's three forms: how many times as fast as a loop over the experts, by tokens a step. And what has been claimed."""
+    panels = {}
+    for row in read("experts_forms.csv"):
+        shape = f"{row['layer']}\n{row['device']}, {row['threads']} thread, {row['date']}"
+        panels.setdefault(shape, {}).setdefault(row["form"], {})[row["tokens"]] = float(row["ms"])
+    if (HERE / "experts_kernels.csv").exists():
+        for row in read("experts_kernels.csv"):
+            forms = panels.setdefault(f"{row['layer']}\n{row['device']}, {row['date']}", {})
+            for form in ("loop", "grouped", "triton"):
+                forms.setdefault(form, {})[row["tokens"]] = float(row[f"{form} us"])
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.2), squeeze=False, layout="constrained")
+    colours = {"loop": GREY, "grouped": BLUE, "triton": GREEN}
+    for axis, (shape, forms) in zip(axes[0], panels.items(), strict=True):
+        loop = forms["loop"]
+        for n, (form, times) in enumerate(forms.items()):
+            at = [i + 0.8 * n / len(forms) for i in range(len(loop))]
+            axis.bar(
+                at, [loop[t] / times[t] for t in loop], 0.75 / len(forms), align="edge", color=colours[form], label=form
+            )
+        for said, factor in (("claimed: packed", 2.5), ("claimed: fused", 4.0)):
+            axis.axhline(factor, color=RED, linewidth=0.8, linestyle="--")
+            axis.text(len(loop), factor, said, fontsize=7, color=RED, va="bottom", ha="right")
+        axis.set_xticks([i + 0.4 for i in range(len(loop))], loop)
+        axis.set_xlabel("tokens a step")
+        axis.set_title(shape, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("times as fast as the loop")
+    axes[0][0].legend(fontsize=7, loc=(0.02, 0.66))  # between the two claims
+    return figure
+
+
+# --- what messages cost
+
+
+def links():
+    """Operations by size, measured, and the cost model's line through them: a link an operation and number of ranks."""
+    rows = read("links.csv")
+    sizes = list(dict.fromkeys(row["ranks"] for row in rows))
+    ops = list(dict.fromkeys(row["op"] for row in rows))
+    colours = dict(zip(ops, (BLUE, ORANGE, GREEN, RED, GREY, PALE_BLUE, PALE_ORANGE, "black"), strict=True))
+    figure, axes = plt.subplots(
+        1, len(sizes), figsize=(3.6 * len(sizes) + 1, 3.8), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, ranks in zip(axes[0], sizes, strict=True):
+        errors = []
+        for op in ops:
+            samples = [
+                Sample(op, int(ranks), int(row["bytes"]), float(row["us"]))
+                for row in rows
+                if (row["op"], row["ranks"]) == (op, ranks)
+            ]
+            link, nbytes = Link.fit(samples), [sample.nbytes for sample in samples]
+            errors.append(link.error(samples))
+            axis.plot(nbytes, [s.seconds for s in samples], "o", color=colours[op], markersize=4)
+            axis.plot(
+                nbytes, [link.seconds(op, n, int(ranks)) for n in nbytes], color=colours[op], linewidth=1, label=op
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks([2**k for k in (8, 12, 16, 20)], ["256 B", "4 KiB", "64 KiB", "1 MiB"], fontsize=8)
+        axis.set_title(
+            f"R = {ranks}: the model is off by {100 * min(errors):.0f} to {100 * max(errors):.0f} %", fontsize=9
+        )
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("us, measured (dots) and modelled (lines)", fontsize=8)
+    axes[0, 0].legend(fontsize=7)
+    figure.supxlabel(
+        f"bytes of a rank's tensor; {rows[0]['device']}, torch {rows[0]['torch']}, {rows[0]['date']}", fontsize=8
+    )
+    return figure
+
+
+def pipeline():
+    """When each stage computes which micro-batch: measured, and the schedules of training, computed."""
+    rows = read("pipeline.csv")
+    panels = list(dict.fromkeys((row["kind"], row["micro-batches"]) for row in rows))
+    figure, axes = plt.subplots(len(panels), 1, figsize=(9, 1.35 * len(panels)), layout="constrained")
+    colours = (BLUE, ORANGE, GREEN, RED)
+    for axis, (kind, m) in zip(axes, panels, strict=True):
+        mine = [row for row in rows if (row["kind"], row["micro-batches"]) == (kind, m)]
+        stages, end = 1 + max(int(row["stage"]) for row in mine), max(float(row["end"]) for row in mine)
+        busy = 0.0
+        for row in mine:
+            start, length = float(row["start"]), float(row["end"]) - float(row["start"])
+            busy += length
+            hatch = "//" if row["what"] == "backward" else None
+            face = colours[int(row["micro_batch"])]
+            axis.barh(-int(row["stage"]), length, left=start, height=0.85, color=face, edgecolor="white", hatch=hatch)
+            if length > end / 40:
+                axis.text(
+                    start + length / 2, -int(row["stage"]), row["micro_batch"], ha="center", va="center", color="white"
+                )
+        axis.set_yticks([-stage for stage in range(stages)], [f"stage {stage}" for stage in range(stages)], fontsize=8)
+        axis.set_xlim(0, end)
+        axis.tick_params(axis="x", labelsize=7)
+        measured = kind == "measured"
+        bubble, formula = 1 - busy / (stages * end), (stages - 1) / (int(m) + stages - 1)
+        said = f"{kind}, {m} micro-batch(es): {bubble:.0%} bubble"
+        axis.set_title(f"{said}, (N-1)/(m+N-1) = {formula:.0%}; ms" if measured else f"{said}", fontsize=9, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+    kinds = [Patch(facecolor=BLUE, hatch=hatch, edgecolor="white", label=what) for what, hatch in (
+        ("forward (its number: the micro-batch)", None), ("backward, which training has and serving has not", "//"),
+    )]  # fmt: skip
+    figure.legend(handles=kinds, loc="outside lower left", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
+# --- two engines, or one
+
+
+def disaggregation():
+    """What those who run feel of long prompts, and what the prompts pay: one engine, two of them, two that share the work."""
+    rows = read("disaggregation.csv")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    prompts = list(dict.fromkeys(row["prompt_tokens"] for row in rows))
+    for i, (name, colour) in enumerate(zip(names, (ORANGE, GREY, BLUE), strict=False)):
+        mine = [row for row in rows if row["contender"] == name]
+        x = [j + 0.27 * (i - (len(names) - 1) / 2) for j in range(len(mine))]
+        low, middle, high = ([float(row[key]) for row in mine]
+                             for key in ("itl_p99_lowest_ms", "itl_p99_ms", "itl_p99_highest_ms"))  # fmt: skip
+        ends = [
+            [max(m - a, 0) for m, a in zip(middle, low, strict=True)],
+            [max(b - m, 0) for m, b in zip(middle, high, strict=True)],
+        ]
+        axes[0].bar(x, middle, 0.25, color=colour, yerr=ends, error_kw={"elinewidth": 0.8})
+        axes[1].bar(x, [float(row["ttft_median_ms"]) for row in mine], 0.25, color=colour, label=name)
+    axes[0].set_ylabel("ms between tokens, p99")
+    axes[0].set_title("who runs (line: lowest and highest round)", fontsize=9)
+    axes[1].set_ylabel("ms to the first token, median")
+    axes[1].set_title("the prompts that come in", fontsize=9)
+    axes[1].legend(fontsize=8, loc="upper left")
+    for axis in axes:
+        axis.set_xticks(range(len(prompts)), prompts)
+        axis.set_xlabel("tokens of the prompts that come in")
+        axis.spines[["top", "right"]].set_visible(False)
+    one = rows[0]
+    load = f"{one['streams']} answers, a prompt every {one['every_s']} s, chunks of {one['chunk']}"
+    figure.suptitle(f"bundled model, {load}; {one['device']}, {one['date']}", fontsize=10)
+    return figure
+
+
+def speculation():
+    """Each drafter's speed against plain decoding as the batch grows, on three kinds of text."""
+    rows = read("speculation.csv")
+    workloads = list(dict.fromkeys(row["workload"] for row in rows))
+    names = list(dict.fromkeys(row["contender"] for row in rows))[1:]
+    figure, axes = plt.subplots(1, len(workloads), figsize=(10, 3.2), sharey=True, layout="constrained")
+    titles = {"new": "new questions", "quoted": "the answer was said before", "again": "others have asked it"}
+    for axis, workload in zip(axes, workloads, strict=True):
+        for name, colour in zip(names, (GREY, GREEN, ORANGE, RED, BLUE), strict=False):
+            mine = [row for row in rows if (row["workload"], row["contender"]) == (workload, name)]
+            x = [int(row["batch"]) for row in mine]
+            axis.plot(
+                x, [float(row["times_plain"]) for row in mine], marker="o", markersize=4, color=colour, label=name
+            )
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(x, x)
+        axis.set_xlabel("requests at once")
+        axis.set_title(titles[workload], fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("times the speed of plain decoding")
+    axes[0].legend(fontsize=8, loc="upper right")
+    figure.suptitle(f"bundled model on one CPU core, computing time, {rows[0]['date']}", fontsize=10)
+    return figure
+
+
 FIGURES: tuple[Callable, ...] = (
     toy_split, parallel_layers, heads, two_ways, loading, kv_cache, blocks, batching, messages,
-    overlap_gaps, prefix, control_plane,
+    overlap_gaps, prefix, load_balance, control_plane, all_reduce_cpu, experts_forms, links, pipeline, disaggregation, speculation,
 )  # fmt: skip
 
 if __name__ == "__main__":

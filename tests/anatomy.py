@@ -61,6 +61,15 @@ def check_table(exercises: Exercises) -> None:
         assert text.startswith(f'"""Exercise {number}: {title} ({minutes} minutes).\n\nRead  {read}\n'), file
 
 
+def check_steps(exercises: Exercises, chapter: Path) -> None:
+    """The table of the chapter's steps has a column `exercises`, in which every one is named."""
+    lines = (chapter / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines if line.startswith("|")]
+    column = next(row.index("exercises") for row in rows if "exercises" in row)
+    named = [cell for row in rows if row[1].isdigit() and len(row) > column for cell in row[column].split(",")]
+    assert {int(number) for number in named if number.strip().isdigit()} == set(exercises.numbers)
+
+
 def check_messages(exercises: Exercises) -> None:
     """No assertion without a message; where it is written by hand it says "got" and "wanted", as `expect` does."""
     for path in sorted((exercises.folder / "checks").glob("*.py")):
@@ -72,6 +81,11 @@ def check_messages(exercises: Exercises) -> None:
 
 
 def check_links(readme: Path) -> None:
-    targets = re.findall(r"\]\(([^)#]+)\)", readme.read_text(encoding="utf-8"))
+    """To files, and to headings of its own."""
+    written = readme.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)#]+)\)", written)
     assert targets
     assert [target for target in targets if not (readme.parent / target).exists()] == []
+    headings = re.findall(r"^##+ (.+)$", written, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#([^)]+)\)", written)) <= anchors

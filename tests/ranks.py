@@ -53,6 +53,24 @@ class RankPool:
             process.kill()
 
 
+_layouts: dict[Any, Any] = {}
+
+
+def layout_of_the_pool(*sizes: int | None, **more: int):
+    """Sent to a pool, or called there: the ParallelState of its ranks in this layout (ParallelState.initialize's arguments).
+
+    Made once, and get_tensor_parallel() stays what it was.
+    """
+    from common import parallel_state  # noqa: PLC0415, in the child only
+
+    key = (sizes, tuple(sorted(more.items())))
+    if key not in _layouts:
+        before = parallel_state._state
+        _layouts[key] = parallel_state.ParallelState.initialize(*sizes, device="cpu", **more)
+        parallel_state._state = before
+    return _layouts[key]
+
+
 def _serve(rank: int, size: int, store: str, pipe) -> None:
     import torch.distributed as dist  # noqa: PLC0415, in the child only
 

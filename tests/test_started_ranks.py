@@ -1,12 +1,15 @@
 """tp_size=2 and tensor_parallel_size=2 without torchrun: rank 0 starts the other rank itself."""
 
 import asyncio
+import itertools
 import subprocess
 
 import pytest
 
 from ch06_tp_vllm import LLM, SamplingParams
 from ch07_sglang_radix import Engine
+from common.layers.mlp import MLP
+from common.parallel_state import RankFailure
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.oracle import greedy
 
@@ -41,6 +44,39 @@ def test_chapter_6_s_llm_starts_its_ranks_and_ends_them():
             (last,) = engine.step()
         assert last.outputs[0].token_ids == greedy(TINY_QWEN_PATH, PROMPTS[0], 3)
     assert all(process.poll() is not None for process in ranks)
+
+
+def break_off(monkeypatch) -> None:
+    """From now on rank 0's next step ends between two sums; the other rank waits in the second."""
+    calls, forward = itertools.count(), MLP.forward
+
+    def fails(self, *args):
+        if next(calls) == 2:
+            raise MemoryError("not enough memory for 12 GB")
+        return forward(self, *args)
+
+    monkeypatch.setattr(MLP, "forward", fails)
+
+
+@pytest.mark.parametrize(
+    ("start", "ask", "end"),
+    [
+        (lambda: Engine(tp_size=2, device="cpu"), lambda e: e.generate(input_ids=PROMPTS), lambda e: e.shutdown()),
+        (lambda: Engine(pp_size=2, device="cpu"), lambda e: e.generate(input_ids=PROMPTS), lambda e: e.shutdown()),
+        (lambda: LLM(tensor_parallel_size=2, device="cpu"), lambda e: e.generate(PROMPTS), lambda e: e.shutdown()),
+    ],
+    ids=["chapter 7", "two stages", "chapter 6"],
+)
+def test_a_step_that_rank_0_breaks_off_is_an_error_at_once_and_the_last(monkeypatch, start, ask, end):
+    engine = start()
+    break_off(monkeypatch)
+    with pytest.raises(
+        RankFailure, match=r"^rank 0 broke a step off: MemoryError: not enough memory for 12 GB; make a new"
+    ):
+        ask(engine)
+    with pytest.raises(RankFailure, match=r"out of step; make a new engine$"):
+        ask(engine)
+    end(engine)
 
 
 @pytest.mark.parametrize(

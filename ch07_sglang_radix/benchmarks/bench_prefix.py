@@ -122,7 +122,7 @@ class Bench:
 
     def __init__(self, wrapper: TPRadixAttentionModelWrapper, scale: float, bar: tqdm):
         self.wrapper, self.scale, self.bar = wrapper, scale, bar
-        self.large = Setting("large", wrapper.kv_cache.num_pages, wrapper.max_running_requests)
+        self.large = Setting("large", wrapper.num_pages, wrapper.max_running_requests)
         self.run("few-shot", self.large, *OFF)  # warm up
 
     def run(

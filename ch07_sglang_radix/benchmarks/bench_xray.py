@@ -12,14 +12,14 @@ import statistics
 import time
 
 from ch07_sglang_radix.scheduler import TPScheduler
-from ch07_sglang_radix.serving.xray.recorder import Recorder
+from ch07_sglang_radix.serving.xray.recorder import SHARE, Recorder
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.distributed.launch import run_main
 from common.sampling.params import SamplingParams
 from common.teaching.show import table
 
 AT_ONCE, SHARED, OWN, OUT = 32, 32, 16, 64
-SHARES = {"closed": None, "open": 0.01, "every step": 1.0}
+SHARES = {"closed": None, "open": SHARE, "every step": 1.0}
 
 
 class Clocked(Recorder):

@@ -97,8 +97,8 @@ class Recorder:
         self._watch(control, "_share_tokens", "tokens", then="account" if first else None)
         record, self._ledger.enabled = self._ledger.record, True
 
-        def timed(op: str, label: str, x) -> None:
-            record(op, label, x)
+        def timed(*message) -> None:
+            record(*message)
             self._at.append(_now())
 
         self._ledger.record = timed

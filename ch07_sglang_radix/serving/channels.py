@@ -9,7 +9,9 @@ task of an event loop (`receive_async`); a pipe has one of the two.
 """
 
 import asyncio
+import os
 import queue
+import tempfile
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +21,7 @@ import zmq.asyncio
 from ch07_sglang_radix.serving.messages import AnyMessage, decode, encode
 
 LINGER_MS = 1000  # that a process which ends waits for its last messages to leave
+LONGEST_NAME = len("/detokenizer/scheduler_999")  # of a socket's file in its folder
 
 
 class Push(Protocol):
@@ -72,6 +75,19 @@ class _ZmqAsyncPull:
 
     def close(self) -> None:
         self._socket.close(0)
+
+
+def new_folder() -> Path:
+    """A new folder for socket files that nobody else may enter (mode 0700).
+
+    It lies in TMPDIR, unless that is so deep that the address of a socket in it would not fit: the system keeps a Unix
+    socket's path in a field of 108 bytes (sun_path, unix(7); macOS: 104). Then in /tmp.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="serving-"))
+    if os.name == "posix" and len(bytes(folder)) + LONGEST_NAME > zmq.IPC_PATH_MAX_LEN:
+        folder.rmdir()
+        folder = Path(tempfile.mkdtemp(prefix="serving-", dir="/tmp"))
+    return folder
 
 
 def ipc(folder: Path, name: str) -> str:

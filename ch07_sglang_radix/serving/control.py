@@ -8,6 +8,9 @@ from fastapi import APIRouter, Request, Response
 from ch07_sglang_radix.serving.native import described
 from ch07_sglang_radix.serving.responses import as_json, read_body
 from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
+from common.values import real
+
+MAX_TIMEOUT_S = 30 * 86400.0  # of an idle session
 
 
 class AbortBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -40,7 +43,8 @@ class Nothing(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class SessionBody(msgspec.Struct, forbid_unknown_fields=True):
-    """capacity_of_str_len: tokens that a prompt of the session may have, 0 is any number. The others of SGLang's are refused."""
+    """capacity_of_str_len: tokens that a prompt of the session may have, 0 is any number. streaming: one turn at a time, and its
+    K and V stay. timeout: seconds without a request, after which it is closed; null: never."""
 
     capacity_of_str_len: int = 0
     session_id: str | None = None
@@ -50,16 +54,24 @@ class SessionBody(msgspec.Struct, forbid_unknown_fields=True):
     def __post_init__(self):
         if self.capacity_of_str_len < 0:
             raise ValueError(f"capacity_of_str_len={self.capacity_of_str_len} must be at least 0")
-        if self.streaming:
-            raise ValueError(
-                "streaming=true: a session's prompt comes whole here; leave it out, and send a request a turn"
-            )
         if self.timeout is not None:
-            raise ValueError("timeout: a session stays open here until /close_session; leave it out")
+            real("timeout", self.timeout, 0, MAX_TIMEOUT_S, open_below=True)
 
 
 class CloseBody(msgspec.Struct, forbid_unknown_fields=True):
     session_id: str
+
+
+class LoadAdapterBody(msgspec.Struct, forbid_unknown_fields=True):
+    """lora_path: a folder of the server's, where peft has saved it. pinned: it is never forgotten to make room."""
+
+    lora_name: str
+    lora_path: str
+    pinned: bool = False
+
+
+class UnloadAdapterBody(msgspec.Struct, forbid_unknown_fields=True):
+    lora_name: str
 
 
 def control_router(manager: TokenizerManager) -> APIRouter:
@@ -70,13 +82,15 @@ def control_router(manager: TokenizerManager) -> APIRouter:
     @router.get("/health")
     @router.get("/health_generate")
     async def health() -> Response:
-        """A token comes back: 200, else 503. It is counted nowhere."""
-        return Response(status_code=200 if await manager.healthy() else 503)
+        """A token comes back: 200, else 503. It is counted nowhere. With several replicas the body says which have died."""
+        status = 200 if await manager.healthy() else 503
+        return as_json(told, status) if (told := manager.replicas()) else Response(status_code=status)
 
     @router.get("/ready")
     async def ready() -> Response:
         """Would a request be taken now? Nothing is computed to find out."""
-        return as_json({"status": manager.state}, 200 if manager.state == "ready" else 503)
+        status = "asleep" if manager.state == "ready" and manager.away else manager.state
+        return as_json({"status": status, **manager.replicas()}, 200 if status == "ready" else 503)
 
     # --- what it is
 
@@ -130,12 +144,32 @@ def control_router(manager: TokenizerManager) -> APIRouter:
         await read_body(request, Nothing)
         return as_json({"file": await manager.stop_profile()})
 
+    # --- adapters
+
+    @router.post("/load_lora_adapter", openapi_extra=described(LoadAdapterBody))
+    async def load_lora_adapter(request: Request) -> Response:
+        return await change("load_lora_adapter", await read_body(request, LoadAdapterBody))
+
+    @router.post("/unload_lora_adapter", openapi_extra=described(UnloadAdapterBody))
+    async def unload_lora_adapter(request: Request) -> Response:
+        """Nobody gets it any more; the answer comes when its last request has ended."""
+        return await change("unload_lora_adapter", await read_body(request, UnloadAdapterBody))
+
+    async def change(op: str, body: LoadAdapterBody | UnloadAdapterBody) -> Response:
+        said = await manager.control(op, **msgspec.structs.asdict(body))
+        if said["success"]:
+            return as_json(said)
+        return as_json(
+            said | {"error": {"message": said["error_message"]}}, 400
+        )  # SGLang's words, and those of all routes here
+
     # --- sessions
 
     @router.post("/open_session", openapi_extra=described(SessionBody))
     async def open_session(request: Request) -> Response:
         body = await read_body(request, SessionBody)
-        return as_json(manager.sessions.open(body.session_id, body.capacity_of_str_len))
+        name = manager.sessions.open(body.session_id, body.capacity_of_str_len, body.streaming, body.timeout)
+        return as_json(name)
 
     @router.post("/close_session", openapi_extra=described(CloseBody))
     async def close_session(request: Request) -> Response:

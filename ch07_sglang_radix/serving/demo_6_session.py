@@ -3,10 +3,12 @@
     python ch07_sglang_radix/serving/demo_6_session.py
 
 A conversation with a second branch. The session keeps token ids and no K or V: each request's prompt is joined from ids,
-and the radix tree is asked for it like for any other. What it gives back is `cached_tokens`.
+and the radix tree is asked for it like for any other. What it gives back is `cached_tokens`. A streaming session is a line and
+no tree, and keeps its K and V: they are neither free nor the tree's, and nobody evicts them.
 """
 
 import asyncio
+from contextlib import aclosing
 from typing import Any
 
 from ch07_sglang_radix.serving.http_client import Client
@@ -60,6 +62,8 @@ async def tell(url: str) -> None:
         check("the same prompt, all of it computed again", counts(again)[1] == 0)
         check("and the same answer", again["text"] == answers["d"]["text"])
 
+        await streaming(client)
+
         heading("The mistake: joining texts instead of ids")
         rid, text, at = await spelled_otherwise(client, session)
         by_ids = await turn(client, session, "ids", rid, NEXT.format("Go on."))
@@ -71,6 +75,39 @@ async def tell(url: str) -> None:
             wrong=f"{counts(by_text)[1]} of {counts(by_text)[0]}, if the client sends all as text",
             right=f"{counts(by_ids)[1]} of {counts(by_ids)[0]}, if the session joins ids",
         )
+
+
+async def streaming(client: Client) -> None:
+    heading("A streaming session keeps its K and V")
+    await post(client, "/open_session", {"session_id": "line", "streaming": True, "timeout": 60})
+    rows, answers = [], []
+    for said in (OPENING, NEXT.format("Say that in Chinese."), None, NEXT.format("What is a page?")):
+        if said is None:
+            await hang_up(client, "line")
+        else:
+            answers.append(await turn(client, "line", f"turn {len(rows) + 1}", None, said))
+        info = (await client.call("GET", "/server_info"))[1]
+        facts = ("its client hangs up", "") if said is None else counts(answers[-1])[:2]
+        rows.append((len(rows) + 1, *facts, info["session_held_tokens"]))
+    table(("turn", "prompt", "of it kept", "held afterwards"), rows)
+    prompt, kept = counts(answers[2])[:2]
+    check("turn 3 is as if it had never been", rows[2][3] == rows[1][3] and kept == sum(counts(answers[1])[::3]) - 1)
+    await client.call("POST", "/flush_cache", {})
+    again = await turn(client, "line", "turn 5", None, NEXT.format("What is a page?"))
+    check("flushed, it is computed again and goes on", counts(again)[1] == 0 and counts(again)[0] > prompt)
+    await post(client, "/close_session", {"session_id": "line"})
+    held = (await client.call("GET", "/server_info"))[1]["session_held_tokens"]
+    check("closed, it holds nothing", held == 0)
+
+
+async def hang_up(client: Client, session: str) -> None:
+    """Ask for a long answer, and leave when it has begun."""
+    params = {"max_new_tokens": 500, "ignore_eos": True}
+    body = {"text": NEXT.format("Tell me more."), "session_params": {"id": session}, "sampling_params": params}
+    async with aclosing(client.events("/generate", body | {"stream": True})) as events:
+        await anext(events)
+    while (await client.call("GET", "/server_info"))[1]["running"]:
+        await asyncio.sleep(0.01)
 
 
 async def spelled_otherwise(client: Client, session: str) -> tuple[str, str, int]:

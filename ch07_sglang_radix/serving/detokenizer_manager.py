@@ -26,16 +26,21 @@ class Shown:
 
 
 class DetokenizerManager:
-    """inbox: from the scheduler; main: to the tokenizer manager."""
+    """inbox: from the scheduler, or from those of `replicas`; main: to the tokenizer manager."""
 
-    def __init__(self, tokenizer: Tokenizer, inbox: Pull, main: Push):
-        self.tokenizer, self.inbox, self.main = tokenizer, inbox, main
+    def __init__(self, tokenizer: Tokenizer, inbox: Pull, main: Push, replicas: int = 1):
+        self.tokenizer, self.inbox, self.main, self.replicas = tokenizer, inbox, main, replicas
         self.answers: dict[int, Shown] = {}  # that have not ended: one for each request that the scheduler has
 
     def run(self) -> None:
-        """Until the scheduler says that there is no more."""
-        while not isinstance(message := self.inbox.receive(None), Leave):
-            self.main.send(self.with_text(message))
+        """Until every scheduler has said that there is no more."""
+        left = 0
+        while left < self.replicas:
+            message = self.inbox.receive(None)
+            if isinstance(message, Leave):
+                left += 1
+            else:
+                self.main.send(self.with_text(message))
 
     def with_text(self, batch: BatchTokenIDs) -> BatchStr:
         texts = [
@@ -43,7 +48,7 @@ class DetokenizerManager:
         ]
         return BatchStr(
             batch.step, batch.tickets, texts, batch.new_ids, batch.finished, batch.cached_tokens, batch.logprobs,
-            batch.prompt_logprobs,
+            batch.prompt_logprobs, batch.dp_rank, batch.drafts, batch.weight_version,
         )  # fmt: skip
 
     def _new_text(self, ticket: int, begin: Begin | None, new_ids: list[int], finished: dict | None) -> str:
@@ -64,9 +69,9 @@ class DetokenizerManager:
         return ""
 
 
-def detokenize(tokenizer_folder: str, inbox: Pull, main: Push) -> None:
+def detokenize(tokenizer_folder: str, inbox: Pull, main: Push, replicas: int = 1) -> None:
     """What the process does, or the thread."""
-    manager = DetokenizerManager(Tokenizer(tokenizer_folder), inbox, main)
+    manager = DetokenizerManager(Tokenizer(tokenizer_folder), inbox, main, replicas)
     main.send(Hello(VERSION, "detokenizer", os.getpid()))
     manager.run()
 

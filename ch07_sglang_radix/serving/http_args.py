@@ -6,13 +6,14 @@ Names are SGLang's where SGLang has the thing; `OURS` lists what it has not.
 import argparse
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ch07_sglang_radix.server_args import ELSEWHERE, ServerArgs
-from common.arguments import refuse_unknown
+from ch07_sglang_radix.arguments_not_here import ELSEWHERE, IDLE
+from ch07_sglang_radix.server_args import ServerArgs
+from common.arguments import refuse_unknown, without_idle
 from common.text.reasoning import FORCED
 from common.values import choice, flag, real, shown, text, texts, whole
 
@@ -27,14 +28,17 @@ OURS = (
     "profile_dir",
 )
 TOOL_CALLS = ("qwen", "qwen25")  # SGLang's names of the format that common/text/tool_calls.py reads
-ALIASES = {"model_path": ("--model",), "tp_size": ("--tp", "--tensor-parallel-size")}
+ALIASES = {
+    "model_path": ("--model",), "tp_size": ("--tp", "--tensor-parallel-size"), "pp_size": ("--pipeline-parallel-size",),
+    "dp_size": ("--data-parallel-size",), "ep_size": ("--expert-parallel-size", "--ep"),
+    "moe_runner": ("--moe-runner-backend",),
+    "cp_size": ("--attn-cp-size", "--attention-context-parallel-size"),
+}  # fmt: skip
 
 # flags of SGLang 0.5.23 that a reader may bring along, and why they do nothing here
 NOT_HERE = {
     **{name: why for name, why in ELSEWHERE.items() if name not in ("max_queued_requests", "watchdog_timeout")},
-    "nnodes": "one host here; use --tp-size", "node_rank": "one host here; use --tp-size",
-    "dist_init_addr": "the ranks meet through a file; leave it out", "attn_dp_size": "use --tp-size",
-    "sampling_backend": "one sampler here; leave it out", "lora_paths": ELSEWHERE["lora_paths"],
+    "sampling_backend": "one sampler here; leave it out",
     "tokenizer_mode": "the fast tokenizer is always used; leave it out", "load_format": "safetensors only; leave it out",
     "enable_torch_compile": "kernels are compiled without a flag; leave it out",
     "incremental_streaming_output": "/generate streams cumulative text; the OpenAI routes stream deltas",
@@ -97,6 +101,11 @@ class HttpArgs:
         for name in ("cors_allow_origins", "allowed_hosts"):
             self._set(name, texts(name, getattr(self, name)))
         choice("log_format", self.log_format, ("text", "json"))
+        if self.single_process and self.engine.dp_size > 1 and self.engine.ranks > 1:
+            raise ValueError(
+                f"single_process has one process, dp_size={self.engine.dp_size} replicas of {self.engine.ranks} ranks need one "
+                "each; leave it out"
+            )
         self._about_text()
         name = text("served_model_name", self.served_model_name, empty=False, none=True)
         self._set("served_model_name", name or str(self.engine.model_path or "tiny-qwen"))
@@ -109,6 +118,15 @@ class HttpArgs:
         for name in ("chat_template", "tool_call_parser", "reasoning_parser"):
             if getattr(self, name) is not None and self.engine.skip_tokenizer_init:
                 raise ValueError(f"{name} is about text; leave it out, or skip_tokenizer_init")
+
+    def model(self) -> dict[str, Any]:
+        """For /model_info."""
+        engine = self.engine
+        return {
+            "model_path": str(engine.model_path or "tiny-qwen"), "served_model_name": self.served_model_name,
+            "tokenizer_path": str(engine.tokenizer_path or engine.model_path or "tiny-qwen"), "is_generation": True,
+            "weight_version": "default",
+        }  # fmt: skip
 
     def shown(self) -> dict[str, Any]:
         """For /server_info: no secrets."""
@@ -129,16 +147,46 @@ def parse_args(argv: Sequence[str]) -> HttpArgs:
         group = parser.add_argument_group(f"of the {'engine' if owner is ServerArgs else 'server'} ({owner.__name__})")
         for one in fields(owner):
             if one.name != "engine":
-                _add(group, one)
+                add_flag(group, one)
     given, unknown = parser.parse_known_args(argv)
-    names = [one.partition("=")[0].lstrip("-").replace("-", "_") for one in unknown if one.startswith("-")]
-    known = [one.name for owner in (ServerArgs, HttpArgs) for one in fields(owner)]
-    if unknown and not names:
-        raise ValueError(f"{unknown[0]!r} belongs to no flag")
+    asked, stray = _not_here(unknown)
+    names, known = (
+        without_idle(asked, IDLE),
+        [one.name for owner in (ServerArgs, HttpArgs) for one in fields(owner)],
+    )
     refuse_unknown("flag", list(map(_flag, names)), list(map(_flag, known)), _hints(names))
+    if stray:
+        raise ValueError(f"{stray[0]!r} belongs to no flag")
     values = vars(given)
     server = {one.name: values.pop(one.name) for one in fields(HttpArgs) if one.name in values}
     return HttpArgs(engine=ServerArgs.of({"log_level": "info"} | values), **server)
+
+
+def _not_here(unknown: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """What argparse has no flag for -> ({name: value}, what follows no flag). A flag without a value is a switch: True.
+
+    A value is read as the kind of the one that asks for nothing, so that --pp-size 1 is what pp_size=1 is.
+    """
+    asked: dict[str, Any] = {}
+    stray, last = [], None
+    for one in unknown:
+        if one.startswith("--"):
+            spelled, given, value = one.partition("=")
+            last = next((name for name, others in ALIASES.items() if spelled in others), spelled[2:].replace("-", "_"))
+            asked[last] = _as_idle(last, value) if given else True
+        elif last is not None and asked[last] is True:
+            asked[last] = _as_idle(last, one)
+        else:
+            stray.append(one)
+    return asked, stray
+
+
+def _as_idle(name: str, value: str) -> Any:
+    idle = IDLE.get(name)
+    try:
+        return value if idle is None else type(idle)(value)
+    except ValueError:
+        return value
 
 
 def read_template(given: str | None) -> str | None:
@@ -151,12 +199,14 @@ def read_template(given: str | None) -> str | None:
         raise ValueError(f"chat_template={shown(given)} cannot be read: {error}; give a file in Jinja") from None
 
 
-def _add(group: argparse._ArgumentGroup, one: Field) -> None:
+def add_flag(group: argparse._ArgumentGroup, one: Field) -> None:
     kind, name = str(one.type), _flag(one.name)
-    if "bool" in kind:
+    if one.default is True:  # --no-... switches it off
+        group.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
+    elif "bool" in kind:
         group.add_argument(name, action="store_true", default=argparse.SUPPRESS)
     elif "tuple" in kind:
-        group.add_argument(name, nargs="*", default=argparse.SUPPRESS)
+        group.add_argument(name, nargs="*", action="extend", default=argparse.SUPPRESS)  # given twice: both
     else:
         read = int if "int" in kind else float if "float" in kind else str
         said = "" if one.default is None else f"default {one.default}"
@@ -167,7 +217,7 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _hints(names: Sequence[str]) -> dict[str, str]:
+def _hints(names: Iterable[str]) -> dict[str, str]:
     return {_flag(name): NOT_HERE[name] for name in names if name in NOT_HERE}
 
 

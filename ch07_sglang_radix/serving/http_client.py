@@ -4,19 +4,26 @@
         status, value = await client.call("GET", "/v1/models")
         async for event in client.events("/generate", {"text": "...", "stream": True}): ...
 
-What chat, benchmark and load test ask a server with. Plain asyncio streams: a client that measures must not be what is measured
-(64 streams of 100 events: 0.07 s of CPU here, 0.2 s with httpx; x86-64, 2026-11-26).
+What chat, benchmark, load test and router ask a server with. Plain asyncio streams: a client that measures must not be what is
+measured (64 streams of 100 events: 0.07 s of CPU here, 0.2 s with httpx; x86-64, 2026-11-26).
 """
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import msgspec
 
 MAX_HEAD = 1 << 16
+
+
+class Head(NamedTuple):
+    """How an answer begins. headers: with small names."""
+
+    status: int
+    headers: dict[str, str]
 
 
 class ServerError(Exception):
@@ -38,20 +45,30 @@ class _Link:
         self.expired = True
         self.writer.transport.abort()
 
-    async def head(self) -> tuple[int, dict[str, str]]:
-        """(status, headers with small names)."""
+    async def head(self) -> Head:
         try:
             first, *rest = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").splitlines()
-            status = int(first.split()[1])
+            protocol, code = first.split()[:2]
+            status = int(code)
         except (asyncio.LimitOverrunError, ValueError, IndexError):
-            raise ConnectionError("what answers there does not speak HTTP") from None
+            protocol, status = "", 0
+        if not protocol.startswith("HTTP/1.") or not 100 <= status < 600:
+            raise ConnectionError("what answers there does not speak HTTP")
         headers = {}
         for line in rest[:-1]:
             name, _, value = line.partition(":")
             headers[name.lower()] = value.strip()
-        return status, headers
+        return Head(status, headers)
 
     async def body(self, headers: dict[str, str]) -> AsyncIterator[bytes]:
+        """Raises ConnectionError for a length that is none."""
+        try:
+            async for piece in self._pieces(headers):
+                yield piece
+        except (asyncio.LimitOverrunError, ValueError):
+            raise ConnectionError("its answer has a length that is no number") from None
+
+    async def _pieces(self, headers: dict[str, str]) -> AsyncIterator[bytes]:
         if headers.get("transfer-encoding", "").lower() == "chunked":
             while size := int((await self.reader.readuntil(b"\r\n")).split(b";")[0], 16):
                 yield (await self.reader.readexactly(size + 2))[:-2]
@@ -64,41 +81,41 @@ class _Link:
 
 
 class Client:
-    """timeout: seconds from sending a request to the end of its answer.
+    """timeout: seconds from sending a request to the end of its answer; connect_timeout: until the server takes the connection.
 
     Raises OSError if there is no server, if it goes away, and if the answer does not come in time.
     """
 
-    def __init__(self, url: str, api_key: str | None = None, timeout: float = 600.0):
+    def __init__(
+        self, url: str, api_key: str | None = None, timeout: float = 600.0, connect_timeout: float | None = None
+    ):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"url={url!r} must be like http://127.0.0.1:30000")
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._place = (parts.hostname, parts.port or (443 if self._tls else 80))
-        self._prefix, self._timeout = parts.path.rstrip("/"), timeout
+        self._prefix, self._timeout, self._connect_timeout = parts.path.rstrip("/"), timeout, connect_timeout
         key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
-        self._headers = f"Host: {parts.netloc}\r\nContent-Type: application/json\r\n{key}"
+        self._host, self._headers = f"Host: {parts.netloc}\r\n", f"Content-Type: application/json\r\n{key}"
         self._idle: list[_Link] = []
 
     async def call(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         """(status, the answer: JSON if it is any, else text). body: bytes are sent as they are, anything else as JSON."""
-        pieces = [piece async for piece in self._exchange(method, path, body)]
-        status, raw = pieces[0], b"".join(pieces[1:])
-        try:
-            return status, msgspec.json.decode(raw)
-        except msgspec.DecodeError:
-            return status, raw.decode("utf-8", "replace")
+        pieces = [piece async for piece in self.exchange(method, path, body)]
+        status, raw = pieces[0].status, b"".join(pieces[1:])
+        value = _json(raw)
+        return status, raw.decode("utf-8", "replace") if value is None and raw != b"null" else value
 
     async def events(self, path: str, body: Any) -> AsyncIterator[Any]:
         """POST; each `data:` of the answer as JSON, without [DONE]. Closing the iterator closes the connection.
 
         Raises ServerError if the status is not 200 and for an event that is an error.
         """
-        pieces = self._exchange("POST", path, body)
+        pieces = self.exchange("POST", path, body)
         try:
-            status, rest = await anext(pieces), b""
-            if status != 200:
-                raise ServerError(status, _words(b"".join([piece async for piece in pieces])))
+            head, rest = await anext(pieces), b""
+            if head.status != 200:
+                raise ServerError(head.status, _words(b"".join([piece async for piece in pieces])))
             async for piece in pieces:
                 *whole, rest = (rest + piece).replace(b"\r\n", b"\n").split(b"\n\n")
                 for event in whole:
@@ -112,11 +129,14 @@ class Client:
         finally:
             await pieces.aclose()
 
-    async def _exchange(self, method: str, path: str, body: Any) -> AsyncIterator[Any]:
-        """The status, then the pieces of the body."""
+    async def exchange(
+        self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
+    ) -> AsyncIterator[Any]:
+        """The Head, then the pieces of the body. headers: instead of this client's own. Closing it closes the connection."""
         payload = body if isinstance(body, bytes) else b"" if body is None else msgspec.json.encode(body)
-        head = f"{method} {self._prefix}{path} HTTP/1.1\r\n{self._headers}Content-Length: {len(payload)}\r\n\r\n"
-        message = head.encode() + payload
+        said = self._headers if headers is None else "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        line = f"{method} {self._prefix}{path} HTTP/1.1\r\n"
+        message = f"{line}{self._host}{said}Content-Length: {len(payload)}\r\n\r\n".encode("latin-1") + payload
         while True:
             reused = bool(self._idle)
             link = self._idle.pop() if reused else await self._open()
@@ -125,14 +145,14 @@ class Client:
             try:
                 link.writer.write(message)
                 await link.writer.drain()
-                status, headers = await link.head()
+                head = await link.head()
                 answered = True
-                yield status
-                async for piece in link.body(headers):
+                yield head
+                async for piece in link.body(head.headers):
                     yield piece
                 if link.expired:  # an answer without a length ends with its connection, however that ends
                     raise EOFError
-                whole = headers.get("connection", "").lower() != "close"
+                whole = head.headers.get("connection", "").lower() != "close"
                 return
             except (EOFError, ConnectionError) as error:
                 if link.expired:
@@ -149,7 +169,11 @@ class Client:
                     link.writer.transport.abort()
 
     async def _open(self) -> _Link:
-        return _Link(*await asyncio.open_connection(*self._place, ssl=self._tls, limit=MAX_HEAD))
+        opening = asyncio.open_connection(*self._place, ssl=self._tls, limit=MAX_HEAD)
+        try:
+            return _Link(*await asyncio.wait_for(opening, self._connect_timeout))
+        except asyncio.TimeoutError:  # another one than TimeoutError before Python 3.11
+            raise TimeoutError(f"no connection within {self._connect_timeout:g} s") from None
 
     async def close(self) -> None:
         links, self._idle = self._idle, []
@@ -163,11 +187,18 @@ class Client:
         await self.close()
 
 
+def _json(raw: bytes) -> Any:
+    """None for what is none."""
+    try:
+        return msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
 def _words(raw: bytes) -> str:
     """What an error body says: OpenAI's nested form, SGLang's flat one, FastAPI's detail, or as it is."""
-    try:
-        value = msgspec.json.decode(raw)
-    except msgspec.DecodeError:
+    value = _json(raw)
+    if value is None:
         value = raw.decode("utf-8", "replace")
     while isinstance(value, dict):
         value = next((value[name] for name in ("error", "message", "detail") if value.get(name)), str(value))

@@ -12,13 +12,15 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from ch07_sglang_radix.serving.control import control_router
+from ch07_sglang_radix.serving.exposition import metrics_router
 from ch07_sglang_radix.serving.io_struct import RequestError
-from ch07_sglang_radix.serving.metrics import Metrics, metrics_router
+from ch07_sglang_radix.serving.metrics import Metrics
 from ch07_sglang_radix.serving.native import native_router
 from ch07_sglang_radix.serving.openai.routes import openai_router
 from ch07_sglang_radix.serving.responses import CLIENT_HAS_GONE, ClientHasGone, as_json
 from ch07_sglang_radix.serving.security import guarded
 from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
+from ch07_sglang_radix.serving.weights import weights_router
 from ch07_sglang_radix.serving.xray.mount import mount_page
 
 
@@ -28,9 +30,15 @@ def make_app(manager: TokenizerManager) -> FastAPI:
     app.state.manager = manager
     app.include_router(native_router(manager))
     app.include_router(control_router(manager))
+    app.include_router(weights_router(manager))
     app.include_router(openai_router(manager))
     if manager.args.enable_metrics:
-        metrics = Metrics(manager.args.served_model_name)
+        metrics = Metrics(
+            manager.args.served_model_name,
+            dp_size=manager.args.engine.dp_size,
+            experts=manager.args.engine.watches_experts,
+            lora=manager.args.engine.enable_lora,
+        )
         metrics.connect(manager)
         app.include_router(metrics_router(metrics))
     mount_page(app, manager)

@@ -72,6 +72,9 @@ class InFlight:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     cached_tokens: int = 0
+    drafts: dict[str, int] | None = None
+    dp_rank: int | None = None  # of the replica that answers, if there are several
+    weight_version: str = "default"  # of the weights that gave the newest token
     finish_reason: dict[str, Any] | None = None
     node: Node | None = None  # its place in a session
     thought: ThoughtTokens | None = field(init=False, default=None)  # with a parser
@@ -83,12 +86,13 @@ class InFlight:
 
     def take(self, batch: BatchStr, i: int) -> None:
         """Row i of a message is about this one."""
-        self.begun = True
+        self.begun, self.dp_rank, self.weight_version = True, batch.dp_rank, batch.weight_version
         self.text += batch.new_text[i]
         self.output_ids += batch.new_ids[i]
         if self.thought:
             self.thought.take(map(self.call.tokenizer.token_bytes, batch.new_ids[i]))
         self.cached_tokens = batch.cached_tokens[i]
+        self.drafts = batch.drafts[i] if batch.drafts else None
         if self.call.logprobs.wanted:
             self.logprobs += _told(batch.logprobs[i])
             self.prompt_logprobs += _told(batch.prompt_logprobs[i])
@@ -105,9 +109,11 @@ class InFlight:
         request = self.call.requests[self.index]
         output = RequestOutput(
             self.rid, None, request.ids, self.text, list(self.output_ids), self.cached_tokens, self.finish_reason,
-            self.logprobs, self.prompt_logprobs,
+            self.logprobs, self.prompt_logprobs, self.drafts, self.weight_version,
         )  # fmt: skip
         answer = self.call.result(output, self.index) | {"index": self.index}
+        if self.dp_rank is not None:
+            answer["meta_info"]["dp_rank"] = self.dp_rank
         if self.thought:
             answer["meta_info"]["reasoning_tokens"] = self.thought.count
         return answer

@@ -37,6 +37,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
     rid: one a prompt; with n > 1 its answers are rid_0, rid_1... extra_key: namespace in the radix tree.
     return_text_in_logprobs: the third of each triple is the token's text. require_reasoning: a grammar holds behind </think>.
+    lora_path: name of a loaded adapter, or one a prompt with null for the base.
+    bootstrap_room: where the prompt's K and V change engines, if this one does half of the work (handoff.py).
+    image_data: the pictures that the prompt has places for, as data: URLs or base64; one, a list, or for a batch a list of such.
     """
 
     text: str | list[str] | None = None
@@ -54,6 +57,11 @@ class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     routing_key: str | None = None
     session_params: SessionParams | None = None
     require_reasoning: bool = False
+    lora_path: str | list[str | None] | None = None
+    bootstrap_host: str | None = None
+    bootstrap_port: int | None = None
+    bootstrap_room: int | None = None
+    image_data: Any = None
 
 
 Answer = dict[str, Any]  # {"text", "output_ids", "meta_info", "index"}

@@ -5,6 +5,7 @@
     SIGTERM, SIGINT     not ready at once; running requests have --drain-timeout; exit 0
     the signal again    all end now; exit 1
     a process dies      waiting clients get an error; all others end; exit 1
+    a replica dies      its clients get an error; the other replicas go on (--dp-size); the last one: as above
 
 Whatever happens, main is the last to go, and leaves no process and no file. If main itself is killed the others notice
 (child.py) and clean up.
@@ -17,11 +18,11 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-import uvicorn
-
+from ch07_sglang_radix.serving.channels import Pull, Push
 from ch07_sglang_radix.serving.http_args import HttpArgs
+from ch07_sglang_radix.serving.http_life import LAST_ANSWERS_S, Http
 from ch07_sglang_radix.serving.http_server import make_app
 from ch07_sglang_radix.serving.logs import log, set_up_logging
 from ch07_sglang_radix.serving.processes import LEAVE_S, Processes, Threads
@@ -30,16 +31,7 @@ from common.models.hub import resolve_model
 from common.text.tokenizer import Tokenizer
 from common.tiny_qwen import TINY_QWEN_PATH
 
-LAST_ANSWERS_S = 1.0  # that clients have to read why they get no more
 HURRY_S = 0.3  # that a process has to end once it is known that something is wrong
-
-
-class _Http(uvicorn.Server):
-    """uvicorn, which leaves the signals to us."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 class Server:
@@ -71,15 +63,12 @@ class Server:
             self.workers.close()
 
     async def _serve(self, folder: str | None) -> int:
-        self.workers.start(lambda what: self.loop.call_soon_threadsafe(self._fail, what))
+        self.workers.start(lambda *ended: self.loop.call_soon_threadsafe(self._process_ended, *ended))
         tokenizer = Tokenizer(folder) if folder else None
-        self.manager = TokenizerManager(self.args, tokenizer, self.workers.scheduler, self.workers.inbox)
+        self.scheduler, inbox = ends_of(self.workers, self.args)
+        self.manager = TokenizerManager(self.args, tokenizer, self.scheduler, inbox)
         self.app = make_app(self.manager)
-        config = uvicorn.Config(
-            self.app, log_config=None, access_log=False, lifespan="off", server_header=False,
-            timeout_graceful_shutdown=max(1, round(LAST_ANSWERS_S)),
-        )  # fmt: skip
-        self.http = _Http(config)
+        self.http = Http(self.app)
         listening = asyncio.create_task(self.manager.listen())
         listening.add_done_callback(self._stopped_listening)
         serving = asyncio.create_task(self.http.serve([self.socket]))
@@ -107,15 +96,23 @@ class Server:
 
     def _banner(self) -> str:
         facts = self.manager.facts
-        model = facts["model"]
+        model, ranks = facts["model"], facts["tp_size"] * facts["pp_size"]
         return (
             f"ready after {time.monotonic() - self.began:.1f} s: {self.args.served_model_name} ({model['architecture']}, "
-            f"{model['layers']} layers, {facts['dtype']}) on {facts['tp_size']} rank(s), {facts['device']}; pool of "
+            f"{model['layers']} layers, {facts['dtype']}) on {ranks} rank(s), {facts['device']}; pool of "
             f"{facts['max_total_num_tokens']} tokens in pages of {facts['page_size']}, context {facts['context_length']}; "
-            f"{self.address}"
+            f"{self._replicas()}{self.address}"
         )
 
+    def _replicas(self) -> str:
+        engine = self.args.engine
+        return f"each of {engine.dp_size} replicas, {engine.load_balance_method}; " if engine.dp_size > 1 else ""
+
     # --- the end
+
+    def _process_ended(self, what: str, dp_rank: int | None) -> None:
+        if dp_rank is None or not self.scheduler.outlives(dp_rank, what, self.manager):
+            self._fail(what)
 
     def _signalled(self, number: int, frame: object) -> None:
         """In the main thread, between any two instructions: only tell the loop."""
@@ -155,6 +152,17 @@ class Server:
             self.manager.leave()
         await asyncio.to_thread(self.workers.end, HURRY_S if failed else LEAVE_S)
         return int(failed)
+
+
+def ends_of(workers: Processes | Threads, args: HttpArgs) -> tuple[Push, Pull]:
+    """What the tokenizer manager talks to: the scheduler, or whoever chooses one of several."""
+    if len(workers.schedulers) == 1:
+        return workers.schedulers[0], workers.inbox
+    from ch07_sglang_radix.parallelism.data_parallel_controller import DataParallelController  # noqa: PLC0415, another wing
+
+    method = args.engine.load_balance_method
+    controller = DataParallelController(method, workers.schedulers, workers.inbox, workers.texts)
+    return controller, controller
 
 
 def tokenizer_folder(args: HttpArgs) -> str | None:

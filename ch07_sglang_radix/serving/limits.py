@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ch07_sglang_radix.serving.http_args import HttpArgs
+from ch07_sglang_radix.generate_request import images_of_each
 from ch07_sglang_radix.serving.io_struct import GenerateRequest
 
 MAX_BATCH = 1024  # prompts of one request
@@ -12,9 +12,10 @@ MAX_STOP_CHARACTERS = 1024
 MAX_TOP_LOGPROBS = 128
 MAX_TOKEN_IDS_LOGPROB = 1024
 MAX_RID_CHARACTERS = 256
+MAX_PICTURES = 64  # of a request times n: each answer's own message brings their pixels
 
 
-def check_limits(request: GenerateRequest, args: HttpArgs) -> None:
+def check_limits(request: GenerateRequest) -> None:
     """Raises ValueError that names the limit. Kinds and ranges of values are the intake's to look at."""
     batch = request.text if isinstance(request.text, list) else [0]
     if request.input_ids and isinstance(request.input_ids[0], list):
@@ -35,6 +36,9 @@ def check_limits(request: GenerateRequest, args: HttpArgs) -> None:
                 max((len(s) for s in stops if isinstance(s, str)), default=0),
                 MAX_STOP_CHARACTERS,
             )
+    shown = images_of_each(request.image_data, len(batch), single=batch == [0])
+    pictures = sum(len(images) * _whole(one.get("n")) for images, one in zip(shown, several, strict=False))
+    _at_most("pictures of a request, times n", pictures, MAX_PICTURES)
     _at_most("top_logprobs_num", request.top_logprobs_num or 0, MAX_TOP_LOGPROBS)
     _at_most("token_ids_logprob", len(request.token_ids_logprob or ()), MAX_TOKEN_IDS_LOGPROB)
     rids = [request.rid] if isinstance(request.rid, str) else request.rid or []

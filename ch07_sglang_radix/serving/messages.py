@@ -9,6 +9,9 @@
       Event              <-------------  what wings want to hear of
       Hello              <-------------  and  <--------------------------   "I am ready", with VERSION
 
+With --dp-size there are several schedulers, and a DataParallelController (parallelism/) at main's ends of these pipes. dp_rank is
+the number of the replica whose scheduler speaks; None if there is only one.
+
 A step of a hundred requests is one message and not a hundred: its lists are parallel, item i of each is about tickets[i].
 Only what is new travels, so that a message does not grow with the answer; whoever shows cumulative text adds it up.
 
@@ -20,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-VERSION = 1  # of this file: processes of two checkouts would misread each other, so the first message tells it
+VERSION = 4  # of this file: processes of two checkouts would misread each other, so the first message tells it
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -34,6 +37,7 @@ class Hello(Message):
     who: str  # scheduler | detokenizer
     pid: int
     facts: dict[str, Any] = {}
+    dp_rank: int | None = None
 
 
 class TokenizedGenerate(Message):
@@ -52,6 +56,11 @@ class TokenizedGenerate(Message):
     priority: int = 0
     routing_key: str | None = None
     probe: bool = False  # of /health: counted nowhere, cached nowhere
+    session: str | None = None  # which it continues, so that it goes to the replica that has the beginning
+    pinned: bool = False  # the session is a streaming one, and keeps its K and V
+    handoff: tuple[str, str, int, int] | None = None  # Handoff
+    pictures: list[tuple[int, int, int, bytes]] | None = None  # images/wire.py
+    lora_path: str | None = None  # its adapter's name
 
 
 class BatchTokenizedGenerate(Message):
@@ -103,6 +112,9 @@ class BatchTokenIDs(Message):
     cached_tokens: list[int]
     logprobs: list[msgspec.Raw]
     prompt_logprobs: list[msgspec.Raw]
+    dp_rank: int | None = None
+    drafts: list[dict[str, int] | None] = []  # RequestOutput.drafts; empty if nobody has any
+    weight_version: str = "default"  # of the weights that computed the step
 
 
 class BatchStr(Message):
@@ -116,6 +128,9 @@ class BatchStr(Message):
     cached_tokens: list[int]
     logprobs: list[msgspec.Raw]
     prompt_logprobs: list[msgspec.Raw]
+    dp_rank: int | None = None
+    drafts: list[dict[str, int] | None] = []
+    weight_version: str = "default"  # of the weights that computed the step
 
 
 class Event(Message):
@@ -123,6 +138,15 @@ class Event(Message):
 
     name: str
     value: Any = None
+    dp_rank: int | None = None
+
+
+class Lost(Message):
+    """On no wire, main tells itself: a replica has died, these answers end, the other replicas go on."""
+
+    dp_rank: int
+    what: str
+    tickets: list[int]
 
 
 class Leave(Message):
@@ -130,7 +154,7 @@ class Leave(Message):
 
 
 ToScheduler = TokenizedGenerate | BatchTokenizedGenerate | Abort | Control
-AnyMessage = Hello | ToScheduler | ControlReply | BatchTokenIDs | BatchStr | Event | Leave
+AnyMessage = Hello | ToScheduler | ControlReply | BatchTokenIDs | BatchStr | Event | Lost | Leave
 
 encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(AnyMessage).decode  # raises msgspec.ValidationError for whatever is none of them

@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from ch07_sglang_radix.generate_request import GenerateCall, LogprobOptions
+from ch07_sglang_radix.handoff import Handoff
 from ch07_sglang_radix.serving.http_args import HttpArgs
 from ch07_sglang_radix.serving.io_struct import GenerateRequest, RequestError, SessionParams
 from ch07_sglang_radix.serving.limits import check_limits
@@ -23,24 +24,33 @@ _DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
 class Preparation:
     def __init__(self, args: HttpArgs, intake: Intake, sessions: Sessions):
         self.args, self.intake, self.sessions = args, intake, sessions
+        self.mode = args.engine.disaggregation_mode
 
     async def __call__(self, request: GenerateRequest) -> tuple[GenerateCall, Continuation | None]:
         """The call, and what it continues if it belongs to a session. Raises RequestError for whatever cannot run."""
         if (request.text is None) == (request.input_ids is None):
             raise RequestError(400, "give either text or input_ids")
         try:
-            check_limits(request, self.args)
+            check_limits(request)
             if request.session_params is not None:
+                if request.image_data is not None:
+                    raise ValueError(
+                        "image_data with session_params: a session keeps text alone; send all of it each time"
+                    )
                 return self._continued(request)
             arguments = request.text, request.input_ids, request
             texts = [request.text] if isinstance(request.text, str) else request.text or []
-            if sum(map(len, texts)) > LONG_TEXT:
+            if sum(map(len, texts)) > LONG_TEXT or request.image_data is not None:
                 return await asyncio.to_thread(self._call, *arguments), None
             return self._call(*arguments), None
         except ValueError as error:
             raise RequestError(400, str(error)) from None
 
     def _continued(self, request: GenerateRequest) -> tuple[GenerateCall, Continuation]:
+        if self.mode != "null":
+            raise ValueError(
+                f"session_params: a session's K and V stay in one engine, and this one does {self.mode} only"
+            )
         if is_several(request):
             raise ValueError("session_params: a session goes on by one request at a time, and n=1")
         new_ids = self.intake.ids(request.input_ids if request.text is None else request.text)
@@ -60,9 +70,11 @@ class Preparation:
             request.return_logprob, request.logprob_start_len, request.top_logprobs_num, request.token_ids_logprob,
             request.return_text_in_logprobs,
         )  # fmt: skip
+        handoff = Handoff.of(self.mode, request.bootstrap_host, request.bootstrap_port, request.bootstrap_room)
         return GenerateCall.of(
             self.intake, text, input_ids, request.sampling_params, logprobs, request.rid, request.extra_key,
-            request.priority, request.routing_key, request.require_reasoning,
+            request.priority, request.routing_key, request.require_reasoning, handoff, request.image_data,
+            request.lora_path, self.args.engine.enable_lora,
         )  # fmt: skip
 
 

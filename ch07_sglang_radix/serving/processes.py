@@ -3,7 +3,7 @@
     Processes   two children (child.py), sockets in a folder that only this user can enter
     Threads     --single-process: the same functions and the same messages, over pipes in memory; a debugger sees all of it
 
-Both have `scheduler` and `inbox`, the two ends that the tokenizer manager holds, start(on_end) and end().
+Both have `schedulers`, one for each replica, `inbox` and `texts`, the ends that main holds, start(on_end) and end().
 """
 
 import json
@@ -11,22 +11,23 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import zmq
 
-from ch07_sglang_radix.serving.channels import MemoryPipe, ipc, open_pull, open_push
-from ch07_sglang_radix.serving.child import begin, last_words
+from ch07_sglang_radix.serving.channels import MemoryPipe, Push, ipc, new_folder, open_pull, open_push
+from ch07_sglang_radix.serving.child import begin, last_words, names_of
 from ch07_sglang_radix.serving.detokenizer_manager import detokenize
 from ch07_sglang_radix.serving.http_args import HttpArgs
 from ch07_sglang_radix.serving.scheduler_process import schedule
 from ch07_sglang_radix.serving.watch import Watch, wait_until
 
 LEAVE_S = 5.0  # that a process has to end by itself, once it was told to
+OnEnd = Callable[[str, int | None], None]  # what has ended, and of which replica; None: of what nobody can do without
 
 
 class Processes:
@@ -38,29 +39,44 @@ class Processes:
         if not zmq.has("ipc"):
             raise ValueError("this system's ZeroMQ has no ipc:// sockets; start with --single-process")
         self.args, self.tokenizer_folder = args, tokenizer_folder
-        self.folder = Path(tempfile.mkdtemp(prefix="serving-"))  # mode 0700
+        self.folder = new_folder()
         self.children: dict[str, subprocess.Popen] = {}
         self._begun = dict(begun or {})
         self.inbox = open_pull(ipc(self.folder, "main"), on_event_loop=True)
-        self.scheduler = open_push(ipc(self.folder, "scheduler"))
-        self._watch: Watch | None = None
+        self.names = names_of(args.engine.dp_size, tokenizer_folder is not None)
+        self.schedulers = [open_push(ipc(self.folder, who)) for who in self.names if who != "detokenizer"]
+        self.texts = (
+            open_push(ipc(self.folder, "detokenizer")) if len(self.schedulers) > 1 and tokenizer_folder else None
+        )
+        self._watches: list[Watch] = []
 
-    def start(self, on_end: Callable[[str], None]) -> None:
+    def start(self, on_end: OnEnd) -> None:
         """on_end: called from another thread when one of them has ended that nobody had told to."""
-        for who in ("scheduler", *(["detokenizer"] if self.tokenizer_folder else [])):
+        for who in self.names:
             self.children[who] = self._start(who)
         for child in self._begun.values():  # nobody needs it: a model without a tokenizer
             child.stdin.close()
-        pids = {who: child.pid for who, child in self.children.items()}
-        self._watch = Watch(pids, self.args.watchdog_timeout, lambda what: on_end(self._why(what)))
+        for dp_rank in sorted(set(self.names.values()), key=lambda rank: -1 if rank is None else rank):
+            pids = {who: child.pid for who, child in self.children.items() if self.names[who] == dp_rank}
+            told = partial(self._ended, on_end, dp_rank)
+            self._watches.append(Watch(pids, self.args.watchdog_timeout, told))
+
+    def _ended(self, on_end: OnEnd, dp_rank: int | None, what: str) -> None:
+        """In a watch's thread. A replica that is only stopped must not come back: the others have its place."""
+        why = self._why(what)
+        if dp_rank is not None:
+            self.children[f"scheduler_{dp_rank}"].kill()
+        on_end(why, dp_rank)
 
     def _start(self, who: str) -> subprocess.Popen:
+        dp_rank = self.names[who]
         job = {
             "who": who, "path": sys.path, "cwd": os.getcwd(), "main": os.getpid(), "folder": str(self.folder_of(who)),
-            "engine": plain(self.args), "tokenizer": self.tokenizer_folder, "patience_s": self.args.watchdog_timeout,
+            "engine": plain(self.args, dp_rank), "dp_rank": dp_rank, "dp_size": self.args.engine.dp_size,
+            "tokenizer": self.tokenizer_folder, "patience_s": self.args.watchdog_timeout,
             "log_level": self.args.engine.log_level, "log_format": self.args.log_format,
         }  # fmt: skip
-        child = self._begun.pop(who, None) or begin(who)
+        child = self._begun.pop(who, None) or begin(who, dp_rank, self.args.engine.ranks)
         with child.stdin as pipe:
             pipe.write(json.dumps(job).encode())
         return child
@@ -77,8 +93,8 @@ class Processes:
 
     def expect_the_end(self) -> None:
         """They have been told to leave."""
-        if self._watch:
-            self._watch.leave()
+        for watch in self._watches:
+            watch.leave()
 
     def end(self, patience_s: float = LEAVE_S) -> None:
         """Wait for them as long as `patience_s`, then kill. From any thread, and more than once."""
@@ -90,7 +106,8 @@ class Processes:
 
     def close(self) -> None:
         """In the thread of the event loop. Leaves no file behind."""
-        self.scheduler.close()
+        for push in (*self.schedulers, *([self.texts] if self.texts else [])):
+            push.close()
         self.inbox.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -100,25 +117,28 @@ class Threads:
 
     def __init__(self, args: HttpArgs, tokenizer_folder: str | None):
         self.args, self.tokenizer_folder = args, tokenizer_folder
-        self.scheduler, self.inbox = MemoryPipe(), MemoryPipe()
+        self.names = names_of(args.engine.dp_size, tokenizer_folder is not None)
+        self.schedulers: list[Push] = [MemoryPipe() for who in self.names if who != "detokenizer"]
+        self.inbox, self.texts = MemoryPipe(), MemoryPipe() if tokenizer_folder else None
         self.threads: list[threading.Thread] = []
 
-    def start(self, on_end: Callable[[str], None]) -> None:
+    def start(self, on_end: OnEnd) -> None:
         def run(name: str, work: Callable[..., None], *arguments: Any) -> None:
             def guarded() -> None:
                 try:
                     work(*arguments)
                 except BaseException as error:
                     known = isinstance(error, ValueError | OSError)
-                    on_end(f"{name}: {error}" if known else f"{name}: {type(error).__name__}: {error}")
+                    what = f"{name}: {error}" if known else f"{name}: {type(error).__name__}: {error}"
+                    on_end(what, self.names[name])
 
             self.threads.append(threading.Thread(target=guarded, name=name, daemon=True))
             self.threads[-1].start()
 
-        texts = MemoryPipe() if self.tokenizer_folder else None
-        run("scheduler", schedule, plain(self.args), self.scheduler, self.inbox, texts)
-        if texts:
-            run("detokenizer", detokenize, self.tokenizer_folder, texts, self.inbox)
+        for (who, dp_rank), pipe in zip(self.names.items(), self.schedulers, strict=False):
+            run(who, schedule, plain(self.args, dp_rank), pipe, self.inbox, self.texts, None, dp_rank)
+        if self.texts:
+            run("detokenizer", detokenize, self.tokenizer_folder, self.texts, self.inbox, len(self.schedulers))
 
     def expect_the_end(self) -> None:
         pass
@@ -131,6 +151,10 @@ class Threads:
         self.inbox.close()
 
 
-def plain(args: HttpArgs) -> dict[str, Any]:
-    """The engine's arguments as JSON."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args.engine).items()}
+def plain(args: HttpArgs, dp_rank: int | None) -> dict[str, Any]:
+    """The engine's arguments as JSON; a replica's own, if there are several."""
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args.engine).items()}
+    trace = values["trace"]
+    if dp_rank is not None and trace is not None:  # each writes its own
+        values["trace"] = str(Path(trace).with_stem(f"{Path(trace).stem}-dp{dp_rank}"))
+    return values | {"dp_size": 1, "load_balance_method": "round_robin"}

@@ -14,12 +14,16 @@ SGLang: srt/managers/scheduler.py, event_loop_normal, where every rank runs such
 
 import os
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
 
 from ch07_sglang_radix.engine import Engine
+from ch07_sglang_radix.handoff import Handoff
+from ch07_sglang_radix.images.wire import unpacked
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.serving.channels import Pull, Push
 from ch07_sglang_radix.serving.messages import (
@@ -42,6 +46,8 @@ from ch07_sglang_radix.serving.step_state import StepTeller
 from ch07_sglang_radix.serving.watch import Watch
 from ch07_sglang_radix.serving.xray.recorder import Recorder
 from ch07_sglang_radix.tasks import StopTask
+from ch07_sglang_radix.weight_calls import EXCHANGES
+from common.distributed.spawn import lost_node
 from common.parallel_state import RankFailure
 from common.sampling.logprobs import TokenLogprobs
 from common.sampling.params import SamplingParams
@@ -50,6 +56,7 @@ from common.text.detokenizer import context_of
 HEARTBEAT_S = 10.0  # a collective that waits longer than a minute counts as a dead peer
 UNKNOWN = -2  # a number that no request has: it has ended meanwhile
 NOTHING = msgspec.Raw(encode([]))
+FACTS = ("model", "tp_size", "pp_size", "device", "dtype", "kv_cache_dtype", "page_size")
 
 
 @dataclass(eq=False)
@@ -65,24 +72,27 @@ class Told:
 class SchedulerProcess:
     """inbox: from main; texts: to the detokenizer; main: replies, and everything if there is no tokenizer (texts=None).
 
-    ops: what a Control may ask for; a wing adds its own. at_rest: called before it waits for work. paused: no step runs but
-    those that `step` asks for.
+    ops: what a Control may ask for; a wing adds its own. at_rest: called before it waits for work. While the scheduler is paused,
+    no step runs but those that `step` asks for.
     """
 
-    def __init__(self, engine: Engine, inbox: Pull, main: Push, texts: Push | None = None):
+    def __init__(self, engine: Engine, inbox: Pull, main: Push, texts: Push | None = None, dp_rank: int | None = None):
         self.engine, self.scheduler, self.inbox, self.main, self.texts = engine, engine.scheduler, inbox, main, texts
+        self.dp_rank = dp_rank
         self.requests: dict[int, Told] = {}  # by the scheduler's own number
         self.numbers: dict[int, int] = {}  # of each ticket
-        self.paused, self.steps_asked_for = False, 0
+        self.steps_asked_for = 0
         self.working = False  # in a step
-        self.teller = StepTeller(self.scheduler, main)
+        self.teller = StepTeller(self.scheduler, main, dp_rank)
         self.at_rest: list[Callable[[], None]] = []
         self.ops: dict[str, Callable[..., Any]] = {
             "flush_cache": engine.flush_cache, "server_info": engine.get_server_info, "ping": lambda: True,
-            "pause": self.pause, "resume": self.resume, "step": self.step, "abort": engine.abort_request,
+            "pause": self.scheduler.pause, "resume": self.resume, "step": self.step, "abort": engine.abort_request,
             "start_profile": engine.start_profile, "stop_profile": engine.stop_profile,
-            "tell_steps": self.teller.switch_on,
-        }  # fmt: skip
+            "tell_steps": self.teller.switch_on, "close_session": self.close_session,
+            "load_lora_adapter": engine.loaded_lora_adapter, "unload_lora_adapter": engine.unloaded_lora_adapter,
+            "lora_adapters": engine.lora_adapters,
+        } | {op: partial(self.exchange, op) for op in EXCHANGES}  # fmt: skip
 
     def run(self) -> None:
         """Until Leave. A step that fails for all ranks raises; one that fails for its requests ends those."""
@@ -95,7 +105,7 @@ class SchedulerProcess:
     def turn(self) -> bool:
         """A step, if there is one to do, and what has come of it and of aborts; False if there is nothing more to do."""
         busy = False
-        if not self.paused or self.steps_asked_for:
+        if not self.scheduler.paused or self.steps_asked_for:
             self.teller.begin()
             self.working = True
             busy = self.scheduler.step()
@@ -130,25 +140,33 @@ class SchedulerProcess:
             for one in message.requests:
                 self.enqueue(one)
         elif isinstance(message, Abort):
-            self.scheduler.outcome.abort(self.numbers.get(message.ticket, UNKNOWN))
-        else:
-            self.main.send(self.obey(message))
+            self.scheduler.abort(self.numbers.get(message.ticket, UNKNOWN))
+        elif (reply := self.obey(message)) is not None:
+            self.main.send(reply)
 
     def enqueue(self, one: TokenizedGenerate) -> None:
         """The manager's intake has looked at everything: what is wrong here is wrong with this program."""
         number = self.scheduler.enqueue(
             None, one.input_ids, SamplingParams(**one.params), words=one.words, extra_key=one.extra_key,
             priority=one.priority, name=one.rid, routing_key=one.routing_key, shows_text=False, probe=one.probe,
+            session=one.session if one.pinned else None, handoff=one.handoff and Handoff(*one.handoff),
+            pictures=one.pictures and unpacked(one.pictures, self.scheduler.wrapper.images.processor.block),
+            lora_path=one.lora_path,
         )  # fmt: skip
         self.requests[number], self.numbers[one.ticket] = Told(one), number
         if not one.probe:
             self.teller.queued(number)
 
-    def obey(self, control: Control) -> ControlReply:
+    def obey(self, control: Control) -> ControlReply | None:
+        """What an op returns; of a future the reply comes when it is done, between two later steps."""
         try:
             if control.op not in self.ops:
                 raise ValueError(f"unknown operation {control.op}")
-            return ControlReply(control.number, self.ops[control.op](**control.arguments))
+            value = self.ops[control.op](**control.arguments)
+            if isinstance(value, Future):
+                value.add_done_callback(lambda done: self.main.send(ControlReply(control.number, done.result())))
+                return None
+            return ControlReply(control.number, value)
         except RankFailure:  # the ranks are out of step
             raise
         except Exception as error:  # an operator's wish is no reason to end everybody's requests
@@ -156,26 +174,27 @@ class SchedulerProcess:
 
     # --- control
 
-    def pause(self, mode: str) -> int:
-        """SGLang's modes; how many requests it met. abort: they end; retract: their pages go to the tree, they to the queue;
-        in_place: they keep them.
-        """
-        self.paused, met = True, len(self.scheduler.unfinished)
-        if mode == "abort":
-            self.engine.abort_request(abort_all=True)
-        elif mode == "retract":
-            self.scheduler.retraction.retract_all()
-        return met
-
     def resume(self) -> None:
-        self.paused, self.steps_asked_for = False, 0
+        self.scheduler.resume()
+        self.steps_asked_for = 0
 
     def step(self, steps: int) -> int:
         """While paused. Returns how many requests there are to do something for."""
-        if not self.paused:
+        if not self.scheduler.paused:
             raise ValueError("steps one by one are for a paused engine; POST /pause_generation first")
         self.steps_asked_for += steps
-        return len(self.scheduler.unfinished)
+        return len(self.scheduler.everybody)
+
+    def exchange(self, op: str, **arguments: Any) -> Any:
+        """Of weights and memory (weight_calls.py). What was computed before is told before, with the version that computed it."""
+        self.scheduler.settle_all()
+        self.give_out()
+        return getattr(self.engine, op)(**arguments)
+
+    def close_session(self, name: str) -> None:
+        """What a streaming session keeps is free."""
+        for rank in self.scheduler.data_ranks:
+            rank.memory.sessions.close(name, rank.unfinished)
 
     # --- out
 
@@ -187,7 +206,12 @@ class SchedulerProcess:
         news = [(told, req) for told, req in news if req.ended or told.request.stream or not told.begun]
         if not news:
             return
-        batch = BatchTokenIDs(scheduler.step_number, *map(list, zip(*(self._news(*one) for one in news), strict=True)))
+        drafts = [req.drafts for _, req in news]
+        rows = map(list, zip(*(self._news(*one) for one in news), strict=True))
+        batch = BatchTokenIDs(
+            scheduler.step_number, *rows, dp_rank=self.dp_rank, drafts=drafts if any(drafts) else [],
+            weight_version=scheduler.weight_version,
+        )  # fmt: skip
         if self.texts:
             self.texts.send(batch)
         else:
@@ -213,20 +237,24 @@ class SchedulerProcess:
 
 
 def schedule(
-    engine_args: dict[str, Any], inbox: Pull, main: Push, texts: Push | None, watch: Watch | None = None
-) -> None:
+    engine_args: dict[str, Any], inbox: Pull, main: Push, texts: Push | None, watch: Watch | None = None,
+    dp_rank: int | None = None,
+) -> None:  # fmt: skip
     """What the process does, or the thread. The watch learns whom rank 0 must not lose, and whether a step gets on."""
+    if watch:
+        watch.lost = lambda: next(filter(None, lost_node()), None)
     with Engine(**engine_args) as engine:
-        process = SchedulerProcess(engine, inbox, main, texts)
+        process = SchedulerProcess(engine, inbox, main, texts, dp_rank)
         scheduler = engine.scheduler
-        recorder = Recorder(scheduler, lambda line: main.send(Event("xray", line)))
+        recorder = Recorder(scheduler, lambda line: main.send(Event("xray", line, dp_rank)), replica=dp_rank)
         process.ops["xray"] = recorder.watch
         process.at_rest.append(recorder.at_rest)
         if watch:
-            ranks = {f"rank {rank}": pid for rank, (_, pid) in enumerate(scheduler.tp.peers) if rank > 0}
+            peers = scheduler.replica.peers
+            ranks = {f"rank {r}": pid for r, (host, pid) in enumerate(peers) if r > 0 and host == peers[0][0]}
             watch.processes = watch.processes | ranks
             watch.step = lambda: scheduler.step_number if process.working else None
-        main.send(Hello(VERSION, "scheduler", os.getpid(), facts_of(engine)))
+        main.send(Hello(VERSION, "scheduler", os.getpid(), facts_of(engine), dp_rank))
         process.run()
         if watch:
             watch.leave()
@@ -235,12 +263,13 @@ def schedule(
 def facts_of(engine: Engine) -> dict[str, Any]:
     """What main must know: for the intake, for the banner, and for whoever asks what is served here."""
     info, intake = engine.get_server_info(), engine.scheduler.intake
-    facts = {name: info[name] for name in ("model", "tp_size", "device", "dtype", "kv_cache_dtype", "page_size")}
+    facts = {name: info[name] for name in FACTS}
     return facts | {
+        "sees": intake.see is not None,
         "vocab_size": intake.vocab_size, "context_length": intake.model_limit, "shortened_by": intake.shortened_by,
         "max_total_num_tokens": intake.pool_tokens,
         "max_running_requests": engine.wrapper.max_running_requests,
-        "pids": [pid for _, pid in engine.scheduler.tp.peers] or [os.getpid()],
+        "pids": [pid for _, pid in engine.scheduler.replica.peers] or [os.getpid()],
     }  # fmt: skip
 
 
@@ -248,7 +277,7 @@ def without_text(batch: BatchTokenIDs) -> BatchStr:
     """What the detokenizer would have made of it, had there been one."""
     return BatchStr(
         batch.step, batch.tickets, [""] * len(batch.tickets), batch.new_ids, batch.finished, batch.cached_tokens,
-        batch.logprobs, batch.prompt_logprobs,
+        batch.logprobs, batch.prompt_logprobs, batch.dp_rank, batch.drafts, batch.weight_version,
     )  # fmt: skip
 
 

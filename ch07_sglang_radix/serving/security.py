@@ -34,8 +34,14 @@ ROUTES: dict[str, Guard] = {
     "/open_session": "key", "/close_session": "key",
     "/v1/models": "key", "/v1/models/{model}": "key", "/v1/completions": "key", "/v1/chat/completions": "key",
     "/flush_cache": "admin", "/abort_request": "admin", "/pause_generation": "admin", "/continue_generation": "admin",
+    "/load_lora_adapter": "admin", "/unload_lora_adapter": "admin",
     "/step_generation": "admin", "/start_profile": "admin", "/stop_profile": "admin",
+    "/update_weights_from_disk": "admin", "/update_weights_from_tensor": "admin", "/update_weights_from_distributed": "admin",
+    "/init_weights_update_group": "admin", "/destroy_weights_update_group": "admin", "/update_weight_version": "admin",
+    "/get_weights_by_name": "admin", "/weights_checker": "admin", "/get_weight_version": "key", "/weight_version": "key",
+    "/release_memory_occupation": "admin", "/resume_memory_occupation": "admin",
     "/xray/events": "page", "/": "files",
+    "/list_workers": "key", "/add_worker": "admin", "/remove_worker": "admin",  # of the router, parallelism/router.py
 }  # fmt: skip
 PREFIXES: dict[str, Guard] = {"/xray": "files", "/v1/models/": "key"}
 LOCAL_NAMES = ("localhost", "")

@@ -18,6 +18,15 @@ STEP_STATE = "step_state"  # name of the event
 TELL_EVERY_S = 0.05
 
 
+class ExpertState(msgspec.Struct, frozen=True, array_like=True):
+    """Totals of rows, and how even they were: expert_load.py."""
+
+    layers: list[int]
+    of_expert: list[list[int]]  # of each of these layers
+    of_rank: list[list[int]]
+    balancedness: list[float]  # of each reading since the last message
+
+
 class StepState(msgspec.Struct, frozen=True, array_like=True):
     """Tokens are slots of the pool: available + evictable + protected + held = max_total_num_tokens."""
 
@@ -39,18 +48,29 @@ class StepState(msgspec.Struct, frozen=True, array_like=True):
     retracted: int = 0
     evicted: int = 0  # slots
 
+    verified: int = 0  # requests in verify steps
+    proposed: int = 0  # guesses that were verified
+    correct: int = 0  # and right
+
     queue_times: list[float] = []  # seconds that each request has waited which was admitted since the last message
+    lora_slots_used: int = 0  # slots of adapters, of those that there are
+    lora_slots: int = 0
+    experts: ExpertState | None = None  # if they have been read since then
 
 
 class StepTeller:
     """Reads a scheduler between its steps, changes nothing in it, and costs nothing until `switch_on`."""
 
-    def __init__(self, state: SchedulerState, main: Push, clock: Callable[[], float] = time.monotonic):
-        self._state, self._main, self._clock = state, main, clock
+    def __init__(
+        self, state: SchedulerState, main: Push, dp_rank: int | None = None, clock: Callable[[], float] = time.monotonic
+    ):
+        self._state, self._main, self._dp_rank, self._clock = state, main, dp_rank, clock
         self._on = False
         self._told_at = self._began = clock()
         self._queued_at: dict[int, float] = {}
         self._waited: list[float] = []
+        self._balancedness: list[float] = []  # of readings that main has not been told of
+        self._readings = 0
 
     def switch_on(self) -> None:
         self._on = True
@@ -69,29 +89,52 @@ class StepTeller:
         if not self._on:
             return
         self._note_admitted()
+        self._note_reading()
         now = self._clock()
-        if now - self._told_at >= TELL_EVERY_S or not self._state.unfinished:
+        if now - self._told_at >= TELL_EVERY_S or not self._state.everybody:
             self._told_at = now
-            self._main.send(Event(STEP_STATE, self._read()))
+            self._main.send(Event(STEP_STATE, self._read(), self._dp_rank))
 
     def _note_admitted(self) -> None:
         """How long each request has waited for its first step; after a retraction it does not wait for the first time."""
         s = self._state
-        for req, _ in s.last_prefill:
+        for req in (req for rank in s.data_ranks for req, _ in rank.last_prefill):
             queued_at = self._queued_at.pop(req.rid, None)
             if queued_at is not None:
                 self._waited.append(max(self._began - queued_at, 0.0))
-        if len(self._queued_at) > len(s.waiting):  # somebody was aborted in the queue
-            waiting = {req.rid for req in s.waiting}
+        if len(self._queued_at) > sum(len(rank.waiting) for rank in s.data_ranks):  # somebody was aborted in the queue
+            waiting = {req.rid for rank in s.data_ranks for req in rank.waiting}
             self._queued_at = {rid: at for rid, at in self._queued_at.items() if rid in waiting}
 
+    def _note_reading(self) -> None:
+        load = self._state.expert_load
+        if load and load.readings != self._readings:
+            self._readings = load.readings
+            self._balancedness.append(load.balancedness)
+
+    def _experts(self) -> ExpertState | None:
+        even, self._balancedness = self._balancedness, []
+        if not even:
+            return None
+        load = self._state.expert_load
+        return ExpertState(load.layers, load.of_expert.tolist(), load.of_rank.tolist(), even)
+
+    def _guessed(self) -> dict[str, int]:
+        told = self._state.speculation
+        if told is None:
+            return {}
+        return {"verified": told.sequences, "proposed": told.sequences * (told.nodes - 1), "correct": told.correct}
+
     def _read(self) -> StepState:
-        s = self._state
+        s, total = self._state, self._state.totals()
         waited, self._waited = self._waited, []
+        lora = s.lora.facts() if s.lora else {}
         return StepState(
-            step=s.step_number, running=sum(not req.probe for req in s.admitted), queue=len(s.waiting),
-            max_total_num_tokens=s.pool.size, available=s.pool.free_slots, evictable=s.tree.evictable_size,
-            protected=s.tree.protected_size, held=s.held_slots, new_token_ratio=s.new_token_ratio,
+            step=s.step_number, running=total["running"], queue=total["waiting"], max_total_num_tokens=total["size"],
+            available=total["free"], evictable=total["evictable"], protected=total["protected"], held=total["held"],
+            new_token_ratio=s.new_token_ratio,
             prompt_tokens=s.served["prompt"], cached_tokens=s.served["cached"], sampled=s.work["sampled"],
-            retracted=s.retractions, evicted=s.tree.evicted, queue_times=waited,
+            retracted=total["retractions"], evicted=total["evicted"], queue_times=waited, **self._guessed(),
+            lora_slots_used=lora.get("lora_pool_slots_used", 0), lora_slots=lora.get("lora_pool_slots_total", 0),
+            experts=self._experts(),
         )  # fmt: skip

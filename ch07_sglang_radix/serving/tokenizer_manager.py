@@ -5,12 +5,14 @@
     a route: flush_cache()           Control -> scheduler -> ControlReply
 
 It lives in the process of the HTTP server, on its event loop; nothing here computes or blocks, but for the tokenizer,
-which long texts meet in a thread. SGLang's is srt/managers/tokenizer_manager.py.
+which long texts meet in a thread. All who wait are in one file, however they end. SGLang's is srt/managers/tokenizer_manager.py.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing
+from importlib import import_module
 from itertools import count
 from typing import Any, Literal
 from uuid import uuid4
@@ -33,23 +35,27 @@ from ch07_sglang_radix.serving.messages import (
     Event,
     Hello,
     Leave,
+    Lost,
     TokenizedGenerate,
 )  # fmt: skip
 from ch07_sglang_radix.serving.prepare import Preparation, changed, is_several
+from ch07_sglang_radix.serving.probe import PROBE_S, Probe
 from ch07_sglang_radix.serving.sessions import Continuation, Node, Sessions
 from common.request.intake import Intake
 from common.text.tokenizer import Tokenizer
 from common.values import shown
 
 State = Literal["starting", "ready", "draining", "failed"]
-PROBE_S = 20.0  # SGLang's HEALTH_CHECK_TIMEOUT
+# of a model that sees, from a wing that comes when it is asked for
+EYES, PICTURES_ON_THE_WIRE = "ch07_sglang_radix.images.intake", "ch07_sglang_radix.images.wire"
 FAILED = {"type": "abort", "status_code": 500, "err_type": "InternalServerError"}
 
 
 class TokenizerManager:
     """scheduler, inbox: the ends of the pipes that are main's. tokenizer: None with skip_tokenizer_init, or if there is none.
 
-    facts: what the scheduler said of its engine when it was ready. on_event: what wings hear of the scheduler, by name.
+    facts: what the scheduler said of its engine when it was ready. lost: replicas that have died, and how; the others serve.
+    on_event: what wings hear of the scheduler, by name, with the replica whose scheduler it is.
     at_start: ops that the scheduler is told when it is ready. on_tokens: called with each answer that has grown, and by how
     many tokens. on_end: with each that has ended, or whose caller has gone.
     """
@@ -60,21 +66,22 @@ class TokenizerManager:
         self.failure = ""
         self.facts: dict[str, Any] = {}
         self.paused = False
-        self.on_event: dict[str, Callable[[Any], None]] = {}
+        self.away: list[str] = []  # memory of the engine that was released (weights.py)
+        self.lost: dict[int, str] = {}
+        self.on_event: dict[str, Callable[[Any, int | None], None]] = {}
         self.at_start: list[str] = []
         self.on_tokens: list[Callable[[InFlight, int], None]] = []
         self.on_end: list[Callable[[InFlight], None]] = []
-        self.ready = asyncio.Event()
-        self.idle = asyncio.Event()  # nothing is in flight
+        self.ready, self.idle = asyncio.Event(), asyncio.Event()  # idle: nothing is in flight
         self.idle.set()
-        self.sessions = Sessions()
+        self.sessions = Sessions(lambda name: self._tell("close_session", name=name))
         self._missing = {"scheduler"} | ({"detokenizer"} if tokenizer else set())
         self._in_flight: dict[int, InFlight] = {}
         self._rids: set[str] = set()  # of those in flight
         self._replies: dict[int, asyncio.Future] = {}
         self._numbers = count()
-        self._signs_of_life = 0  # messages about requests so far
-        self._probe: int | None = None
+        self._probe = Probe(scheduler, self._numbers.__next__, lambda: self.state == "failed")
+        self.intake: Intake | None = None  # until the scheduler has said what it holds
         self._prepare: Preparation | None = None
 
     # --- what comes from the scheduler and the detokenizer
@@ -86,7 +93,7 @@ class TokenizerManager:
 
     def take(self, message: AnyMessage) -> None:
         if isinstance(message, BatchStr):
-            self._signs_of_life += 1
+            self._probe.heard()
             for i, ticket in enumerate(message.tickets):
                 if one := self._in_flight.get(ticket):  # else its caller has gone
                     one.take(message, i)
@@ -94,16 +101,18 @@ class TokenizerManager:
                         call(one, len(message.new_ids[i]))
                     if one.finish_reason is not None:
                         self._forget(one)
-                elif ticket == self._probe and message.finished[i] is not None:
-                    self._probe = None
+                elif message.finished[i] is not None:
+                    self._probe.ended(ticket)
         elif isinstance(message, ControlReply):
             if reply := self._replies.pop(message.number, None):
                 reply.set_result(message)
         elif isinstance(message, Event):
             if message.name in self.on_event:
-                self.on_event[message.name](message.value)
+                self.on_event[message.name](message.value, message.dp_rank)
         elif isinstance(message, Hello):
             self._welcome(message)
+        elif isinstance(message, Lost):
+            self._lose(message)
 
     def _welcome(self, hello: Hello) -> None:
         if hello.version != VERSION:
@@ -113,30 +122,41 @@ class TokenizerManager:
         self._missing.discard(hello.who)
         self.facts |= hello.facts
         if not self._missing:
-            facts = self.facts
-            intake = Intake(
-                self.tokenizer, facts["vocab_size"], facts["context_length"], facts["max_total_num_tokens"],
-                facts["page_size"], WORDS, facts["shortened_by"],
-            )  # fmt: skip
-            self._prepare = Preparation(self.args, intake, self.sessions)
+            names = ("vocab_size", "context_length", "max_total_num_tokens", "page_size")
+            see = None
+            if self.facts.get("sees"):
+                see = import_module(EYES).of_a_server(self.args.engine)
+            self.intake = Intake(self.tokenizer, *map(self.facts.get, names), WORDS, self.facts["shortened_by"], see)
+            self._prepare = Preparation(self.args, self.intake, self.sessions)
             for op in self.at_start:
-                self._scheduler.send(Control(next(self._numbers), op))
+                self._tell(op)
             self.state = "ready"
             self.ready.set()
+
+    def _lose(self, message: Lost) -> None:
+        """A replica has died: its requests end, and those that come go to the others."""
+        self.lost[message.dp_rank] = message.what
+        log.error("replica %d is lost: %s; the others go on", message.dp_rank, message.what)
+        for ticket in message.tickets:
+            self._probe.ended(ticket)
+        self._end(filter(None, map(self._in_flight.get, message.tickets)), message.what)
 
     def fail(self, message: str) -> None:
         """A process has died, or everything ends: whoever waits hears why, and nothing is served any more."""
         if self.state == "failed":
             return
         self.state, self.failure = "failed", message
-        for one in list(self._in_flight.values()):
-            one.end(FAILED | {"message": message})
-            self._forget(one)
+        self._end(self._in_flight.values(), message)
         for reply in self._replies.values():
             if not reply.done():
                 reply.set_exception(RequestError(503, message, "service_unavailable"))
         self._replies = {}
         self.ready.set()
+
+    def _end(self, these: Iterable[InFlight], why: str) -> None:
+        for one in list(these):
+            one.end(FAILED | {"message": why})
+            self._forget(one)
 
     def drain(self) -> None:
         """No new requests; those there are go on."""
@@ -144,8 +164,9 @@ class TokenizerManager:
             self.state = "draining"
 
     def leave(self) -> None:
-        """Tell the other processes that there is no more work."""
+        """Tell the other processes that there is no more work. Whoever asks now would wait for an answer that never comes."""
         self._scheduler.send(Leave())
+        self.fail("the server has ended")
 
     # --- answers
 
@@ -163,8 +184,17 @@ class TokenizerManager:
         """
         self._check_ready()
         call, continuation = await self._prepare(request)
+        async with aclosing(self.answers(call, request.stream, continuation, is_disconnected)) as answers:
+            async for answer in answers:
+                yield answer
+
+    async def answers(
+        self, call: GenerateCall, stream: bool, continuation: Continuation | None = None,
+        is_disconnected: Callable[[], Awaitable[bool]] | None = None,
+    ) -> AsyncIterator[Answer]:  # fmt: skip
+        """The same of a call that is known to be right."""
         self._check_ready()  # tokenizing may have taken a while
-        mine = self._send(request, call, continuation)
+        mine = self._send(call, stream, continuation)
         news = mine[0].news
         unfinished = set(range(len(mine)))
         try:
@@ -193,7 +223,7 @@ class TokenizerManager:
         answers = [last[index] for index in sorted(last)]
         return answers if is_several(request) else answers[0] if answers else None
 
-    def _send(self, request: GenerateRequest, call: GenerateCall, continuation: Continuation | None) -> list[InFlight]:
+    def _send(self, call: GenerateCall, stream: bool, continuation: Continuation | None) -> list[InFlight]:
         """All of a call, or nothing of it. Raises RequestError for an rid in use and a full queue."""
         for one in call.requests:
             if one.name in self._rids:
@@ -201,7 +231,7 @@ class TokenizerManager:
         self._check_queue(len(call.requests))
         news, now, parser = News(), time.monotonic(), self.args.reasoning_parser
         mine = [
-            InFlight(next(self._numbers), one.name or uuid4().hex, i, call, news, request.stream, now, parser)
+            InFlight(next(self._numbers), one.name or uuid4().hex, i, call, news, stream, now, parser)
             for i, one in enumerate(call.requests)
         ]
         if continuation is not None:
@@ -212,8 +242,10 @@ class TokenizerManager:
                     self._scheduler.send(Abort(one.ticket))
         wanted = [
             TokenizedGenerate(
-                flying.ticket, flying.rid, one.ids, changed(one.params), dict(one.words), request.stream, one.extra_key,
-                one.priority, one.routing_key,
+                flying.ticket, flying.rid, one.ids, changed(one.params), dict(one.words), stream, one.extra_key,
+                one.priority, one.routing_key, session=continuation.session if continuation else None,
+                pinned=continuation is not None and continuation.streaming, handoff=one.handoff,
+                lora_path=one.lora_path, pictures=one.pictures and import_module(PICTURES_ON_THE_WIRE).packed(one.pictures),
             )
             for flying, one in zip(mine, call.requests, strict=True)
         ]  # fmt: skip
@@ -229,7 +261,7 @@ class TokenizerManager:
             return False
         self._rids.discard(one.rid)
         if one.node:
-            one.node.finished = True
+            one.node.end(one.finish_reason)
         if not self._in_flight:
             self.idle.set()
         log.request_ended(one)
@@ -241,6 +273,9 @@ class TokenizerManager:
         if self.state != "ready":
             why = f": {self.failure}" if self.failure else ""
             raise RequestError(503, f"the server is {self.state}{why}", "service_unavailable")
+        if self.away:
+            why = f"the server is asleep, without its {' and '.join(self.away)}; POST /resume_memory_occupation first"
+            raise RequestError(503, why, "service_unavailable")
 
     def _check_queue(self, more: int) -> None:
         most = self.args.max_queued_requests
@@ -262,6 +297,9 @@ class TokenizerManager:
         return self._prepare.room_for(ids, session)
 
     # --- control
+
+    def _tell(self, op: str, **arguments: Any) -> None:  # as `control`, and nobody waits for the reply
+        self._scheduler.send(Control(next(self._numbers), op, arguments))
 
     async def control(self, op: str, **arguments: Any) -> Any:
         """Have the scheduler do it between two steps (scheduler_process.py, ops). Raises RequestError if it cannot."""
@@ -290,17 +328,18 @@ class TokenizerManager:
 
     async def server_info(self) -> dict[str, Any]:
         """What the engine is, with pool, tree, queue and hit rate as they stand (Engine.get_server_info), and this server."""
-        return {"status": self.state, "paused": self.paused, **await self.control("server_info"), **self.args.shown()}
+        engine = await self.control("server_info")
+        return {"status": self.state, "paused": self.paused, **self.replicas(), **engine, **self.args.shown()}
+
+    def replicas(self) -> dict[str, Any]:
+        """{} if there is only one; else how many there are, and who has died of what."""
+        size = self.args.engine.dp_size
+        return {"dp_size": size, "lost_replicas": self.lost} if size > 1 else {}
 
     async def model_info(self) -> dict[str, Any]:
         """What is known without asking the scheduler."""
-        engine = self.args.engine
-        return {
-            "model_path": str(engine.model_path or "tiny-qwen"), "served_model_name": self.args.served_model_name,
-            "tokenizer_path": str(engine.tokenizer_path or engine.model_path or "tiny-qwen"), "is_generation": True,
-            "max_model_len": self.facts.get("context_length"), "weight_version": "default",
-            "has_tokenizer": self.tokenizer is not None,
-        }  # fmt: skip
+        context_length, has_tokenizer = self.facts.get("context_length"), self.tokenizer is not None
+        return self.args.model() | {"max_model_len": context_length, "has_tokenizer": has_tokenizer}
 
     async def pause(self, mode: str = "abort") -> int:
         """No step runs until `resume`. abort: all requests end; retract: they give their pages back and wait; in_place: they
@@ -319,32 +358,18 @@ class TokenizerManager:
         return await self.control("step", steps=steps)
 
     async def start_profile(self, **options: Any) -> str:
-        """torch.profiler on every rank; returns what the names of their files begin with."""
+        """torch.profiler on every rank; returns what the names of their files begin with. `stop_profile` returns rank 0's."""
         return await self.control("start_profile", output_dir=self.args.profile_dir, **options)
 
     async def stop_profile(self) -> str:
-        """Returns rank 0's file; the others lie beside it."""
         return await self.control("stop_profile")
 
     async def healthy(self, timeout_s: float = PROBE_S) -> bool:
-        """Does anything come back? A request of one token asks, if none is on its way; any other answer will do as well."""
+        """Does anything come back? See probe.py. Paused, nothing is computed, but the loop turns."""
         if self.state != "ready":
             return False
         try:
-            return await asyncio.wait_for(self._sign_of_life(), timeout_s)
+            sign = self.control("ping") if self.paused or self.away else self._probe.sign_of_life()
+            return await asyncio.wait_for(sign, timeout_s)
         except asyncio.TimeoutError:
             return False
-
-    async def _sign_of_life(self) -> bool:
-        if self.paused:  # nothing is computed, but the loop turns
-            return await self.control("ping")
-        before = self._signs_of_life
-        if self._probe is None:
-            self._probe = next(self._numbers)
-            params = {"max_new_tokens": 1, "ignore_eos": True}
-            self._scheduler.send(TokenizedGenerate(self._probe, "health", [0], params, {}, probe=True))
-        while self._signs_of_life == before:
-            if self.state == "failed":
-                return False
-            await asyncio.sleep(0.01)
-        return True

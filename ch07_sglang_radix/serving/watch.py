@@ -21,15 +21,21 @@ LOOK_EVERY_S = 0.25
 class Watch:
     """processes: {name: pid}. on_end: called once, in the watch's thread, with one line that says who and what.
 
-    patience_s: so long a process may be stopped, and a step may take. step: what is being done now, something new for each
+    lost: of other hosts, where nobody can be looked at: who has died (nodes.py). patience_s: so long a process may be stopped,
+    and a step may take. step: what is being done now, something new for each
     step; None: nothing. Time is counted in looks and not by the clock: who was stopped itself has not looked.
     """
 
     def __init__(
         self, processes: dict[str, int], patience_s: float, on_end: Callable[[str], None],
-        step: Callable[[], object | None] = lambda: None,
+        step: Callable[[], object | None] = lambda: None, lost: Callable[[], str | None] = lambda: None,
     ):  # fmt: skip
-        self.processes, self.on_end, self.step = processes, on_end, step  # may be replaced by others as time goes on
+        self.processes, self.on_end, self.step, self.lost = (
+            processes,
+            on_end,
+            step,
+            lost,
+        )  # may be replaced as time goes on
         self.patience = max(1, round(patience_s / LOOK_EVERY_S))  # looks
         self.patience_s = patience_s
         self._looks: dict[str, int] = {}
@@ -55,6 +61,8 @@ class Watch:
                 return f"{name} (pid {pid}) has died"
             if self._too_long(name, what is not None):
                 return f"{name} (pid {pid}) is stopped, for {self.patience_s:g} s now (--watchdog-timeout)"
+        if lost := self.lost():
+            return lost
         step = self.step()
         same, self._step = step is not None and step == self._step, step
         if self._too_long("step", same):

@@ -153,8 +153,8 @@ class TappedServer:
 
     async def _serve(self, folder: str | None) -> None:
         tokenizer = Tokenizer(folder) if folder else None
-        self.manager = TokenizerManager(self.args, tokenizer, self.workers.scheduler, self.workers.inbox)
-        self.workers.start(lambda what: self._loop.call_soon_threadsafe(self.manager.fail, what))
+        self.manager = TokenizerManager(self.args, tokenizer, self.workers.schedulers[0], self.workers.inbox)
+        self.workers.start(lambda what, dp_rank: self._loop.call_soon_threadsafe(self.manager.fail, what))
         socket = bind(self.args.host, 0)
         self.url = f"http://127.0.0.1:{socket.getsockname()[1]}"
         config = uvicorn.Config(TappedHttp(make_app(self.manager), self.seen), log_config=None, lifespan="off")
@@ -174,7 +174,7 @@ class TappedServer:
 
     def end(self) -> None:
         self.workers.expect_the_end()
-        self.manager.leave()
+        self._loop.call_soon_threadsafe(self.manager.leave)
         self.workers.end()
         self._run(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)

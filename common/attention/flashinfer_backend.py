@@ -25,6 +25,7 @@ class FlashInferAttention:
     """attention(layer, q [T, Hq/R, d], k, v [T, Hkv/R, d]) -> o [T, Hq/R, d]; same answers as TorchNativeAttention."""
 
     capturable = False
+    windows = False
     dtypes = (torch.bfloat16, torch.float16)
 
     def __init__(self, cache: PagedKVCache, meta: AttentionMetadata):

@@ -13,6 +13,7 @@ import torch
 
 from common.attention.contract import AttentionMetadata, SharedPrefixes
 from common.distributed.transfer import upload_all
+from common.draft_tree import DraftTree
 
 try:  # a CPU build of torch comes without Triton
     from common.kernels import plan as fused
@@ -27,7 +28,7 @@ class StepInputs:
     input_ids: torch.Tensor  # [T]
     positions: torch.Tensor  # [T]
     rows: torch.Tensor  # [B]
-    meta: AttentionMetadata
+    meta: AttentionMetadata | None  # None: no sequence at all
 
 
 MIN_ALIKE = 4  # sequences that begin alike are worth a tile if they are as many
@@ -36,14 +37,31 @@ MIN_ALIKE = 4  # sequences that begin alike are worth a tile if they are as many
 class SequenceTable:
     """page_table [rows, max_pages], last_token [rows]; int64 on the device. Nothing here waits for a GPU.
 
-    tile_members: sequences that attention can serve at once where they begin alike; 0 if it cannot.
+    tile_members: sequences that attention can serve at once where they begin alike; 0 if it cannot. last_position: of the model.
     """
 
-    def __init__(self, num_rows: int, max_pages: int, page_size: int, device: torch.device, tile_members: int = 0):
+    def __init__(
+        self, num_rows: int, max_pages: int, page_size: int, device: torch.device, tile_members: int = 0,
+        last_position: int | None = None,
+    ):  # fmt: skip
         self.page_size, self.device, self.tile_members = page_size, device, tile_members
+        self.last_position = last_position
         self.page_table = torch.zeros(num_rows, max_pages, dtype=torch.int64, device=device)
         self.last_token = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._counting = torch.arange(num_rows + 1, device=device)  # the query_start of any decode step
+        self.shift: torch.Tensor | None = None  # [rows]; see shift_positions
+
+    def shift_positions(self) -> None:
+        """From now on a decode step turns each row's token as at its place in the sequence plus the row's shift: pictures before it
+        took fewer positions than places (common/vision/mrope.py). Pages go by places."""
+        self.shift = torch.zeros_like(self.last_token)
+
+    def set_shifts(self, rows: torch.Tensor, shifts: np.ndarray | None) -> None:
+        """shifts [B] of the sequences of `rows` [B]; None: all 0."""
+        if shifts is None:
+            self.shift.index_fill_(0, rows, 0)
+        else:
+            self.shift.index_copy_(0, rows, *upload_all(self.device, shifts))
 
     def set_pages(self, updates: Sequence[tuple[int, int, Sequence[int]]]) -> None:
         """(row, first, pages): pages first .. first+len(pages)-1 of a row are these from now on."""
@@ -77,6 +95,11 @@ class SequenceTable:
         longest = max(2, int(new.max()))
         return StepInputs(ids, at, row, self._meta(of, at, table, starts, context_lens, longest))
 
+    def nothing(self) -> StepInputs:
+        """The step of a data rank without work, while others have some."""
+        none = self.last_token[:0]
+        return StepInputs(none, none, none, None)
+
     def decode(self, rows: np.ndarray, positions: np.ndarray, alike: Sequence[tuple[int, int, int]] = ()) -> StepInputs:
         """The last token of each sequence, to stand at positions [B].
 
@@ -98,7 +121,7 @@ class SequenceTable:
                 rows, positions, self.page_table, self.last_token, pages, self.page_size
             )
             meta = AttentionMetadata(slots, table, starts, context, self.page_size, 1, prefixes)
-            return StepInputs(ids, at, rows, meta)
+            return StepInputs(ids, self._shifted(rows, at), rows, meta)
         real = rows >= 0
         step = self._decode(rows.clamp(min=0), positions * real, pages, prefixes)
         meta = replace(step.meta, slot_mapping=step.meta.slot_mapping.where(real, -1))
@@ -109,7 +132,44 @@ class SequenceTable:
         starts = self._counting[: len(rows) + 1]
         table = self.page_table[:, :pages].index_select(0, rows)
         meta = self._meta(rows, positions, table, starts, positions + 1, 1, prefixes)
-        return StepInputs(self.last_token[rows], positions, rows, meta)
+        return StepInputs(self.last_token[rows], self._shifted(rows, positions), rows, meta)
+
+    def _shifted(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return positions if self.shift is None else positions + self.shift[rows.clamp(min=0)]
+
+    def tree(self, rows: np.ndarray, positions: np.ndarray, tree: DraftTree) -> StepInputs:
+        """The nodes of a tree for each sequence, whose roots stand at positions [B]: B * N new tokens, see `tree_level`.
+
+        The pages of a sequence must have room for positions[b] + N tokens.
+        """
+        row, at = upload_all(self.device, rows, positions)
+        pages = self._pages(positions.max() + tree.tokens.shape[1])
+        return self.tree_level(row, at, tree.tokens, tree.depth, tree.ancestors, pages)
+
+    def tree_level(
+        self, rows: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor, depth: torch.Tensor, window: torch.Tensor,
+        pages: int,
+    ) -> StepInputs:  # fmt: skip
+        """The last n of the W nodes that each tree has so far; those before have been computed, and lie in their pages.
+
+        rows, positions [B] of the roots, tokens and depth [B, n], window [B, n, W]: which nodes each sees. Node i of a tree lies
+        where a token i behind the root would, but stands at the root's position + depth: siblings stand in one place. A position
+        that the model has not, of a guess beyond the end, is its last one. A row -1 is padding: it leaves no trace.
+        """
+        (batch, n), width = tokens.shape, window.shape[2]
+        real, row = (rows >= 0).unsqueeze(1), rows.clamp(min=0)  # [B, 1], [B]
+        root = positions.unsqueeze(1) * real
+        places = root + depth
+        if self.last_position is not None:
+            places = places.clamp(max=self.last_position)
+        at = root + torch.arange(width - n, width, device=root.device)  # [B, n]
+        table, starts = self.page_table[:, :pages].index_select(0, row), self._counting[: batch + 1] * n
+        slots = table.gather(1, at // self.page_size) * self.page_size + at % self.page_size
+        meta = AttentionMetadata(
+            slots.where(real, -1).flatten(), table, starts, root.squeeze(1) + width, self.page_size, n,
+            window=window.flatten(0, 1),
+        )  # fmt: skip
+        return StepInputs((tokens * real).flatten(), places.flatten(), rows, meta)
 
     def max_tiles(self, batch: int) -> int:
         """Room that any `alike` of so many sequences fits into."""

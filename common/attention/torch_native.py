@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from common.attention.contract import AttentionMetadata
 from common.attention.kv_cache import PagedKVCache
+from common.attention.merge import attention_with_lse, merge_two
 
 MAX_PADDING = 1024  # tokens of a group of decode rows
 ROOM_BYTES = 3 << 20  # of K and V that are copied before they are attended to: what a core's caches still hold by then
@@ -18,11 +19,12 @@ class TorchNativeAttention:
     """The contract in plain PyTorch: index_select the pages, then scaled_dot_product_attention.
 
     What does not depend on the layer (which pages, which mask) is worked out once a step, here in the
-    constructor. Sequences with one new token (decode) run together, the longest split from the shortest so
-    that padding stays small; sequences with several run one by one.
+    constructor. Sequences with one new token (decode), or with a tree of them, run together, the longest split from the
+    shortest so that padding stays small; other sequences with several run one by one.
     """
 
     capturable = False
+    windows = True
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def __init__(self, cache: PagedKVCache, meta: AttentionMetadata):
@@ -34,13 +36,16 @@ class TorchNativeAttention:
         self.slots = meta.slot_mapping if self.real is None else meta.slot_mapping[self.real]
         cache.begin(self.slots)
         starts, lens = meta.query_start.tolist(), meta.context_lens.tolist()
-        singles = [b for b in range(len(lens)) if starts[b + 1] - starts[b] == 1]
-        self.decodes, self.rows = _decode_groups(meta, cache, _similar_lengths(singles, lens), lens)
+        self.nodes = (
+            1 if meta.window is None else len(meta.window) // len(lens)
+        )  # new tokens of a sequence that runs in a group
+        singles = [b for b in range(len(lens)) if starts[b + 1] - starts[b] == self.nodes]
+        self.decodes, self.rows = _decode_groups(meta, cache, similar_lengths(singles, lens), lens)
         self.back = None if self.rows is None else self.rows.argsort()  # which of the groups' rows is the i-th of them
         self.extends = [
             _Extend(cache, meta, b, starts[b], starts[b + 1], lens[b])
             for b in range(len(lens))
-            if starts[b + 1] - starts[b] > 1
+            if starts[b + 1] - starts[b] > self.nodes
         ]
 
     @staticmethod
@@ -55,11 +60,17 @@ class TorchNativeAttention:
         if self.decodes:
             # the query heads of a group become rows of one query: K and V are read once for all of them
             own = q.view(len(q), k.shape[1], -1, q.shape[2])  # [T, Hkv/R, g, d]
+            if self.nodes > 1:  # and so do the nodes of a tree
+                own = own.unflatten(0, (-1, self.nodes)).transpose(1, 2).flatten(2, 3)  # [B, Hkv/R, n * g, d]
             if self.rows is not None:
                 own = own.index_select(0, self.rows)
             own = own.split([group.size for group in self.decodes])
             own = [group.attend(layer, rows) for group, rows in zip(self.decodes, own, strict=True)]
-            own = _joined(own).flatten(1, 2)  # [n, Hq/R, d]
+            own = _joined(own)
+            if self.nodes > 1:
+                own = own if self.rows is None else own.index_select(0, self.back)
+                return own.unflatten(2, (self.nodes, -1)).transpose(1, 2).reshape(q.shape)
+            own = own.flatten(1, 2)  # [n, Hq/R, d]
             if not self.extends and len(own) == len(q):
                 return own if self.rows is None else own.index_select(0, self.back)
         o = torch.zeros_like(q)
@@ -71,15 +82,21 @@ class TorchNativeAttention:
 
 
 def _decode_groups(meta: AttentionMetadata, cache: PagedKVCache, groups: list[list[int]], lens: list[int]):
-    """(what attends for each group of sequences, their rows of q group by group, or None: one group of all rows in order)."""
+    """(what attends for each group of sequences, their rows of q group by group, or None: one group of all rows in order).
+
+    With a window rows are sequences: the new tokens of one stay together.
+    """
     if not groups:
         return [], None
     order = [b for group in groups for b in group]
-    table, context, rows = meta.page_table, meta.context_lens, None
-    if len(groups) > 1 or order != list(range(len(meta.slot_mapping))):
+    table, context, window, rows = meta.page_table, meta.context_lens, meta.window, None
+    if window is not None:
+        window = window.unflatten(0, (len(context), -1))  # [B, n, W]
+    if len(groups) > 1 or order != list(range(len(meta.slot_mapping if window is None else window))):
         picked = torch.tensor(order, device=table.device)
-        rows = meta.query_start[picked]
+        rows = meta.query_start[picked] if window is None else picked
         table, context = table[picked], context[picked]
+        window = window if window is None else window[picked]
     # behind a sequence's last page stands anything; its first one stands in, and never another's, which may have gone bad
     first_slots = torch.arange(0, table.shape[1] * meta.page_size, meta.page_size, device=table.device)  # of the pages
     table = torch.where(first_slots < context.unsqueeze(1), table, table[:, :1])
@@ -88,56 +105,65 @@ def _decode_groups(meta: AttentionMetadata, cache: PagedKVCache, groups: list[li
     size = table.shape[1] * meta.page_size
     line = torch.zeros(2 * size, device=table.device)
     line[size:] = -torch.inf
-    masks = line.unfold(0, size, 1).index_select(0, size - context)  # [B, S]
+    masks = line.unfold(0, size, 1).index_select(0, size - context).unsqueeze(1)  # [B, 1, S]
+    seen_by_all = [length - 1 for length in lens]
+    if window is not None:
+        width = window.shape[2]
+        hidden = torch.zeros(window.shape, device=table.device).masked_fill_(~window, -torch.inf)
+        at = (context - width).unsqueeze(1) + torch.arange(width, device=table.device)  # [B, W]
+        masks = masks.repeat(1, window.shape[1], 1).scatter_(2, at.unsqueeze(1).expand_as(hidden), hidden)  # [B, n, S]
+        seen_by_all = [length - width for length in lens]
     parts, first = [], 0
     for group in groups:
         some, first = slice(first, first + len(group)), first + len(group)
-        parts.append(_DecodeGroup(cache, table[some], masks[some], [lens[b] for b in group]))
+        longest, common = max(lens[b] for b in group), min(seen_by_all[b] for b in group)
+        parts.append(_DecodeGroup(cache, table[some], masks[some], longest, common))
     return parts, rows
 
 
 class _DecodeGroup:
-    """B sequences with one new token each, of similar length.
+    """B sequences with n new tokens each, of similar length: one, or a tree of them.
 
     Pages that all of them begin with (a shared prompt) are not copied B times: all queries attend to them
     at once, each attends to its own rest, and the two results are merged by their log-sum-exp. vLLM calls
     it cascade attention; the arithmetic is Hydragen's (Juravsky et al. 2024).
     """
 
-    def __init__(self, cache: PagedKVCache, table: torch.Tensor, masks: torch.Tensor, lens: list[int]):
-        """table [B, max_pages], masks [B, max_pages * P]: -inf behind the end of each, lens: their tokens."""
-        self.cache, self.size, page_size = cache, len(lens), cache.page_size
-        pages = -(-max(lens) // page_size)
-        shared = _shared_pages(table, (min(lens) - 1) // page_size, page_size)
+    def __init__(self, cache: PagedKVCache, table: torch.Tensor, masks: torch.Tensor, longest: int, common: int):
+        """table [B, max_pages], masks [B, n, max_pages * P]: -inf where a new token does not look, as behind its sequence's end.
+
+        longest: tokens of the longest; common: the first so many are seen by every new token, whatever the sequence.
+        """
+        self.cache, self.size, page_size = cache, len(table), cache.page_size
+        pages = -(-longest // page_size)
+        shared = _shared_pages(table, common // page_size, page_size)
         self.shared = cache.halves_of(table[0, :shared]) if shared else None
-        table, masks = table[:, shared:pages], masks[:, None, None, shared * page_size : pages * page_size]
+        table, masks = table[:, shared:pages], masks[:, None, :, shared * page_size : pages * page_size]
         rounds = -(-2 * table.numel() * cache.k[0, 0].nbytes // ROOM_BYTES)
         size = -(-self.size // rounds)  # sequences a round
         self.rounds = [_Round(cache, t, m) for t, m in zip(table.split(size), masks.split(size), strict=True)]
 
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
-        """q [B, Hkv/R, g, d] -> o [B, Hkv/R, g, d]."""
+        """q [B, Hkv/R, n * g, d] -> o [B, Hkv/R, n * g, d]."""
         rounds = list(zip(self.rounds, q.split([r.size for r in self.rounds]), strict=True))
         if self.shared is None:
             return _joined([F.scaled_dot_product_attention(*r.operands(layer, part)) for r, part in rounds])
         own, own_lse = map(
-            _joined, zip(*(_attention_with_lse(*r.operands(layer, part)) for r, part in rounds), strict=True)
+            _joined, zip(*(attention_with_lse(*r.operands(layer, part)) for r, part in rounds), strict=True)
         )
-        b, hkv, _, d = q.shape  # own [B, Hkv/R, g, d], own_lse [B, Hkv/R, g]
+        b, hkv, _, d = q.shape  # own [B, Hkv/R, n * g, d], own_lse [B, Hkv/R, n * g]
         k, v = self.cache.gather(layer, self.shared).transpose(1, 2)[:, None].to(q.dtype)  # [1, Hkv/R, S, d]
-        together = q.transpose(0, 1).reshape(1, hkv, -1, d)  # [1, Hkv/R, B * g, d]
-        o, lse = _attention_with_lse(together, k, v)
+        together = q.transpose(0, 1).reshape(1, hkv, -1, d)  # [1, Hkv/R, B * n * g, d]
+        o, lse = attention_with_lse(together, k, v)
         o, lse = o.view(hkv, b, -1, d).transpose(0, 1), lse.view(hkv, b, -1).transpose(0, 1)
-        # softmax over both parts: each weighs as much as the exponentials it summed up
-        weight = torch.sigmoid(lse - own_lse).unsqueeze(-1).to(q.dtype)
-        return torch.lerp(own, o, weight)
+        return merge_two((own, own_lse), (o, lse))
 
 
 class _Round:
     """Some sequences of a group: their pages are copied together, and attended to while they are in the cache."""
 
     def __init__(self, cache: PagedKVCache, table: torch.Tensor, mask: torch.Tensor):
-        """table [B, S / P], mask [B, 1, 1, S]."""
+        """table [B, S / P], mask [B, 1, n, S]."""
         self.cache, self.mask, self.size = cache, mask, len(table)
         # masked or not, no slot may hold NaN (0 * NaN is NaN): a page is blank where its sequence has written nothing
         self.pages = cache.halves_of(table.flatten())  # [2 * B * S / P]
@@ -148,10 +174,14 @@ class _Round:
     def operands(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, and k, v and the mask in q's dtype; the next round overwrites k and v."""
         torch.index_select(self.cache.halves[layer], 0, self.pages, out=self.room)
-        k, v, mask = self.k, self.v, self.mask
-        if not k.dtype == mask.dtype == q.dtype:
-            k, v, mask = k.to(q.dtype), v.to(q.dtype), mask.to(q.dtype)
-        return q, k, v, mask
+        if self.mask.dtype != q.dtype:
+            self.mask = self.mask.to(q.dtype)
+        if 1 < self.mask.shape[2] < q.shape[2]:  # the query heads of a group, which are rows here, see the same
+            self.mask = self.mask.repeat_interleave(q.shape[2] // self.mask.shape[2], dim=2)
+        k, v = self.k, self.v
+        if k.dtype != q.dtype:
+            k, v = k.to(q.dtype), v.to(q.dtype)
+        return q, k, v, self.mask
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -168,14 +198,7 @@ class _Extend:
         self.cache, self.rows, self.length = cache, slice(start, stop), length
         n, device = stop - start, meta.page_table.device
         self.pages = cache.halves_of(meta.page_table[b, : -(-length // meta.page_size)]) if length > n else None
-        # zeros and a triangle behind them: each block's mask is a window on it that ends in the triangle
-        rows = min(n, QUERY_BLOCK)
-        hidden = torch.full((rows, rows), -torch.inf, device=device).triu_(1)
-        mask = torch.cat((hidden.new_zeros(rows, length), hidden), dim=1)  # [rows, S + rows]
-        self.blocks = []  # (first row, mask [rows, keys that the last of them sees])
-        for first in range(0, n, QUERY_BLOCK):
-            rows = min(n - first, QUERY_BLOCK)
-            self.blocks.append((first, mask[:rows, n - first : length + rows]))
+        self.blocks = causal_blocks(n, length, QUERY_BLOCK, device)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [n, Hq/R, d], the new tokens' k and v [n, Hkv/R, d] -> o [n, Hq/R, d]."""
@@ -193,12 +216,14 @@ class _Extend:
         return torch.cat(o, dim=1).transpose(0, 1)
 
 
-def _attention_with_lse(q, k, v, mask=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [B, H, n, d], k and v [B, H, S, d] -> o [B, H, n, d] and the log-sum-exp of the scores [B, H, n].
-
-    The operator behind scaled_dot_product_attention on CPU, called by name because it also returns the sum.
-    """
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
+def causal_blocks(new: int, length: int, size: int, device: torch.device) -> list[tuple[int, torch.Tensor]]:
+    """The last `new` of `length` tokens, `size` at a time: (first of them, mask [rows, keys that the last of them sees])."""
+    # zeros and a triangle behind them: each block's mask is a window on it that ends in the triangle
+    rows = min(new, size)
+    hidden = torch.full((rows, rows), -torch.inf, device=device).triu_(1)
+    mask = torch.cat((hidden.new_zeros(rows, length), hidden), dim=1)  # [rows, S + rows]
+    starts = range(0, new, size)
+    return [(at, mask[: min(new - at, size), new - at : length + min(new - at, size)]) for at in starts]
 
 
 def _shared_pages(table: torch.Tensor, limit: int, page_size: int) -> int:
@@ -213,7 +238,7 @@ def _shared_pages(table: torch.Tensor, limit: int, page_size: int) -> int:
     return shared if shared * page_size >= MIN_SHARED_TOKENS else 0
 
 
-def _similar_lengths(rows: list[int], lens: list[int]) -> list[list[int]]:
+def similar_lengths(rows: list[int], lens: list[int]) -> list[list[int]]:
     """Split decode rows so that little is padded: a group ends where it would pad more than MAX_PADDING tokens.
 
     Padding is copied and attended to like any token, a group costs a handful of calls; about so many tokens are worth them.

@@ -23,6 +23,10 @@ LOOK_SECONDS = 0.02  # between two looks at its memory
 _COMMAND = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {} import serve; serve()"
 
 
+class OutOfTime(ValueError):
+    """It might have come to its end with more seconds."""
+
+
 class BoundedProcess:
     """A process that answers a line of JSON with a line of JSON, one at a time. It starts with the first, and ends with this.
 
@@ -44,13 +48,14 @@ class BoundedProcess:
         return ()
 
     def _answer(self, line: bytes, seconds: float, most: int) -> dict[str, Any]:
-        """Its answer to a line, within so many seconds and bytes of memory. Raises ValueError, in one line, for an error."""
+        """Its answer to a line, within so many seconds and bytes of memory. Raises ValueError, in one line, for an error;
+        OutOfTime if the seconds were not enough."""
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._start(most)
             answer = self._ask(line, seconds, most)
         if "error" in answer:
-            raise ValueError(answer["error"])
+            raise (OutOfTime if "late" in answer else ValueError)(answer["error"])
         return answer
 
     def _start(self, most: int) -> None:
@@ -70,7 +75,7 @@ class BoundedProcess:
                 raise ValueError(answer["error"])
 
     def _ask(self, line: bytes, seconds: float, most: int) -> dict[str, Any]:
-        end = monotonic() + seconds
+        end, late = monotonic() + seconds, {}
         try:
             self._process.stdin.write(line)
             self._process.stdin.flush()
@@ -82,14 +87,14 @@ class BoundedProcess:
                         reason = f"takes more than {most >> 20} MB of memory"
                         break
             else:
-                reason = f"takes more than {seconds:g} s"
+                reason, late = f"takes more than {seconds:g} s", {"late": True}
         except (OSError, json.JSONDecodeError):  # nobody reads, or no answer comes
             reason = f"ended the process that {self._doing}"
         except BaseException:  # Ctrl-C: its answer must not become that of the next line
             self._end()
             raise
         self._end()
-        return {"error": f"{self._what} {reason}"}
+        return {"error": f"{self._what} {reason}", **late}
 
 
 def _read(stream: Any, answers: Queue) -> None:

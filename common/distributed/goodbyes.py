@@ -1,53 +1,48 @@
-"""Where the ranks of one torchrun meet, and where a rank says that it leaves: torchrun's store, which outlives process groups.
+"""Where a rank that torchrun has started says that it leaves: in torchrun's store, which outlives process groups.
 
 To its peers a closed socket looks the same whether a rank has died, has shut its engine down, or has come to the end of its
 script. Only the rank itself knows, so it says so before it closes anything, and its peers look there when a call fails.
+Whoever leaves an engine's `with` block by an exception has not left in order: it says which one, and is named for it. An
+exception that is caught inside the block is its own affair.
 """
 
 import atexit
 import sys
 from contextlib import suppress
-from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
-_torchruns_store: dist.Store | None = None  # kept for the life of the process: a second one could meet a port in use
-_starts = 0  # of a world over that store
+from common.distributed.membership import Membership
 
-
-def next_meeting(timeout: timedelta) -> dist.Store:
-    """Where the ranks of this start meet: nothing in it is left over from an earlier start.
-
-    torchrun's store outlives a process group, and so do the addresses that the ranks of the last one left in it: gloo
-    would wait for peers that are gone (pytorch#114585). So each start has names of its own.
-    """
-    global _torchruns_store, _starts
-    if _torchruns_store is None:
-        _torchruns_store, _, _ = next(rendezvous("env://", timeout=timeout))
-    _starts += 1
-    return dist.PrefixStore(f"start {_starts}", _torchruns_store)
+WORDS = 300  # of an exception, in characters
 
 
 class Goodbyes:
-    """Of the ranks that met in `store`. A process that ends well says its own, if nobody has before."""
+    """Of the ranks that met in `store`. A process that ends well says its own, if nobody has before; to the members too, if the
+    ranks are on several hosts.
+    """
 
-    def __init__(self, store: dist.Store, rank: int):
-        self._store, self._rank = store, rank
+    def __init__(self, store: dist.Store, rank: int, members: Membership | None):
+        self._store, self._rank, self.members = store, rank, members
         self.bereaved = False  # this rank goes because another has gone: it has no goodbye to say
         atexit.register(self._at_exit)
 
-    def say(self) -> None:
+    def say(self, error: BaseException | None = None) -> None:
+        """error: what it leaves its engine with, if it does not leave in order."""
         atexit.unregister(self._at_exit)
+        words = _words(error)
+        if self.members:
+            self.members.leave(f"rank {self._rank} has left with {words}" if words else None)
         if not self.bereaved:
             with suppress(RuntimeError):  # torchrun has gone, and all ranks with it
-                self._store.set(self._key(self._rank), "")
+                self._store.set(self._key(self._rank), words)
 
-    def said_by(self, rank: int) -> bool:
+    def said_by(self, rank: int) -> str | None:
+        """None: nothing, so far. "": it has left in order. Else with what error it has left."""
         try:
-            return self._store.check([self._key(rank)])
+            return self._store.get(self._key(rank)).decode() if self._store.check([self._key(rank)]) else None
         except RuntimeError:
-            return False
+            return None
 
     @staticmethod
     def _key(rank: int) -> str:
@@ -56,3 +51,11 @@ class Goodbyes:
     def _at_exit(self) -> None:
         if not hasattr(sys, "last_type"):  # else an exception ends this process
             self.say()
+
+
+def _words(error: BaseException | None) -> str:
+    """One line; "" if that is no failure: a script that ends itself without an error, a generator that is closed."""
+    if error is None or isinstance(error, GeneratorExit) or (isinstance(error, SystemExit) and not error.code):
+        return ""
+    said = " ".join(str(error).split())[:WORDS]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -82,5 +82,5 @@ def _leave(line: str) -> None:
         print(end="", flush=True)
     with suppress(OSError):
         os.write(2, f"{line}\n".encode() if line else b"")
-    end_all()
+    end_all(line.removeprefix("error: "))
     os._exit(1)

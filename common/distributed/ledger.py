@@ -15,11 +15,13 @@ class LedgerEntry:
     the wire depends on the algorithm (a ring all-reduce sends it 2 (R-1)/R times), the message does not.
     """
 
-    op: str  # all_reduce, all_gather, gather, broadcast
+    op: str  # all_reduce, all_gather, gather, broadcast, send, receive, ...
     label: str  # who talks: embed_tokens, layers.3.o_proj, logits, task, tokens
     shape: tuple[int, ...]
     dtype: str
     bytes: int
+    rank: int = 0  # this process's among those of the group that talked
+    ranks: int = 1  # in that group
 
 
 @dataclass
@@ -30,10 +32,10 @@ class Ledger:
     entries: list[LedgerEntry] = field(default_factory=list)
     recordings: int = 0  # `recording`s that are open: what was written down must stay for them
 
-    def record(self, op: str, label: str, x: torch.Tensor) -> None:
+    def record(self, op: str, label: str, x: torch.Tensor, rank: int = 0, ranks: int = 1) -> None:
         if self.enabled:
-            size = x.numel() * x.element_size()
-            self.entries.append(LedgerEntry(op, label, tuple(x.shape), str(x.dtype).removeprefix("torch."), size))
+            size, dtype = x.numel() * x.element_size(), str(x.dtype).removeprefix("torch.")
+            self.entries.append(LedgerEntry(op, label, tuple(x.shape), dtype, size, rank, ranks))
 
     def replay(self, entries: list[LedgerEntry]) -> None:
         """Messages of a captured step that ran again: no Python did, so nothing was recorded."""

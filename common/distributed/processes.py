@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from collections.abc import Callable
 
 import psutil
 
@@ -11,6 +12,30 @@ KEPT_BYTES = 256 << 20  # of freed memory, that stay with the process
 
 class RankFailure(RuntimeError):
     """A collective could not finish because another rank died, stopped or stayed away."""
+
+
+class Together:
+    """What rank 0 of several does in step with the others: `with together:` is a step, `together.check()` what comes before one.
+
+    Whatever breaks a step off here, too little memory or Ctrl-C, leaves the others in the middle of it, waiting for this rank's
+    part of a sum. Nothing can be told them any more: an error becomes a RankFailure, and so does every step after it.
+    """
+
+    def __init__(self, ranks: int):
+        self._several, self._torn = ranks > 1, False
+
+    def check(self) -> None:
+        if self._torn:
+            raise RankFailure("a step was broken off and the ranks are out of step; make a new engine")
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if error is None or not self._several:
+            return
+        self._torn = True
+        if isinstance(error, Exception) and not isinstance(error, RankFailure):
+            raise RankFailure(f"rank 0 broke a step off: {kind.__name__}: {error}; make a new engine") from error
 
 
 def fate(pid: int) -> str | None:
@@ -32,9 +57,21 @@ def keep_freed_memory() -> None:
     A CPU step allocates and frees megabytes of activations; page faults for them took 4 to 14 % of a run.
     vLLM's CPU backend advises another allocator for the same reason. Elsewhere than on glibc nothing happens.
     """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries for Linux have none
+    mallopt = _of_glibc("mallopt")
     if mallopt:
         mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def give_back_freed_memory() -> None:
+    """And now give it back: nothing is asked for again soon. Elsewhere than on glibc the allocator knows best."""
+    trim = _of_glibc("malloc_trim")
+    if trim:
+        trim(0)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """A function of the C library; others for Linux have none of that name."""
+    if sys.platform != "linux":
+        return None
+    return getattr(ctypes.CDLL(None), name, None)

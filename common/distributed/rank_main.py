@@ -21,6 +21,8 @@ def main() -> None:
         return
     job = json.loads(text)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: rank 0 decides
+    if job["node_rank"]:  # and what stops a whole host reaches all of its processes: node 0 decides
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.path[:] = job["path"]  # first of all, so that both import the same files
     os.chdir(job["cwd"])
     os._exit(_follow(job))  # without destructors: a process group with a dead member may never finish its own
@@ -32,7 +34,8 @@ def _follow(job: dict) -> int:
     from common.distributed.spawn import BEREAVED, RankZeroLeft, SpawnedRanks  # noqa: PLC0415
     from common.parallel_state import become_follower, shutdown_tensor_parallel  # noqa: PLC0415
 
-    rank, ranks = job["rank"], SpawnedRanks(Path(job["folder"]), job["size"])
+    rank = job["rank"]
+    ranks = SpawnedRanks(Path(job["folder"]), job["size"], range(*job["here"]), job["node_rank"])
     threading.Thread(target=_end_with, args=(job["parent"], ranks.folder), daemon=True).start()
     try:
         module, _, name = job["target"].partition(":")

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.distributed.membership import Membership
+from common.distributed.nodes import Node, choose_interface, meet
 from common.distributed.processes import RankFailure
 
 FRAME = 256  # words of the message that a rank without work waits for (messages.py); the first is how many are meant
@@ -44,28 +46,58 @@ class Follower:
     """What every rank but 0 does: call `target`, "package.module:function", with `arguments`, which are JSON.
 
     The function builds what rank 0 builds and executes what rank 0 sends, without end: `messages.receive` ends it.
+    node: which one this host is, if the ranks are on several.
     """
 
     target: str
     arguments: dict[str, Any]
+    node: Node | None = None
 
 
 class SpawnedRanks:
-    """The ranks that rank 0 has started. A follower holds one too, with no processes in it."""
+    """The ranks that rank 0 has started. A follower holds one too, with no processes in it.
 
-    def __init__(self, folder: Path, size: int):
-        self.folder, self.size = folder, size
-        self.processes: list[subprocess.Popen] = []  # rank r is processes[r - 1]
+    size: of the world. here: those of this host, of which the first has started the others; node_rank: which host, if there are
+    several; members: all those hosts, in the process of the first.
+    """
+
+    def __init__(self, folder: Path, size: int, here: range | None = None, node_rank: int | None = None):
+        self.folder, self.size, self.here, self.node_rank = folder, size, here or range(size), node_rank
+        self.node: Node | None = None
+        self.members: Membership | None = None
+        self.processes: list[subprocess.Popen] = []  # rank r is processes[r - first - 1]
+        self.started_here = False  # by this process
         self.broken = False  # the ranks are out of step: nobody will hear a "leave"
         self.ended = False
 
+    @property
+    def first(self) -> int:
+        return self.here.start
+
+    @property
+    def several_nodes(self) -> bool:
+        return self.node_rank is not None
+
     def meet(self, rank: int) -> str:
         """The file over which all ranks can join now: nobody is left to wait for one that has died before."""
-        if rank > 0:
+        if rank != self.first:
             self._ready_file(rank).touch()
         else:
             self._wait_until_ready()
         return str(self.folder / "store")
+
+    def tell_store(self, host: str, port: int) -> None:
+        """To the other ranks of this host: where those of all hosts meet."""
+        half = self.folder / "store.half"
+        half.write_text(json.dumps([host, port]), encoding="utf-8")
+        half.rename(self.folder / "store.there")  # whole, or not there
+
+    def store_of_node_0(self) -> tuple[str, int]:
+        """Once the first rank has told it; it is there, or this process ends with it (rank_main.py)."""
+        file = self.folder / "store.there"
+        while not file.exists():
+            time.sleep(0.01)
+        return tuple(json.loads(file.read_text(encoding="utf-8")))
 
     def _ready_file(self, rank: int) -> Path:
         return self.folder / f"{rank}.ready"
@@ -80,17 +112,19 @@ class SpawnedRanks:
 
     def died_of_another(self, rank: int) -> bool:
         """Of a rank that is dead: did it end because another one had?"""
-        if rank == 0 or not self.processes:
+        if rank == self.first or not self.processes:
             return False
         try:  # while its threads are still being ended, a process is dead and has no exit code yet
-            return self.processes[rank - 1].wait(1.0) == BEREAVED
+            return self.processes[rank - self.first - 1].wait(1.0) == BEREAVED
         except subprocess.TimeoutExpired:
             return False
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_S
-        missing = dict(enumerate(self.processes, start=1))
+        missing = dict(enumerate(self.processes, start=self.first + 1))
         while missing:
+            if self.members and self.members.lost:
+                raise RankFailure(self.members.lost)
             for rank, process in list(missing.items()):
                 if self._ready_file(rank).exists():
                     del missing[rank]
@@ -106,6 +140,8 @@ class SpawnedRanks:
 
     def close(self) -> None:
         """Wait for the ranks, which know that they shall leave; kill those that do not. Leaves no file behind."""
+        if self.members:
+            self.members.leave()
         deadline = time.monotonic() + LEAVE_S
         for process in self.processes:
             try:
@@ -121,22 +157,32 @@ class SpawnedRanks:
 _started: set[SpawnedRanks] = set()  # and not closed
 
 
-def start_ranks(follower: Follower, size: int) -> SpawnedRanks:
-    """Ranks 1..size-1, on their way to `meet`. Raises ValueError for arguments that cannot travel."""
+def start_ranks(follower: Follower, size: int, asked: str = "") -> SpawnedRanks:
+    """Ranks 1..size-1, on their way to `meet`; of several nodes, those of this node but the first. asked: for them, in words.
+
+    Raises ValueError for arguments that cannot travel, and what nodes.meet raises.
+    """
+    node = follower.node
+    here = node.ranks(size) if node else range(size)
     most = RANKS_A_CORE * (os.cpu_count() or 1)
-    if size > most:
+    if len(here) > most:
         raise ValueError(
-            f"tensor_parallel_size={size} would start {size - 1} processes; this machine takes {most} ranks"
+            f"{asked or f'{size} ranks'} would start {len(here) - 1} processes; this machine takes {most} ranks"
         )
     arguments = _as_json(follower.arguments)
-    ranks = SpawnedRanks(Path(tempfile.mkdtemp(prefix="ranks-")), size)
+    members = meet(node) if node else None
+    if members:
+        choose_interface(members.address)  # of this process's own talk, and of the ranks that it starts
+    node_rank = node.node_rank if node else None
+    ranks = SpawnedRanks(Path(tempfile.mkdtemp(prefix="ranks-")), size, here, node_rank)
+    ranks.node, ranks.members, ranks.started_here = node, members, True
     _started.add(ranks)
     job = {
         "path": sys.path, "cwd": os.getcwd(), "parent": os.getpid(), "folder": str(ranks.folder), "size": size,
-        "target": follower.target, "arguments": arguments,
+        "here": [here.start, here.stop], "node_rank": node_rank, "target": follower.target, "arguments": arguments,
     }  # fmt: skip
     try:
-        for rank in range(1, size):
+        for rank in here[1:]:
             process = subprocess.Popen(
                 [sys.executable, "-m", "common.distributed.rank_main"], cwd=ROOT, stdin=subprocess.PIPE
             )
@@ -150,9 +196,19 @@ def start_ranks(follower: Follower, size: int) -> SpawnedRanks:
     return ranks
 
 
-def end_all() -> None:
-    """At once, all that this process has started: it leaves without a word."""
+def lost_node() -> tuple[str | None, str | None]:
+    """Of several nodes: (who has died, who has left in good order), from the start on; None if nobody has."""
+    members = next((ranks.members for ranks in _started if ranks.members), None)
+    return (
+        (members.lost, next((f"{name} has left" for name in members.left.values()), None)) if members else (None, None)
+    )
+
+
+def end_all(why: str | None = None) -> None:
+    """At once, all that this process has started: it leaves without a word, but to other nodes."""
     for ranks in list(_started):
+        if ranks.members:
+            ranks.members.leave(because=f"{ranks.members.name}: {why}" if why else None)
         ranks.kill()
         ranks.close()
 

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 try:  # a CPU build of torch comes without Triton
-    from common.kernels.all_reduce import push
+    from common.kernels.all_reduce import push, push_add_norm
 except ImportError:
-    push = None
+    push = push_add_norm = None
 
 ONE_SHOT_BYTES = 1 << 20  # out of a rank, for all others together
 MAX_BYTES = 4 << 20  # beyond that NCCL's pipelines win
@@ -34,14 +34,18 @@ class SymmetricAllReduce:
         self._room = self._one_shot // 4  # words of one message
         self._buffer = symm_mem.empty(MAX_BYTES // 4, dtype=torch.float32, device=device)
         symm_mem.rendezvous(self._buffer, group)
-        inbox = symm_mem.empty(2 * self._size * self._room, dtype=torch.int64, device=device)
+        inbox = symm_mem.empty(
+            2, 2 * self._size * self._room, dtype=torch.int64, device=device
+        )  # of sums; of normed rows
         shared = symm_mem.rendezvous(inbox, group)
         inbox.zero_()  # rounds count from 1
         torch.cuda.synchronize(device)
         shared.barrier()
         self._inbox = inbox  # kept alive
         self._inboxes = torch.tensor(shared.buffer_ptrs, dtype=torch.int64, device=device)
-        self._rounds = torch.zeros(self._room, dtype=torch.int32, device=device)
+        self._norm_inboxes = self._inboxes + inbox[0].nbytes
+        self._rounds, self._norm_rounds = torch.zeros(2, self._room, dtype=torch.int32, device=device)
+        self._norm_words = 0  # of a row; rounds are counted row by row, so all have the same number
 
     @staticmethod
     def connect(group: dist.ProcessGroup, device: torch.device) -> "SymmetricAllReduce | None":
@@ -65,6 +69,9 @@ class SymmetricAllReduce:
         size = x.numel() * x.element_size()
         return x.is_cuda and x.dtype in (torch.bfloat16, torch.float32) and size <= MAX_BYTES and size % 16 == 0
 
+    def close(self) -> None:
+        """Nothing to say: a peer's end shows in the kernel that waits for it."""
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.numel() * x.element_size() <= self._one_shot:
             return push(x.contiguous(), self._inboxes, self._rounds, self._rank, self._size, self._room)
@@ -73,6 +80,20 @@ class SymmetricAllReduce:
         mine.copy_(flat)
         torch.ops.symm_mem.two_shot_all_reduce_(mine, "sum", self._group)
         return mine.clone().view(x.shape)
+
+    def fits_norm(self, x: torch.Tensor) -> bool:
+        """Can `add_norm` take x [T, D]? Rows of one length only: that of the first x."""
+        words, rest = divmod(x.shape[-1] * x.element_size(), 4)
+        small = x.numel() * x.element_size() <= self._one_shot
+        return x.dim() == 2 and rest == 0 and small and self.fits(x) and self._norm_words in (0, words)
+
+    def add_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float):
+        """x [T, D] partial on each rank -> (norm(sum + residual), sum + residual), in one kernel."""
+        self._norm_words = x.shape[-1] * x.element_size() // 4
+        return push_add_norm(
+            x.contiguous(), residual.contiguous(), weight, eps, self._norm_inboxes, self._norm_rounds, self._rank,
+            self._size, self._room,
+        )  # fmt: skip
 
 
 _spawned_have_met = False  # ranks that were started here, in this process

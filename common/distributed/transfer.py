@@ -44,6 +44,8 @@ def _ring() -> _PinnedRing:
 def copy_to(values: np.ndarray, target: torch.Tensor) -> None:
     """Queue target <- values (same dtype and number of elements), wherever the contiguous `target` lies."""
     values = np.ascontiguousarray(values)
+    if not values.size:
+        return
     if target.is_cuda:
         _ring().copy(values, target)
     else:

@@ -1,7 +1,8 @@
 """All-reduce of a small message in one kernel and one trip over NVLink.
 
-    push   one program a BLOCK of 32-bit words (two bfloat16 or one float32): writes its words into every other
-           rank's inbox, waits until theirs are in its own, adds up in the order of the ranks
+    push            one program a BLOCK of 32-bit words (two bfloat16 or one float32): writes its words into every other
+                    rank's inbox, waits until theirs are in its own, adds up in the order of the ranks
+    push_add_norm   one program a row: the same, and then the residual is added and the row normed, before anything is written
 
 A word travels with the number of its round in one 64-bit store, which arrives whole or not at all: who finds the number
 has the word, so there is no flag, no fence and no second trip to say that all is there. That doubles
@@ -45,6 +46,20 @@ def _push(
     live = i < words
     wait_for_previous(PDL)
     number = tl.load(rounds + b) + 1
+    low, high = _exchanged(x, i, live, number, inboxes, RANK, R, ROOM, HALF, BLOCK)
+    if HALF:
+        tl.store(y + i, _packed(low.to(tl.bfloat16), high.to(tl.bfloat16)), mask=live)
+    else:
+        tl.store(y + i, low.to(tl.int32, bitcast=True), mask=live)
+    tl.store(rounds + b, number)
+
+
+@triton.jit
+def _exchanged(
+    x, i, live, number, inboxes, RANK: tl.constexpr, R: tl.constexpr, ROOM: tl.constexpr, HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The sums of words i of x over all ranks, float32: of the lower and the upper halves, or of the words (then high is 0)."""
     side = (number & 1) * R
     mine = tl.load(x + i, mask=live, other=0)
     letter = (mine.to(tl.int64) << 32) | (number.to(tl.int64) & 0xFFFFFFFF)
@@ -63,14 +78,72 @@ def _push(
                 letter = tl.load(at, mask=live, other=0, volatile=True)
             word = (letter >> 32).to(tl.int32)
         if HALF:
-            low += (word << 16).to(tl.float32, bitcast=True)
-            high += (word & -65536).to(tl.float32, bitcast=True)
+            a, b = _halves(word)
+            low += a
+            high += b
         else:
             low += word.to(tl.float32, bitcast=True)
-    if HALF:
-        low_bits = low.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        high_bits = high.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) << 16
-        tl.store(y + i, low_bits | high_bits, mask=live)
+    return low, high
+
+
+@triton.jit
+def _packed(low, high):
+    """Two bfloat16 -> one word."""
+    low_bits = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return low_bits | (high.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit
+def _halves(word):
+    """One word -> two bfloat16, as float32."""
+    return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+
+
+def push_add_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, inboxes: torch.Tensor, rounds: torch.Tensor,
+    rank: int, size: int, room: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """x [T, D] partial on each rank, residual [T, D] -> (norm(sum + residual), sum + residual), both [T, D].
+
+    inboxes, room: as in `push`, but of its own, and for one D: rounds [most rows] int32 are counted row by row.
+    """
+    y, total = torch.empty_like(x), torch.empty_like(x)
+    width = x.shape[1] * x.element_size() // 4
+    block = triton.next_power_of_2(width)
+    words = [one.view(torch.int32) for one in (x, residual, weight, y, total)]
+    launch(
+        _push_add_norm, (len(x),), *words, eps, inboxes, rounds, RANK=rank, R=size, ROOM=room, D=x.shape[1], W=width,
+        HALF=x.dtype == torch.bfloat16, BLOCK=block, num_warps=min(max(block // 128, 1), 16),
+    )  # fmt: skip
+    return y, total
+
+
+@triton.jit
+def _push_add_norm(
+    x, residual, weight, y, total, eps, inboxes, rounds, RANK: tl.constexpr, R: tl.constexpr, ROOM: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    let_next_start(PDL)
+    row, j = tl.program_id(0), tl.arange(0, BLOCK)
+    live = j < W
+    w = tl.load(weight + j, mask=live, other=0)
+    wait_for_previous(PDL)
+    i = row * W + j
+    number = tl.load(rounds + row) + 1
+    before = tl.load(residual + i, mask=live, other=0)
+    low, high = _exchanged(x, i, live, number, inboxes, RANK, R, ROOM, HALF, BLOCK)
+    if HALF:  # rounded where a sum of its own, and an addition of its own, would be
+        a, b = _halves(before)
+        new_low = (low.to(tl.bfloat16).to(tl.float32) + a).to(tl.bfloat16)
+        new_high = (high.to(tl.bfloat16).to(tl.float32) + b).to(tl.bfloat16)
+        tl.store(total + i, _packed(new_low, new_high), mask=live)
+        low, high = new_low.to(tl.float32), new_high.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(low * low + high * high, 0) / D + eps)
+        a, b = _halves(w)
+        tl.store(y + i, _packed((low * scale * a).to(tl.bfloat16), (high * scale * b).to(tl.bfloat16)), mask=live)
     else:
-        tl.store(y + i, low.to(tl.int32, bitcast=True), mask=live)
-    tl.store(rounds + b, number)
+        low += before.to(tl.float32, bitcast=True)
+        tl.store(total + i, low.to(tl.int32, bitcast=True), mask=live)
+        scale = tl.rsqrt(tl.sum(low * low, 0) / D + eps)
+        tl.store(y + i, (low * scale * w.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True), mask=live)
+    tl.store(rounds + row, number)

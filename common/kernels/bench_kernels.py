@@ -21,6 +21,7 @@ from common.attention.torch_native import TorchNativeAttention
 from common.distributed.launch import run_main
 from common.kernels import fused, linear, sampling
 from common.kernels.paged_attention import TritonAttention
+from common.kernels.timing import copy_bandwidth, timed
 from common.models.published_configs import published_config
 from common.sampling.batch import SamplingBatch, SamplingRow
 from common.sampling.params import SamplingParams
@@ -203,36 +204,6 @@ def sampling_inputs(batch: int, vocab: int, params: dict):
     u = rows.uniforms(logits.device)
     rows.uniforms = lambda device: u  # on the device already: a graph cannot fetch it
     return lambda: sampling.sample(logits, rows), lambda: _sample(logits.float(), rows)
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written a second by a kernel that copies 1 GiB."""
-    source = torch.empty(1 << 28, dtype=torch.float32, device="cuda").normal_()
-    target = torch.empty_like(source)
-    return 2 * source.numel() * 4 / (timed([lambda: torch.neg(source, out=target)] * 4) * 1e-6)
-
-
-def timed(calls: list[Callable[[], object]]) -> float:
-    """Microseconds a call: all of them captured into one graph, the median of ten replays."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(13):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times[3:])[5] * 1e3 / len(calls)
 
 
 if __name__ == "__main__":

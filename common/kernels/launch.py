@@ -5,6 +5,9 @@ and fills up again. Programmatic dependent launch (compute capability 9.0 and la
 before still runs: it may load weights, which nobody writes, and then waits at `wait_for_previous` until
 all that came before is written. Each kernel here says `let_next_start` first and waits before it touches
 anything a kernel could have written, so the order of reads and writes is that of plain launches.
+
+Without a GPU the kernels run in Triton's interpreter, one program after the other and each line in NumPy: slow,
+and enough to see that they are right. `TRITON_INTERPRET=1` must be set before triton is imported.
 """
 
 import os
@@ -17,21 +20,37 @@ import torch
 import triton
 import triton.language as tl
 
+INTERPRETED = triton.knobs.runtime.interpret
+
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    def _numbers(tensor, scope, patch=interpreter._patch_lang_tensor) -> None:
+        """Triton 3.6 makes a loop's bounds arrays of one number, which NumPy 2.4 no longer takes for numbers."""
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _numbers
+
 
 @cache
 def pdl() -> bool:
     """Can kernels on this GPU be launched before their predecessor has ended?"""
-    return torch.cuda.get_device_capability()[0] >= 9
+    return not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
 
 
 @cache
 def num_processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 8  # the interpreter's programs run one after the other: enough that work is cut up
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of it that a program can have."""
+    if device.type != "cuda":
+        return 227 << 10
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
@@ -47,6 +66,8 @@ _to_compile: set | None = None  # of the variants seen so far, inside `compile_a
 
 def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages: int = 3, **constants) -> None:
     """Queue `kernel`, which takes PDL as its last constant."""
+    if 0 in grid:  # a rank without rows
+        return
     early = {"launch_pdl": True} if pdl() else {}
     how = dict(**constants, PDL=pdl(), num_warps=num_warps, num_stages=num_stages, **early)
     if _to_compile is None:
@@ -54,6 +75,12 @@ def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages:
     elif (variant := (kernel, *map(_what_triton_asks, args), *how.values())) not in _to_compile:
         _to_compile.add(variant)
         kernel.warmup(*args, grid=grid, **how)
+
+
+def room(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory for numbers that others index with: zeros while kernels are only compiled, and nobody writes into it."""
+    make = torch.empty if _to_compile is None else torch.zeros
+    return make(*shape, dtype=dtype, device=device)
 
 
 def _what_triton_asks(arg):

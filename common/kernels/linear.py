@@ -24,8 +24,8 @@ WIDE = 8000  # rows of a W that keeps the whole chip busy without being cut alon
 def wanted(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Is one of these kernels faster than the library, x [T, in/R], weight [out/R, in/R]? Measured on an H200."""
     (rows, width), out = x.shape, len(weight)
-    if rows == 1:
-        return True
+    if rows <= 1:
+        return rows == 1
     if x.dtype == torch.float32:
         return False
     if rows <= ROWS // 2:
@@ -35,17 +35,21 @@ def wanted(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return rows * out * width <= 1 << 29
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, in/R] -> [T, out/R]; 16-bit floats, or a single row of any float."""
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """x [T, in/R] -> [T, out/R] of `dtype`, x's by default; 16-bit floats, or a single row of any float. Sums are float32."""
     if len(x) == 1 and (weight.numel() <= 1 << 24 or x.dtype == torch.float32):
-        return one_row(x, weight, bias)
-    return few_rows(x, weight, bias)
+        return one_row(x, weight, bias, dtype)
+    return few_rows(x, weight, bias, dtype)
 
 
-def one_row(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def one_row(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """x [1, in/R] -> [1, out/R]."""
     out, width = weight.shape
-    y = torch.empty(1, out, dtype=x.dtype, device=x.device)
+    y = torch.empty(1, out, dtype=dtype or x.dtype, device=x.device)
     block_n, block_k, warps = _blocks(out, width)
     launch(
         _one_row, (triton.cdiv(out, block_n),), x, weight, weight if bias is None else bias, y, out, K=width, BN=block_n,
@@ -81,10 +85,12 @@ def _one_row(
     tl.store(y + n, (tl.sum(acc, 1) + b).to(y.dtype.element_ty), mask=n < out)
 
 
-def few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def few_rows(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """x [T, in/R], 16-bit floats -> [T, out/R]."""
     (rows, width), out = x.shape, len(weight)
-    y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
+    y = torch.empty(rows, out, dtype=dtype or x.dtype, device=x.device)
     block_m = min(max(triton.next_power_of_2(rows), 16), ROWS)
     block_n, block_k, warps = (128, 64, 8) if out >= WIDE and block_m == ROWS else (ROWS, 128, 4)
     grid = triton.cdiv(out, block_n), triton.cdiv(rows, block_m)

@@ -4,6 +4,8 @@
     extend     one program a (block of new tokens, query head): causal, behind any cached prefix
     decode     one program a (sequence, KV head, part of the context): stores the new token, attends with a
                partial softmax; the last of a sequence's programs to end merges the parts by log-sum-exp
+    nodes      a tree of new tokens a sequence: one program a (sequence, block of nodes, KV head, part of the context), behind
+               store_kv; which of the last tokens each node sees says a mask; parts are merged as those of decode
     prefix     before it, if sequences begin alike: their queries together over the pages that they share, one
                program a (tile of sequences, KV head, part); decode merges what comes out as parts of its own
 
@@ -29,6 +31,7 @@ VARYING = ("table_stride", "tiles_stride", "splits", "stride", "least")  # not w
 LOG2_E = 1.4426950408889634
 
 
+NODE_ROWS = 64  # queries of a `nodes` program at most, unless a group has more
 TILE_ROWS = 64  # queries of a `prefix` program: g for each of its sequences
 
 
@@ -36,6 +39,7 @@ class TritonAttention:
     """attention(layer, q [T, Hq/R, d], k, v [T, Hkv/R, d]) -> o [T, Hq/R, d]; same answers as TorchNativeAttention."""
 
     capturable = True  # into CUDA graphs
+    windows = True
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def __init__(self, cache: PagedKVCache, meta: AttentionMetadata):
@@ -43,7 +47,8 @@ class TritonAttention:
             raise ValueError(f"page_size={meta.page_size} of the step is not the cache's page_size={cache.page_size}")
         self.cache, self.meta = cache, meta
         self.max_query_len = meta.max_query_len or int(meta.query_start.diff().max())
-        self.turns = self.max_query_len == 1 and not meta.prefixes  # q and k, if asked to
+        self.decodes = self.max_query_len == 1 and meta.window is None
+        self.turns = self.decodes and not meta.prefixes  # q and k, if asked to
         self.workspace = None
 
     @staticmethod
@@ -53,10 +58,14 @@ class TritonAttention:
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turning=None) -> torch.Tensor:
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]  # [N, P, Hkv/R, d]
-        if self.max_query_len == 1:
+        if self.decodes:
             self.workspace = self.workspace or DecodeWorkspace(q, k_cache, self.meta.prefixes is not None)
             return decode(q, k, v, k_cache, v_cache, self.meta, self.workspace, turning)
         store_kv(k, v, k_cache, v_cache, self.meta.slot_mapping)
+        if self.meta.window is not None:
+            blocks = node_blocks(q, k_cache, self.max_query_len) * len(self.meta.context_lens)
+            self.workspace = self.workspace or DecodeWorkspace(q, k_cache, programs=blocks * k_cache.shape[2])
+            return attend_nodes(q, k_cache, v_cache, self.meta, self.max_query_len, self.workspace)
         return extend(q, k_cache, v_cache, self.meta, self.max_query_len)
 
 
@@ -84,15 +93,16 @@ def _store_kv(
 
 
 class DecodeWorkspace:
-    """Room for the parts of one decode step; all layers use it in turn.
+    """Room for the parts of one decode step, or of a step of trees; all layers use it in turn.
 
     part [B, Hq/R, all, d] and lse [B, Hq/R, all] float32, all = prefix_splits + splits: those of a shared prefix, then
-    the sequence's own. arrived [at least B Hkv/R]: how many of its own are there, zero between two layers.
+    the sequence's own. arrived [at least B Hkv/R]: how many of its own are there, zero between two layers. B are rows of q; what
+    reads a context once for several rows says how many programs that makes a part.
     """
 
-    def __init__(self, q: torch.Tensor, k_cache: torch.Tensor, shared: bool = False):
-        (batch, heads, d), kv_heads = q.shape, k_cache.shape[2]
-        programs, processors = batch * kv_heads, num_processors(q.device)
+    def __init__(self, q: torch.Tensor, k_cache: torch.Tensor, shared: bool = False, programs: int = 0):
+        (batch, heads, d), processors = q.shape, num_processors(q.device)
+        programs = programs or batch * k_cache.shape[2]
         wanted = max(1, min(MAX_SPLITS, PROGRAMS_PER_PROCESSOR * processors // programs))
         self.splits = 1 << (wanted.bit_length() - 1)
         # how a program works, and the tokens that are worth a part: measured on an H200, see bench_kernels.py
@@ -311,6 +321,99 @@ def _merge(
         best = best_now
     out = o + (heads + j)[:, None] * D + i[None, :]
     tl.store(out, (acc / total[:, None]).to(o.dtype.element_ty), mask=(j < G)[:, None] & (i < D)[None, :])
+
+
+def _node_rows(q, k_cache, nodes: int) -> int:
+    """Queries of a `nodes` program: the g query heads of a KV head for each of some nodes."""
+    group = q.shape[1] // k_cache.shape[2]
+    return max(16, triton.next_power_of_2(group), min(NODE_ROWS, triton.next_power_of_2(nodes * group)))
+
+
+def node_blocks(q, k_cache, nodes: int) -> int:
+    """Blocks that the nodes of a sequence make."""
+    return triton.cdiv(nodes, _node_rows(q, k_cache, nodes) // (q.shape[1] // k_cache.shape[2]))
+
+
+def attend_nodes(q, k_cache, v_cache, meta: AttentionMetadata, nodes: int, space: DecodeWorkspace) -> torch.Tensor:
+    """q [B * n, Hq/R, d], n = `nodes` new tokens a sequence that have been stored, meta.window [B * n, W] -> o [B * n, Hq/R, d].
+
+    Reads K and V of a context once for every block of nodes. No launch depends on what lies on the GPU. Its block sizes were not
+    measured on one yet.
+    """
+    (_, heads, d), kv_heads = q.shape, k_cache.shape[2]
+    o, f32 = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.dtype == torch.float32
+    blocks, group, window = node_blocks(q, k_cache, nodes), heads // kv_heads, meta.window.view(torch.uint8)
+    launch(
+        _nodes, (space.splits, kv_heads, len(meta.context_lens) * blocks), q, k_cache, v_cache, o, space.part, space.lse,
+        space.arrived, meta.page_table, meta.context_lens, window, meta.page_table.stride(0), q.stride(0), window.stride(0),
+        d**-0.5 * LOG2_E, space.splits, space.splits, space.least, NODES=nodes, BLOCKS=blocks, WIDTH=window.shape[1],
+        P=meta.page_size, HKV=kv_heads, G=group, PG=triton.next_power_of_2(group), D=d, BD=max(16, triton.next_power_of_2(d)),
+        BM=_node_rows(q, k_cache, nodes), BN=32 if f32 else 64, TOGETHER=space.together, F32=f32, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return o
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _nodes(
+    q, k_cache, v_cache, o, part, lse, arrived, page_table, context_lens, window, table_stride, q_stride, window_stride, scale,
+    splits, stride, least, NODES: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, HKV: tl.constexpr,
+    G: tl.constexpr, PG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    TOGETHER: tl.constexpr, F32: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    s, h, of = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    b, first_node = of // BLOCKS, (of % BLOCKS) * (BM // G)
+    length = tl.load(context_lens + b).to(tl.int32)
+    base = length - WIDTH  # all before it is seen by every node
+    share = tl.maximum(tl.cdiv(tl.cdiv(length, splits), BN) * BN, least)  # tokens a part, in whole blocks
+    parts = tl.cdiv(length, share)
+    if s < parts:
+        start, stop = s * share, tl.minimum((s + 1) * share, length)
+        r, i = tl.arange(0, BM), tl.arange(0, BD)
+        node = first_node + r // G
+        real = (r // G < BM // G) & (node < NODES)
+        row = b * NODES + node  # of q
+        head = row * (HKV * G) + h * G + r % G  # of o
+        live = real[:, None] & (i < D)[None, :]
+        qs = tl.load(
+            q + row[:, None] * q_stride + (h * G + r % G)[:, None] * D + i[None, :], mask=live, other=0.0
+        )  # [BM, BD]
+        m = tl.full([BM], -1e30, tl.float32)  # not -inf: a part may hold no token that some node sees
+        total = tl.zeros([BM], tl.float32)
+        acc = tl.zeros([BM, BD], tl.float32)
+        table = page_table + b * table_stride
+        for first in range(start, stop, BN):
+            n = first + tl.arange(0, BN)
+            at = (_slots(table, n, stop, P) * HKV + h) * D
+            there = (n < stop)[:, None] & (i[None, :] < D)
+            ks = tl.load(k_cache + at[:, None] + i[None, :], mask=there, other=0.0).to(qs.dtype)  # [BN, BD]
+            vs = tl.load(v_cache + at[:, None] + i[None, :], mask=there, other=0.0).to(qs.dtype)
+            scores = tl.dot(qs, tl.trans(ks), input_precision="ieee" if F32 else "tf32") * scale  # [BM, BN]
+            if first + BN > base:
+                w = n - base
+                inside = real[:, None] & ((w >= 0) & (n < stop))[None, :]
+                seen = tl.load(window + row[:, None] * window_stride + w[None, :], mask=inside, other=0)
+                scores = tl.where((seen != 0) | (w < 0)[None, :], scores, -float("inf"))
+            m_new = tl.maximum(m, tl.max(scores, 1))
+            p, old = tl.exp2(scores - m_new[:, None]), tl.exp2(m - m_new)
+            acc = acc * old[:, None] + tl.dot(p.to(vs.dtype), vs, input_precision="ieee" if F32 else "tf32")
+            total = total * old + tl.sum(p, 1)
+            m = m_new
+        total = tl.where(total > 0, total, 1.0)
+        if parts == 1:
+            tl.store(o + head[:, None] * D + i[None, :], (acc / total[:, None]).to(o.dtype.element_ty), mask=live)
+        else:
+            to = head * stride + s
+            tl.store(part + to[:, None] * D + i[None, :], acc / total[:, None], mask=live)
+            tl.store(lse + to, m + tl.log2(total), mask=real)
+            tl.debug_barrier()  # all threads have stored before one says so
+            count = tl.atomic_add(arrived + of * HKV + h, 1, sem="acq_rel")
+            if count == parts - 1:  # all parts are there
+                tl.store(arrived + of * HKV + h, 0)
+                for k in range(first_node, tl.minimum(first_node + BM // G, NODES)):
+                    heads = ((b * NODES + k) * HKV + h) * G
+                    _merge(part, lse, o, heads, parts, stride, G, PG, D, BD, TOGETHER)
 
 
 def extend(

@@ -80,7 +80,7 @@ def choose_forms(model: nn.Module, form: str | None = None) -> list[FormChoice]:
     Raises ValueError for a form that there is not.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, LinearBase) and layer.weight.device.type == "cpu"]
-    for dtype in {layer.dtype for layer in layers if layer.tp.rank == 0}:
+    for dtype in {layer.dtype for layer in layers if layer.tp.world_rank == 0}:
         if not computes_in(dtype):
             warnings.warn(f"this CPU has no instructions for {dtype}; dtype=float32 is faster", stacklevel=2)
     everything = sum(layer.weight.nbytes for layer in layers)
@@ -127,7 +127,8 @@ def measure(
     """Seconds of x W^T for ROWS rows of x by form, each the best of a few rounds.
 
     plain: W, row-major. sizes: its rows of each merged matrix. A round is a step in small: `others` goes through the cache,
-    then each form multiplies by two copies of W, as two layers do, and the second is timed: its numbers are cold, its code is not.
+    then each form multiplies by two copies of W, as two layers do, and the second is timed: its numbers are cold, its code
+    is not.
     """
     rows = min(len(plain), LARGEST_SAMPLE // plain[0].nbytes)
     sizes = [size * rows // len(plain) for size in sizes]

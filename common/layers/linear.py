@@ -14,6 +14,8 @@ takes rows of `weight`.
 
 Each parameter carries `weight_loader(source, shard_id)`, which copies this rank's slice of a checkpoint
 tensor and nothing else, and `shard_shapes`, the checkpoint tensors it is made of.
+
+adapters: which LoRA adapter each row of x uses (lora.py), None if none has one; the cut layers add what it adds.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,12 +53,19 @@ def loadable(values: torch.Tensor, loader: Callable, shard_shapes: dict) -> nn.P
     return param
 
 
-def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, in], weight [out, in] in any form -> x W^T (+ bias) [T, out]; a few rows on a GPU have their own kernel."""
+def multiply(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """x [T, in], weight [out, in] in any form -> x W^T (+ bias) [T, out]; a few rows on a GPU have their own kernel.
+
+    dtype: in which it is computed and put out, a wider one than x's, of which products are exact in it; None: x's.
+    """
     if weight.is_mkldnn:  # packed, see cpu_linear.py
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     if fused and x.is_cuda and fused.wanted(x, weight):
-        return fused.linear(x, weight, bias)
+        return fused.linear(x, weight, bias, dtype)
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
     return F.linear(x, weight, bias)
 
 
@@ -79,6 +88,7 @@ class LinearBase(nn.Module):
         super().__init__()
         self.tp, self.name, self.dtype = tp, name, torch.get_default_dtype()
         self.weight = loadable(torch.zeros(out_local, in_local), self.load_weight, full)
+        self.lora = None  # room for adapters, see lora.py
         self.bias = None
         if bias:
             self.bias = loadable(torch.zeros(out_local), self.load_bias, {k: shape[:1] for k, shape in full.items()})
@@ -131,10 +141,14 @@ class ColumnParallelLinear(LinearBase):
     def load_bias(self, source, shard_id=None) -> None:
         load_pieces(self.bias, source, 0, self.pieces[shard_id])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, adapters=None) -> torch.Tensor:
+        y = self.product(x)  # [T, out/R]
+        return y if adapters is None else adapters.add(y, x, self.lora)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
         if self.apart:
-            return multiply_apart(x, self.weight, self.bias, self.sizes)  # [T, out/R]
-        return multiply(x, self.weight, self.bias)  # [T, out/R]
+            return multiply_apart(x, self.weight, self.bias, self.sizes)
+        return multiply(x, self.weight, self.bias)
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
@@ -204,8 +218,10 @@ class RowParallelLinear(LinearBase):
     def load_bias(self, source, shard_id=None) -> None:
         self.bias.copy_(source.read(0, 0, source.shape[0]))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, adapters=None) -> torch.Tensor:
         y = multiply(x, self.weight)  # [T, out], a partial sum
+        if adapters is not None:
+            y = adapters.add(y, x, self.lora)  # partial sums, too: they need no sum of their own
         if self.reduce_results:
             y = all_reduce(y, self.tp, self.name)  # COMM all-reduce [T, D]: partial sums -> full sum
         once = self.reduce_results or self.tp.rank == 0

@@ -18,10 +18,13 @@ class RotaryEmbedding(nn.Module):
     """Rotary position embedding (Su et al. 2021), the half-split form of Hugging Face's checkpoints.
 
     The angles of a step's positions are looked up once and used by all layers. theta and scaling: see
-    `inverse_frequencies`.
+    `inverse_frequencies`. sections: frequencies that turn with each of several positions a token (M-RoPE, vision/mrope.py).
     """
 
-    def __init__(self, head_dim: int, max_positions: int, theta: float, scaling: dict[str, Any] | None = None):
+    def __init__(
+        self, head_dim: int, max_positions: int, theta: float, scaling: dict[str, Any] | None = None,
+        sections: tuple[int, ...] = (),
+    ):  # fmt: skip
         super().__init__()
         if torch.get_default_device().type == "meta":
             return  # asked for names and shapes of parameters: it has none, and torch imports for seconds to pretend
@@ -29,12 +32,20 @@ class RotaryEmbedding(nn.Module):
         length = attention_factor(scaling)
         self.register_buffer("cos", angles.cos().mul_(length), persistent=False)  # [max_position, d/2], always float32
         self.register_buffer("sin", angles.sin_().mul_(length), persistent=False)
+        if sections:  # [d/2]: which of the positions a frequency turns with
+            self.register_buffer(
+                "axis", torch.arange(len(sections)).repeat_interleave(torch.tensor(sections)), persistent=False
+            )
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """positions [T] -> cos, sin [T, 1, d]: each angle serves feature i and feature i + d/2."""
-        if fused and positions.is_cuda:
+        """positions [T], or [3, T] -> cos, sin [T, 1, d]: each angle serves feature i and feature i + d/2."""
+        if positions.dim() == 2:
+            at = positions[self.axis].t()  # [T, d/2]
+            cos, sin = self.cos.gather(0, at).to(dtype), self.sin.gather(0, at).to(dtype)
+        elif fused and positions.is_cuda:
             return fused.angles(positions, self.cos, self.sin, dtype)
-        cos, sin = self.cos[positions].to(dtype), self.sin[positions].to(dtype)  # [T, d/2]
+        else:
+            cos, sin = self.cos[positions].to(dtype), self.sin[positions].to(dtype)  # [T, d/2]
         return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
 
 
@@ -97,12 +108,15 @@ def attention_factor(scaling: dict[str, Any] | None) -> float:
     if scaling["attention_factor"] is not None:
         return scaling["attention_factor"]
 
-    def grown(by: float) -> float:
-        return 0.1 * by * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
-
+    factor = scaling["factor"]
     if scaling["mscale"] and scaling["mscale_all_dim"]:
-        return grown(scaling["mscale"]) / grown(scaling["mscale_all_dim"])
-    return grown(1)
+        return grown_by_yarn(factor, scaling["mscale"]) / grown_by_yarn(factor, scaling["mscale_all_dim"])
+    return grown_by_yarn(factor)
+
+
+def grown_by_yarn(factor: float, mscale: float = 1.0) -> float:
+    """0.1 mscale ln(factor) + 1: how much q and k grow for a context `factor` times as long."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _kept_by_yarn(head_dim: int, theta: float, scaling: dict[str, Any]) -> torch.Tensor:

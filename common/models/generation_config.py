@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from common.models.fields import read_fields
 from common.models.json_file import read_json
-from common.models.schema import SAMPLING, read_fields
+from common.models.schema import SAMPLING
 
 
 def sampling_defaults(folder: str | Path) -> dict[str, Any]:

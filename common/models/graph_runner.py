@@ -3,15 +3,19 @@
 A decode step does the same launches for the same number of sequences, only with other numbers in its inputs.
 So the inputs live at fixed addresses, the step is captured once a batch size, and a replay costs the CPU
 one call. Batches between two captured sizes are padded: a padding row stores to slot -1 and attends to
-its own token, and its logits are dropped. The collectives are captured with everything else.
+its own token, and its logits are dropped. The collectives are captured with everything else; of a pipeline's stage, what goes
+from one to the next is not: hidden states are one input more, and the output of all but the last stage.
+Verify steps have their own (verify_graphs.py).
 
 Any engine that keeps its sequences in a SequenceTable can use it.
 """
 
 import bisect
 import gc
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +26,7 @@ from common.attention.kv_cache import PagedKVCache
 from common.attention.sequence_table import SequenceTable
 from common.distributed.ledger import LedgerEntry
 from common.distributed.transfer import copy_to
+from common.layers.adapter_rows import AdapterBlocks
 from common.models.decoder import CausalLM
 
 SMALL_SIZES = (1, 2, 4)
@@ -32,38 +37,50 @@ ALIKE_STEP = 32  # steps with shared prefixes: 32, 64, ...
 @dataclass(frozen=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
-    logits: torch.Tensor  # [size, V/R], where every replay leaves them
+    out: Any  # what `_step` returned: where every replay leaves it
     messages: list[LedgerEntry]  # what one replay sends
 
 
-class DecodeGraphs:
-    """`run` is model + compute_logits for one new token a sequence, with the same result as without graphs.
+class StepGraphs(ABC):
+    """Steps of some shapes, recorded and replayed. inputs, int64: what a step is told; a subclass says what it computes of them.
 
-    inputs, int64: rows [size], positions [size], and for steps with shared prefixes their tokens [size] and tiles,
-    of the step that runs. The plan of the step (slots, page table, lengths) is worked out inside the graph.
+    shapes: (sequences, a second number), the largest first. rows: of each shape, how many the model computes. max_loras: LoRA
+    adapters in a step at most; what its rows use stands at a fixed place too, for as many blocks as there can be; 0: none.
     """
 
-    def __init__(self, model: CausalLM, attention: type, cache: PagedKVCache, table: SequenceTable, max_batch: int):
+    kind = ""
+
+    def __init__(
+        self, model: CausalLM, attention: type, cache: PagedKVCache, table: SequenceTable, max_loras: int,
+        shapes: Sequence[tuple[int, int]], rows: Sequence[int], inputs: int,
+    ):  # fmt: skip
         self.model, self.attention, self.cache, self.table, self.tp = model, attention, cache, table, model.tp
-        sizes = [n for n in (*SMALL_SIZES, *range(SIZE_STEP, max_batch + SIZE_STEP, SIZE_STEP)) if n <= max_batch]
-        self.sizes = sorted({*sizes, max_batch})
-        self.alike_sizes = sorted({n for n in self.sizes if n % ALIKE_STEP == 0 and table.max_tiles(n)})
-        shapes = [(n, False) for n in self.sizes] + [(n, True) for n in self.alike_sizes]
-        self._shapes = sorted(shapes, reverse=True)
-        self.inputs = torch.zeros(6 * max_batch, dtype=torch.int64, device=cache.k.device)
-        self._captured: dict[tuple[int, bool], _Captured] = {}
+        self.shapes, self.max_loras, self.adapters = shapes, max_loras, None
+        self.inputs = torch.zeros(inputs, dtype=torch.int64, device=cache.k.device)
+        if max_loras:
+            most = max(len(AdapterBlocks.numbers(np.zeros(n, dtype=np.int64), max_loras)) for n in rows)
+            self.adapters = torch.zeros(most, dtype=torch.int64, device=cache.k.device)
+        self._captured: dict[tuple[int, int], _Captured] = {}
         self._pool = None
+
+    @abstractmethod
+    def _step(self, shape: tuple[int, int]) -> Any:
+        """The launches of a step, on what `inputs` holds."""
+
+    @abstractmethod
+    def _pad(self, shape: tuple[int, int]) -> None:
+        """Set `inputs` to a step of padding only."""
 
     @torch.inference_mode()
     def rehearse(self) -> None:
-        """Run the steps of all sizes once, of padding only; under `compile_ahead` that finds all their kernels."""
-        self.inputs.fill_(-1)
-        for size, alike in self._shapes:
-            self._step(size, alike)
+        """Run the steps of all shapes once, of padding only; under `compile_ahead` that finds all their kernels."""
+        for shape in self.shapes:
+            self._pad(shape)
+            self._step(shape)
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Record all sizes, the largest first: the smaller ones then fit into its memory.
+        """Record all shapes, the largest first: the smaller ones then fit into its memory.
 
         An engine that was let go of before may still lie about, graphs and all, in a cycle of references. If the collector found
         it during a recording, what it frees would break the recording: so it goes now, and nothing is collected meanwhile.
@@ -76,21 +93,80 @@ class DecodeGraphs:
             gc.enable()
 
     def _capture(self) -> None:
-        quiet = None if self.tp.rank == 0 else True
-        for size, alike in tqdm(self._shapes, desc="capturing decode graphs", disable=quiet, leave=False):
-            self.inputs.zero_()
-            self.inputs[:size] = -1  # padding only
+        quiet = None if self.tp.world_rank == 0 else True
+        for shape in tqdm(self.shapes, desc=f"capturing {self.kind} graphs", disable=quiet, leave=False):
+            self._pad(shape)
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                self._step(size, alike)  # compiles kernels, lets libraries allocate what they keep
+                self._step(shape)  # compiles kernels, lets libraries allocate what they keep
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with self.tp.ledger.recording() as ledger, torch.cuda.graph(graph, pool=self._pool):
-                logits = self._step(size, alike)
+                out = self._step(shape)
             self._pool = self._pool or graph.pool()
-            self._captured[size, alike] = _Captured(graph, logits, list(ledger.entries))
+            self._captured[shape] = _Captured(graph, out, list(ledger.entries))
             ledger.entries.clear()
+
+    def forget(self) -> None:
+        """What was recorded: the addresses in it are to be given back. `capture` records again."""
+        self._captured.clear()
+        self._pool = None
+
+    def _replay(self, shape: tuple[int, int]) -> Any:
+        captured = self._captured[shape]
+        captured.graph.replay()
+        self.tp.ledger.replay(captured.messages)
+        return captured.out
+
+    def _put_adapters(self, slots: np.ndarray | None, rows: int) -> None:
+        """slots: of the first of so many rows; the others are padding, and have none."""
+        if self.max_loras:
+            padded = np.zeros(rows, dtype=np.int64)
+            if slots is not None:
+                padded[: len(slots)] = slots
+            numbers = AdapterBlocks.numbers(padded, self.max_loras)
+            copy_to(numbers, self.adapters[: len(numbers)])
+
+
+def batch_sizes(most: int) -> list[int]:
+    """The batches that are captured, ascending."""
+    sizes = (n for n in (*SMALL_SIZES, *range(SIZE_STEP, most + SIZE_STEP, SIZE_STEP)) if n <= most)
+    return sorted({*sizes, most})
+
+
+class DecodeGraphs(StepGraphs):
+    """`run` is model + compute_logits for one new token a sequence, with the same result as without graphs.
+
+    Of a stage that is not the last one it is the model alone. hidden [max_batch, D]: what a stage begins with, if not the first.
+
+    inputs, int64: rows [size], positions [size], and for steps with shared prefixes their tokens [size] and tiles,
+    of the step that runs. The plan of the step (slots, page table, lengths) is worked out inside the graph.
+    """
+
+    kind = "decode"
+
+    def __init__(
+        self, model: CausalLM, attention: type, cache: PagedKVCache, table: SequenceTable, max_batch: int,
+        max_loras: int = 0,
+    ):  # fmt: skip
+        self.sizes = batch_sizes(max_batch)
+        self.alike_sizes = sorted({n for n in self.sizes if n % ALIKE_STEP == 0 and table.max_tiles(n)})
+        shapes = [(n, False) for n in self.sizes] + [(n, True) for n in self.alike_sizes]
+        super().__init__(
+            model, attention, cache, table, max_loras, sorted(shapes, reverse=True), self.sizes, 6 * max_batch
+        )
+        self.hidden = None
+        if model.stage.start > 0:
+            width, dtype = model.config.hidden_size, next(model.parameters()).dtype
+            self.hidden = torch.zeros(max_batch, width, dtype=dtype, device=cache.k.device)
+        self.real = None  # tokens of each part, for experts, whose load padding must not count in
+        if model.config.mixture and model.communicator.spreads:
+            self.real = torch.zeros(model.communicator.parts, dtype=torch.int64, device=cache.k.device)
+
+    def _pad(self, shape: tuple[int, int]) -> None:
+        self.inputs.zero_()
+        self.inputs[: shape[0]] = -1
 
     def padded(self, batch: int, alike: bool = False) -> int:
         """Rows that a step of `batch` sequences computes."""
@@ -98,23 +174,32 @@ class DecodeGraphs:
         return sizes[bisect.bisect_left(sizes, batch)]
 
     @torch.inference_mode()
-    def run(self, rows: np.ndarray, positions: np.ndarray, alike: Sequence[tuple[int, int, int]] = ()) -> torch.Tensor:
+    def run(
+        self, rows: np.ndarray, positions: np.ndarray, alike: Sequence[tuple[int, int, int]] = (),
+        hidden: torch.Tensor | None = None, parts: Sequence[int] | None = None, adapters: np.ndarray | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """rows, positions [B] of a decode step -> logits of this rank [B, V/R], valid until the next run.
 
-        alike: (first, count, pages), see SequenceTable.decode.
+        alike: (first, count, pages), see SequenceTable.decode. hidden [B, D]: see the class. parts: rows of each data rank, these
+        are this one's; the logits are those of all, one behind the other. adapters [B]: LoRA slots, None for none.
         """
         batch, shares = len(rows), self._shares(len(rows), bool(alike))
-        size = self.padded(batch, shares)
+        size = self.padded(max(parts or [batch]), shares)
         numbers = np.full((2, size), -1, dtype=np.int64)
         numbers[:, :batch] = rows, positions
         if shares:
             tiles, tokens = self.table.tiles(alike, size)
             numbers = np.concatenate((numbers.reshape(-1), tokens, tiles))
         copy_to(numbers, self.inputs[: numbers.size])
-        captured = self._captured[size, shares]
-        captured.graph.replay()
-        self.tp.ledger.replay(captured.messages)
-        return captured.logits[:batch]
+        if self.real is not None:
+            copy_to(np.array(parts or [batch]), self.real)
+        if hidden is not None:
+            self.hidden[:batch] = hidden
+        self._put_adapters(adapters, size)
+        out = self._replay((size, shares))
+        if parts is None:
+            return out[:batch]
+        return torch.cat([own[:n] for own, n in zip(out.split(size), parts, strict=True)])
 
     def _shares(self, batch: int, alike: bool) -> bool:
         return alike and bool(self.alike_sizes) and batch <= self.alike_sizes[-1]
@@ -123,7 +208,8 @@ class DecodeGraphs:
         """The rows [B] of the step that runs, on the device."""
         return self.inputs[:batch]
 
-    def _step(self, size: int, alike: bool) -> torch.Tensor:
+    def _step(self, shape: tuple[int, bool]) -> torch.Tensor:
+        size, alike = shape
         rows, positions, rest = self.inputs[:size], self.inputs[size : 2 * size], self.inputs[2 * size :]
         prefixes = None
         if alike:
@@ -131,5 +217,13 @@ class DecodeGraphs:
             prefixes = SharedPrefixes(tiles.view(3, -1), rest[:size])
         pages = self.table.page_table.shape[1]
         step = self.table.decode_on_device(rows, positions, pages, prefixes)
-        hidden = self.model(step.input_ids, step.positions, self.attention(self.cache, step.meta))
-        return self.model.compute_logits(hidden)
+        before = None if self.hidden is None else self.hidden[:size]
+        between = self.model.communicator
+        spread = between.rows([size] * between.parts, padded=True, real=self.real)
+        attention = self.attention(self.cache, step.meta)
+        live = rows >= 0 if self.model.config.mixture else None
+        adapters = AdapterBlocks.captured(self.adapters, size, self.max_loras) if self.max_loras else None
+        hidden = self.model(step.input_ids, step.positions, attention, before, spread, live, adapters=adapters)
+        if spread:
+            hidden = between.collect(hidden, spread, [np.arange(size)] * between.parts)
+        return hidden if self.model.lm_head is None else self.model.compute_logits(hidden, adapters)

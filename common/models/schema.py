@@ -8,117 +8,26 @@ Sizes have no upper bound here, the weight files know them (weights.py). Keys th
 what is computed, or nothing at inference (dropout), and are not read.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from common.models.json_file import json_shown
+from common.models.fields import (
+    Field,
+    boolean,
+    empty,
+    integer,
+    json_object,
+    layer_numbers,
+    number,
+    one_of,
+    texts,
+    token_ids,
+)
+from common.models.mixture import Mixture, deepseek_v2, deepseek_v3, mixtral, qwen_moe
 
-REQUIRED = object()  # no default: without this key there is no model
 MAX_POSITIONS = 1 << 22  # the rotary table has a row for each: 2 GiB at head_dim 128
 MAX_THETA = 1e30  # its powers stay finite in float32
-
-
-@dataclass(frozen=True)
-class Field:
-    """One key: which values fit, the rule in words for the error, and its value if the file does not have the key."""
-
-    fits: Callable[[Any], bool]
-    rule: str  # reads on after "key=value"
-    default: Any = REQUIRED
-    older: str | None = None  # an older spelling of the key; `key` wins if both have a value
-
-
-def read_fields(raw: dict[str, Any], fields: dict[str, Field], where: str, what: str) -> dict[str, Any]:
-    """{key: value} of every field, given or by default.
-
-    Raises ValueError: `where`, the key, its value and what is allowed; or all keys that `what` needs and has not.
-    """
-    values = {}
-    for key, field in fields.items():
-        name, value = key, raw.get(key, REQUIRED)
-        if field.older and raw.get(key) is None and raw.get(field.older) is not None:
-            name, value = field.older, raw[field.older]
-        if value is not REQUIRED and not field.fits(value):
-            raise ValueError(f"{where}: {name}={json_shown(value)} {field.rule}")
-        values[key] = field.default if value is REQUIRED else value
-    missing = [key for key, value in values.items() if value is REQUIRED]
-    if missing:
-        raise ValueError(f"{where}: {what} needs {', '.join(missing)}")
-    return values
-
-
-# --- kinds of fields
-
-
-def integer(default: Any = REQUIRED, low: int = 1, high: float = math.inf, null: bool = False) -> Field:
-    def fits(x):
-        return (null and x is None) or (type(x) is int and low <= x <= high)  # isinstance would take a bool for one
-
-    return Field(fits, f"must be an integer of at least {low}{_at_most(high)}{_or_null(null)}", default)
-
-
-def number(
-    default: Any = REQUIRED,
-    low: float | None = None,
-    above: float | None = None,
-    high: float = 1e300,
-    null: bool = False,
-) -> Field:
-    """From `low`, or more than `above`, to `high`; never NaN, infinite, or an integer that no float can hold."""
-    floor, word = (low, "of at least") if above is None else (above, "above")
-
-    def fits(x):
-        if type(x) not in (int, float):
-            return null and x is None
-        return (floor is None or x > floor or (x == floor and above is None)) and -1e300 <= x <= high
-
-    bound = "that is finite" if floor is None else f"{word} {floor:g}"
-    return Field(fits, f"must be a number {bound}{_at_most(high)}{_or_null(null)}", default)
-
-
-def boolean(default: Any = REQUIRED) -> Field:
-    return Field(lambda x: type(x) is bool, "must be true or false", default)
-
-
-def texts(default: Any = REQUIRED) -> Field:
-    return Field(
-        lambda x: x is None or (isinstance(x, list) and all(isinstance(item, str) for item in x)),
-        "must be a list of texts, or null", default,
-    )  # fmt: skip
-
-
-def token_ids(default: Any = REQUIRED) -> Field:
-    return Field(
-        lambda x: x is None or type(x) is int or (isinstance(x, list) and all(type(item) is int for item in x)),
-        "must be a token id, a list of token ids, or null", default,
-    )  # fmt: skip
-
-
-def json_object() -> Field:
-    return Field(lambda x: x is None or isinstance(x, dict), "must be an object, or null", None)
-
-
-def one_of(*values: Any, default: Any, older: str | None = None) -> Field:
-    """The values whose meaning is known here. Any other would change the numbers if it were passed over."""
-    allowed = ", ".join(x if isinstance(x, str) else json_shown(x) for x in values)
-    # True == 1 in Python, but not in a config
-    fits = lambda x: any(x == y and isinstance(x, bool) == isinstance(y, bool) for y in values)  # noqa: E731
-    return Field(fits, f"is not supported; supported: {allowed}", default, older)
-
-
-def empty(rule: str) -> Field:
-    """Missing, null, or an empty object."""
-    return Field(lambda x: not x, rule, None)
-
-
-def _at_most(high: float) -> str:
-    return f" and at most {high if isinstance(high, int) else format(high, 'g')}" if high < 1e300 else ""
-
-
-def _or_null(null: bool) -> str:
-    return ", or null" if null else ""
 
 
 # --- architectures
@@ -128,8 +37,16 @@ def _or_null(null: bool) -> str:
 class Architecture:
     model_type: str  # how transformers calls it; it picks the class by this, vLLM and SGLang by the architecture
     fields: dict[str, Field]
-    qkv_bias: bool | None = None  # on q, k, v; None: attention_bias says so, for all four projections
+    qkv_bias: bool | None = (
+        None  # on q, k, v; None: the key qkv_bias says so, or attention_bias for all four projections
+    )
     qk_norm: bool = False  # RMSNorm on each q and k head
+    mixture: Callable[[dict[str, Any], str], Mixture | None] | None = (
+        None  # what the fields say about experts, see mixture.py
+    )
+    spelling: tuple[tuple[str, str], ...] = ()  # parts of our tensors' names, and how its checkpoints write them
+    renamed: tuple[tuple[str, str], ...] = ()  # how names of tensors may begin in its checkpoints, and how they do here
+    sees: bool = False  # it has a vision tower, see vision.py
 
 
 QUANTIZED = "is not read: quantized checkpoints are not supported; use the float16, bfloat16 or float32 one"
@@ -170,6 +87,52 @@ QWEN = {
     "sliding_window": integer(4096, null=True),
     "max_window_layers": integer(28, low=0),
 }
+QWEN_MOE = {
+    **EVERY_DECODER,
+    "max_position_embeddings": integer(32_768, high=MAX_POSITIONS),
+    "head_dim": integer(None, null=True),
+    "use_sliding_window": one_of(False, default=False),
+    "num_experts_per_tok": integer(4),
+    "norm_topk_prob": boolean(False),
+    "decoder_sparse_step": integer(1),
+    "mlp_only_layers": layer_numbers(),
+}
+# beside a vision tower; transformers 5 has theta and no tied head by default here
+QWEN_VL = {
+    **QWEN,
+    "vocab_size": integer(152_064),
+    "hidden_size": integer(8192),
+    "intermediate_size": integer(29_568),
+    "num_hidden_layers": integer(80),
+    "num_attention_heads": integer(64),
+    "num_key_value_heads": integer(8, null=True),
+    "rms_norm_eps": number(1e-5, low=0, high=1),
+    "head_dim": one_of(None, default=None),
+    "max_window_layers": integer(80, low=0),
+    "eos_token_id": token_ids(151_645),
+    "rope_theta": number(1_000_000.0, low=1, high=MAX_THETA, null=True),
+}
+# of transformers 5 in memory -> of every published checkpoint
+RENAMED_VL = (("model.language_model.", "model."), ("model.visual.", "visual."))
+OTHER_NAMES_OF_E = ("num_local_experts", "n_routed_experts")
+MIXTRAL_NAMES = (
+    (".mlp.", ".block_sparse_moe."),
+    (".gate_proj.", ".w1."),
+    (".up_proj.", ".w3."),
+    (".down_proj.", ".w2."),
+)
+DEEPSEEK = {
+    **EVERY_DECODER,
+    "attention_bias": boolean(False),  # of q_a_proj, kv_a_proj_with_mqa and o_proj
+    "kv_lora_rank": integer(512),
+    "q_lora_rank": integer(1536, null=True),
+    "qk_nope_head_dim": integer(128),
+    "qk_rope_head_dim": integer(64),
+    "v_head_dim": integer(128),
+    "moe_layer_freq": one_of(1, default=1),  # experts in every layer but the first ones
+}
+NAMES_OF_DEEPSEEKS_E = ("num_experts", "num_local_experts")
+DEEPSEEK_NAMES = ((".shared_expert.", ".shared_experts."),)
 ARCHITECTURES = {
     "Qwen2ForCausalLM": Architecture("qwen2", {**QWEN, "head_dim": integer(None, null=True)}, qkv_bias=True),
     "Qwen3ForCausalLM": Architecture(
@@ -182,7 +145,78 @@ ARCHITECTURES = {
         "head_dim": integer(None, null=True),
         "attention_bias": boolean(False),
     }),
+    "Qwen2MoeForCausalLM": Architecture("qwen2_moe", {
+        **QWEN_MOE,
+        "num_key_value_heads": integer(16, null=True),
+        "qkv_bias": boolean(True),
+        "num_experts": integer(60, alike=OTHER_NAMES_OF_E),
+        "moe_intermediate_size": integer(1408),
+        "shared_expert_intermediate_size": integer(5632),
+    }, mixture=qwen_moe),
+    "Qwen3MoeForCausalLM": Architecture("qwen3_moe", {
+        **QWEN_MOE,
+        "num_key_value_heads": integer(4, null=True),
+        "attention_bias": boolean(False),
+        "num_experts": integer(128, alike=OTHER_NAMES_OF_E),
+        "num_experts_per_tok": integer(8),
+        "moe_intermediate_size": integer(768),
+    }, qk_norm=True, mixture=qwen_moe),
+    "MixtralForCausalLM": Architecture("mixtral", {
+        **EVERY_DECODER,
+        "max_position_embeddings": integer(131_072, high=MAX_POSITIONS),
+        "num_key_value_heads": integer(8, null=True),
+        "head_dim": integer(None, null=True),
+        "rms_norm_eps": number(1e-5, low=0, high=1),
+        "rope_theta": number(1_000_000.0, low=1, high=MAX_THETA, null=True),
+        "sliding_window": one_of(None, default=None),
+        "num_experts": integer(8, alike=OTHER_NAMES_OF_E),
+        "num_experts_per_tok": integer(2),
+    }, qkv_bias=False, mixture=mixtral, spelling=MIXTRAL_NAMES),
+    "DeepseekV2ForCausalLM": Architecture("deepseek_v2", {
+        **DEEPSEEK,
+        "max_position_embeddings": integer(2048, high=MAX_POSITIONS),
+        "num_key_value_heads": integer(None, null=True),
+        "first_k_dense_replace": integer(0, low=0),
+        "n_routed_experts": integer(64, alike=NAMES_OF_DEEPSEEKS_E),
+        "n_shared_experts": integer(2),
+        "moe_intermediate_size": integer(1407),
+        "num_experts_per_tok": integer(None, null=True),
+        "topk_method": one_of("greedy", "group_limited_greedy", default="greedy"),
+        "n_group": integer(None, null=True),
+        "topk_group": integer(None, null=True),
+        "scoring_func": one_of("softmax", default="softmax"),
+        # transformers passes over true, and DeepSeek's own code would not scale then
+        "norm_topk_prob": one_of(False, None, default=False),
+        "routed_scaling_factor": number(1.0),
+    }, mixture=deepseek_v2, spelling=DEEPSEEK_NAMES),
+    "DeepseekV3ForCausalLM": Architecture("deepseek_v3", {
+        **DEEPSEEK,
+        "max_position_embeddings": integer(4096, high=MAX_POSITIONS),
+        "num_key_value_heads": integer(128, null=True),
+        "first_k_dense_replace": integer(3, low=0),
+        "n_routed_experts": integer(256, alike=NAMES_OF_DEEPSEEKS_E),
+        "n_shared_experts": integer(1),
+        "moe_intermediate_size": integer(2048),
+        "num_experts_per_tok": integer(8),
+        "topk_method": one_of("noaux_tc", default="noaux_tc"),
+        "n_group": integer(8),
+        "topk_group": integer(4),
+        "scoring_func": one_of("sigmoid", default="sigmoid"),
+        "norm_topk_prob": boolean(True),
+        "routed_scaling_factor": number(2.5),
+        "rope_interleave": boolean(True),
+        "num_nextn_predict_layers": integer(1, low=0, null=True, alike=("num_mtp_layers",)),
+    }, mixture=deepseek_v3, spelling=DEEPSEEK_NAMES),
+    "Qwen2VLForConditionalGeneration": Architecture("qwen2_vl", QWEN_VL, qkv_bias=True, renamed=RENAMED_VL, sees=True),
+    "Qwen2_5_VLForConditionalGeneration": Architecture("qwen2_5_vl", QWEN_VL, qkv_bias=True, renamed=RENAMED_VL, sees=True),
 }  # fmt: skip
+
+
+# what has been looked at, and why it is not there
+LEFT_OUT = {
+    "GptOssForCausalLM": "its heads have attention sinks and every other layer a sliding window, and attention here is over all "
+    "keys of a sequence and nothing else",
+}
 
 # --- generation_config.json
 
@@ -205,6 +239,7 @@ ANY_ROPE = {
 }
 ROPE_TYPES = {
     "default": ANY_ROPE,
+    "mrope": ANY_ROPE,  # of models that see: default, with three positions a token
     "linear": {**ANY_ROPE, "factor": number(above=0)},
     "llama3": {
         **ANY_ROPE,

@@ -3,38 +3,38 @@
 `load_model` reads the headers of all files first (checkpoint.py) and compares names, shapes and types with what the
 model needs; only when everything fits does it take memory for it and read a byte of a weight. Each rank then reads the
 rows or columns it holds (`safe_open(...).get_slice`), each once: about 1/R of the checkpoint plus the replicated norms.
+A stage of a pipeline compares the whole checkpoint, and reads its own layers.
 
 `load_then_shard` is the old way, kept for comparison: the whole checkpoint in memory, then slices of it.
 """
 
+import hashlib
 import math
 import re
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
+from common.layers.communicator import LayerCommunicator
+from common.layers.moe import AUTO, Mixture, MoEOptions
 from common.models.checkpoint import Stored, checkpoint_files, left_alone, open_tensors
 from common.models.config import ModelConfig
 from common.models.decoder import CausalLM
 from common.models.json_file import json_shown, names_shown
+from common.models.stages import Stage
+from common.models.tensor_names import EMBEDDING, HEAD, Needed, as_named_here, needed_of
 from common.parallel_state import TPGroup
 
-# Hugging Face's module -> (ours, shard id): merged so that one GEMM does the work of two or three
-MERGED = {
-    "q_proj": ("qkv_proj", "q"),
-    "k_proj": ("qkv_proj", "k"),
-    "v_proj": ("qkv_proj", "v"),
-    "gate_proj": ("gate_up_proj", 0),
-    "up_proj": ("gate_up_proj", 1),
-}
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 QUICKLY_BUILT = 1 << 16  # up to here a wrong size is left to the comparison by name, which says more
+QUICKLY_NAMED = 1 << 10  # experts, each with three tensors by name in every layer
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
 WEIGHT_DTYPES = ("F32", "F16", "BF16", "F64")  # integers, truth values and fp8 mean something else than their numbers
 
 
@@ -45,6 +45,7 @@ class LoadReport:
     bytes_read: int = 0  # of tensor data, from the files
     held_bytes: int = 0  # the most that was held beside the parameters
     tensors: list[str] = field(default_factory=list)
+    digest: str = ""  # SHA-256 of all names and numbers, if every one was looked at (check_finite)
     notes: list[str] = field(default_factory=list)  # decisions the reader should know of; rank 0 warns of each
 
 
@@ -55,9 +56,13 @@ class CheckpointTensor:
         self._slice, self.name, self._report = file.get_slice(name), name, report
         self.shape = tuple(self._slice.get_shape())
 
-    def read(self, dim: int, start: int, stop: int) -> torch.Tensor:
-        """Rows (dim 0) or columns (dim 1) start .. stop-1; no other byte is copied."""
-        x = self._slice[start:stop] if dim == 0 else self._slice[:, start:stop]
+    def read(self, dim: int, start: int, stop: int, matrix: int | None = None) -> torch.Tensor:
+        """Rows (dim 0) or columns (dim 1) start .. stop-1, if several matrices are stacked of that one; no other byte is copied."""
+        if matrix is not None:
+            one = slice(matrix, matrix + 1)
+            x = (self._slice[one, start:stop] if dim == 0 else self._slice[one, :, start:stop]).squeeze(0)
+        else:
+            x = self._slice[start:stop] if dim == 0 else self._slice[:, start:stop]
         self._report.bytes_read += x.nbytes
         self._report.held_bytes = max(self._report.held_bytes, x.nbytes)  # each is let go before the next one comes
         return x
@@ -72,8 +77,9 @@ class WholeTensor:
         report.bytes_read += self._whole.nbytes
         report.held_bytes += self._whole.nbytes
 
-    def read(self, dim: int, start: int, stop: int) -> torch.Tensor:
-        return self._whole.narrow(dim, start, stop - start)
+    def read(self, dim: int, start: int, stop: int, matrix: int | None = None) -> torch.Tensor:
+        whole = self._whole if matrix is None else self._whole[matrix]
+        return whole.narrow(dim, start, stop - start)
 
 
 class TensorSource:
@@ -82,49 +88,60 @@ class TensorSource:
     def __init__(self, tensor: torch.Tensor):
         self.tensor, self.shape = tensor.detach(), tuple(tensor.shape)  # or a copy of it would keep all of it alive
 
-    def read(self, dim: int, start: int, stop: int) -> torch.Tensor:
-        return self.tensor.narrow(dim, start, stop - start)
+    def read(self, dim: int, start: int, stop: int, matrix: int | None = None) -> torch.Tensor:
+        whole = self.tensor if matrix is None else self.tensor[matrix]
+        return whole.narrow(dim, start, stop - start)
 
 
 def load_model(
     folder: str | Path, tp: TPGroup, dtype: torch.dtype = torch.float32, source: type = CheckpointTensor, *,
-    check_finite: bool = False,
+    check_finite: bool = False, stage: Stage | None = None, communicator: LayerCommunicator | None = None,
+    moe: MoEOptions = AUTO,
 ) -> tuple[CausalLM, LoadReport]:  # fmt: skip
-    """Build this rank's part of the model on `tp.device` and fill it.
+    """Build this rank's part of the model, or of one stage of it, on `tp.device` and fill it.
 
-    check_finite: look for NaN and infinity first, which costs every rank a pass over all weights.
+    check_finite: look for NaN and infinity first, which costs every rank a pass over all weights. communicator and moe are
+    those of CausalLM.
     Raises FileNotFoundError (no config, no weights, a shard missing) and ValueError (damaged file, or missing,
     unexpected, wrongly shaped and wrongly typed tensors, all by name), the same on every rank, before memory is taken
     and weights are read (but for a tied LM head that is stored: it is compared with the embedding first).
     """
     config = ModelConfig.from_folder(folder)
-    report = LoadReport()
+    layers, report = (stage or Stage()).layers(config.num_layers), LoadReport()
     with ExitStack() as stack:
         files = checkpoint_files(folder)
-        found = open_tensors(files, stack)
+        found = as_named_here(open_tensors(files, stack), config.architecture, where=str(folder))
         others = left_alone(folder, files)
         if others:
             report.notes.append(f"{folder}: {names_shown(others)} left alone; not part of this checkpoint")
         config = _settle_the_head(config, found, report, where=str(folder))
         _refuse_sizes_beyond_the_files(config, found, where=str(folder))
-        with torch.device("meta"):  # shapes without memory
-            _plan(CausalLM(config, tp), found, where=str(folder))
+        _refuse_experts_beyond_the_files(config.mixture, found, where=str(folder))
+        _refuse_latents_beyond_the_files(config, found, where=str(folder))
+        _refuse_a_tower_beyond_the_files(config, found, where=str(folder))
+        with torch.device("meta"):  # shapes without memory, of all stages
+            needed = needed_of(CausalLM(config, tp), found)
+        what = f"{config.architecture} as config.json describes it"
+        refuse_a_misfit(needed, found, what, str(folder), lambda name: redundant(name, config))
+        drafts = sorted(name for name in found if _only_guesses(name, config))
+        if drafts:
+            report.notes.append(f"{folder}: {names_shown(drafts)} left alone; layers that guess tokens ahead")
         if check_finite:
             _refuse_what_is_not_finite(found, dtype, report, where=str(folder))
-        model = _build(config, tp, dtype)
-        todo = _plan(model, found, where=str(folder))
+        model = _build(config, tp, dtype, layers, communicator, moe)
+        todo = [(found[name], param, shard_id) for name, param, shard_id, _ in needed_of(model, found)]
         sources = {stored.name: source(stored.file, stored.name, report) for stored, _, _ in todo}
         bar = tqdm(
             todo,
             desc=f"loading {Path(folder).name}",
             unit="tensor",
-            disable=None if tp.rank == 0 else True,
+            disable=None if tp.world_rank == 0 else True,
             leave=False,
         )
         for stored, param, shard_id in bar:
             param.weight_loader(sources[stored.name], shard_id)
             report.tensors.append(stored.name)
-    if tp.rank == 0:
+    if tp.world_rank == 0:
         for note in report.notes:
             warnings.warn(note, stacklevel=2)
     return model, report
@@ -135,13 +152,16 @@ def load_then_shard(folder: str | Path, tp: TPGroup, dtype: torch.dtype = torch.
     return load_model(folder, tp, dtype, source=WholeTensor)
 
 
-def _build(config: ModelConfig, tp: TPGroup, dtype: torch.dtype) -> CausalLM:
+def _build(
+    config: ModelConfig, tp: TPGroup, dtype: torch.dtype, layers: range, communicator: LayerCommunicator | None,
+    moe: MoEOptions,
+) -> CausalLM:  # fmt: skip
     """This rank's modules, zero where nothing will be loaded."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with tp.device:
-            return CausalLM(config, tp).eval()
+            return CausalLM(config, tp, layers, communicator, moe).eval()
     finally:
         torch.set_default_dtype(previous)
 
@@ -176,20 +196,55 @@ def _equal(a: Stored, b: Stored, report: LoadReport) -> bool:
 
 
 def _refuse_sizes_beyond_the_files(config: ModelConfig, found: dict[str, Stored], where: str) -> None:
-    """Sizes with which even a model without memory would not be built in time; `_plan` compares the others exactly."""
+    """Sizes with which even a model without memory would not be built in time; `refuse_a_misfit` compares the others exactly."""
     layers = len({match[1] for match in map(LAYER.match, found) if match})
-    widest = max((max(stored.shape, default=1) for stored in found.values() if 0 not in stored.shape), default=0)
     claims = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
         "num_attention_heads * head_dim": config.num_heads * config.head_dim,
     }
-    for name, size in claims.items():
-        if size > max(widest, QUICKLY_BUILT):
-            raise ValueError(_beyond(where, name, size, f"have no tensor longer than {widest}"))
+    _refuse_beyond_the_widest(claims, QUICKLY_BUILT, found, where)
     if config.num_layers > len(found):
         raise ValueError(_beyond(where, "num_hidden_layers", config.num_layers, f"have {layers} layers"))
+
+
+def _refuse_experts_beyond_the_files(mixture: Mixture | None, found: dict[str, Stored], where: str) -> None:
+    if mixture:
+        widths = {
+            "moe_intermediate_size": mixture.intermediate_size,
+            "shared_expert_intermediate_size": mixture.shared_size,
+        }
+        _refuse_beyond_the_widest(widths, QUICKLY_BUILT, found, where)
+        _refuse_beyond_the_widest({"num_experts": mixture.num_experts}, QUICKLY_NAMED, found, where)
+
+
+def _refuse_latents_beyond_the_files(config: ModelConfig, found: dict[str, Stored], where: str) -> None:
+    if latent := config.latent:
+        widths = {
+            "kv_lora_rank + qk_rope_head_dim": latent.row,
+            "q_lora_rank": latent.q_rank or 0,
+            "num_attention_heads * v_head_dim": config.num_heads * latent.v_dim,
+        }
+        _refuse_beyond_the_widest(widths, QUICKLY_BUILT, found, where)
+
+
+def _refuse_a_tower_beyond_the_files(config: ModelConfig, found: dict[str, Stored], where: str) -> None:
+    if config.vision:
+        tower = config.vision.tower
+        width, mlp = ("hidden_size", "intermediate_size") if tower.gated else ("embed_dim", "embed_dim * mlp_ratio")
+        widths = {f"vision_config's {width}": tower.width, f"vision_config's {mlp}": tower.mlp_width}
+        _refuse_beyond_the_widest(widths, QUICKLY_BUILT, found, where)
+        if tower.depth > len(found):
+            raise ValueError(_beyond(where, "vision_config's depth", tower.depth, f"have {len(found)} tensors"))
+
+
+def _refuse_beyond_the_widest(claims: dict[str, int], small: int, found: dict[str, Stored], where: str) -> None:
+    """Those up to `small` may pass: another error will say more."""
+    widest = max((max(stored.shape, default=1) for stored in found.values() if 0 not in stored.shape), default=0)
+    for name, size in claims.items():
+        if size > max(widest, small):
+            raise ValueError(_beyond(where, name, size, f"have no tensor longer than {widest}"))
 
 
 def _beyond(where: str, name: str, size: int, have: str) -> str:
@@ -199,45 +254,48 @@ def _beyond(where: str, name: str, size: int, have: str) -> str:
     )
 
 
-def _plan(model: CausalLM, found: dict[str, Stored], where: str) -> list[tuple[Stored, nn.Parameter, object]]:
-    """[(tensor, parameter, shard id)]: every parameter filled, every tensor used, or ValueError."""
-    needed = {}
-    for name, param in model.named_parameters():  # a tied weight comes once
-        for shard_id, shape in param.shard_shapes.items():
-            needed[_checkpoint_name(name, shard_id)] = (param, shard_id, shape)
-    missing = sorted(needed.keys() - found.keys())
-    extra = sorted(name for name in found.keys() - needed.keys() if not _redundant(name))
+def refuse_a_misfit(
+    model: list[Needed], found: dict[str, Stored], what: str, where: str, may_be_there: Callable[[str], bool],
+    whole: bool = True,
+) -> None:  # fmt: skip
+    """Every parameter filled, every tensor used or such that it `may_be_there`, or ValueError: `what` the weights do not fit.
+    whole=False: a parameter may stay as it is."""
+    needed = {one.tensor: one.shape for one in model}
+    missing = sorted(needed.keys() - found.keys()) if whole else []
+    extra = sorted(name for name in found.keys() - needed.keys() if not may_be_there(name))
     wrong_shape, wrong_dtype = [], []
     for name in sorted(needed.keys() & found.keys()):
-        shape, dtype, want = found[name].shape, found[name].dtype, needed[name][2]
+        shape, dtype, want = found[name].shape, found[name].dtype, needed[name]
         if shape != want:
             wrong_shape.append(f"{name} is {json_shown(list(shape))}, not {list(want)}")
         elif dtype not in WEIGHT_DTYPES:
             wrong_dtype.append(f"{name} is {dtype}, not {', '.join(WEIGHT_DTYPES)}")
     problems = [
-        f"{len(names)} {what}: {names_shown(names)}"
-        for what, names in (("missing", missing), ("unexpected", extra), ("of wrong shape", wrong_shape),
+        f"{len(names)} {why}: {names_shown(names)}"
+        for why, names in (("missing", missing), ("unexpected", extra), ("of wrong shape", wrong_shape),
                             ("of wrong type", wrong_dtype))
         if names
     ]  # fmt: skip
     if problems:
         raise ValueError(
-            f"{where}: the weights do not fit {model.config.architecture} as config.json describes it; "
+            f"{where}: the weights do not fit {what}; "
             f"tensors {'; '.join(problems)}; use the config and the weights of one checkpoint"
         )
-    return [(found[name], *needed[name][:2]) for name in needed]
 
 
 def _refuse_what_is_not_finite(found: dict[str, Stored], dtype: torch.dtype, report: LoadReport, where: str) -> None:
     """Names every tensor with a number that is NaN or infinite in the files, or becomes so in `dtype`."""
-    bad = []
-    for name, stored in found.items():
+    bad, digest = [], hashlib.sha256()
+    for name, stored in sorted(found.items()):
         count = 0
+        digest.update(f"{name} {stored.dtype} {stored.shape}".encode())
         for window in stored.windows():
             _count(report, window.nbytes)
+            digest.update(window.contiguous().reshape(-1).view(torch.uint8).numpy())
             count += int((~window.to(dtype).isfinite()).sum())
         if count:
             bad.append(f"{name} ({count} of {math.prod(stored.shape)})")
+    report.digest = digest.hexdigest()
     if bad:
         raise ValueError(
             f"{where}: NaN or infinity as {str(dtype).removeprefix('torch.')} in {len(bad)} tensors: "
@@ -251,14 +309,13 @@ def _count(report: LoadReport, nbytes: int) -> None:
     report.held_bytes = max(report.held_bytes, nbytes)
 
 
-def _checkpoint_name(name: str, shard_id) -> str:
-    """model.layers.0.self_attn.qkv_proj.weight, "k" -> model.layers.0.self_attn.k_proj.weight."""
-    for theirs, (ours, shard) in MERGED.items():
-        if shard == shard_id and f".{ours}." in name:
-            return name.replace(f".{ours}.", f".{theirs}.")
-    return name
+def redundant(name: str, config: ModelConfig) -> bool:
+    """Tensors that some checkpoints carry although the config says how to make them (lm_head: if it is tied), and those of
+    layers that only guess."""
+    return name == HEAD or name.endswith("rotary_emb.inv_freq") or _only_guesses(name, config)
 
 
-def _redundant(name: str) -> bool:
-    """Tensors that some checkpoints carry although the config says how to make them (lm_head: if it is tied)."""
-    return name == HEAD or name.endswith("rotary_emb.inv_freq")
+def _only_guesses(name: str, config: ModelConfig) -> bool:
+    """Whether it belongs to a layer for multi-token prediction, behind the last one of the model."""
+    layer = LAYER.match(name)
+    return bool(layer) and 0 <= int(layer[1]) - config.num_layers < config.draft_layers

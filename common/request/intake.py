@@ -7,7 +7,7 @@ model and the pool, stop texts against a missing tokenizer, namespaces that must
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from common.sampling.params import SamplingParams
 from common.text.tokenizer import Tokenizer
@@ -26,10 +26,21 @@ class Words:
     pool: str  # the argument that makes the pool larger
 
 
+class Eyes(Protocol):
+    """What a model that sees lets in (ch07_sglang_radix/images/intake.py)."""
+
+    def opened(self, image: Any) -> Any:
+        """A picture as it travels. Raises ValueError for what is none."""
+
+    def __call__(self, ids: list[int], opened: Sequence[Any]) -> tuple[list[int], Any]:
+        """Token ids with room for the rows of each, and the pictures of the prompt."""
+
+
 @dataclass(frozen=True)
 class Intake:
     """vocab_size V; model_limit: tokens of a request, shortened_by the argument of this name or the model's positions;
-    pool_tokens: slots of the whole pool, by pages of page_size."""
+    pool_tokens: slots of the whole pool, by pages of page_size. see: of a model that sees, (token ids, pictures) -> the ids with
+    room for them, and the pictures of the prompt."""
 
     tokenizer: Tokenizer | None
     vocab_size: int
@@ -38,6 +49,7 @@ class Intake:
     page_size: int
     words: Words
     shortened_by: str | None = None
+    see: Eyes | None = None
 
     def ids(self, prompt: Any, name: str = "the prompt") -> list[int]:
         """A text or token ids (a list, or an array or tensor of one dimension) -> token ids, all of them in the vocabulary."""
@@ -47,6 +59,17 @@ class Intake:
                 raise ValueError(f"{NO_TOKENIZER}; give {self.words.token_ids} instead of text")
             prompt = self.tokenizer.encode(prompt)
         return prompt_ids(name, prompt, self.vocab_size)
+
+    def opened(self, images: Sequence[Any]) -> list[Any]:
+        """The same pictures as they travel, which know how many rows they have; `shown` takes them, too. May take a while."""
+        if self.see is None and images:
+            raise ValueError("image_data: this model reads text only; use one with a vision tower, or leave it out")
+        return [self.see.opened(one) for one in images]
+
+    def shown(self, ids: list[int], images: Sequence[Any]) -> tuple[list[int], Any]:
+        """A prompt with its pictures (None if it has none)."""
+        opened = self.opened(images)
+        return (ids, None) if self.see is None else self.see(ids, opened)
 
     def fits(self, ids: Sequence[int], params: SamplingParams) -> None:
         """Raises ValueError for a request that could never come to its end, or speaks of tokens that are not there."""

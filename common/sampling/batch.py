@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,6 +33,12 @@ class SamplingRow:
         return len(self.output_ids) + self.ahead
 
 
+class Decision(Protocol):
+    """A rule in the place of drawing each row by itself: probabilities [B, V] -> tokens [B], -1 for rows that do not count."""
+
+    def __call__(self, p: torch.Tensor) -> torch.Tensor: ...
+
+
 class SamplingBatch:
     """A step's rows as arrays, one number a row, so that nobody walks over them again while the batch stays the same.
 
@@ -51,6 +58,7 @@ class SamplingBatch:
         self.seeds = np.array([row.seed & MASK64 for row in rows], dtype=np.uint64)
         self.counts = np.array([row.drawn for row in rows], dtype=np.uint64)
         self.advanced = 0  # tokens that each row has drawn since
+        self.decision: Decision | None = None
         self._params = params
         self._columns: torch.Tensor | None = None
         self._numbers: torch.Tensor | None = None

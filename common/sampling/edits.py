@@ -16,7 +16,8 @@ apply_logits_bias), presence and frequency before repetition, and has neither al
 where a token has both a bias and a repetition penalty does it come to another number.
 
 A capability with a mask of its own (a grammar) gives it to the request's rows: SamplingRow.edits. Such edits come
-first, as vLLM's grammar mask does, so that a bias cannot bring back what a grammar forbids.
+first, as vLLM's grammar mask does, so that a bias cannot bring back what a grammar forbids. Where guesses are verified they have
+a `branch(output_ids)`: a copy that has read these and goes on by itself (nodes.py).
 """
 
 from collections import defaultdict

@@ -84,6 +84,9 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow] | SamplingBatch) ->
     batch = rows if isinstance(rows, SamplingBatch) else SamplingBatch(rows)
     choice = batch.edited(logits)
     tokens, drawn = fused.sample(choice, batch) if fused and logits.is_cuda else _sample(choice.float(), batch)
+    if batch.decision:
+        tokens = batch.decision(probabilities(choice.float(), drawn, batch))
+        drawn = drawn.where((drawn < 0) & (tokens >= 0), tokens)
     return Sampled(tokens, drawn, _logprobs(logits, tokens, batch), batch.asked)
 
 
@@ -94,6 +97,8 @@ def _logprobs(logits: torch.Tensor, tokens: torch.Tensor, batch: SamplingBatch) 
         asked = upload(np.array(batch.asked), logits.device)
         logits, tokens = logits[asked], tokens[asked]
     params = [batch.rows[i].params for i in batch.asked]
+    if batch.decision:
+        tokens = tokens.clamp(min=0)  # nodes that do not count
     return Logprobs(logits, tokens, [p.top_logprobs for p in params], [p.token_ids_logprob for p in params])
 
 
@@ -117,16 +122,30 @@ def _marked(tokens: torch.Tensor, top: torch.Tensor) -> tuple[torch.Tensor, torc
 
 def _draw(logits: torch.Tensor, top: torch.Tensor, best: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     """logits [B, V], their best values [B, 1] and where those are [B] -> tokens [B]; greedy rows keep the best."""
+    weights, greedy = _weights(logits, top, batch)
+    # float64: a running float32 sum over 150,000 tokens would swallow the rare ones
+    cdf = weights.cumsum(dim=-1, dtype=torch.float64)
+    u = batch.uniforms(cdf.device).unsqueeze(1)
+    drawn = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
+    return torch.where(greedy, best, drawn.squeeze(1))
+
+
+def _weights(logits: torch.Tensor, top: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits [B, V] and their best values [B, 1] -> what tokens are drawn with, up to a factor [B, V]; which rows are greedy."""
     temperature, top_k, top_p, log_min_p = batch.columns(logits.device).unsqueeze(-1)  # [B, 1] each
     greedy = temperature == 0
     scaled = (logits - top).div_(temperature.masked_fill(greedy, 1))
     if batch.truncated:
         scaled.masked_fill_(~_kept(scaled, top_k, top_p, log_min_p), -torch.inf)
-    # float64: a running float32 sum over 150,000 tokens would swallow the rare ones
-    cdf = scaled.exp_().cumsum(dim=-1, dtype=torch.float64)
-    u = batch.uniforms(cdf.device).unsqueeze(1)
-    drawn = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
-    return torch.where(greedy.squeeze(1), best, drawn.squeeze(1))
+    return scaled.exp_(), greedy.squeeze(1)
+
+
+def probabilities(logits: torch.Tensor, drawn: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """edited logits [B, V] float32 -> the distribution [B, V] that each row is drawn from. A greedy row is certain of what was
+    drawn, and one that has no token of token 0."""
+    weights, greedy = _weights(logits, logits.amax(dim=-1, keepdim=True), batch)
+    certain = torch.zeros_like(weights).scatter_(1, drawn.clamp(min=0).unsqueeze(1), 1.0)
+    return torch.where((greedy | (drawn < 0)).unsqueeze(1), certain, weights / weights.sum(dim=-1, keepdim=True))
 
 
 def _best(logits: torch.Tensor) -> torch.Tensor:

@@ -82,8 +82,7 @@ class Tokenizer:
         if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
             raise ValueError(f"a conversation is one message or several, in a list, not {values.shown(messages)}")
         for message in messages:
-            texts = isinstance(message, dict) and [message.get(key) for key in ("role", "content")]
-            if not texts or not all(isinstance(text, str) for text in texts):
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not _is_content(message):
                 raise ValueError(f'a message is {{"role": text, "content": text}}, not {values.shown(message)}')
         if "messages" in chat_template_kwargs:
             raise ValueError("chat_template_kwargs: the template's `messages` are the conversation itself")
@@ -100,6 +99,8 @@ class Tokenizer:
             return self._renderer.render(template, variables)
         if add_generation_prompt:
             raise ValueError("continue_final_message=True needs add_generation_prompt=False: no new turn begins")
+        if not isinstance(variables["messages"][-1]["content"], str):
+            raise ValueError("continue_final_message: the last message has pictures, and only a text can go on")
         variables["messages"][-1]["content"] += OPEN_END + " "
         text, found, behind = self._renderer.render(template, variables).rpartition(OPEN_END)
         if not found:
@@ -160,3 +161,10 @@ class Tokenizer:
         if token in self._special:
             return not skip_special_tokens
         return self.hf.convert_ids_to_tokens(token) is not None
+
+
+def _is_content(message: dict) -> bool:
+    """A text, or the parts of what a model reads that sees: {"type": "text", "text": ...} and {"type": "image"}."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    return isinstance(content, str) or (bool(parts) and all(isinstance(one, dict) and "type" in one for one in parts))

@@ -12,3 +12,11 @@ Importing this package loads nothing heavy; the scripts import torch themselves.
 from pathlib import Path
 
 TINY_QWEN_PATH = Path(__file__).parent
+ADAPTERS_PATH = TINY_QWEN_PATH / "adapters"  # LoRA adapters of it: train_adapters.py
+# what guesses ahead of it, by the name of the algorithm: train_draft.py, train_medusa.py, train_eagle.py
+DRAFTER_PATHS = {
+    "STANDALONE": TINY_QWEN_PATH / "draft",
+    "MEDUSA": TINY_QWEN_PATH / "medusa",
+    "EAGLE": TINY_QWEN_PATH / "eagle",
+    "EAGLE3": TINY_QWEN_PATH / "eagle3",
+}

@@ -134,7 +134,7 @@ class ConversationSampler:
     def __init__(self, glossary: dict[str, Entry], rng: random.Random):
         self.glossary = glossary
         self.rng = rng
-        self.blur = Blur(glossary, rng)
+        self.blur = Blur(load_glossary(), rng)  # a style of answering changes no question
         self._deck: list[tuple[Entry, str]] = []
 
     def draw(self, long_prompt: bool) -> Conversation:

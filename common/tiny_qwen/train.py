@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tqdm import tqdm
-from transformers import DynamicCache, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from common.distributed.launch import run_main
 from common.tiny_qwen import TINY_QWEN_PATH, evaluate
-from common.tiny_qwen.corpus import BARE_SEPARATOR, Conversation, ConversationSampler, load_glossary
+from common.tiny_qwen.corpus import BARE_SEPARATOR, Conversation, ConversationSampler, Entry, load_glossary
 from common.tiny_qwen.phrasings import SYSTEM_PROMPT
 from common.tiny_qwen.tokenizer import VOCAB_SIZE, save_tokenizer, train_tokenizer
 
@@ -118,7 +118,7 @@ def batches(sampler: ConversationSampler, tokenizer: Tokenizer) -> Iterator[tupl
 
 
 def batch_loss(
-    model: Qwen2ForCausalLM, prefix: torch.Tensor | None, ids: torch.Tensor, learned: torch.Tensor
+    model: PreTrainedModel, prefix: torch.Tensor | None, ids: torch.Tensor, learned: torch.Tensor
 ) -> torch.Tensor:
     """Mean cross-entropy of the learned tokens.
 
@@ -136,9 +136,9 @@ def batch_loss(
     return F.cross_entropy(logits, ids[:, 1:][targets])
 
 
-def make_optimizer(model: Qwen2ForCausalLM) -> torch.optim.AdamW:
+def make_optimizer(model: PreTrainedModel) -> torch.optim.AdamW:
     """AdamW; only matrices decay, since norms and biases have nothing to gain from it."""
-    params = list(model.parameters())
+    params = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(
         [
             {"params": [p for p in params if p.dim() > 1], "weight_decay": 0.05},
@@ -150,36 +150,47 @@ def make_optimizer(model: Qwen2ForCausalLM) -> torch.optim.AdamW:
     )
 
 
-def learning_rate(step: int, steps: int) -> float:
+def learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up, then a straight line down to zero."""
-    return PEAK_LR * min((step + 1) / WARMUP_STEPS, (steps - step) / (steps - WARMUP_STEPS))
+    return peak * min((step + 1) / WARMUP_STEPS, (steps - step) / (steps - WARMUP_STEPS))
 
 
-def train(tokenizer: Tokenizer, steps: int) -> Qwen2ForCausalLM:
-    """Train in float32, whatever the CPU offers, so that every machine does the same sums."""
-    torch.manual_seed(SEED)
-    config = model_config(tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>"))
-    model = Qwen2ForCausalLM(config)
+def fit(
+    model: PreTrainedModel, tokenizer: Tokenizer, steps: int, peak_lr: float, loss_of=batch_loss,
+    glossary: dict[str, Entry] | None = None,
+) -> None:  # fmt: skip
+    """Train in place on conversations about the glossary, with any loss of the same arguments as `batch_loss`.
+
+    float32, whatever the CPU offers, so that every machine does the same sums.
+    """
     optimizer = make_optimizer(model)
-    stream = batches(ConversationSampler(load_glossary(), random.Random(SEED)), tokenizer)
+    stream = batches(ConversationSampler(glossary or load_glossary(), random.Random(SEED)), tokenizer)
     system = torch.tensor([tokenizer.encode(message("system", SYSTEM_PROMPT)).ids])  # [1, S]
 
     progress = tqdm(range(steps), desc="training", mininterval=2)
     for step in progress:
         long_prompt, ids, learned = next(stream)
-        loss = batch_loss(model, system if long_prompt else None, ids, learned)
+        loss = loss_of(model, system if long_prompt else None, ids, learned)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
+            group["lr"] = learning_rate(step, steps, peak_lr)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
-    return model.eval()
+    model.eval()
 
 
-def save_model(model: Qwen2ForCausalLM, folder: Path) -> None:
+def train(tokenizer: Tokenizer, steps: int) -> Qwen2ForCausalLM:
+    torch.manual_seed(SEED)
+    config = model_config(tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>"))
+    model = Qwen2ForCausalLM(config)
+    fit(model, tokenizer, steps, PEAK_LR)
+    return model
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
     """Round the weights to bfloat16 and write them with their configuration."""
     ends = {"eos_token_id": model.config.eos_token_id, "pad_token_id": model.config.pad_token_id}
     model.generation_config = GenerationConfig(do_sample=False, **ends)

@@ -1,6 +1,7 @@
 """The interfaces: LLM.generate, LLMEngine's loop, and what they refuse."""
 
 import math
+from contextlib import suppress
 from itertools import pairwise
 
 import numpy as np
@@ -429,6 +430,21 @@ def test_weights_that_are_not_finite_are_named_on_request(copy):
         (output,) = llm.generate([[1, 2, 3]], params(2), use_tqdm=False)
     assert output.outputs[0].finish_reason == "error"
     assert "NaN or infinite" in output.outputs[0].stop_reason
+
+
+@pytest.mark.parametrize("caught", [True, False])
+def test_an_exception_that_leaves_the_with_block_is_told_to_the_other_ranks(checkpoint, monkeypatch, caught):
+    """One that is caught inside is no failure of this rank."""
+    told = []
+    monkeypatch.setattr("ch06_tp_vllm.llm.shutdown_tensor_parallel", lambda tp, error: told.append(error))
+    failure = KeyError("mine")
+    with suppress(KeyError), LLM(str(checkpoint("qwen2"))):
+        try:
+            raise failure
+        except KeyError:
+            if not caught:
+                raise
+    assert told == [None if caught else failure]
 
 
 def test_after_shutdown_there_is_one_line(checkpoint):

@@ -13,6 +13,7 @@ import pytest
 
 from ch07_sglang_radix import Engine
 from ch07_sglang_radix.chat import Chat, InProcess, OverHttp
+from common.tiny_qwen import ADAPTERS_PATH
 from tests.ch07.serving.fake_openai import FakeServer
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +43,23 @@ def test_the_second_turn_finds_the_first_in_the_tree(chat):
     assert [turn["role"] for turn in chat.turns] == ["user", "assistant"] * 2
     assert "前缀缓存" in chat.turns[-1]["content"]
     assert re.search(r"tree; first token after [\d,]+ ms, then [\d,]+ tokens/s$", chat.said().strip())
+
+
+def test_another_adapter_answers_and_shares_no_page_with_the_base():
+    paths = {name: str(ADAPTERS_PATH / name) for name in ("pirate", "terse")}
+    with Engine(device="cpu", lora_paths=paths, check=True) as engine:
+        chat = recorded(InProcess(engine))
+        for line in ("What is a page?", "/new", "/adapter pirate", "What is a page?", "/adapter nobody", "/new"):
+            chat.line(line)
+        assert chat.model.adapter == "pirate"
+        chat.line("/adapter off")
+        chat.line("What is a page?")
+    said = chat.said()
+    assert said.count("Ahoy!") == 1
+    assert "lora_path='nobody' is not loaded; loaded: pirate, terse" in said
+    first, _, again = [line.strip() for line in said.splitlines() if "came from the tree" in line]
+    assert first.startswith("0 of ")
+    assert not again.startswith("0 of ")
 
 
 def test_commands(chat):

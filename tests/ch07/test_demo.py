@@ -112,6 +112,22 @@ def test_the_readme_shows_this_output(demo):
     assert [line for line in shown if line not in printed] == []
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_two_stages_give_the_same_answers_and_say_what_the_formula_says(size, tmp_path):
+    path = tmp_path / "report.json"
+    code, out, err = torchrun("--pp-size", 2, "--json", path, "--max-new-tokens", 20, size=size)
+    assert code == 0, err
+    report = json.loads(path.read_text())
+    assert (report["world_size"], report["invariants_ok"]) == (size, True)
+    for request in report["requests"]:
+        expected = greedy(TINY_QWEN_PATH, request["prompt_ids"], len(request["output_ids"]))
+        assert request["output_ids"] == expected, request["prompt"]
+    assert set(report["comm"]) == {"send", "receive", "broadcast"} | ({"all_reduce"} if size == 4 else set())
+    assert report["comm"]["send"] == report["comm"]["receive"]
+    assert out.count("as the formula says") == (5 if size == 4 else 4)
+    assert "NOT the formula" not in out
+
+
 def test_own_prompts_one_a_line_and_one_rank(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("What is a page?\n什么是控制面？\n", encoding="utf-8")
@@ -188,6 +204,7 @@ def test_a_broken_model_is_one_line(tmp_path, change, message):
     [
         (["--temperature", -1], r"temperature=-1.0 must be in \[0, 1000\]"),
         (["--page-size", 0], "page_size=0 must be at least 1"),
+        (["--pp-size", 2], "pp_size=2 x dp_size=1 = 2 ranks, but 1 process"),
         (["--max-new-tokens", 5000], r"= \d+ tokens, but the model ends at 2048"),
         (["--max-new-tokens", 0], "max_new_tokens=0 must be at least 1"),
         (["--dtype", "int8"], "dtype='int8' is unknown; use auto, float32, bfloat16, float16"),
@@ -248,3 +265,33 @@ def test_a_killed_rank_ends_the_others_and_is_named(victim, tmp_path):
     assert time.monotonic() - start < 60, "the collective timeout"
     assert re.search(rf"error: rank {1 - victim}.* rank {victim} \(pid {ranks[victim]}\) has died", err), err
     assert not any(os.path.exists(f"/proc/{pid}") for pid in ranks), "orphans"
+
+
+def test_two_replicas_answer_what_one_does_and_each_its_share(demo, tmp_path):
+    """round_robin: #0, #2, ... and the second turn of #0 in one, #1, #3, ... in the other."""
+    code, out, err = torchrun("--dp-size", 2, "--json", tmp_path / "report.json")
+    assert code == 0, err
+    report = json.loads((tmp_path / "report.json").read_text())
+    answers = [(request["prompt"], request["output_ids"]) for request in report["requests"]]
+    assert sorted(answers) == sorted((request["prompt"], request["output_ids"]) for request in demo[1]["requests"])
+    assert [prompt for prompt, _ in answers[-2:]] == ["Define retraction.", "Say that in Chinese."], "in their order"
+    assert (report["world_size"], report["invariants_ok"]) == (2, True)
+    assert report["requests"][0]["cached_tokens"] == report["requests"][1]["cached_tokens"] == 0, (
+        "each has a tree of its own"
+    )
+    assert report["requests"][-1]["cached_tokens"] > report["requests"][0]["prompt_tokens"], (
+        "the follow-up found its past"
+    )
+    assert set(report["comm"]) == {"all_gather"}, "replicas of one rank each say nothing but their answers"
+    assert "replica 0: 6 requests" in out
+    assert "replica 1: 4 requests" in out
+
+
+def test_two_replicas_of_two_ranks_torchrun_s_four(demo, tmp_path):
+    code, out, err = torchrun("--dp-size", 2, "--json", tmp_path / "report.json", size=4)
+    assert code == 0, err
+    report = json.loads((tmp_path / "report.json").read_text())
+    answers = sorted((request["prompt"], request["output_ids"]) for request in report["requests"])
+    assert answers == sorted((request["prompt"], request["output_ids"]) for request in demo[1]["requests"])
+    assert set(report["comm"]) == {"all_reduce", "gather", "broadcast", "all_gather"}
+    assert out.count("as the formula says") == 2, "of rank 0's replica"

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import fields
 
 import pytest
@@ -257,6 +258,21 @@ def test_after_shutdown_every_call_says_so():
             call()
 
 
+@pytest.mark.parametrize("caught", [True, False])
+def test_an_exception_that_leaves_the_with_block_is_told_to_the_other_ranks(monkeypatch, caught):
+    """One that is caught inside is no failure of this rank."""
+    told = []
+    monkeypatch.setattr("ch07_sglang_radix.engine.shutdown_tensor_parallel", lambda tp, error: told.append(error))
+    failure = KeyError("mine")
+    with suppress(KeyError), Engine(device="cpu", max_total_tokens=64):
+        try:
+            raise failure
+        except KeyError:
+            if not caught:
+                raise
+    assert told == [None if caught else failure]
+
+
 def test_an_interrupt_leaves_nothing_behind(engine):
     def interrupted(task):
         raise KeyboardInterrupt
@@ -494,11 +510,15 @@ def test_sglang_s_defaults_spelled_out_make_the_engine_without_them(engine):
     assert ServerArgs(**IDLE) == ServerArgs(**dict.fromkeys(ELSEWHERE)) == ServerArgs()
     assert set(IDLE) == set(ELSEWHERE)
     assert not {field.name for field in fields(ServerArgs)} & set(ELSEWHERE)
-    idle = {"image_data": None, "lora_path": None, "return_hidden_states": False}
+    idle = {"image_data": None, "audio_data": None, "lora_path": None, "return_hidden_states": False}
     params = {"max_new_tokens": 1, "regex": None, "custom_params": None}
     assert engine.generate("What?", params, **idle)["output_ids"]
     for call in (engine.generate, lambda *args, **more: asyncio.run(engine.async_generate(*args, **more))):
-        with pytest.raises(ValueError, match=r"^argument image_data is not here: this engine reads text only$"):
+        with pytest.raises(ValueError, match=r"^argument audio_data is not here: this engine reads text and pictures$"):
+            call("What?", params, audio_data="a")
+        with pytest.raises(
+            ValueError, match=r"^image_data: this model reads text only; use one with a vision tower, or leave it out$"
+        ):
             call("What?", params, image_data="a")
         with pytest.raises(ValueError, match=r"^unknown argument sampling_param; did you mean sampling_params\?$"):
             call("What?", sampling_param=params)
@@ -508,12 +528,58 @@ def test_sglang_s_defaults_spelled_out_make_the_engine_without_them(engine):
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [
-        ({"pp_size": 2}, "^engine argument pp_size is not here: layers are not spread over ranks here; use tp_size=$"),
+        ({"pp_size": 5}, "^pp_size=5 stages for 4 layers: every stage needs one; use pp_size=4 or less$"),
         (
-            {"tpsize": 2, "dp_size": 2},
-            r"^engine argument dp_size .*; unknown engine argument tpsize; did you mean tp_size",
+            {"pp_size": 2, "pp_layer_partition": "5,5"},
+            "^pp_layer_partition=5,5 makes 10 layers, but the model has 4; use 2,2$",
         ),
-        ({"lora_paths": ["a"]}, "^engine argument lora_paths is not here: adapters"),
+        (
+            {"pp_size": 2, "pp_layer_partition": "4,0"},
+            "^pp_layer_partition=4,0 leaves a stage without layers; use 2,2, or fewer",
+        ),
+        ({"pp_size": 4, "tp_size": 100}, "^tp100 x pp4 would start 399 processes; this machine takes"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused_before_any_rank_is_started(given, complaint, monkeypatch):
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a process was started"))
+    with pytest.raises(ValueError, match=complaint):
+        Engine(device="cpu", **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (
+            {"pp_async_batch_depth": 1},
+            "^pp_async_batch_depth=1 is about stages, and pp_size=1; use pp_size=2 or leave it out$",
+        ),
+        (
+            {"load_balance_method": "cache_aware"},
+            "^load_balance_method='cache_aware' chooses among replicas, and dp_size=1; use dp_size=2, or leave it out$",
+        ),
+        (
+            {"enable_dynamic_chunking": True},
+            "^enable_dynamic_chunking=True is about stages, and pp_size=1; use pp_size=2 or leave it out$",
+        ),
+        (
+            {"pp_size": 2, "enable_dynamic_chunking": True, "chunked_prefill_size": -1},
+            "as long as the first, and chunked_prefill_size=-1 makes none; give the first one's tokens$",
+        ),
+        ({"pp_size": 2, "enable_dynamic_chunking": 3}, "^enable_dynamic_chunking=3 must be"),
+        (
+            {"pp_size": 2, "pp_layer_partition": "4"},
+            r"^pp_layer_partition='4' lists 1 stage\(s\), but pp_size=2; give each its",
+        ),
+        (
+            {"pp_size": 2, "pp_layer_partition": "1,x"},
+            "pp_layer_partition='1,x' must be the number of layers of each stage",
+        ),
+        ({"moe_a2a_backend": "deepep"}, "^engine argument moe_a2a_backend is not here: use ep_dispatch='all_to_all', "),
+        (
+            {"tpsize": 2, "dcp_size": 2},
+            r"^engine argument dcp_size .*; unknown engine argument tpsize; did you mean tp_size",
+        ),
+        ({"max_lora_chunk_size": 32}, "^engine argument max_lora_chunk_size is not here: segments"),
         ({"colour": 1}, r"^unknown engine argument colour; help\(ServerArgs\) has them all$"),
     ],
 )

@@ -71,11 +71,12 @@ def wrapper(page_size: int, pool: int) -> TPRadixAttentionModelWrapper:
     return TPRadixAttentionModelWrapper(None, "cpu", page_size, max_total_tokens=pool)
 
 
-def serve(case: dict) -> tuple[list, int]:
+def serve(case: dict, make=wrapper, prepare=lambda scheduler: None, **more) -> tuple[list, int]:
     """[(tokens, how it ended), ...] of the requests as they came, and how many were retracted."""
-    model = wrapper(case["page_size"], SMALL_POOL if case["small_pool"] else 4096)
+    model = make(case["page_size"], SMALL_POOL if case["small_pool"] else 4096)
     chunk = CHUNKS[case["chunk"]][case["page_size"]]
-    scheduler = TPScheduler(model, chunked_prefill_size=chunk, check=True, **case["options"])
+    scheduler = TPScheduler(model, chunked_prefill_size=chunk, check=True, **case["options"], **more)
+    prepare(scheduler)
     if case["small_pool"]:
         scheduler.new_token_ratio = 0.1  # admit too many
     coming = sorted(case["requests"], key=lambda request: request[0])
@@ -96,8 +97,8 @@ def serve(case: dict) -> tuple[list, int]:
             return arrivals(step)
         return bool(coming)
 
-    results = scheduler.process_requests(arrivals if scheduler.tp.rank == 0 else None)
-    if scheduler.tp.rank == 0:
+    results = scheduler.process_requests(arrivals if scheduler.replica.rank == 0 else None)
+    if scheduler.replica.rank == 0:
         held = scheduler.pool.free_slots + scheduler.tree.evictable_size
         assert (held, scheduler.tree.protected_size) == (scheduler.pool.size, 0)
         assert scheduler.req_to_token.num_free == model.max_running_requests
@@ -110,17 +111,22 @@ def serve(case: dict) -> tuple[list, int]:
 )  # fmt: skip
 @given(size=st.sampled_from([1] * 7 + [2] * 3 + [4]), case=cases)
 def test_nothing_changes_an_answer(size, case, ranks):
-    wanted = sorted(case["requests"], key=lambda request: request[0])
     by_rank = ranks(size).run(serve, case) if size > 1 else [serve(case)]  # a pool less
     for answers, _ in by_rank:
-        assert len(answers) == len(wanted)
-        for (tokens, ended), (_, prompt, new, _, _, abort_at) in zip(answers, wanted, strict=True):
-            expected = greedy(TINY_QWEN_PATH, PROMPTS[prompt], NEW_TOKENS)[:new]
-            if ended == "abort":
-                assert abort_at is not None
-                assert tokens == expected[: len(tokens)]
-            else:
-                assert tokens == expected
+        see(answers, case)
+
+
+def see(answers: list, case: dict) -> None:
+    """They are transformers', or the beginning of them if they were aborted."""
+    wanted = sorted(case["requests"], key=lambda request: request[0])
+    assert len(answers) == len(wanted)
+    for (tokens, ended), (_, prompt, new, _, _, abort_at) in zip(answers, wanted, strict=True):
+        expected = greedy(TINY_QWEN_PATH, PROMPTS[prompt], NEW_TOKENS)[:new]
+        if ended == "abort":
+            assert abort_at is not None
+            assert tokens == expected[: len(tokens)]
+        else:
+            assert tokens == expected
 
 
 def test_the_draws_reach_what_they_are_for():

@@ -45,6 +45,22 @@ def test_a_request_holds_a_row_a_locked_path_and_pages_and_gives_all_of_it_back(
     )
 
 
+def test_a_reserve_is_given_back_but_for_the_page_that_is_begun_and_is_told_again_when_it_is_taken():
+    memory = memory_of(pages=10, page_size=4)
+    req = admitted(memory, 0, range(6))
+    memory.grow(req, 17)
+    req.kv_len = 6
+    assert memory.page_updates([req]) == (PageUpdate(req.row, 0, (0, 1, 2, 3, 4)),)
+    memory.give_back([req])
+    assert (req.allocated_len, memory.pool.num_free_pages) == (8, 8)
+    memory.give_back([req])
+    assert memory.pool.num_free_pages == 8
+    assert len(memory.take(1)) == 4  # somebody else's now
+    memory.grow(req, 9)
+    (update,) = memory.page_updates([req])
+    assert (update.first, len(update.pages)) == (2, 1)
+
+
 def test_a_page_more_for_each_is_one_page_for_each():
     memory = memory_of(pages=10, page_size=4)
     reqs = [admitted(memory, rid, [100 * rid + i for i in range(4)]) for rid in range(3)]

@@ -13,17 +13,20 @@ def req(rid, prompt, out):
     return Req(rid, None, [1] * prompt, SamplingParams(max_new_tokens=100), 0, output_ids=[2] * out)
 
 
-def state(running, room_for, chunked=None):
-    """Pages for one more token of `room_for` requests; the chunk of a prompt holds those of one."""
-    released = []
+def state(running, room_for, chunked=None, sessions=0):
+    """Pages for one more token of `room_for` requests; the chunk of a prompt holds those of one, a session too."""
+    released, kept = [], [None] * sessions
     memory = SimpleNamespace(
-        obtainable_slots=lambda: 4 * room_for + 4 * released.count(chunked),
+        obtainable_slots=lambda: 4 * room_for + 4 * released.count(chunked) + 4 * (sessions - len(kept)),
         slots_needed=lambda reqs, steps: 4 * len(reqs),
         release=released.append,
+        sessions=SimpleNamespace(slots=kept, forget_oldest=lambda: bool(kept) and kept.pop() is None),
     )
     s = SimpleNamespace(
-        memory=memory, page_size=4, running=running, waiting=[req(9, 1, 0)], chunked=chunked, retractions=0, new_token_ratio=0.7
+        memory=memory, page_size=4, running=running, waiting=[req(9, 1, 0)], chunked=chunked, retractions=0,
+        new_token_ratio=0.7, batches=["old"],
     )  # fmt: skip
+    s.forget_batches, s.front = s.batches.clear, s
     return s, released
 
 
@@ -40,7 +43,7 @@ def test_where_there_is_room_nothing_happens():
         lambda reqs, steps: 0,
     )  # all have room in their last page
     Retraction(s, settle=never).make_room()
-    assert (s.running, released, s.new_token_ratio) == (running, [], 0.7)
+    assert (s.running, released, s.new_token_ratio, s.batches) == (running, [], 0.7, ["old"])
 
 
 def test_the_fewest_tokens_go_back_first_and_of_equals_the_longest_prompt():
@@ -52,7 +55,15 @@ def test_the_fewest_tokens_go_back_first_and_of_equals_the_longest_prompt():
     assert [r.rid for r in s.running] == [0, 3]
     assert [r.rid for r in s.waiting] == [1, 2, 9]
     assert s.retractions == 2
+    assert s.batches == [], "whoever comes back before its lane decodes again has another row"
     assert s.new_token_ratio == pytest.approx((3 + 5 + 20 * 2) / 200), "20 more steps of each are expected"
+
+
+def test_what_idle_sessions_keep_is_taken_from_them_when_there_is_nobody_else_to_go_back():
+    s, released = state([req(0, 2, 1), req(1, 2, 3)], room_for=0, sessions=2)
+    Retraction(s, settle=lambda: None).make_room()
+    assert [r.rid for r in released] == [0], "not yet: a request can go back"
+    assert (len(s.running), len(s.memory.sessions.slots)) == (1, 1), "one was enough"
 
 
 def test_the_last_one_stays():

@@ -8,7 +8,7 @@ import pytest
 from ch07_sglang_radix import invariants
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
-from common.parallel_state import get_tensor_parallel
+from common.parallel_state import ParallelState, get_tensor_parallel
 from common.sampling.params import SamplingParams
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.oracle import greedy, some_prompts
@@ -55,7 +55,7 @@ def test_several_prompts_make_one_ragged_step(scheduler):
         scheduler.add_request(input_ids=prompt, max_new_tokens=3)
     scheduler.process_requests()
     assert scheduler.steps == {"prefill": 1, "decode": 2}
-    assert scheduler.work == {"tokens": 15 + 2 * 3, "samplings": 3, "sampled": 9}
+    assert scheduler.work == {"tokens": 15 + 2 * 3, "inputs": 15 + 2 * 3, "samplings": 3, "sampled": 9}
 
 
 def test_token_0_is_a_token(scheduler):
@@ -240,7 +240,7 @@ def test_a_seed_is_a_whole_number_of_64_bits(checkpoint, seed):
 
 def test_on_the_other_ranks_there_is_no_queue_no_tree_and_no_pool(checkpoint):
     wrapper = TPRadixAttentionModelWrapper(str(checkpoint("qwen2")), "cpu", 4, max_total_tokens=64)
-    wrapper.tp = replace(wrapper.tp, rank=1, size=2)
+    wrapper.parallel = ParallelState.of(replace(wrapper.tp, rank=1, size=2))
     other = TPScheduler(wrapper)
     assert not {"waiting", "tree", "pool", "policy", "admission", "outcome", "step_tasks"} & vars(other).keys()
     assert [other.enqueue(None, [1], params(1)) for _ in range(2)] == [0, 1], "it counts, to give the same ids"

@@ -37,7 +37,9 @@ def release(tmp_path, monkeypatch):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     (tmp_path / "README.md").write_text(README)
+    (tmp_path / "SERVER.md").write_text("Another sentence (managers/a.py:3).")
     monkeypatch.setattr(sglang_map, "README", tmp_path / "README.md")
+    monkeypatch.setattr(sglang_map, "SERVER_S", tmp_path / "SERVER.md")
     monkeypatch.setattr("sys.argv", ["sglang_map", str(tmp_path)])
     return tmp_path
 
@@ -52,6 +54,13 @@ def test_every_number_behind_a_file_is_a_line_of_it(release):
     ]
     assert sglang_map.places_mapped() == mapped
     assert set(sglang_map.places_named()) == {*mapped, ("managers/a.py", 4), ("mem_cache/b.py", 2), ("c.py", 9)}
+
+
+def test_the_server_s_readme_is_looked_up_too(release):
+    (release / "SERVER.md").write_text("(managers/a.py:99)")
+    (release / "README.md").write_text("")
+    with pytest.raises(ValueError, match=r"not what the README says: managers/a.py:99$"):
+        sglang_map.main()
 
 
 def test_a_line_that_is_empty_or_not_there_is_named(release):
@@ -82,8 +91,13 @@ def test_another_release_is_refused(release):
 
 
 def test_the_chapter_names_files_in_full():
-    """A file name alone would be looked for in the wrong folder."""
+    """A file name alone would be looked for in the wrong folder, and one without a line would not be looked up."""
     assert len(sglang_map.places_mapped()) > 50
-    assert [file for file, _ in sglang_map.places_named() if "/" not in file] == []
+    folders = {file.partition("/")[0] for file, _ in sglang_map.places_named() if "/" in file}
+    assert {file for file, _ in sglang_map.places_named() if "/" not in file} == {"environ.py"}, "it lies in srt itself"
+    for readme in (sglang_map.README, sglang_map.SERVER_S):
+        text = readme.read_text(encoding="utf-8")
+        named = re.findall(r"(?<![\w/\]])\(?((\w+)/[\w/]+\.py)\b(?!:\d)", text)
+        assert [file for file, folder in named if folder in folders] == []
     text = sglang_map.README.read_text(encoding="utf-8")
     assert re.search(r"SHA-256\s`[0-9a-f]{64}`", text), "which wheel they were read in"

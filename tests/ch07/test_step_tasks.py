@@ -35,7 +35,7 @@ def test_what_a_running_request_is_expected_to_need_falls_to_a_seventh_in_600_de
     scheduler, ratios = make(checkpoint("qwen2")), []
     for _ in range(700):
         ratios.append(scheduler.new_token_ratio)
-        scheduler.step_tasks.decode_queued()
+        scheduler.step_tasks.decode_launched()
     assert ratios[0] == pytest.approx(0.7)
     assert ratios[300] == pytest.approx(0.7 * (1 + 0.14) / 2)
     assert ratios[599] > 0.7 * 0.14 + 1e-6

@@ -10,9 +10,9 @@ from tests.oracle import reference_model
 P, TOP, CLOSE = 16, 3, 1e-4
 
 
-def told(folder, prompts, chunk, start, ids):
+def told(folder, prompts, chunk, start, ids, parallel=None):
     """Prompts in steps of `chunk` tokens each, side by side -> (on rank 0) what is told of their tokens from `start` on."""
-    executor = Executor(folder, "cpu", P, max_total_tokens=4096, max_running_requests=4)
+    executor = Executor(folder, "cpu", P, max_total_tokens=4096, max_running_requests=4, parallel=parallel)
     pages = 512 // P
     executor.table.set_pages([(row, 0, range(row * pages, (row + 1) * pages)) for row in range(len(prompts))])
     answers = [[] for _ in prompts]

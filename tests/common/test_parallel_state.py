@@ -32,7 +32,7 @@ def no_torchrun(monkeypatch):
     """A process that torchrun did not start and that has no group yet; left as it was found."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(parallel_state, "_tp", None)
+    monkeypatch.setattr(parallel_state, "_state", None)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -354,11 +354,19 @@ def three_ranks():
         pool.close()
 
 
-def reduce_without_rank_1(stop):
-    """Rank 0 alone goes into an all-reduce, rank 1 is stopped or merely stays away: what rank 0 is told."""
+def reduce_without_rank_1(stop, joined):
+    """Rank 0 alone goes into an all-reduce, rank 1 is stopped or merely stays away: what rank 0 is told.
+
+    joined: a file by which rank 1 says that it has met the others. Rank 0 has done so earlier, and who is stopped in the middle
+    of the meeting finds afterwards that its time is over.
+    """
     tp = initialize_tensor_parallel(3, device="cpu", timeout_s=10)  # less is too little to meet on a busy machine
     if tp.rank != 0:
+        if tp.rank == 1:
+            Path(joined).touch()
         return None
+    while not Path(joined).exists():
+        time.sleep(0.01)
     pid = tp.peers[1][1]
     try:
         if stop:
@@ -370,13 +378,13 @@ def reduce_without_rank_1(stop):
         os.kill(pid, signal.SIGCONT)
 
 
-def test_a_stopped_rank_is_named(three_ranks):
+def test_a_stopped_rank_is_named(three_ranks, tmp_path):
     message = "rank 0: all_reduce 'layers.0.o_proj' [3] failed: rank 1 (pid PID) is stopped (SIGSTOP)"
-    assert three_ranks().run(reduce_without_rank_1, True) == [message, None, None]
+    assert three_ranks().run(reduce_without_rank_1, True, str(tmp_path / "joined")) == [message, None, None]
 
 
-def test_a_rank_that_stays_away_is_not_called_dead(three_ranks):
-    message, *_ = three_ranks().run(reduce_without_rank_1, False)
+def test_a_rank_that_stays_away_is_not_called_dead(three_ranks, tmp_path):
+    message, *_ = three_ranks().run(reduce_without_rank_1, False, str(tmp_path / "joined"))
     assert "failed: no peer on this host is dead, so one is stuck or unreachable (" in message
 
 
@@ -396,7 +404,7 @@ def reduce_beside_a_dying_rank(folder, victim, started):
         Path(folder, str(tp.rank)).write_text(f"{tp.peers[victim][1]} {error}")
 
 
-@pytest.mark.timeout(50)  # a death is noticed at once, not after the 60 s that a slow peer would get
+@pytest.mark.timeout(55)  # a death is noticed at once, not after the 60 s that a slow peer would get
 @pytest.mark.parametrize("started", [False, True])
 def test_the_survivors_of_a_killed_rank_are_told_which_one_it_was(three_ranks, tmp_path, started):
     pool, victim = three_ranks(), 2

@@ -114,12 +114,27 @@ def _sum(metas: Iterable[Mapping[str, Any]], key: str) -> int:
 # --- before the request
 
 
-async def check_model(manager: TokenizerManager, body: Sampled) -> str:
-    """The name of the model that answers. Raises APIError, 404, for any other."""
+async def check_model(manager: TokenizerManager, body: Sampled) -> tuple[str, str | list[str | None] | None]:
+    """The name of the model that answers, and its adapter's: what the body says, unless the model is one, base:name or the name
+    alone, as /v1/models lists it. Raises APIError, 404, for any other.
+    """
     served = (await manager.model_info())["served_model_name"]
-    if body.model not in (served, DEFAULT_MODEL):
+    if body.model in (served, DEFAULT_MODEL):
+        return served, body.lora_path
+    adapter = body.model.removeprefix(f"{served}:")
+    if adapter not in await adapters_of(manager):
         raise no_such_model(body.model, served)
-    return served
+    return f"{served}:{adapter}", adapter
+
+
+async def adapters_of(manager: TokenizerManager) -> dict[str, str]:
+    """{name: folder} of those that are loaded."""
+    if not manager.args.engine.enable_lora:
+        return {}
+    try:
+        return await manager.control("lora_adapters")
+    except RequestError as error:
+        raise of_request_error(error, (), {}) from None
 
 
 def no_such_model(name: str, served: str) -> APIError:

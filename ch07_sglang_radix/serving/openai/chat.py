@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import Request, Response
 
 from ch07_sglang_radix.serving.io_struct import Answer, GenerateRequest
+from ch07_sglang_radix.serving.limits import MAX_PICTURES
 from ch07_sglang_radix.serving.openai.answering import (
     Choice,
     check_model,
@@ -18,7 +19,7 @@ from ch07_sglang_radix.serving.openai.answering import (
     token_name,
     tokenizer_of,
 )  # fmt: skip
-from ch07_sglang_radix.serving.openai.chat_prompt import Tools, chosen_tools, constraint, prompt_of
+from ch07_sglang_radix.serving.openai.chat_prompt import Tools, chosen_tools, constraint, pictures_of, prompt_of
 from ch07_sglang_radix.serving.openai.errors import APIError
 from ch07_sglang_radix.serving.openai.protocol import TO_SGLANG, ChatBody, namespace, read, sampling_params
 from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
@@ -31,14 +32,16 @@ Delta = dict[str, Any]
 
 async def chat(manager: TokenizerManager, http: Request) -> Response:
     body = read(await http.body(), ChatBody)
-    model = await check_model(manager, body)
+    model, adapter = await check_model(manager, body)
     tokenizer = tokenizer_of(manager)
     tools = chosen_tools(body)
     constraints = constraint(body, tools)
     if body.top_logprobs is not None and not body.logprobs:
         raise APIError("top_logprobs needs logprobs=true", "top_logprobs")
+    pictures = await opened_pictures(manager, pictures_of(body))
     prompt, ids = await asyncio.to_thread(prompt_of, body, tools, tokenizer, manager.args.chat_template)
-    length = body.max_completion_tokens or body.max_tokens or room_for(manager, ids, body.session_params)
+    more = sum(one.key.rows - 1 for one in pictures)  # than one placeholder each
+    length = body.max_completion_tokens or body.max_tokens or room_for(manager, ids + [0] * more, body.session_params)
     parser = manager.args.reasoning_parser
     opened = None if parser is None else opens_thought(prompt, parser)
     rid = body.rid or new_id("chatcmpl-")
@@ -47,9 +50,24 @@ async def chat(manager: TokenizerManager, http: Request) -> Response:
         stream=bool(body.stream), rid=rid, return_logprob=bool(body.logprobs), top_logprobs_num=body.top_logprobs,
         extra_key=namespace(body), priority=body.priority or 0, routing_key=body.prompt_cache_key or body.user,
         session_params=body.session_params, require_reasoning=bool(constraints and opened),
+        lora_path=adapter, image_data=pictures or None, **body.handoff,
     )  # fmt: skip
     reply = ChatReply(rid, model, body, tools, tokenizer, opened)
     return await respond(manager, request, body, reply, http)
+
+
+async def opened_pictures(manager: TokenizerManager, urls: dict[str, str]) -> list[Any]:
+    """Pictures as they travel, off the event loop. Raises APIError for what is none."""
+    if len(urls) > MAX_PICTURES:
+        raise APIError(f"{len(urls)} pictures of a request; this server takes {MAX_PICTURES} at most", "messages")
+    pictures = []
+    for where, url in urls.items():
+        room_for(manager, [0], None)  # is the server ready?
+        try:
+            pictures += await asyncio.to_thread(manager.intake.opened, [url])
+        except ValueError as error:
+            raise APIError(f"{where}: {error}", where) from None
+    return pictures
 
 
 class ChatReply:

@@ -10,6 +10,7 @@ from ch07_sglang_radix.serving.openai.protocol import (
     Assistant,
     ChatBody,
     Content,
+    ImagePart,
     JSONObjectFormat,
     JSONSchemaFormat,
     Message,
@@ -140,7 +141,7 @@ def _effort(body: ChatBody, template: str) -> dict[str, Any]:
 def _message(message: Message, path: str) -> dict[str, Any]:
     """As templates read it: content is one text, arguments are an object, a developer is the system."""
     role = message.__struct_config__.tag
-    made: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": _text(message.content)}
+    made: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": _content(message.content)}
     if message.name is not None:
         made["name"] = message.name
     if isinstance(message, ToolResult):
@@ -164,6 +165,27 @@ def _call(call: Any, path: str) -> dict[str, Any]:
         where = f"{path}.function.arguments"
         raise APIError(f"{where}={values.shown(call.function.arguments)} is no JSON object", where)
     return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+
+
+def pictures_of(body: ChatBody) -> dict[str, str]:
+    """{where in the body: URL} of all pictures, in order."""
+    return {
+        f"messages[{i}].content[{j}].image_url": part.image_url.url
+        for i, message in enumerate(body.messages)
+        for j, part in enumerate(message.content if isinstance(message.content, list) else ())
+        if isinstance(part, ImagePart)
+    }
+
+
+def _content(content: Content | list[Any] | None) -> str | list[dict[str, str]]:
+    """With pictures, the parts as templates of models that see read them; without, one text."""
+    if isinstance(content, list) and any(isinstance(part, ImagePart) for part in content):
+        shown = [
+            {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part.text}
+            for part in content
+        ]
+        return shown
+    return _text(content)
 
 
 def _text(content: Content | None) -> str:

@@ -36,7 +36,7 @@ Logprob = Sequence[Any]  # (log-probability or None, token id, text or None)
 
 async def completions(manager: TokenizerManager, http: Request) -> Response:
     body = read(await http.body(), CompletionBody)
-    model = await check_model(manager, body)
+    model, adapter = await check_model(manager, body)
     tokenizer = tokenizer_of(manager)
     prompts, are_ids = _prompts(body.prompt)
     n = body.n or 1
@@ -54,6 +54,7 @@ async def completions(manager: TokenizerManager, http: Request) -> Response:
         rid=rid if single else [f"{rid}_{i}" for i in range(len(prompts))], return_logprob=body.logprobs is not None,
         logprob_start_len=0 if body.echo and body.logprobs is not None else None, top_logprobs_num=body.logprobs,
         extra_key=namespace(body), priority=body.priority or 0, routing_key=body.user, session_params=body.session_params,
+        lora_path=adapter, **body.handoff,
     )  # fmt: skip
 
     def echoed(i: int) -> str:

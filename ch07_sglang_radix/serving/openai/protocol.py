@@ -71,7 +71,15 @@ class Sampled(Part, kw_only=True):
     cache_salt: str | None = None
     priority: int | None = None
     session_params: SessionParams | None = None
-    lora_path: Any = None
+    lora_path: str | list[str | None] | None = None
+    bootstrap_host: str | None = None
+    bootstrap_port: int | None = None
+    bootstrap_room: int | None = None
+
+    @property
+    def handoff(self) -> dict[str, Any]:
+        """Of a GenerateRequest."""
+        return {name: getattr(self, name) for name in ("bootstrap_host", "bootstrap_port", "bootstrap_room")}
 
 
 class CompletionBody(Sampled, kw_only=True):
@@ -127,6 +135,18 @@ class TextPart(Part, tag_field="type", tag="text"):
     prompt_cache_breakpoint: Any = None
 
 
+class ImageURL(Part):
+    """url: data:image/png;base64,...; or http(s) with --allow-image-urls. detail is a hint: a picture has as many rows as the
+    model's own processor gives it."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(Part, tag_field="type", tag="image_url"):
+    image_url: ImageURL
+
+
 Content = str | list[TextPart]
 
 
@@ -141,7 +161,7 @@ class Developer(Part, tag_field="role", tag="developer"):
 
 
 class User(Part, tag_field="role", tag="user"):
-    content: Content
+    content: str | list[TextPart | ImagePart]
     name: str | None = None
 
 
@@ -236,7 +256,6 @@ class ChatBody(Sampled, kw_only=True):
 # name: (why not, values that ask for nothing beside null)
 REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "suffix": ("a text is continued here, never filled in", ()),
-    "lora_path": ("adapters are not here", ()),
     "audio": ("only text comes out", ()),
     "modalities": ("only text comes out", (["text"],)),
     "function_call": ("deprecated; use tool_choice", ()),

@@ -1,4 +1,4 @@
-"""The routes of /v1, for the app to include: completions, chat, and the list of models, which has one."""
+"""The routes of /v1, for the app to include: completions, chat, and the list of models: the base and its adapters."""
 
 import time
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from ch07_sglang_radix.serving.native import described
-from ch07_sglang_radix.serving.openai.answering import no_such_model
+from ch07_sglang_radix.serving.openai.answering import adapters_of, no_such_model
 from ch07_sglang_radix.serving.openai.chat import chat
 from ch07_sglang_radix.serving.openai.completions import completions
 from ch07_sglang_radix.serving.openai.errors import answers_errors
@@ -31,22 +31,24 @@ def openai_router(manager: TokenizerManager) -> APIRouter:
     @router.get("/models")
     @answers_errors
     async def list_models(request: Request) -> Response:
-        return as_json({"object": "list", "data": [await card()]})
+        return as_json({"object": "list", "data": await cards()})
 
     @router.get("/models/{model:path}")
     @answers_errors
     async def retrieve_model(request: Request) -> Response:
-        name, one = request.path_params["model"], await card()
-        if name != one["id"]:
-            raise no_such_model(name, one["id"])
-        return as_json(one)
+        name, every = request.path_params["model"], await cards()
+        for one in every:
+            if name == one["id"]:
+                return as_json(one)
+        raise no_such_model(name, every[0]["id"])
 
-    async def card() -> dict[str, Any]:
+    async def cards() -> list[dict[str, Any]]:
+        """The base model, and its adapters."""
         info = await manager.model_info()
-        name = info["served_model_name"]
-        return {
-            "id": name, "object": "model", "created": created, "owned_by": "sglang", "root": name, "parent": None,
-            "max_model_len": info["max_model_len"],
-        }  # fmt: skip
+        name, most = info["served_model_name"], info["max_model_len"]
+        alike = {"object": "model", "created": created, "owned_by": "sglang", "max_model_len": most}
+        base = alike | {"id": name, "root": name, "parent": None}
+        adapters = await adapters_of(manager)
+        return [base, *(alike | {"id": one, "root": path, "parent": name} for one, path in adapters.items())]
 
     return router

@@ -1,5 +1,7 @@
 """The page's place in a server of several processes: a recorder beside the scheduler (scheduler_process.py), a feed in main.
 
+Of several replicas it shows the first that lives: the controller asks that one alone (parallelism/data_parallel_controller.py).
+
 scheduler process                                    main
 Recorder    Event("xray", line)  ---------------->   Feed  ->  open pages
             <----------------  Control("xray", on)         <-  the first has come, the last has left
@@ -33,5 +35,5 @@ def mount_page(app: FastAPI, manager: TokenizerManager) -> None:
         task.add_done_callback(asked.discard)
 
     app.state.xray = Feed(watch)
-    manager.on_event[NAME] = app.state.xray.publish
+    manager.on_event[NAME] = lambda event, dp_rank: app.state.xray.publish(event)
     app.include_router(xray_router(app.state.xray, manager.tokenizer))

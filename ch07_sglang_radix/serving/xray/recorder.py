@@ -25,7 +25,7 @@ from common.teaching.show import WHY
 
 log = logging.getLogger(__name__)
 
-SHARE = 0.01  # of the time that the scheduler may lose to a page that is open
+SHARE = 0.006  # of the time that the scheduler may lose to a page that is open: with the snapshots, under 1 %
 BURST_S = 0.5  # so much of it at once: a small workload is told step by step
 MOST_CELLS = 2048  # of the grid: larger pools put several pages into a cell
 PROMPT_TOKENS, ANSWER_TOKENS = 40, 20  # shown of a request: the end, which tells it from others
@@ -37,8 +37,15 @@ class Recorder:
     a server under load keeps its pace; 1.0 tells of every step. Rank 0 only, always between two steps.
     """
 
-    def __init__(self, scheduler: TPScheduler, publish: Callable[[bytes], None], *, share: float = SHARE):
-        self.scheduler, self.publish, self.share = scheduler, publish, share
+    def __init__(
+        self,
+        scheduler: TPScheduler,
+        publish: Callable[[bytes], None],
+        *,
+        share: float = SHARE,
+        replica: int | None = None,
+    ):
+        self.scheduler, self.publish, self.share, self.replica = scheduler, publish, share, replica
         self.on, self.mark = False, ""
         self.credit = BURST_S  # seconds of processor time that recording may take now
         self.state: State = {}
@@ -138,9 +145,14 @@ class Recorder:
 
     def _about(self) -> State:
         s = self.scheduler
-        pages = s.pool.num_pages
+        pages, data_ranks = s.pool.num_pages, len(s.data_ranks)
+        parts = [
+            f"replica {self.replica} alone" * (self.replica is not None),
+            f"data rank 0 of {data_ranks}" * (data_ranks > 1),
+        ]
         return {
-            "model": s.wrapper.config.architecture, "layers": s.wrapper.config.num_layers, "ranks": s.tp.size,
+            "shows": ", ".join(filter(None, parts)),
+            "model": s.wrapper.config.architecture, "layers": s.wrapper.config.num_layers, "ranks": s.replica.size,
             "device": str(s.tp.device), "page_size": s.page_size, "num_pages": pages,
             "pages_per_cell": self._pages_per_cell, "cells": -(-pages // self._pages_per_cell),
             "max_total_num_tokens": s.pool.size, "chunked_prefill_size": s.chunked_prefill_size,
@@ -250,13 +262,12 @@ class Recorder:
 
     def _sent(self) -> list[list]:
         """What stands in the ledger since the last event, by operation and purpose."""
-        tp = self.scheduler.tp
-        ledger, rows = tp.ledger, {}
+        ledger, rows = self.scheduler.tp.ledger, {}
         for entry in ledger.entries[self._entry :]:
             row = rows.setdefault((entry.op, entry.label.rsplit(".", 1)[-1]), [0, 0, 0])
             row[0] += 1
             row[1] += entry.bytes
-            row[2] += wire_bytes(entry.op, entry.bytes, tp.size)
+            row[2] += wire_bytes(entry.op, entry.bytes, entry.ranks)
         if ledger.recordings == 1:  # nobody else needs them
             ledger.entries.clear()
         self._entry = len(ledger.entries)

@@ -9,6 +9,7 @@ import numpy as np
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.serving.xray.events import State
 from ch07_sglang_radix.tree_node import TreeNode
+from common.vision.keys import readable
 
 MOST_NODES = 800  # those used last, and the nodes above them; more cannot be read on any screen
 TEXT_TOKENS = 96  # of a node: a longer one shows its beginning and its end
@@ -100,8 +101,10 @@ class TreeRows:
         return shown
 
     def _text_of(self, node: TreeNode) -> str:
-        ids = (node.key >> 32 if self.scheduler.tree.bigram else node.key).tolist()
-        return self._text(ids)
+        ids, vision = node.key >> 32 if self.scheduler.tree.bigram else node.key, self.scheduler.wrapper.config.vision
+        if vision:
+            ids = readable(ids, vision.image_token_id)
+        return self._text(ids.tolist())
 
     def _text(self, ids: list[int]) -> str:
         """As it is written, special tokens too; a long one without its middle. Without a tokenizer: the ids."""

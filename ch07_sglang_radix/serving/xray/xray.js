@@ -309,8 +309,8 @@ function about() {
   const { about } = recording.tail;
   $("about").textContent = [
     about.model, `${some(about.ranks, "rank")} on ${about.device}`, `${count(about.max_total_num_tokens)} tokens in pages of ${about.page_size}`,
-    `schedule ${about.schedule_policy}`, `eviction ${about.radix_eviction_policy}`,
-  ].join(" · ");
+    `schedule ${about.schedule_policy}`, `eviction ${about.radix_eviction_policy}`, about.shows && `shown: ${about.shows}`,
+  ].filter(Boolean).join(" · ");
 }
 
 // --- buttons and keys

@@ -2,8 +2,10 @@
 
 import asyncio
 
+from ch07_sglang_radix.scheduler import WORDS
 from ch07_sglang_radix.serving.http_args import HttpArgs
 from ch07_sglang_radix.serving.io_struct import GenerateRequest, RequestError
+from common.request.intake import Intake
 from common.text.detokenizer import IncrementalDetokenizer
 from common.text.tokenizer import Tokenizer
 from common.tiny_qwen import TINY_QWEN_PATH
@@ -37,6 +39,10 @@ class FakeManager:
 
     async def model_info(self):
         return {"served_model_name": "fake", "max_model_len": 100}
+
+    @property
+    def intake(self):
+        return Intake(self.tokenizer, 1, 1, 1, 1, WORDS)
 
     def room_for(self, ids, session=None):
         return ROOM

@@ -213,6 +213,7 @@ class Fuzz:
             "POST", "/generate", {"text": "What is a page?", "sampling_params": {"temperature": 0}}
         )
         assert (status, bool(answer["text"])) == (200, True)
+        assert self.call("POST", "/flush_cache")[0] == 200, "sessions that were opened let go of what they keep"
         info = self.call("GET", "/server_info")[1]
         assert (info["running"], info["waiting"]) == (0, 0)
         assert not conservation(info)
@@ -222,7 +223,10 @@ class Fuzz:
         self.loop.close()
 
 
-AFTERWARDS = {"/pause_generation": "/continue_generation", "/start_profile": "/stop_profile"}
+AFTERWARDS = {
+    "/pause_generation": "/continue_generation", "/start_profile": "/stop_profile",
+    "/release_memory_occupation": "/resume_memory_occupation",
+}  # fmt: skip
 
 
 def run(url: str, cases: int, derandomize: bool = False) -> Fuzz:

@@ -18,7 +18,7 @@ from typing import Any
 
 from ch07_sglang_radix.server_args import ServerArgs
 from ch07_sglang_radix.serving.http_args import HttpArgs
-from ch07_sglang_radix.serving.launcher import tokenizer_folder
+from ch07_sglang_radix.serving.launcher import ends_of, tokenizer_folder
 from ch07_sglang_radix.serving.processes import Threads
 from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
 from common.text.tokenizer import Tokenizer
@@ -141,12 +141,12 @@ class InThisProcess:
         self.workers = Threads(self.args, folder)
         tokenizer = Tokenizer(folder) if folder else None
         self.manager: TokenizerManager = self.run(self._manager(tokenizer))
-        self.workers.start(lambda what: self.loop.call_soon_threadsafe(self.manager.fail, what))
+        self.workers.start(lambda what, dp_rank: self.loop.call_soon_threadsafe(self.manager.fail, what))
         self.run(self.manager.ready.wait())
         assert self.manager.state == "ready", self.manager.failure
 
     async def _manager(self, tokenizer: Tokenizer | None) -> TokenizerManager:
-        manager = TokenizerManager(self.args, tokenizer, self.workers.scheduler, self.workers.inbox)
+        manager = TokenizerManager(self.args, tokenizer, *ends_of(self.workers, self.args))
         self.listening = asyncio.create_task(manager.listen())
         return manager
 
@@ -154,7 +154,7 @@ class InThisProcess:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
 
     def end(self) -> None:
-        self.manager.leave()
+        self.loop.call_soon_threadsafe(self.manager.leave)
         self.workers.end()
         self.run(self._stop_listening())
         self.loop.call_soon_threadsafe(self.loop.stop)

@@ -1,11 +1,14 @@
 """Pipes: in order, with a timeout, for threads and for event loops; over sockets and in memory alike."""
 
 import asyncio
+import shutil
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 
-from ch07_sglang_radix.serving.channels import MemoryPipe, ipc, open_pull, open_push
+from ch07_sglang_radix.serving.channels import MemoryPipe, ipc, new_folder, open_pull, open_push
 from ch07_sglang_radix.serving.messages import Abort, Leave
 
 
@@ -73,3 +76,23 @@ def test_a_waiter_that_is_cancelled_takes_nothing_with_it():
         return await asyncio.wait_for(pipe.receive_async(), 5)
 
     assert asyncio.run(main()).ticket == 7
+
+
+def test_sockets_have_room_under_a_deep_temporary_folder(tmp_path, monkeypatch):
+    deep = tmp_path / ("d" * 40) / ("e" * 40)
+    deep.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    folder = new_folder()
+    try:
+        assert folder.stat().st_mode & 0o777 == 0o700
+        pull = open_pull(ipc(folder, "scheduler_999"))
+        pull.close()
+    finally:
+        shutil.rmtree(folder)
+    assert list(deep.iterdir()) == []
+
+
+def test_sockets_are_in_the_reader_s_temporary_folder_where_they_fit(monkeypatch):
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        monkeypatch.setattr(tempfile, "tempdir", short)
+        assert new_folder().parent == Path(short)

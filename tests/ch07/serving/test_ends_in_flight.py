@@ -1,12 +1,14 @@
-"""Ends that come while a caller is busy with what was before them."""
+"""Ends that come while a caller is busy with what was before them, and the end of the server itself."""
 
 import asyncio
 
 import pytest
+from starlette.testclient import TestClient
 
 from ch07_sglang_radix.server_args import ServerArgs
 from ch07_sglang_radix.serving.http_args import HttpArgs
-from ch07_sglang_radix.serving.io_struct import GenerateRequest
+from ch07_sglang_radix.serving.http_server import make_app
+from ch07_sglang_radix.serving.io_struct import GenerateRequest, RequestError
 from ch07_sglang_radix.serving.messages import VERSION, BatchStr, Hello
 from ch07_sglang_radix.serving.scheduler_process import NOTHING
 from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
@@ -56,3 +58,23 @@ def test_each_of_two_streams_ends_once_whenever_the_ends_come(first_to_end):
     assert sorted(ends) == [0, 1], "each ends once"
     last = {one["index"]: one for one in seen}
     assert {index: one["output_ids"] for index, one in last.items()} == {0: [5, 6], 1: [5, 6]}
+
+
+def test_who_asks_when_the_scheduler_has_been_told_to_leave_gets_a_503_at_once():
+    """Before, and after: neither waits for a reply that nobody will send."""
+
+    async def run():
+        manager = TokenizerManager(HttpArgs(engine=ServerArgs(device="cpu")), None, Pipe(), Pipe())
+        manager.take(Hello(VERSION, "scheduler", 1, FACTS))
+        before = asyncio.ensure_future(manager.server_info())
+        await asyncio.sleep(0)
+        manager.leave()
+        for asked in (before, manager.server_info(), manager.flush_cache()):
+            with pytest.raises(RequestError, match="the server has ended") as refused:
+                await asyncio.wait_for(asked, 5)
+            assert refused.value.status == 503
+        return make_app(manager)
+
+    client = TestClient(asyncio.run(run()), base_url="http://127.0.0.1")
+    for path in ("/server_info", "/get_server_info", "/ready", "/health"):
+        assert client.get(path).status_code == 503, path

@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 
-from ch07_sglang_radix.serving.http_args import HttpArgs, parse_args
+from ch07_sglang_radix.server_args import IDLE
+from ch07_sglang_radix.serving.http_args import NOT_HERE, HttpArgs, parse_args
 
 
 def test_flags_have_sglang_s_names():
@@ -42,12 +44,28 @@ def test_a_model_has_two_names(alias):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--pp-size", "2"], r"flag --pp-size is not here: .*tp_size"),
-        (["--speculative-algorithm=EAGLE"], "flag --speculative-algorithm is not here: "),
+        (["--dcp-size", "2"], r"flag --dcp-size is not here: use cp_size="),
+        (["--speculative-token-map=x.pt"], "flag --speculative-token-map is not here: "),
         (["--trust-remote-code"], "never run here"),
-        (["--nnodes", "2"], "one host here"),
+        (["--nnodes", "2"], "dist_init_addr=None must be HOST:PORT of node 0"),
+        (["--nnodes", "2", "--node-rank", "2", "--dist-init-addr", "a:1"], "node_rank=2 must be at most 1; nnodes=2"),
+        (["--dist-init-addr", "a:1"], "give nnodes and node_rank, too"),
+        (
+            ["--nnodes", "2", "--dp-size", "2", "--dist-init-addr", "a:1"],
+            "nnodes=2 hosts are one replica, dp_size=2",
+        ),
+        (["--nnodes", "0"], "nnodes=0 must be at least 1"),
         (["--temprature", "1"], "unknown flag '--temprature'; "),
         (["stray"], "'stray' belongs to no flag"),
+        (["--dcp-size", "1", "stray"], "'stray' belongs to no flag"),
+        (["--dcp-size"], "flag --dcp-size is not here"),
+        (["--pp-size", "2", "--cp-size", "2"], "pp_size=2 and cp_size=2 are not combined here"),
+        (["--ep", "0"], "ep_size=0 must be at least 1"),
+        (["--base-gpu-id", "one"], "CUDA_VISIBLE_DEVICES"),
+        (["--lora-drain-wait-threshold", "5"], "who has waited for 4 prefill steps gets a place"),
+        (["--lora-paths", "a=x", "a=y"], "lora_paths has 2 adapters of the name 'a'"),
+        (["--lora-paths", "a=x", "--pp-size", "2"], "enable_lora with pp_size=2"),
+        (["--lora-eviction-policy", "lfu"], "lora_eviction_policy='lfu' is unknown; use lru or fifo"),
         (["--port", "70000"], "port=70000 must be at most 65535"),
         (["--tp-size", "0"], "tp_size=0"),
         (["--max-queued-requests", "0"], "max_queued_requests=0"),
@@ -71,7 +89,25 @@ def test_what_is_not_here_is_one_line(flags, said):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("flags", [["--pp-size", "2"], ["--schedule-policy", "lmp"], ["--port", "no"], ["--help"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--pp-size 1", "--pipeline-parallel-size=1", "--ep-size 1", "--ep=1", "--dcp-size 1",
+        "--attn-dp-size 1", "--nnodes 1 --node-rank 0",
+        "--base-gpu-id 0 --stream-interval 1", "--load-format auto --tokenizer-mode=auto", "--cpu-offload-gb 0",
+        "--disaggregation-mode null --json-model-override-args {}",
+    ],
+)  # fmt: skip
+def test_a_flag_that_asks_for_nothing_passes(flags):
+    """Launch scripts spell SGLang's defaults out, and what there is not does what they ask for."""
+    assert parse_args([*flags.split(), "--port", "0"]) == parse_args(["--port", "0"])
+
+
+def test_idle_flags_are_flags_of_sglang_that_have_a_reason_here():
+    assert IDLE.keys() <= NOT_HERE.keys() | {one.name for one in fields(HttpArgs)}
+
+
+@pytest.mark.parametrize("flags", [["--dcp-size", "2"], ["--schedule-policy", "lmp"], ["--port", "no"], ["--help"]])
 def test_flags_are_read_before_anything_that_takes_seconds_is_imported(flags):
     """So a bad one is told at once."""
     code = (

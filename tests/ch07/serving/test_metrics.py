@@ -14,9 +14,10 @@ import ch07_sglang_radix.serving.metrics as metrics_module
 from ch07_sglang_radix import Engine
 from ch07_sglang_radix.serving import step_state
 from ch07_sglang_radix.serving.channels import MemoryPipe
+from ch07_sglang_radix.serving.exposition import metrics_router
 from ch07_sglang_radix.serving.in_flight import InFlight, News
 from ch07_sglang_radix.serving.messages import Abort, BatchStr, Control, Event, TokenizedGenerate
-from ch07_sglang_radix.serving.metrics import Metrics, metrics_router
+from ch07_sglang_radix.serving.metrics import Metrics
 from ch07_sglang_radix.serving.scheduler_process import NOTHING, SchedulerProcess
 from ch07_sglang_radix.serving.step_state import StepState
 from tests.ch07.serving.running import a_server
@@ -149,7 +150,7 @@ def test_the_throughput_is_that_of_the_last_seconds(metrics, clock):
         clock.now += 0.01
         metrics.step_state(StepState(sampled=i, max_total_num_tokens=64))
     assert value(metrics, "gen_throughput") == pytest.approx(100, rel=0.03)
-    assert len(metrics._generated._seen) <= 202
+    assert len(metrics._schedulers[None]._generated._seen) <= 202
     clock.now += metrics_module.RATE_WINDOW_S / 2
     assert value(metrics, "gen_throughput") == pytest.approx(50, rel=0.05)
     clock.now += metrics_module.RATE_WINDOW_S

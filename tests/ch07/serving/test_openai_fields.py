@@ -184,7 +184,7 @@ def test_every_field_of_a_message_is_known(role):
         ({"role": "user"}, "messages[0].content"),
         (
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
-            "messages[0].content[0].type",
+            "messages[0].content[0].image_url",
         ),
         ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, "messages[0].content[0].type"),
         ({"role": "user", "content": [{"type": "file", "file": {}}]}, "messages[0].content[0].type"),
@@ -295,8 +295,12 @@ SGLANG = {
     "ebnf": ("start: /a/", params("ebnf"), "start: /a/"),
     "rid": ("mine", lambda asked, answer: (asked.rid, answer["id"]), ("mine", "mine")),
     "extra_key": ("k", asked("extra_key"), "k"),
+    "lora_path": ("a", asked("lora_path"), "a"),
     "cache_salt": ("s", asked("extra_key"), "salt 1:s:"),
     "priority": (3, asked("priority"), 3),
+    "bootstrap_host": ("127.0.0.1", asked("bootstrap_host"), "127.0.0.1"),
+    "bootstrap_port": (8998, asked("bootstrap_port"), 8998),
+    "bootstrap_room": (7, asked("bootstrap_room"), 7),
     "session_params": ({"id": "s", "rid": "r"}, lambda asked, answer: asked.session_params.rid, "r"),
 }
 

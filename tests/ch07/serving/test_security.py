@@ -144,7 +144,7 @@ def test_a_body_has_a_size():
         (b"{", "the body"),
         (b"[1]", "the body"),
         (b'{"text": 5}', r"\$\.text"),
-        (b'{"text": "a", "image_data": "x"}', "image_data"),
+        (b'{"text": "a", "video_data": "x"}', "video_data"),
         (b'{"text": "a", "session_params": {"id": 1}}', r"session_params\.id"),
         (b'{"text": "\xff"}', "the body"),
         (b"[" * 100_000, "the body"),

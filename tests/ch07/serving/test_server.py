@@ -107,7 +107,7 @@ def test_a_session_over_http(server):
     status, name = server.call("/open_session", {"capacity_of_str_len": 1000})
     assert status == 200
     assert server.call("/open_session", {"capacity_of_str_len": 1, "session_id": name})[0] == 400
-    for field, value in (("streaming", True), ("timeout", 5), ("capacity_of_str_len", -1)):
+    for field, value in (("streaming", 1), ("timeout", 0), ("timeout", 1e9), ("capacity_of_str_len", -1)):
         status, answer = server.call("/open_session", {field: value})
         assert status == 400
         assert field in answer["error"]["message"]
@@ -127,6 +127,23 @@ def test_a_session_over_http(server):
     assert "capacity_of_str_len=2" in refused[1]["error"]["message"]
     assert server.call("/close_session", {"session_id": name})[0] == 200
     assert server.call("/close_session", {"session_id": name})[0] == 400
+
+
+def test_a_streaming_session_over_http(server):
+    before = server.at_rest()
+    assert server.call("/open_session", {"session_id": "line", "streaming": True, "timeout": 600}) == (200, "line")
+    params, session = {"max_new_tokens": 5, "ignore_eos": True}, {"id": "line"}
+    first = server.generate(text="What is a page?", sampling_params=params, session_params=session)
+    second = server.generate(text=" And?", sampling_params=params, session_params=session)
+    context = first["meta_info"]["prompt_tokens"] + 5
+    assert second["meta_info"]["cached_tokens"] == context - 1
+    assert server.call("/server_info")[1]["session_held_tokens"] > 0
+    status, answer = server.call("/generate", {"text": "a", "session_params": {"id": "line", "replace": True}})
+    assert (status, "only grows" in answer["error"]["message"]) == (400, True)
+    assert server.call("/close_session", {"session_id": "line"})[0] == 200
+    after = server.at_rest()
+    assert (after["session_held_tokens"], after["held_tokens"]) == (0, 0)
+    assert after["free_tokens"] + after["evictable_tokens"] == before["max_total_num_tokens"]
 
 
 def test_the_log_says_who_and_how_many_and_not_what(server):
@@ -166,7 +183,7 @@ def test_everything_in_one_process():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--pp-size", "2"], "flag --pp-size is not here: "),
+        (["--quantization", "fp8"], "flag --quantization is not here: "),
         (["--model-path", "/nowhere"], "/nowhere"),
         (["--port", "PORT"], "Address already in use"),
         (["--host", "192.0.2.1"], "cannot be served"),

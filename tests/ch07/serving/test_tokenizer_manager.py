@@ -291,6 +291,53 @@ def test_a_session_continues_by_token_ids_and_hits_the_tree(here):
     assert here.run(here.manager.answer(bare))["output_ids"] == branch["output_ids"]
 
 
+def test_a_streaming_session_keeps_its_k_and_v_through_a_turn_whose_client_goes_away(here):
+    prompts = ["What is a radix cache?", " And what is a page?", " Say it again."]
+    params = {"max_new_tokens": 8, "ignore_eos": True}
+
+    async def main():
+        name = here.manager.sessions.open(streaming=True)
+        wanted = lambda text, **more: GenerateRequest(  # noqa: E731
+            text=text, sampling_params=params | more, session_params=SessionParams(name), stream=True
+        )
+        first = (await collect(here.manager, wanted(prompts[0])))[-1]
+        answers = here.manager.generate(wanted(prompts[1], max_new_tokens=2000))
+        await anext(answers)
+        with pytest.raises(RequestError, match="wait for the turn that runs"):
+            await here.manager.answer(wanted(prompts[2]))
+        await answers.aclose()
+        held = (await here.manager.server_info())["session_held_tokens"]
+        last = (await collect(here.manager, wanted(prompts[2])))[-1]
+        here.manager.sessions.close(name)
+        return first, held, last
+
+    here.run(here.manager.flush_cache())
+    first, held, last = here.run(main())
+    context = here.manager.tokenizer.encode(prompts[0]) + first["output_ids"]
+    in_tree = (len(context) - 8) // 4 * 4
+    assert held == -(-(len(context) - 1) // 4) * 4 - in_tree, "of the first turn: its last token has no K and V"
+    assert last["meta_info"]["cached_tokens"] == len(context) - 1
+    at_rest(here)
+    bare = GenerateRequest(input_ids=context + here.manager.tokenizer.encode(prompts[2]), sampling_params=params)
+    assert here.run(here.manager.answer(bare))["output_ids"] == last["output_ids"]
+
+
+def test_a_session_that_nobody_continues_gives_its_pages_back(here):
+    async def main():
+        name = here.manager.sessions.open(streaming=True, timeout=0.1)
+        request = GenerateRequest(
+            text="What is a page?", sampling_params={"max_new_tokens": 8}, session_params=SessionParams(name)
+        )
+        await here.manager.answer(request)
+        while len(here.manager.sessions):
+            await asyncio.sleep(0.02)
+        while (await here.manager.server_info())["held_tokens"]:
+            await asyncio.sleep(0.02)
+
+    here.run(asyncio.wait_for(main(), 20))
+    at_rest(here)
+
+
 def test_a_full_queue_is_said_and_nothing_of_the_request_runs():
     here = InThisProcess({"max_running_requests": 1, **SETTINGS}, max_queued_requests=2)
     try:

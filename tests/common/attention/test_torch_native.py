@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from common.attention.contract import AttentionMetadata
 from common.attention.kv_cache import PagedKVCache
-from common.attention.torch_native import MAX_PADDING, TorchNativeAttention, _similar_lengths
+from common.attention.torch_native import MAX_PADDING, TorchNativeAttention, similar_lengths
 from common.layers.heads import HeadLayout
 from common.models.config import ModelConfig
 
@@ -239,7 +239,7 @@ def test_very_unequal_decode_lengths():
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 5000), max_size=20))
 def test_decode_groups_hold_every_row_once_and_pad_little(lens):
-    groups = _similar_lengths(list(range(len(lens))), lens)
+    groups = similar_lengths(list(range(len(lens))), lens)
     assert sorted(b for group in groups for b in group) == list(range(len(lens)))
     for group in groups:
         of_group = [lens[b] for b in group]
@@ -247,12 +247,12 @@ def test_decode_groups_hold_every_row_once_and_pad_little(lens):
 
 
 def test_decode_rows_that_pad_little_are_one_group_in_order():
-    assert _similar_lengths([0, 1, 2, 3], [1000, 801, 977, 900]) == [[0, 1, 2, 3]]
-    assert _similar_lengths([0, 1, 2], [2000, 10, 1990]) == [[0, 2], [1]]
-    assert _similar_lengths([], []) == []
+    assert similar_lengths([0, 1, 2, 3], [1000, 801, 977, 900]) == [[0, 1, 2, 3]]
+    assert similar_lengths([0, 1, 2], [2000, 10, 1990]) == [[0, 2], [1]]
+    assert similar_lengths([], []) == []
     full = MAX_PADDING + 10
-    assert _similar_lengths([0, 1], [full, 10]) == [[0, 1]]
-    assert _similar_lengths([0, 1], [full + 1, 10]) == [[0], [1]]
+    assert similar_lengths([0, 1], [full, 10]) == [[0, 1]]
+    assert similar_lengths([0, 1], [full + 1, 10]) == [[0], [1]]
 
 
 def test_no_page_is_copied_that_nobody_attends_to():

@@ -14,24 +14,24 @@ from common.distributed.spawn import Follower
 from common.parallel_state import TPGroup, all_reduce, initialize_tensor_parallel
 
 
-def start(size: int, behave: str = "well", timeout_s: float | None = None) -> TPGroup:
+def start(size: int, behave: str = "well", timeout_s: float | None = None, all_reduce: str = "auto") -> TPGroup:
     """On rank 0, as an engine does it: `size` ranks that add up what they are sent."""
-    arguments = {"size": size, "behave": behave, "timeout_s": timeout_s}
+    arguments = {"size": size, "behave": behave, "timeout_s": timeout_s, "how": all_reduce}
     follower = Follower("tests.common.distributed.followers:follow", arguments)
-    return initialize_tensor_parallel(size, device="cpu", timeout_s=timeout_s, follower=follower)
+    return initialize_tensor_parallel(size, device="cpu", timeout_s=timeout_s, all_reduce=all_reduce, follower=follower)
 
 
-def follow(size: int, behave: str, timeout_s: float | None) -> None:
+def follow(size: int, behave: str, timeout_s: float | None, how: str) -> None:
     """Sum up over the ranks the words that rank 0 sends, each times rank + 1."""
     rank = int(os.environ["RANK"])
     if behave == "load for ever":
         time.sleep(600)
     if behave == "refuse" and rank == 1:
         raise ValueError("rank 1 does not like the model")
-    tp = initialize_tensor_parallel(size, device="cpu", timeout_s=timeout_s)
+    tp = initialize_tensor_parallel(size, device="cpu", timeout_s=timeout_s, all_reduce=how)
     while True:
         words = receive(tp, "task")
-        if behave == "die" and rank == size - 1:
+        if rank == size - 1 and (behave == "die" or (behave == "die at 7" and 7 in words)):
             os.kill(os.getpid(), signal.SIGTERM)
         if behave == "stay away" and rank == 1:
             time.sleep(600)

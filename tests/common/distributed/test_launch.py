@@ -37,12 +37,20 @@ def test_torchrun_s_ranks_start_and_shut_down_again(times):
     assert out == f"{times} times\n" * 2, err
 
 
-@pytest.mark.parametrize("name", ["rank_1_shuts_down_and_goes_on", "rank_1_comes_to_its_end"])
+@pytest.mark.parametrize(
+    "name", ["rank_1_shuts_down_and_goes_on", "rank_1_comes_to_its_end", "rank_1_ends_itself_in_its_engine"]
+)
 def test_a_rank_that_makes_fewer_calls_is_named_and_not_called_dead(name):
     _, err = script(name, torchrun=True).communicate(timeout=60)
     said = [line for line in err.splitlines() if line.startswith("error: ")]
     left = "rank 1 has left and makes no such call; every rank must make the same calls"
     assert said == [f"error: rank 0: all_reduce 'y' [4] failed: {left}"], err
+
+
+def test_a_rank_that_leaves_its_engine_by_an_exception_is_named_with_it():
+    _, err = script("rank_1_fails_in_its_engine", torchrun=True).communicate(timeout=60)
+    said = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert said == ["error: rank 0: all_reduce 'y' [4] failed: rank 1 has left with KeyError: 'of rank 1'"], err
 
 
 def test_a_rank_that_ends_with_an_exception_has_died():

@@ -36,7 +36,7 @@ def no_torchrun(monkeypatch, tmp_path):
     """A process that torchrun did not start; every temporary folder that a start makes lies in tmp_path."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(parallel_state, "_tp", None)
+    monkeypatch.setattr(parallel_state, "_state", None)
     monkeypatch.setattr(spawn.tempfile, "tempdir", str(tmp_path))
 
 

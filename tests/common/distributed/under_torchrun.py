@@ -39,6 +39,19 @@ def rank_1_shuts_down_and_goes_on() -> None:
         time.sleep(20)
 
 
+def rank_1_fails_in_its_engine() -> None:
+    """And goes on, so that nobody can call it dead: what a `with Engine()` does when an exception leaves it."""
+    if _rank_0_alone_talks() == 1:
+        shutdown_tensor_parallel(error=KeyError("of rank 1"))
+        time.sleep(20)
+
+
+def rank_1_ends_itself_in_its_engine() -> None:
+    if _rank_0_alone_talks() == 1:
+        shutdown_tensor_parallel(error=SystemExit(0))
+        time.sleep(20)
+
+
 def rank_1_comes_to_its_end() -> None:
     if _rank_0_alone_talks() == 1:
         sys.exit()

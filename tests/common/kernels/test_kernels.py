@@ -17,14 +17,14 @@ from common.layers.rotary import Turning
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
-def step(queries, cached, page_size, heads=(14, 2), d=64, dtype=torch.float32, seed=0):
+def step(queries, cached, page_size, heads=(14, 2), d=64, dtype=torch.float32, seed=0, device="cuda"):
     """A ragged step on shuffled pages of a cache full of noise, its free slots full of NaN."""
     random.seed(seed)
     torch.manual_seed(seed)
     lens = [n + c for n, c in zip(queries, cached, strict=True)]
     pages = [-(-n // page_size) for n in lens]
     ids = torch.randperm(sum(pages) + 3).tolist()
-    cache = PagedKVCache(1, len(ids), page_size, heads[1], d, dtype, "cuda")
+    cache = PagedKVCache(1, len(ids), page_size, heads[1], d, dtype, device)
     cache.k.fill_(torch.nan)
     cache.v.fill_(torch.nan)
     table = torch.full((len(lens), max(pages)), -1)
@@ -35,12 +35,12 @@ def step(queries, cached, page_size, heads=(14, 2), d=64, dtype=torch.float32, s
         all_slots = [own[i // page_size] * page_size + i % page_size for i in range(length)]
         old += all_slots[: cached[b]]
         slots += all_slots[cached[b] :]
-    cache.k[0].flatten(0, 1)[old] = torch.randn(len(old), heads[1], d, dtype=dtype, device="cuda")
-    cache.v[0].flatten(0, 1)[old] = torch.randn(len(old), heads[1], d, dtype=dtype, device="cuda")
+    cache.k[0].flatten(0, 1)[old] = torch.randn(len(old), heads[1], d, dtype=dtype, device=device)
+    cache.v[0].flatten(0, 1)[old] = torch.randn(len(old), heads[1], d, dtype=dtype, device=device)
     starts = torch.tensor([0, *queries]).cumsum(0)
-    on_gpu = [torch.as_tensor(x, device="cuda") for x in (slots, table, starts, lens)]
+    on_gpu = [torch.as_tensor(x, device=device) for x in (slots, table, starts, lens)]
     meta = AttentionMetadata(*on_gpu, page_size, max(queries))
-    qkv = [torch.randn(len(slots), h, d, dtype=dtype, device="cuda") for h in (heads[0], heads[1], heads[1])]
+    qkv = [torch.randn(len(slots), h, d, dtype=dtype, device=device) for h in (heads[0], heads[1], heads[1])]
     return cache, meta, qkv
 
 
@@ -259,6 +259,7 @@ def check_linear(rows: int, out: int, width: int, dtype: torch.dtype) -> None:
     for _ in range(2):  # the counters are as they were before
         assert relative_error(linear.linear(x, weight), want) < limit
     assert relative_error(linear.linear(x, weight, bias), want + bias) < limit
+    assert relative_error(linear.linear(x, weight, bias, torch.float32), want + bias) < 3e-4  # and not a 16-bit float
     assert rows == 1 or not linear.wanted(x.float(), weight.float())
 
 

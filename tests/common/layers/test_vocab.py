@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from common.layers import vocab
-from common.layers.vocab import ParallelLMHead, VocabParallelEmbedding, first_best, gather_best_logits, gather_logits
+from common.layers.vocab import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+    best_logprobs,
+    first_best,
+    gather_best_logits,
+    gather_logits,
+)
 from common.parallel_state import TPGroup, get_tensor_parallel
 from tests.common.in_memory import InMemory
 
@@ -163,6 +170,32 @@ def test_the_best_of_each_rank_hold_the_best_of_all(size, best, dtype, ranks):
     for _, (all_bytes, best_bytes) in answers:
         assert best_bytes == 50 * min(best, -(-V // size)) * 8
         assert all_bytes == 50 * -(-V // size) * dtype.itemsize
+
+
+def logprobs_of(best):
+    """On each rank: its share of few different values -> what all agree on."""
+    tp = get_tensor_parallel()
+    torch.manual_seed(2)
+    local = -(-V // tp.size)
+    logits = torch.randint(0, 4, (50, V)).float()
+    padded = torch.full((50, local * tp.size), 9.0)
+    padded[:, :V] = logits
+    found = best_logprobs(padded[:, tp.rank * local : (tp.rank + 1) * local], best, V, tp)
+    return [x.numpy() for x in (logits, *found)]
+
+
+@pytest.mark.parametrize("best", [1, 3, V])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_every_rank_gets_the_log_probabilities_of_the_best(size, best, ranks):
+    answers = ranks(size).run(logprobs_of, best) if size > 1 else [logprobs_of(best)]
+    answers = [[torch.from_numpy(x) for x in answer] for answer in answers]
+    logits, values, ids = answers[0]
+    wanted, at = first_best(logits.log_softmax(-1), best)
+    assert torch.equal(ids, at)
+    torch.testing.assert_close(values, wanted)
+    for _, others, their_ids in answers:  # the same bits
+        assert torch.equal(others, values)
+        assert torch.equal(their_ids, ids)
 
 
 def test_first_best_takes_the_first_of_equals():

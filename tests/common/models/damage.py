@@ -8,7 +8,15 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from tests.common.models.files import rewrite
 
@@ -20,6 +28,18 @@ BASES = {
     "qwen2": Qwen2Config(**TINY, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**TINY, tie_word_embeddings=True, head_dim=8),
     "llama": LlamaConfig(**TINY, tie_word_embeddings=False),
+    "qwen2_moe": Qwen2MoeConfig(
+        **TINY,
+        num_experts=5,
+        num_experts_per_tok=2,
+        moe_intermediate_size=12,
+        shared_expert_intermediate_size=16,
+        mlp_only_layers=[0],
+    ),
+    "qwen3_moe": Qwen3MoeConfig(
+        **TINY, head_dim=8, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=12, norm_topk_prob=True
+    ),
+    "mixtral": MixtralConfig(**TINY, num_local_experts=5, num_experts_per_tok=2),
 }
 WEIGHTS, INDEX, CONFIG, GENERATION = (
     "model.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json",
@@ -65,37 +85,37 @@ def cut(file: str, keep: float) -> Damage:
     return damage
 
 
-def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
-    return lambda folder: rewrite(folder, change)
+def tensors(change: Callable[[dict[str, torch.Tensor]], object], file: str = WEIGHTS) -> Damage:
+    return lambda folder: rewrite(folder, change, file)
 
 
-def header(change: Callable[[dict], None]) -> Damage:
+def header(change: Callable[[dict], None], file: str = WEIGHTS) -> Damage:
     """Change what the header of the weights claims, and leave the bytes as they are."""
 
     def damage(folder):
-        data = (folder / WEIGHTS).read_bytes()
+        data = (folder / file).read_bytes()
         (size,) = struct.unpack("<Q", data[:8])
         claims = json.loads(data[8 : 8 + size])
         change(claims)
         text = json.dumps(claims).encode()
-        (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+        (folder / file).write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
 
     return damage
 
 
-def header_length(n: int) -> Damage:
-    return lambda folder: (folder / WEIGHTS).write_bytes(struct.pack("<Q", n) + (folder / WEIGHTS).read_bytes()[8:])
+def header_length(n: int, file: str = WEIGHTS) -> Damage:
+    return lambda folder: (folder / file).write_bytes(struct.pack("<Q", n) + (folder / file).read_bytes()[8:])
 
 
-def header_noise(seed: int) -> Damage:
+def header_noise(seed: int, file: str = WEIGHTS) -> Damage:
     """A few bytes of the header's text are other bytes."""
 
     def damage(folder):
-        rng, data = random.Random(seed), bytearray((folder / WEIGHTS).read_bytes())
+        rng, data = random.Random(seed), bytearray((folder / file).read_bytes())
         (size,) = struct.unpack("<Q", data[:8])
         for _ in range(rng.choice((1, 1, 2, 8))):
             data[8 + rng.randrange(size)] = rng.randrange(256)
-        (folder / WEIGHTS).write_bytes(bytes(data))
+        (folder / file).write_bytes(bytes(data))
 
     return damage
 

@@ -83,6 +83,15 @@ def config_fields() -> dict[str, Damage]:
     return damages
 
 
+def of_experts(*fields: str) -> dict[str, Damage]:
+    damages: dict[str, Damage] = {}
+    for field in fields:
+        for kind, value in VALUES.items():
+            damages[f"{field} is {kind}"] = edit(CONFIG, **{field: value})
+        damages[f"{field} is missing"] = drop(CONFIG, field)
+    return damages
+
+
 def ropes() -> dict[str, Damage]:
     damages = {}
     for kind, rope in ROPES.items():
@@ -270,4 +279,18 @@ DAMAGES: dict[str, dict[str, Damage]] = {
         name: config_fields()[name] for name in config_fields() if name.startswith(("head_dim", "num_key", "attention"))
     },
     "llama": ropes() | weights(),
+    "qwen2_moe": of_experts(
+        "num_experts",
+        "num_local_experts",
+        "num_experts_per_tok",
+        "norm_topk_prob",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+        "decoder_sparse_step",
+        "mlp_only_layers",
+        "qkv_bias",
+        "use_sliding_window",
+    ),
+    "qwen3_moe": of_experts("num_local_experts", "norm_topk_prob", "head_dim", "num_key_value_heads"),
+    "mixtral": of_experts("num_local_experts", "n_routed_experts", "num_experts_per_tok", "sliding_window", "head_dim"),
 }

@@ -197,7 +197,7 @@ def refuse(change, *words, base=QWEN2_5_05B):
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize("named", [["MistralForCausalLM"], ["Qwen2MoeForCausalLM", "Qwen2ForCausalLM"]])
+@pytest.mark.parametrize("named", [["MistralForCausalLM"], ["GptOssForCausalLM", "Qwen2ForCausalLM"]])
 def test_an_unknown_architecture_is_refused_with_the_known_ones(named):
     refuse({"architectures": named}, named[0], "Qwen2ForCausalLM, Qwen3ForCausalLM, LlamaForCausalLM")
 

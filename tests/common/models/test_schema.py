@@ -3,20 +3,44 @@ import math
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RotaryEmbedding
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
 from common.layers.rotary import attention_factor, inverse_frequencies
 from common.models.config import ModelConfig
-from common.models.schema import ARCHITECTURES, REQUIRED, boolean, integer, number, one_of, read_fields
+from common.models.fields import REQUIRED, boolean, integer, number, one_of, read_fields
+from common.models.schema import ARCHITECTURES
 
 LIBRARY = {
     "Qwen2ForCausalLM": (Qwen2Config, Qwen2RotaryEmbedding),
     "Qwen3ForCausalLM": (Qwen3Config, Qwen3RotaryEmbedding),
     "LlamaForCausalLM": (LlamaConfig, LlamaRotaryEmbedding),
+    "Qwen2MoeForCausalLM": (Qwen2MoeConfig, Qwen2MoeRotaryEmbedding),
+    "Qwen3MoeForCausalLM": (Qwen3MoeConfig, Qwen3MoeRotaryEmbedding),
+    "MixtralForCausalLM": (MixtralConfig, MixtralRotaryEmbedding),
+    "DeepseekV2ForCausalLM": (DeepseekV2Config, DeepseekV2RotaryEmbedding),
+    "DeepseekV3ForCausalLM": (DeepseekV3Config, DeepseekV3RotaryEmbedding),
 }
+# latent attention has as many heads of K and V as of queries: the library reads other numbers, and fails when it attends
+LATENT = {"num_key_value_heads": 32, "num_experts_per_tok": 8}
 SMALLEST = {
     "vocab_size": 32,
     "hidden_size": 64,
@@ -24,11 +48,12 @@ SMALLEST = {
     "num_hidden_layers": 2,
     "num_attention_heads": 32,
 }
-every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
+every_architecture = pytest.mark.parametrize("name", LIBRARY)  # those that see are in test_vision.py
 
 
 def smallest(name, **changes):
-    return {**SMALLEST, "architectures": [name], "model_type": ARCHITECTURES[name].model_type, **changes}
+    latent = LATENT if name.startswith("Deepseek") else {}
+    return {**SMALLEST, "architectures": [name], "model_type": ARCHITECTURES[name].model_type, **changes, **latent}
 
 
 # --- defaults
@@ -51,9 +76,14 @@ def test_defaults_are_those_of_the_class_in_transformers(name):
 @every_architecture
 def test_a_config_that_leaves_everything_out_means_what_transformers_reads_in_it(name):
     mine, theirs = ModelConfig.from_dict(smallest(name)), LIBRARY[name][0](**SMALLEST)
+    if mine.latent:
+        theirs = LIBRARY[name][0](**SMALLEST, **LATENT)
+        assert mine.head_dim == theirs.qk_head_dim
     assert mine.max_position_embeddings == theirs.max_position_embeddings
-    assert mine.num_kv_heads == theirs.num_key_value_heads
-    assert mine.head_dim == getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
+    assert mine.num_kv_heads == (1 if mine.latent else theirs.num_key_value_heads)
+    assert mine.rotary["head_dim"] == (
+        getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    )
     assert mine.rms_norm_eps == theirs.rms_norm_eps
     assert mine.tie_word_embeddings == theirs.tie_word_embeddings
     assert {"rope_type": "default", "rope_theta": mine.rope_theta} == theirs.rope_parameters
@@ -111,7 +141,7 @@ def test_rotary_keys_are_resolved_as_in_transformers(name, changes):
     raw = smallest(name, head_dim=64, num_key_value_heads=4, **json.loads(json.dumps(changes)))
     theirs = LIBRARY[name][1](AutoConfig.for_model(**json.loads(json.dumps(raw))))
     mine = ModelConfig.from_dict(raw)
-    frequencies = inverse_frequencies(mine.head_dim, mine.rope_theta, mine.rope_scaling)
+    frequencies = inverse_frequencies(mine.rotary["head_dim"], mine.rope_theta, mine.rope_scaling)
     torch.testing.assert_close(frequencies, theirs.inv_freq, rtol=1e-6, atol=0)
     assert attention_factor(mine.rope_scaling) == pytest.approx(theirs.attention_scaling)
 

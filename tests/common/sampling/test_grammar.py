@@ -231,6 +231,16 @@ def test_a_token_is_read_once(mask, tokenizer):
     assert allowed(one) == allowed(mask("regex", "ab"))
 
 
+def test_a_branch_goes_its_own_way_from_where_its_mask_has_read_to(mask, tokenizer):
+    one, (a, b) = mask("regex", "ab(ab|ba)"), (tokenizer.encode_bare(letter) for letter in "ab")
+    left, right = (one.branch(a + b) for _ in range(2))
+    left.read(a + b + a)
+    right.read(a + b + b)
+    assert allowed(left) == allowed(mask("regex", "b"))
+    assert allowed(right) == allowed(mask("regex", "a"))
+    assert allowed(one) == allowed(mask("regex", "ab|ba")), "it has read them, for all branches that are still to come"
+
+
 # --- behind a thought
 
 
@@ -329,10 +339,10 @@ def test_many_ask_at_once_and_each_grammar_is_compiled_once(tokenizer):
     compiled, lock = [], threading.Lock()
 
     class Noted(GrammarCompiler):
-        def _compile(self, kind, written):
+        def _compile(self, kind, written, seconds):
             assert lock.acquire(blocking=False), "one at a time"
             compiled.append(written)
-            matcher = super()._compile(kind, written)
+            matcher = super()._compile(kind, written, seconds)
             lock.release()
             return matcher
 
@@ -372,6 +382,21 @@ def test_a_grammar_that_would_take_the_engine_with_it_takes_a_small_process(
     assert time.monotonic() - began < 20
     assert str(error.value).isprintable()
     assert compiler.compiled("regex", f"the next one after {message}"), "it goes on"
+
+
+def test_those_that_never_end_let_the_others_pass(compiler, monkeypatch):
+    monkeypatch.setattr(module, "QUICK_SECONDS", 0.1)
+    monkeypatch.setattr(module, "TRIAL_SECONDS", 0.2)
+    hostile = [compiler.start("json_schema", json.dumps({"multipleOf": 123456789 + i})) for i in range(3)]
+    assert compiler.start("regex", "a quick one behind three that never end").result(30)
+    assert not any(future.done() for future in hostile), "each has been tried once, and waits for its second trial"
+    assert all("takes more than 0.2 s" in str(future.exception(30)) for future in hostile)
+
+
+def test_a_slow_one_is_compiled_when_nobody_else_is_in_line(compiler, monkeypatch):
+    monkeypatch.setattr(module, "QUICK_SECONDS", 0.0)
+    futures = [compiler.start("regex", f"slow {i}") for i in range(3)]
+    assert all(future.result(30) for future in futures)
 
 
 def test_what_the_small_process_could_compile_the_engine_can(compiler):

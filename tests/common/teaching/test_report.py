@@ -59,11 +59,14 @@ def test_every_program_writes_its_files_here():
     """A `write_text` elsewhere would not name the file. The exceptions write no file that a user has named."""
     allowed = {
         "common/teaching/report.py", "common/teaching/trace.py",  # a trace that cannot go on must not end the engine
-        "common/distributed/rank_main.py", "common/tiny_qwen/corpus.py", "common/tiny_qwen/tokenizer.py",
+        "common/distributed/rank_main.py", "common/distributed/spawn.py",
+        "common/tiny_qwen/corpus.py", "common/tiny_qwen/tokenizer.py",
         "common/tiny_qwen/train.py", "common/teaching/apart.py", "ch07_sglang_radix/projects/swap.py",
         "ch07_sglang_radix/benchmarks/bench_cpu_real.py",  # the table in the README
         "ch07_sglang_radix/serving/child.py", "ch07_sglang_radix/serving/demo_5_tool_call.py",
-        "common/teaching/scripted_checkpoint.py",
+        "common/teaching/scripted_checkpoint.py", "common/tiny_qwen/upcycle.py", "common/tiny_qwen/train_medusa.py",
+        "common/tiny_qwen/train_eagle.py", "common/tiny_qwen/train_adapters.py", "common/tiny_qwen/train_vision.py",
+        "common/tiny_qwen/tiny_vision.py", "ch07_sglang_radix/benchmarks/bench_speculation.py",  # checkpoints
     }  # fmt: skip
     writers = set()
     for folder in ("common", "ch06_tp_vllm", "ch07_sglang_radix", "figures"):

@@ -294,6 +294,20 @@ def test_without_a_tokenizer_texts_are_ids():
     assert node["text"] == " ".join(map(str, range(100, 116)))
 
 
+@pytest.mark.parametrize(("replica", "shown"), [(None, ""), (0, "replica 0 alone"), (3, "replica 3 alone")])
+def test_of_several_replicas_a_page_says_which_it_shows(replica, shown):
+    page = Page()
+    Recorder(make(), page, share=1.0, replica=replica).start()
+    assert page.state["about"]["shows"] == shown
+
+
+def test_of_several_data_ranks_a_page_shows_the_first_and_says_so():
+    scheduler, page = make(), Page()
+    scheduler.data_ranks.append(scheduler)
+    Recorder(scheduler, page, share=1.0).start()
+    assert page.state["about"]["shows"] == "data rank 0 of 2"
+
+
 def test_two_ranks_tell_what_they_send(ranks):
     assert ranks(2).run(sent_on_two_ranks)[0] == []
 

@@ -1,0 +1,1 @@
+"""Exercises of the wing `parallelism`; see README.md."""

@@ -1,0 +1,1 @@
+"""Scaling out on what exists: manifests and entry points for Kubernetes and Ray. Nothing here decides about requests."""

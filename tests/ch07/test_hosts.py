@@ -1,0 +1,268 @@
+"""An engine on two hosts: the same tokens; who differs is refused, who dies is named, by all, in time."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+
+from common.tiny_qwen import TINY_QWEN_PATH
+from tests.hosts import TwoHosts
+from tests.oracle import greedy
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals")
+IN_TIME_S = 20  # a death is seen at once; the rest is for processes to end on a busy machine
+ENGINE = """
+import sys
+from ch07_sglang_radix import Engine
+from common.distributed.launch import run_main
+def main():
+    rank, address, size, prompt, tokens, *model = sys.argv[1:]
+    engine = Engine(*model, tp_size=int(size), nnodes=2, node_rank=int(rank), dist_init_addr=address, device="cpu",
+                    dist_timeout=30)
+    print("ready", [pid for _, pid in engine.scheduler.tp.peers], flush=True)
+    if rank == "0":
+        params = {"max_new_tokens": int(tokens), "ignore_eos": True}
+        print(engine.generate(prompt, params)["output_ids"], flush=True)
+    else:
+        engine.follow()
+        print("followed", flush=True)
+    engine.shutdown()
+run_main(main)
+"""
+PROMPT = "What is a radix cache?"
+
+
+@pytest.fixture
+def hosts(tmp_path, record_property):
+    two = TwoHosts(tmp_path)
+    record_property("hosts", two.kind)
+    print(f"on {two.kind}")
+    yield two
+    two.close()
+
+
+@pytest.fixture
+def engines(hosts):
+    """engines(size, tokens, model_of_b) -> the two processes; what they print is read by the test."""
+
+    def start(size: int = 2, tokens: int = 12, model_of_b: str | None = None, size_of_b: int | None = None):
+        address = f"{hosts.address}:{hosts.free_port()}"
+        common = [address, str(size), PROMPT, str(tokens)]
+        other = [address, str(size_of_b or size), PROMPT, str(tokens), *([model_of_b] if model_of_b else [])]
+        return [hosts.start(0, "-c", ENGINE, "0", *common), hosts.start(1, "-c", ENGINE, "1", *other)]
+
+    return start
+
+
+def ends(process: subprocess.Popen, within_s: float = 90) -> tuple[int, str, list[str]]:
+    """Exit code, standard output, and the lines of standard error that are ours."""
+    out, err = process.communicate(timeout=within_s)
+    return process.returncode, out, [line for line in err.splitlines() if line.startswith(("error", "stopped"))]
+
+
+def expected(tokens: int) -> list[int]:
+    from common.text.tokenizer import Tokenizer  # noqa: PLC0415
+
+    return greedy(TINY_QWEN_PATH, Tokenizer(TINY_QWEN_PATH).encode(PROMPT), tokens)
+
+
+def ready(process: subprocess.Popen) -> list[int]:
+    """The pids of all ranks, once the engine is there."""
+    line = process.stdout.readline()
+    assert line.startswith("ready "), process.communicate()
+    return json.loads(line.removeprefix("ready "))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_tokens_of_an_engine_on_two_hosts_equal_transformers(engines, size):
+    a, b = map(ends, engines(size))
+    assert (a[0], a[2]) == (0, []), a
+    assert (b[0], b[2]) == (0, []), b
+    assert json.loads(a[1].splitlines()[1]) == expected(12)
+    assert b[1].splitlines()[1] == "followed"
+
+
+@pytest.mark.parametrize("who", ["node 1", "node 0", "a rank of node 1"])
+def test_when_one_is_killed_the_other_host_ends_and_names_it(hosts, engines, who):
+    processes = engines(4 if who.startswith("a rank") else 2, 1900)
+    pids = ready(processes[0])
+    ready(processes[1])
+    time.sleep(0.5)  # in the middle of the answer
+    began = time.monotonic()
+    if who == "a rank of node 1":
+        os.kill(pids[3], signal.SIGKILL)
+    else:
+        processes[int(who[-1])].kill()
+    code, _, said = ends(processes[0 if who != "node 0" else 1], IN_TIME_S)
+    assert code == 1
+    assert time.monotonic() < began + IN_TIME_S
+    number = 0 if who == "node 0" else 1
+    name = rf"node {number} \(host {re.escape(hosts.names[number])}\)"
+    if who == "a rank of node 1":
+        name = rf"rank 3 \(pid {pids[3]}\) on {name}"
+    assert len(said) == 1
+    assert re.search(rf"{name} has died", said[0]), said
+
+
+def test_nobody_is_left_when_a_host_has_died(engines):
+    processes = engines(4, 1900)
+    pids = ready(processes[0])
+    ready(processes[1])
+    processes[1].kill()
+    ends(processes[0], IN_TIME_S)
+    deadline = time.monotonic() + IN_TIME_S
+    while any(map(runs, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in pids if runs(pid)]
+
+
+def runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_another_tp_size_is_refused_on_both_before_anything_is_loaded(engines):
+    a, b = map(ends, engines(2, size_of_b=4))
+    assert (a[0], b[0]) == (1, 1)
+    assert (a[1], b[1]) == ("", "")
+    assert len(a[2]) == 1
+    assert a[2] == b[2]
+    assert re.match(
+        r"error: tp_size is 2 on node 0 \(host .*\), but 4 on node 1 \(host .*\); give every node the same", a[2][0]
+    )
+
+
+def test_another_model_under_the_same_name_is_refused_on_both(hosts, engines, tmp_path):
+    other = tmp_path / "model"
+    other.mkdir()
+    for path in TINY_QWEN_PATH.iterdir():
+        if path.suffix in (".json", ".safetensors"):
+            (other / path.name).write_bytes(path.read_bytes())
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    a, b = map(ends, engines(model_of_b=str(other)))
+    assert (a[0], b[0], a[1], b[1]) == (1, 1, "", "")
+    assert a[2] == b[2]
+    assert re.match(
+        r"error: model.safetensors is of another content \(\w+\) on node 0 \(.*\) on node 1 \(.*one folder", a[2][0]
+    )
+
+
+def test_other_code_is_refused_on_both_by_its_file(hosts, engines):
+    with open(hosts.code[1] / "common" / "executor.py", "a", encoding="utf-8") as file:
+        file.write("# one line more\n")
+    a, b = map(ends, engines())
+    assert (a[0], b[0], a[1], b[1]) == (1, 1, "", "")
+    assert a[2] == b[2]
+    assert re.match(
+        r"error: common/executor.py is of another content .*; bring every node to the same commit$", a[2][0]
+    )
+
+
+# --- the server
+
+
+def server(hosts: TwoHosts, *flags: str) -> tuple[list[subprocess.Popen], int]:
+    address, port = f"{hosts.address}:{hosts.free_port()}", hosts.free_port()
+    argv = ["-m", "ch07_sglang_radix.launch_server", "--tp-size", "2", "--nnodes", "2", "--dist-init-addr", address,
+            "--device", "cpu", "--port", str(port), "--dist-timeout", "30", *flags]  # fmt: skip
+    return [hosts.start(i, *argv, "--node-rank", str(i)) for i in range(2)], port
+
+
+def said(process: subprocess.Popen, words: str) -> str:
+    """The line of the log that has them."""
+    log = []
+    for line in process.stderr:
+        if words in line:
+            return line
+        log.append(line)
+    raise AssertionError(f"the log ends without {words!r}:\n{''.join(log)}")
+
+
+@pytest.mark.parametrize("end", ["SIGTERM to node 0", "SIGTERM to both", "node 1 is killed", "node 0 is killed"])
+def test_a_server_on_two_hosts_answers_and_ends_as_one(hosts, end):
+    (a, b), port = server(hosts)
+    said(a, "ready after")
+    said(b, "ready: rank(s) 1 of 2")
+    body = {"text": PROMPT, "sampling_params": {"max_new_tokens": 8, "temperature": 0}}
+    assert json.loads(hosts.curl("/generate", json.dumps(body), port))["output_ids"] == expected(8)
+    if end == "SIGTERM to both":
+        b.terminate()
+        assert "goes on until node 0 leaves" in said(b, "SIGTERM")
+        assert json.loads(hosts.curl("/generate", json.dumps(body), port))["output_ids"] == expected(8)
+    if end.startswith("SIGTERM"):
+        a.terminate()
+        assert said(b, "node 0 has left")
+        assert (a.wait(IN_TIME_S), b.wait(IN_TIME_S)) == (0, 0)
+    else:
+        dead, other, number = (b, a, 1) if end.startswith("node 1") else (a, b, 0)
+        dead.kill()
+        line = said(other, "has died")
+        assert f"node {number} (host {hosts.names[number]})" in line
+        assert other.wait(IN_TIME_S) == 1
+
+
+def test_a_node_that_never_comes_is_named_and_the_server_ends(hosts):
+    address = f"{hosts.address}:{hosts.free_port()}"
+    a = hosts.start(0, "-m", "ch07_sglang_radix.launch_server", "--tp-size", "2", "--nnodes", "2", "--node-rank", "0",
+                    "--dist-init-addr", address, "--device", "cpu", "--port", "0", "--dist-timeout", "2")  # fmt: skip
+    line = said(a, "has not come")
+    assert f"node 1 of 2 has not come to {address} within 2 s; start it with --nnodes 2 --node-rank 1" in line
+    assert a.wait(IN_TIME_S) == 1
+
+
+# --- torchrun
+
+
+def torchrun(hosts: TwoHosts, *argv: str) -> list[subprocess.Popen]:
+    port = str(hosts.free_port())
+    return [
+        hosts.start(i, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={i}", "--nproc_per_node=1",
+                    f"--master_addr={hosts.address}", f"--master_port={port}", *argv)
+        for i in range(2)
+    ]  # fmt: skip
+
+
+def test_the_book_s_demo_under_torchrun_on_two_hosts_says_what_transformers_says(hosts, tmp_path):
+    a, b = torchrun(hosts, "ch07_sglang_radix/demo_tp_radix.py", "--force-cpu", "--json", str(tmp_path / "report.json"))
+    out, err = a.communicate(timeout=200)
+    assert (a.returncode, b.wait(60)) == (0, 0), err
+    assert out.count("as the formula says") == 2
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["world_size"] == 2
+    for request in report["requests"]:
+        assert request["output_ids"] == greedy(TINY_QWEN_PATH, request["prompt_ids"], len(request["output_ids"]))
+
+
+TALK = """
+import torch
+from common.distributed.launch import run_main
+from common.parallel_state import all_reduce, initialize_tensor_parallel
+def main():
+    tp = initialize_tensor_parallel(device="cpu")
+    print("talking", flush=True)
+    while True:
+        all_reduce(torch.ones(4), tp, "x")
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_rank_that_dies_under_torchrun_is_named_with_its_host(hosts, tmp_path, rank):
+    (tmp_path / "talk.py").write_text(TALK, encoding="utf-8")
+    both = torchrun(hosts, str(tmp_path / "talk.py"))
+    assert [process.stdout.readline() for process in both] == ["talking\n"] * 2
+    (victim,) = psutil.Process(both[rank].pid).children()
+    victim.kill()
+    _, _, errors = ends(both[1 - rank], 60)
+    died = rf"rank {rank} \(pid {victim.pid}\) on host {re.escape(hosts.names[rank])} has died"
+    assert len(errors) == 1
+    assert re.search(died, errors[0]), errors

@@ -1,0 +1,51 @@
+"""Models with experts, latent pages and adapters on a GPU: the kernels together, in graphs and without."""
+
+import pytest
+
+from ch07_sglang_radix.engine import Engine
+from tests.adapters import greedy_with, save_adapter
+from tests.common.kernels.where import gpu, kernel
+from tests.oracle import SMALL, greedy, save_random
+
+pytestmark = [kernel, gpu]
+PROMPTS = [list(range(3, 3 + n)) for n in (1, 5, 40, 90)]
+MODELS = [name for name in SMALL if "moe" in name or "deepseek" in name or name in ("mixtral", "one_of_60")]
+
+
+def answers(folder, dtype: str, disable_cuda_graph: bool) -> list[list[int]]:
+    engine = Engine(str(folder), device="cuda", dtype=dtype, disable_cuda_graph=disable_cuda_graph)
+    params = [{"max_new_tokens": 12, "temperature": 0.0, "ignore_eos": True}] * len(PROMPTS)
+    return [each["output_ids"] for each in engine.generate(input_ids=PROMPTS, sampling_params=params)]
+
+
+@pytest.mark.parametrize("disable_cuda_graph", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_equal_transformers(name, disable_cuda_graph, tmp_path):
+    folder = save_random(name, tmp_path)
+    assert answers(folder, "float32", disable_cuda_graph) == [greedy(folder, prompt, 12) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_graphs_give_the_tokens_of_plain_launches_in_bfloat16(name, tmp_path):
+    folder = save_random(name, tmp_path)
+    assert answers(folder, "bfloat16", False) == answers(folder, "bfloat16", True)
+
+
+@pytest.mark.parametrize("disable_cuda_graph", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize("backend", ["triton", "torch_native"])
+def test_every_request_has_its_adapter(backend, disable_cuda_graph, tmp_path):
+    """More adapters than slots, so that others come into a slot which a graph was captured with."""
+    folder = save_random("qwen2", tmp_path / "base")
+    paths = {str(i): save_adapter(folder, tmp_path / str(i), seed=i, r=2 + i) for i in range(4)}
+    engine = Engine(
+        str(folder), device="cuda", dtype="float32", disable_cuda_graph=disable_cuda_graph, enable_lora=True,
+        lora_paths={name: str(path) for name, path in paths.items()}, max_loras_per_batch=2, lora_backend=backend,
+    )  # fmt: skip
+    names = [None, "0", "1", "2", "3", "0", None, "2"]
+    prompts = [PROMPTS[i % 4] for i in range(len(names))]
+    params = [{"max_new_tokens": 12, "temperature": 0.0, "ignore_eos": True}] * len(names)
+    got = engine.generate(input_ids=prompts, sampling_params=params, lora_path=names)
+    assert [one["output_ids"] for one in got] == [
+        greedy_with(folder, paths[name], prompt, 12) if name else greedy(folder, prompt, 12)
+        for name, prompt in zip(names, prompts, strict=True)
+    ]

@@ -1,0 +1,76 @@
+"""The kernels of dense models in Triton's interpreter, a case or two of each; on a GPU test_kernels.py has them all."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common.attention.kv_cache import PagedKVCache
+from common.attention.merge import merge_two
+from common.attention.torch_native import TorchNativeAttention
+from common.sampling.batch import SamplingBatch, SamplingRow
+from common.sampling.params import SamplingParams
+from common.sampling.sampler import _sample
+from tests.common.kernels.test_kernels import SETTINGS, step
+from tests.common.kernels.where import DEVICE, GPU, kernel, relative_error
+
+pytestmark = [kernel, pytest.mark.skipif(GPU, reason="test_kernels.py runs on this GPU")]
+
+
+@pytest.mark.parametrize(("queries", "cached"), [([1] * 3, [0, 17, 140]), ([5, 1, 20], [30, 9, 0])])
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_attention(queries, cached, page_size):
+    from common.kernels.paged_attention import TritonAttention  # noqa: PLC0415
+
+    cache, meta, qkv = step(queries, cached, page_size, (7, 1), 8, device=DEVICE)
+    twin = PagedKVCache(1, cache.num_pages, page_size, 1, 8)
+    twin.kv.copy_(cache.kv.nan_to_num())
+    want = TorchNativeAttention(twin, meta)(0, *qkv)
+    assert relative_error(TritonAttention(cache, meta)(0, *qkv), want) < 2e-6
+    assert torch.equal(cache.kv.nan_to_num(), twin.kv)
+
+
+def test_parts_of_one_attention_are_merged():
+    from common.kernels.merge import merge_into  # noqa: PLC0415
+
+    o, part = torch.randn(2, 5, 3, 8)
+    lse, part_lse = torch.randn(2, 5, 3)
+    part_lse[2] = -torch.inf
+    want = merge_two((o.clone(), lse.clone()), (part, part_lse))
+    merge_into(o, lse, part, part_lse)
+    assert relative_error(o, want) < 1e-6
+
+
+def test_norms_activation_embedding():
+    from common.kernels import fused  # noqa: PLC0415
+
+    x, residual = torch.randn(2, 5, 37)
+    weight = torch.randn(37)
+    assert relative_error(fused.rms_norm(x, weight, 1e-6), F.rms_norm(x, (37,), weight, 1e-6)) < 1e-6
+    y, total = fused.add_rms_norm(x, residual, weight, 1e-6)
+    assert torch.equal(total, x + residual)
+    assert relative_error(y, F.rms_norm(total, (37,), weight, 1e-6)) < 1e-6
+    assert relative_error(fused.silu_and_mul(x[:, :36].contiguous()), F.silu(x[:, :18]) * x[:, 18:36]) < 1e-6
+    assert torch.equal(fused.embed(torch.tensor([0, 7, 9]), x, 5), torch.stack((0 * x[0], x[2], x[4])))
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.float32), (1, torch.float16), (9, torch.float16)])
+def test_linear(rows, dtype):
+    from common.kernels import linear  # noqa: PLC0415
+
+    x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((rows, 700), (37, 700), (37,)))
+    want = x.double() @ weight.double().t() + bias.double()
+    for _ in range(2):  # the counters are as they were before
+        assert relative_error(linear.linear(x, weight, bias), want) < (1e-6 if dtype == torch.float32 else 1e-3)
+    exact = linear.linear(x, weight, bias, torch.float32)
+    assert exact.dtype == torch.float32
+    assert relative_error(exact, want) < 1e-6
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_sampling(settings):
+    from common.kernels import sampling  # noqa: PLC0415
+
+    logits = torch.randn(4, 300) * 3
+    params = SamplingParams(**settings)
+    batch = SamplingBatch([SamplingRow(params, seed, [], []) for seed in range(4)])
+    assert (sampling.sample(logits, batch)[0] == _sample(logits, batch)[0]).sum() >= 3  # a draw may fall on a border
