@@ -9,6 +9,7 @@ class PagedKVCache:
     k, v [L, N, P, Hkv/R, d], two views of kv [L, 2, N, P, Hkv/R, d]. A page id means the same page on every rank;
     each rank's page holds that rank's heads. One id serves all layers too: every layer has the same numbering.
     The dtype may be a smaller one than the model's: values are rounded when they are written.
+    mapped_by: another process that reads this memory, which must then stay where it is (disaggregation); "": none does.
     planes: 1 where one row is what K and V are made of: k and v are then the same view of kv [L, 1, N, P, 1, c + r].
     """
 
@@ -21,6 +22,7 @@ class PagedKVCache:
         self.halves = self.kv.flatten(1, 2).unbind(0)  # by layer: the K of all pages, then their V [2N, P, Hkv/R, d]
         self._slots = [layer.unbind(0) for layer in self.kv.flatten(2, 3).unbind(0)]  # K and V [N * P, Hkv/R, d]
         self._room = self.k[0, :0]
+        self.mapped_by = ""
 
     @staticmethod
     def bytes_per_page(
