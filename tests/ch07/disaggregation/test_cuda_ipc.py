@@ -1,4 +1,4 @@
-"""Pages that are read where they lie: on a CPU with memory that a dictionary shares, so that all but the driver's calls is tested."""
+"""Pages that are read where they lie: on a CPU, with memory that a dictionary shares; all but the driver's calls is tested."""
 
 import logging
 import secrets
@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ch07_sglang_radix.adapters.weight_updater import WeightUpdater
 from ch07_sglang_radix.disaggregation import cuda_ipc, orders, peer_memory
-from ch07_sglang_radix.disaggregation.attach import Disaggregation
 from ch07_sglang_radix.disaggregation.cuda_ipc import (
     CudaIpcTransport,
     look_whether_it_can_be_read,
@@ -18,7 +18,7 @@ from ch07_sglang_radix.disaggregation.cuda_ipc import (
 from ch07_sglang_radix.disaggregation.head_slices import head_slices, latent_slices
 from ch07_sglang_radix.disaggregation.kv_pages import KVPages, as_words
 from ch07_sglang_radix.disaggregation.local_pair import Pair
-from ch07_sglang_radix.disaggregation.messages import HANDLE, Block, Done, Fail, Pool, Ready, Reserve
+from ch07_sglang_radix.disaggregation.messages import HANDLE, Block, Done, Fail, Metadata, Pool, Ready, Reserve, Write
 from ch07_sglang_radix.disaggregation.peer_memory import CudaMemory
 from ch07_sglang_radix.disaggregation.rooms import State
 from ch07_sglang_radix.disaggregation.transport import PeerPages
@@ -125,9 +125,9 @@ def test_pages_that_prefill_let_go_while_they_were_read_start_no_answer():
     reserve(decode, "a", pages=(7,))
     links["a"].peer = hello("prefill", 0, 1)
     theirs = torch.ones_like(kv)
-    decode.take(links["a"], cuda_ipc.Write(ROOM, [7]), PeerPages(theirs, [3]))
+    decode.take(links["a"], Write(ROOM, [7]), PeerPages(theirs, [3]))
     assert (kv[:, :, 7] == 1).all()
-    decode.take(links["a"], cuda_ipc_metadata(), None)
+    decode.take(links["a"], Metadata(SLOT, ROOM, 1, 0), None)
     assert links["a"].said[-1] == Done(ROOM, read=True)
     assert decode.states([ROOM]) == [State.TRANSFERRING]
 
@@ -142,18 +142,12 @@ def test_pages_that_prefill_let_go_while_they_were_read_start_no_answer():
     assert decode.states([ROOM]) == [State.FAILED]
 
 
-def cuda_ipc_metadata():
-    from ch07_sglang_radix.disaggregation.messages import Metadata  # noqa: PLC0415
-
-    return Metadata(SLOT, ROOM, 1, 0)
-
-
 def test_a_closed_room_reads_nothing_more():
     decode, links, kv, _ = a_rank("decode")
     reserve(decode, "a", pages=(7,))
     links["a"].peer = hello("prefill", 0, 1)
     obey(decode, (orders.CLOSE, (ROOM, 1, *orders.as_words("over"))))
-    decode.take(links["a"], cuda_ipc.Write(ROOM, [7]), PeerPages(torch.ones_like(kv), [3]))
+    decode.take(links["a"], Write(ROOM, [7]), PeerPages(torch.ones_like(kv), [3]))
     assert not kv.any()
 
 
@@ -281,18 +275,15 @@ def test_without_a_gpu_it_is_one_line_that_says_what_to_use():
 
 def test_without_the_driver_it_is_one_line_too(monkeypatch):
     monkeypatch.setattr(peer_memory, "LIBRARY", "libcuda.so.of.nobody")
-    with pytest.raises(ValueError, match="calls libcuda.so.of.nobody, which is not here; use tcp or shm"):
+    with pytest.raises(ValueError, match=r"calls libcuda\.so\.of\.nobody, which is not here; use tcp or shm"):
         CudaMemory(torch.device("cuda", 0))
 
 
 def test_pages_that_are_mapped_elsewhere_are_not_given_back(pair):
     """POST /release_memory_occupation of the prefill side: the other end would read what is somebody else's by then."""
-    from ch07_sglang_radix.adapters.weight_updater import WeightUpdater  # noqa: PLC0415
-
     both = pair(Dictionary())
     scheduler = both.prefill.scheduler
     cache = scheduler.wrapper.kv_cache
-    assert isinstance(both.prefill.half, Disaggregation)
     cache.mapped_by = "a decode engine"
     try:
         told = WeightUpdater(scheduler).release_memory_occupation(["kv_cache"])
