@@ -40,7 +40,7 @@ def test_what_comes_in_time_comes_back_and_so_does_its_error():
 
 
 def test_a_name_that_nobody_looks_up_is_given_up(dead_resolver):
-    with pytest.raises(TimeoutError, match="the lookup of 'trainer.local' takes longer than 0.05 s"):
+    with pytest.raises(TimeoutError, match=r"the lookup of 'trainer.local' takes longer than 0.05 s"):
         connect("trainer.local", 1, 0.05)
     assert dead_resolver == ["trainer.local"]
 
