@@ -258,7 +258,9 @@ class WeightUpdater:
                     f"{len(self.scheduler.everybody)} request(s) wait or run; memory is given back when nobody does"
                 )
             if PAGES in tags and (reader := self.occupation.executor.kv_cache.mapped_by):
-                raise ValueError(f"kv_cache cannot be given back: its pages are mapped by {reader}; leave it out of tags")
+                raise ValueError(
+                    f"kv_cache cannot be given back: its pages are mapped by {reader}; leave it out of tags"
+                )
             if WEIGHTS in set(tags) - self.occupation.away:
                 self.occupation.keep_a_copy()
 

@@ -135,7 +135,9 @@ def refuse_another_shape(pool: Pool, mine: torch.Tensor) -> None:
         raise ValueError(f"{len(pool.marks)} marks are announced in a probe of {pool.probe.nbytes}")
     alike = [(shape[0], shape[1], shape[3], shape[5]) for shape in (pool.shape, mine.shape)]
     if alike[0] != alike[1] or pool.itemsize != mine.element_size():
-        raise ValueError(f"a pool {pool.shape} of {pool.itemsize} bytes each; mine is {list(mine.shape)} of {mine.element_size()}")
+        raise ValueError(
+            f"a pool {pool.shape} of {pool.itemsize} bytes each; mine is {list(mine.shape)} of {mine.element_size()}"
+        )
 
 
 def look_whether_it_can_be_read(memory: PeerMemory, pool: Pool) -> None:

@@ -119,7 +119,9 @@ class Receiver(Room):
     thanked: bool = False  # Done has been said
     metadata: Metadata | None = None
     got: dict[int, set[int]] = field(default_factory=dict)
-    read_at: set[int] = field(default_factory=set)  # sources that have sent no bytes: their pages were read where they lie
+    read_at: set[int] = field(
+        default_factory=set
+    )  # sources that have sent no bytes: their pages were read where they lie
     kept_by: set[int] = field(default_factory=set)  # of them, who has said that nobody else had these pages meanwhile
 
     @property
