@@ -46,7 +46,9 @@ def words_around(start: int, stop: int, bits: int, count: int) -> Words:
 
 def unpack(words: torch.Tensor, bits: int, count: int, skip: int = 0) -> torch.Tensor:
     """words [.., W] int32, the first at the border of a unit -> codes skip .. skip + count-1, [.., count] uint8."""
-    octets = words.contiguous().view(torch.uint8)
+    octets = words.clone(memory_format=torch.contiguous_format).view(
+        torch.uint8
+    )  # also where a size of 1 has any stride
     if bits < 8:
         octets = torch.nn.functional.pad(octets, (0, -octets.shape[-1] % bits)).unflatten(-1, (-1, bits))
         eight = sum(octets[..., k].long() << 8 * k for k in range(bits))  # [.., W * 32 / (8 * bits)], 8 codes in each
@@ -63,4 +65,4 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         eight = codes.unflatten(-1, (-1, 8)).long()
         eight = sum(eight[..., k] << bits * k for k in range(8))
         codes = torch.stack([(eight >> 8 * k & 255).to(torch.uint8) for k in range(bits)], dim=-1).flatten(-2)
-    return codes.contiguous().view(torch.int32)[..., :words].contiguous()
+    return codes.clone(memory_format=torch.contiguous_format).view(torch.int32)[..., :words].contiguous()
