@@ -26,7 +26,7 @@ from common.values import choice, flag, new_file, path, real, shown, text, whole
 ONE_BY_DEFAULT = ("pp_size", "dp_size", "attn_dp_size", "cp_size", "ep_size")  # None asks for nothing, too
 REPORT_MODES = ("off", "server_log", "prometheus", "both")
 MOE_RUNNERS = ("auto", "loop", "grouped", "triton")
-TRANSFER_BACKENDS = ("tcp", "shm")  # what pages travel by, from one half to the other
+TRANSFER_BACKENDS = ("tcp", "shm", "cuda_ipc")  # what pages travel by, from one half to the other
 LEVELS = ("critical", "error", "warning", "info", "debug")
 MAX_RUNNING = 256
 DEFAULT_PAGE = {
@@ -277,7 +277,11 @@ class ServerArgs:
 
     def _about_disaggregation(self) -> None:
         mode = choice("disaggregation_mode", self.disaggregation_mode, MODES)
-        choice("disaggregation_transfer_backend", self.disaggregation_transfer_backend, TRANSFER_BACKENDS)
+        backend = choice("disaggregation_transfer_backend", self.disaggregation_transfer_backend, TRANSFER_BACKENDS)
+        if backend == "cuda_ipc" and self.device == "cpu":
+            raise ValueError(
+                "disaggregation_transfer_backend=cuda_ipc moves pages from GPU to GPU, and device=cpu; use tcp or shm"
+            )
         port = whole("disaggregation_bootstrap_port", self.disaggregation_bootstrap_port, 0, 65535)
         self._set("disaggregation_bootstrap_port", port)
         seconds = real("disaggregation_timeout", self.disaggregation_timeout, 0, 86400, open_below=True)
