@@ -40,7 +40,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, scheme: Scheme, damp: floa
     """
     w, h = weight.double().clone(), hessian.double().clone()
     m = w.shape[1]
-    size = scheme.group_size if scheme.strategy == "group" else m
+    size = scheme.group_size or m
     silent = h.diagonal() == 0  # inputs that were always zero: nothing is lost whatever their column is
     h[silent, silent] = 1
     w[:, silent] = 0

@@ -45,7 +45,7 @@ def scales(
     the type it is `stored` in: codes are chosen for the numbers that a reader will get."""
     largest = torch.maximum(-low, high)
     if scheme.kind == "float" and scheme.bits == 4:
-        return torch.where(largest > 0, torch.exp2(largest.log2().floor() - 2), 1.0), None
+        return torch.where(largest == 0, 1.0, torch.exp2(largest.log2().floor() - 2)), None
     if scheme.symmetric:
         scale = largest / (E4M3 if scheme.kind == "float" else 2 ** (scheme.bits - 1) - 1)
         return _as_stored(scale, stored), None
@@ -56,7 +56,7 @@ def scales(
 
 def _as_stored(scale: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
     scale = scale.to(stored).float()
-    return torch.where(scale > 0, scale, 1.0)
+    return torch.where(scale == 0, 1.0, scale)  # NaN stays, to be found
 
 
 def codes_of(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, scheme: Scheme) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Words written by hand, as the tools of the field write them, and what they stand for; and files that one of those tools writes."""
+"""Words written by hand, as tools of the field write them, and what they stand for; and files that one of those tools writes."""
 
 import pytest
 import torch
