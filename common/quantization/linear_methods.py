@@ -20,4 +20,17 @@ def pick_linear_method(
     auto: on a GPU activations for a scheme that rounds them, else weight_only; on a CPU dequantise. Raises ValueError if `compute`
     was asked for and no method takes the scheme.
     """
-    raise NotImplementedError
+    if compute not in QUANTIZED_COMPUTE:
+        raise ValueError(f"quantized_compute={compute!r} is unknown; use {', '.join(QUANTIZED_COMPUTE)}")
+    order = () if compute == "dequantise" else (compute,)
+    if compute == "auto" and device.type == "cuda":
+        order = ("activations", "weight_only") if scheme.activations else ("weight_only",)
+    elif compute == "auto":
+        order = ()
+    kinds = [kind for name in order for kind in LINEAR_METHODS[name] if kind.takes(scheme, device, dtype)]
+    if order and not kinds and compute != "auto":
+        raise ValueError(
+            f"quantized_compute={compute}: nothing here multiplies {str(dtype).removeprefix('torch.')} by {scheme} so on "
+            f"{device.type}; use auto or dequantise"
+        )
+    return kinds[0](scheme) if kinds else None
