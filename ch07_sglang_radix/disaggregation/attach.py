@@ -71,11 +71,12 @@ class Disaggregation:
 def what_it_is(wrapper: TPRadixAttentionModelWrapper) -> dict[str, Any]:
     """What must be equal on both sides (bootstrap.py), whatever their numbers of ranks. The checksum is of the last norm, which no
     cut touches: two models of one shape have different ones."""
-    config, norm, row = wrapper.config, wrapper.model.model.norm.weight, wrapper.kv_cache.kv.shape
+    config, norm, cache = wrapper.config, wrapper.model.model.norm.weight, wrapper.kv_cache
+    layers, planes, numbers = *cache.kv.shape[:2], cache.head_dim
     check = crc32(norm.detach().float().cpu().numpy().tobytes())
     model = (
-        f"{config.architecture} of {row[0]} layers, {config.num_kv_heads} KV heads, {row[1]} x {row[5]} numbers of each a token, "
+        f"{config.architecture} of {layers} layers, {config.num_kv_heads} KV heads, {planes} x {numbers} numbers of each a token, "
         f"vocabulary {config.vocab_size} (CRC {check:08x})"
     )
-    kv_dtype = str(wrapper.kv_dtype).removeprefix("torch.")
-    return {"version": VERSION, "model": model, "page_size": wrapper.page_size, "kv_cache_dtype": kv_dtype}
+    kept = cache.fingerprint()  # and the scales, of fp8
+    return {"version": VERSION, "model": model, "page_size": wrapper.page_size, "kv_cache_dtype": kept}

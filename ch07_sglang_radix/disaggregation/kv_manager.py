@@ -8,6 +8,7 @@ has come back nothing can write to its pages any more. SGLang's class of this na
 MooncakeKVManager) has the same two halves.
 """
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -45,7 +46,9 @@ class KVManager:
 
     def __init__(self, wrapper: TPRadixAttentionModelWrapper, mode: str):
         self.wrapper, self.mode, self.tp = wrapper, mode, wrapper.tp
-        self.kv = wrapper.kv_cache.kv  # [L, 2, N, P, Hkv/R, d], or latent rows [L, 1, N, P, 1, c + r]
+        # each [L, 2, N, P, Hkv/R, ...], or of latent rows [L, 1, N, P, 1, ...]: numbers, or codes and their scales
+        self.tensors = wrapper.kv_cache.tensors
+        _, self.planes, _, _, self.heads = self.tensors[0].shape[:5]
         self.hello = Hello(VERSION, mode, self.tp.rank, self.tp.size)
         self.transport: Transport
         self.log: list[tuple[int, AnyMessage]] | None = None
@@ -58,7 +61,7 @@ class KVManager:
         self._slots: dict[int, int] = {}  # decode rank 0: slot -> room
         self._engines: dict[int, list[str]] = {}  # decode: the ranks' addresses of each prefill engine
         self._to: dict[tuple[int, int], Link] = {}  # decode: (engine, prefill rank) -> link, as long as it is not lost
-        self._stream = torch.cuda.Stream(self.tp.device) if self.kv.is_cuda else None
+        self._stream = torch.cuda.Stream(self.tp.device) if self.tensors[0].is_cuda else None
 
     # --- what rank 0 says
 
@@ -154,7 +157,7 @@ class KVManager:
 
     def _send(self, room: int, last: bool, pages: list[int]) -> None:
         """pages: ours, the next of the prompt's; they stay as they are until the room is over."""
-        most = max(MOST_BYTES // self._bytes_of(1, self.kv.shape[4]), 1)
+        most = max(MOST_BYTES // self._bytes_of(1, self.heads), 1)
         ready = self._event()
         with self._lock:
             one = self._rooms.get(room)
@@ -173,21 +176,24 @@ class KVManager:
 
     def _slices(self, prefill_ranks: int, rank: int, decode_ranks: int) -> list[HeadSlice]:
         """What decode rank `rank` gets from whom."""
-        if self.kv.shape[1] == 1:  # one row for all heads, the same on every rank
+        if self.planes == 1:  # one row for all heads, the same on every rank
             return latent_slices(prefill_ranks, rank, decode_ranks)
         return head_slices(self.wrapper.config.num_kv_heads, prefill_ranks, rank, decode_ranks)
 
     def _read(self, pages: list[int], heads: tuple[int, ...], ready: Any) -> memoryview:
-        """The bytes of these heads of these pages, [L, 2, n, P, heads, d]. In a link's thread."""
+        """The bytes of these heads of these pages, of each tensor [L, 2, n, P, heads, ...]. In a link's thread."""
         with torch.cuda.stream(self._stream) if ready else nullcontext():
             if ready:
                 self._stream.wait_event(ready)
-            data = self.kv.index_select(2, torch.tensor(pages, device=self.kv.device))
-            if heads != tuple(range(self.kv.shape[4])):
-                data = data.index_select(4, torch.tensor(heads, device=self.kv.device))
-            data = data.cpu()
+            data = []
+            for x in self.tensors:
+                some = x.index_select(2, torch.tensor(pages, device=x.device))
+                if heads != tuple(range(self.heads)):
+                    some = some.index_select(4, torch.tensor(heads, device=x.device))
+                data.append(some.cpu().reshape(-1).view(torch.uint8))
+        data = data[0] if len(data) == 1 else torch.cat(data)
         self.bytes_moved += data.nbytes
-        return memoryview(data.view(torch.uint8).numpy().reshape(-1))
+        return memoryview(data.numpy())
 
     def _event(self) -> Any:
         """On a GPU: what was queued so far has been computed."""
@@ -307,16 +313,21 @@ class KVManager:
 
     def _write(self, pages: list[int], mine: HeadSlice, payload: memoryview) -> None:
         """Bytes -> these pages' heads. Under the lock, which is what makes `close` final."""
-        layers, two, _, page_size, own, head_dim = self.kv.shape
-        shape = (layers, two, len(pages), page_size, len(mine.heads), head_dim)
-        data = torch.frombuffer(payload, dtype=torch.uint8).view(self.kv.dtype).view(shape)
+        whole = mine.places == tuple((head, head) for head in range(self.heads))
+        sizes = [self._bytes_in(x, len(pages), len(mine.heads)) for x in self.tensors]
+        told = torch.frombuffer(payload, dtype=torch.uint8).split(sizes)
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            data, at = data.to(self.kv.device), torch.tensor(pages, device=self.kv.device)
-            if mine.places == tuple((head, head) for head in range(own)):
-                self.kv.index_copy_(2, at, data)
-            else:
-                for there, here in mine.places:
-                    self.kv[..., here, :].index_copy_(2, at, data[..., there, :])
+            for x, part in zip(self.tensors, told, strict=True):
+                layers, planes, _, page_size, _, *row = x.shape
+                odd = part.storage_offset() % x.element_size()  # behind codes of an odd number of bytes
+                data = (part.clone() if odd else part).view(x.dtype).to(x.device)
+                data = data.view(layers, planes, len(pages), page_size, len(mine.heads), *row)
+                at = torch.tensor(pages, device=x.device)
+                if whole:
+                    x.index_copy_(2, at, data)
+                else:
+                    for there, here in mine.places:
+                        x.select(4, here).index_copy_(2, at, data.select(4, there))
         if self._stream:
             self._stream.synchronize()
         self.bytes_moved += len(payload)
@@ -341,8 +352,13 @@ class KVManager:
             return list(self._rooms.values())
 
     def _bytes_of(self, pages: int, heads: int) -> int:
-        layers, two, _, page_size, _, head_dim = self.kv.shape
-        return layers * two * pages * page_size * heads * head_dim * self.kv.element_size()
+        return sum(self._bytes_in(x, pages, heads) for x in self.tensors)
+
+    @staticmethod
+    def _bytes_in(x: torch.Tensor, pages: int, heads: int) -> int:
+        """Of a page's tensor [L, planes, N, P, Hkv/R, ...]."""
+        layers, planes, _, page_size, _, *row = x.shape
+        return layers * planes * pages * page_size * heads * math.prod(row) * x.element_size()
 
     def _note(self, peer: int, message: AnyMessage) -> None:
         if self.log is not None:

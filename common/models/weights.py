@@ -26,6 +26,7 @@ from common.models.checkpoint import Stored, checkpoint_files, left_alone, open_
 from common.models.config import ModelConfig
 from common.models.decoder import CausalLM
 from common.models.json_file import json_shown, names_shown
+from common.models.kv_scales import KVScales, take_kv_scales
 from common.models.stages import Stage
 from common.models.tensor_names import EMBEDDING, HEAD, Needed, as_named_here, needed_of
 from common.parallel_state import TPGroup
@@ -47,6 +48,7 @@ class LoadReport:
     tensors: list[str] = field(default_factory=list)
     digest: str = ""  # SHA-256 of all names and numbers, if every one was looked at (check_finite)
     notes: list[str] = field(default_factory=list)  # decisions the reader should know of; rank 0 warns of each
+    kv_scales: list[KVScales] = field(default_factory=list)  # of this stage's layers, as the checkpoint has them
 
 
 class CheckpointTensor:
@@ -119,6 +121,8 @@ def load_model(
         _refuse_experts_beyond_the_files(config.mixture, found, where=str(folder))
         _refuse_latents_beyond_the_files(config, found, where=str(folder))
         _refuse_a_tower_beyond_the_files(config, found, where=str(folder))
+        kv_scales = take_kv_scales(found, config.num_layers, where=str(folder))
+        report.kv_scales = [kv_scales[layer] for layer in layers]
         with torch.device("meta"):  # shapes without memory, of all stages
             needed = needed_of(CausalLM(config, tp), found)
         what = f"{config.architecture} as config.json describes it"
