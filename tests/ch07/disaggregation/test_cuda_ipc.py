@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ch07_sglang_radix import Engine
 from ch07_sglang_radix.adapters.weight_updater import WeightUpdater
 from ch07_sglang_radix.disaggregation import cuda_ipc, orders, peer_memory
 from ch07_sglang_radix.disaggregation.cuda_ipc import (
@@ -235,6 +236,17 @@ def test_codes_travel_with_the_scales_of_their_rows(by, name):
                 for got, want in zip(seen, right, strict=True):
                     assert torch.equal(got[:, 0], want[:, rank])
                     assert got.any()
+
+
+@pytest.mark.parametrize("transport", ["bytes", "reading"])
+def test_an_answer_from_codes_is_that_of_one_engine(pair, transport):
+    """In int8, whose pages have a second part."""
+    options = {"kv_cache_dtype": "int8"}
+    with Engine(device="cpu", page_size=4, max_total_tokens=512, **options) as engine:
+        right = engine.generate(input_ids=PROMPT, sampling_params={"max_new_tokens": 6, "ignore_eos": True})
+    both = pair(Dictionary("no" if transport == "bytes" else ""), **options)
+    assert both.answer(both.ask(PROMPT)).output_ids == right["output_ids"]
+    assert both.at_rest()
 
 
 # --- what a peer says
