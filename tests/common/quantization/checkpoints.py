@@ -1,10 +1,8 @@
-"""Small quantized checkpoints: a random model of odd sizes, written in a format, and its twin with the numbers that the codes stand for."""
+"""Small quantized checkpoints: a model of odd sizes, written in a format, and its twin with the numbers that the codes stand for."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from common.quantization.config import QuantizationConfig
@@ -42,7 +40,12 @@ def is_linear(name: str) -> bool:
 FORMATS = {
     "fp8 by tensor": {"quant_method": "fp8", "activation_scheme": "dynamic"},
     "fp8 by channel": {"quant_method": "w8a8_fp8"},
-    "fp8 by block": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "fmt": "e4m3"},
+    "fp8 by block": {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "fmt": "e4m3",
+    },
     "fp8 by odd block": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [48, 40]},
     "int8": {"quant_method": "w8a8_int8"},
 }
