@@ -37,6 +37,7 @@ from common.models.graph_runner import DecodeGraphs, StepGraphs
 from common.models.hub import resolve_model
 from common.models.links import StageLinks
 from common.models.lora_manager import LoRAManager, LoRAOptions
+from common.models.quantized_tensors import weight_bytes
 from common.models.stages import Stage, layer_partition
 from common.models.two_batch_overlap import Half, Ragged, forward_in_halves, halves_of
 from common.models.verify_graphs import VerifyGraphs
@@ -187,8 +188,7 @@ class Executor:
             page_bytes + (drafter.page_bytes if drafter else 0), page_size, self.parallel,
             max_total_tokens=max_total_tokens, share=mem_fraction_static, words=words,
             full_length_tokens=max_running_requests * self.context_length,
-            weight_bytes=sum(p.numel() * p.element_size() for p in self.model.parameters())
-            + (self.lora.nbytes if self.lora else 0),
+            weight_bytes=weight_bytes(self.model) + (self.lora.nbytes if self.lora else 0),
         )  # fmt: skip
         self.kv_cache = PagedKVCache(
             layers, -(-self.num_pages // cp.size), page_size, num_kv, dtype=self.kv_dtype, device=self.tp.device, **row

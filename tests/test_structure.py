@@ -24,6 +24,7 @@ LEAVES = (
     "serving",
     "experts",
     "speculative",
+    "quantization",
     "adapters",
     "images",
 )  # folders that stand on a core

@@ -78,6 +78,15 @@ def stack_columns(parts: Sequence[Codes]) -> Codes:
     return Codes(q, scale, zero, torch.cat(groups))
 
 
+def unsigned(codes: Codes, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of integer codes: (q [n, m] uint8, zero [n, G]) counted from 0, as words hold them; symmetric ones have 0.0 in the middle."""
+    middle = 2 ** (bits - 1)
+    zero = torch.zeros_like(codes.scale) if codes.zero is None else codes.zero
+    if codes.q.dtype == torch.uint8:
+        return codes.q, zero
+    return (codes.q.to(torch.int16) + middle).to(torch.uint8), zero + middle
+
+
 def nothing(rows: int, group: torch.Tensor, dtype: torch.dtype) -> Codes:
     """Codes of zeros with columns grouped so, for the padding of heads and columns that a number of ranks does not divide."""
     q = torch.zeros(rows, len(group), dtype=torch.uint8).to(dtype)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from common.quantization import fp8, w8a8_int8
+from common.quantization import awq, compressed_tensors, fp8, gptq, mxfp4, w4afp8, w8a8_int8
 from common.quantization.codes import Codes
 from common.quantization.scheme import Expected, Scheme
 
@@ -33,7 +33,15 @@ class Format(NamedTuple):
 
 
 METHODS = {
-    "fp8": Format(fp8.tensors, fp8.codes, fp8.encode),
-    "w8a8_fp8": Format(fp8.tensors, fp8.codes, fp8.encode),
-    "w8a8_int8": Format(w8a8_int8.tensors, w8a8_int8.codes, w8a8_int8.encode),
+    name: Format(of.tensors, of.codes, of.encode)
+    for name, of in {
+        "fp8": fp8,
+        "w8a8_fp8": fp8,
+        "w8a8_int8": w8a8_int8,
+        "compressed-tensors": compressed_tensors,
+        "gptq": gptq,
+        "awq": awq,
+        "mxfp4": mxfp4,
+        "w4afp8": w4afp8,
+    }.items()
 }

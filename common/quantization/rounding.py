@@ -20,13 +20,13 @@ E4M3 = 448.0
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-def round_to_nearest(w: torch.Tensor, scheme: Scheme) -> Codes:
+def round_to_nearest(w: torch.Tensor, scheme: Scheme, stored: torch.dtype = torch.float32) -> Codes:
     """w [n, m] -> its codes; rows may be some of a matrix's unless they share scales (tensor, block). Symmetric integers are int8
-    around 0, others uint8, whatever offset a file adds."""
+    around 0, others uint8, whatever offset a file adds. stored: the type in which a file will hold the scales."""
     w, group = w.float(), groups(w.shape[1], scheme)
     high = _largest(w.clamp(min=0), group, scheme)  # [n, G]
     low = -_largest(-w.clamp(max=0), group, scheme)
-    scale, zero = scales(low, high, scheme)
+    scale, zero = scales(low, high, scheme, stored)
     return Codes(codes_of(w, scale[:, group], None if zero is None else zero[:, group], scheme), scale, zero, group)
 
 
@@ -38,17 +38,25 @@ def groups(columns: int, scheme: Scheme) -> torch.Tensor:
     return one_group(columns) if size is None else groups_of(slice(0, columns), size)[1]
 
 
-def scales(low: torch.Tensor, high: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Of numbers from low <= 0 to high >= 0: scale, and zero if the scheme has zeros; all of one shape."""
+def scales(
+    low: torch.Tensor, high: torch.Tensor, scheme: Scheme, stored: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Of numbers from low <= 0 to high >= 0: scale, and zero if the scheme has zeros; all of one shape. A scale is first rounded to
+    the type it is `stored` in: codes are chosen for the numbers that a reader will get."""
     largest = torch.maximum(-low, high)
     if scheme.kind == "float" and scheme.bits == 4:
-        return torch.where(largest > 0, torch.exp2(largest.log2().floor() - 2), 1.0), None
+        return torch.where(largest == 0, 1.0, torch.exp2(largest.log2().floor() - 2)), None
     if scheme.symmetric:
         scale = largest / (E4M3 if scheme.kind == "float" else 2 ** (scheme.bits - 1) - 1)
-        return torch.where(scale > 0, scale, 1.0), None
-    scale = (high - low) / (2**scheme.bits - 1)
-    scale = torch.where(scale > 0, scale, 1.0)
-    return scale, (-low / scale).round()
+        return _as_stored(scale, stored), None
+    scale = _as_stored((high - low) / (2**scheme.bits - 1), stored)
+    least = 1 if scheme.method == "gptq" and scheme.format != "gptq_v2" else 0  # a file holds zero - 1, and no -1
+    return scale, (-low / scale).round().clamp(least, 2**scheme.bits - 1)
+
+
+def _as_stored(scale: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+    scale = scale.to(stored).float()
+    return torch.where(scale == 0, 1.0, scale)  # NaN stays, to be found
 
 
 def codes_of(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, scheme: Scheme) -> torch.Tensor:
