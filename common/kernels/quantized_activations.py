@@ -1,4 +1,4 @@
-"""y = x W^T where x is rounded too: two FP8 or two INT8 numbers are multiplied, which tensor cores do twice as fast as 16-bit floats.
+"""y = x W^T where x is rounded too: FP8 times FP8 or INT8 times INT8, which tensor cores do at twice the speed of 16 bits.
 
     round_rows    x -> codes, and a scale for each row or for each 128 columns of a row; or by a scale that is given
     few_rows      up to 64 rows of x a program: bytes are the cost, as in linear.py
@@ -10,8 +10,8 @@ One group is a scale for a row of x and one for a row of W; they are then multip
 (DeepSeek-V3's blocks of 128 x 128) each group's products are summed apart and scaled, in float32. That is also more exact:
 Hopper's FP8 tensor cores keep some 14 bits of a running sum (DeepSeek-V3, section 3.3.2).
 
-Bytes: out * in and its scales, x once in 16 bits and written and read in 8 bits. A step of a few rows gains nothing from rounding x:
-W's bytes are the cost, and quantized_linear.py has them too, without a launch for x.
+Bytes: out * in and its scales, x once in 16 bits and written and read in 8 bits. A step of a few rows gains nothing from
+rounding x: W's bytes are the cost, and quantized_linear.py has them too, without a launch for x.
 """
 
 import torch
@@ -68,13 +68,20 @@ def _round_rows(
         xs = tl.load(x + t * x_stride + start + k, mask=start + k < last, other=0.0).to(tl.float32)
         value = tl.minimum(tl.maximum(xs / scale, -largest), largest)
         if q.dtype.element_ty == tl.int8:
-            value = (value + 12582912.0) - 12582912.0  # 1.5 * 2^23: a float32 of that size is an integer, rounded to even
+            value = (
+                value + 12582912.0
+            ) - 12582912.0  # 1.5 * 2^23: a float32 of that size is an integer, rounded to even
         tl.store(q + t * width + start + k, value.to(q.dtype.element_ty), mask=start + k < last)
     tl.store(scales + t * tl.num_programs(1) + g, scale)
 
 
 def multiply(
-    x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, share: int, dtype: torch.dtype,
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    w: torch.Tensor,
+    w_scale: torch.Tensor,
+    share: int,
+    dtype: torch.dtype,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [T, in], w [out, in], codes of one type; x_scale [T, G], w_scale [G, ceil(out / share)], float32 -> [T, out] of dtype."""

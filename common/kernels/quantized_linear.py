@@ -1,8 +1,8 @@
 """y = x W^T where W is codes and scales: read as they are, widened on the way to the tensor cores; x keeps its dtype.
 
-Decode is bytes: W is read once for up to ROWS rows of x, and a weight is 1 byte or half a byte instead of 2. Everything else
-follows `few_rows` of linear.py: W is the left factor (its rows fill the wide side of a tensor core's tile), and where W has few rows
-it is cut along `in` too; the last program of a tile to end adds up the parts.
+Decode is bytes: W is read once for up to ROWS rows of x, and a weight is 1 byte or half a byte instead of 2. The rest
+follows `few_rows` of linear.py: W is the left factor (its rows fill the wide side of a tensor core's tile), and where W has few
+rows it is cut along `in` too; the last program of a tile to end adds up the parts.
 
     for each turn of columns that shares a scale:    acc += scale * ((q - zero) x)
 
@@ -124,10 +124,7 @@ def _widened(
     BY_BITS: tl.constexpr = BITS == 4 and not E2M1 and dtype != tl.float32
     ABOVE: tl.constexpr = (128 if dtype == tl.bfloat16 else 1024) if BY_BITS else 0
     ONES: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x6400
-    if BY_BITS:
-        value = (code.to(tl.int16) | ONES).to(dtype, bitcast=True)
-    else:
-        value = _number(code, E2M1).to(dtype)
+    value = (code.to(tl.int16) | ONES).to(dtype, bitcast=True) if BY_BITS else _number(code, E2M1).to(dtype)
     if ZERO:
         value = value - (zero.to(tl.float32) + ABOVE).to(dtype)
     elif OFFSET + ABOVE != 0:
@@ -175,7 +172,9 @@ def _few_rows(
             coming = tl.load(scale_at + g * scale_stride, mask=live_n, other=0.0)
             coming_zero = tl.load(zero_at + g * scale_stride, mask=live_n, other=0) if ZERO else z
         if BITS == 4:
-            part_sum = tl.dot(_widened(code & 15, z[:, None], OFFSET, ZERO, BITS, E2M1, dtype), low, input_precision="ieee")
+            part_sum = tl.dot(
+                _widened(code & 15, z[:, None], OFFSET, ZERO, BITS, E2M1, dtype), low, input_precision="ieee"
+            )
             part_sum = tl.dot(
                 _widened(code >> 4, z[:, None], OFFSET, ZERO, BITS, E2M1, dtype), high, part_sum, input_precision="ieee"
             )

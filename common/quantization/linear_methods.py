@@ -2,12 +2,13 @@
 
 import torch
 
+from common.quantization.gpu_methods import RoundedActivations, WeightOnlyKernels
 from common.quantization.method import LinearMethod
 from common.quantization.scheme import Scheme
 
 LINEAR_METHODS: dict[str, tuple[type[LinearMethod], ...]] = {  # by --quantized-compute; the first that takes it
-    "weight_only": (),  # codes are widened as they are multiplied; x keeps its dtype
-    "activations": (),  # x is rounded too, and small numbers are multiplied
+    "weight_only": (WeightOnlyKernels,),  # codes are widened as they are multiplied; x keeps its dtype
+    "activations": (RoundedActivations,),  # x is rounded too, and small numbers are multiplied
 }
 QUANTIZED_COMPUTE = ("auto", "dequantise", *LINEAR_METHODS)
 
