@@ -45,7 +45,7 @@ class RoundedActivations(WeightOnlyKernels):
     where W's blocks have as many; by the checkpoint's scale where it has one.
 
     A scale for all of x (strategy tensor) that is found as x comes is found by the row here: a finer one, and no request's numbers
-    depend on who else is in the step. vLLM 0.30 does so, too, where its kernels allow it.
+    depend on who else is in the step.
     """
 
     name = "FP8 and INT8 kernels"
