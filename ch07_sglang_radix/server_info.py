@@ -35,7 +35,8 @@ def as_it_stands(scheduler: TPScheduler) -> dict[str, Any]:
             "spec_stand_down": {str(size): list(map(round, pair)) for size, pair in rates.items()},
         }  # fmt: skip
     adapters = s.lora.facts() if s.lora else {}
-    return experts | drafts | adapters | {
+    tiers = s.tiers.facts() if s.tiers else {}
+    return experts | drafts | adapters | tiers | {
         "schedule_policy": s.policy.name, "radix_eviction_policy": s.tree.eviction,
         "max_total_num_tokens": total["size"], "free_tokens": total["free"], "evictable_tokens": total["evictable"],
         "protected_tokens": total["protected"], "held_tokens": total["held"],
