@@ -94,7 +94,8 @@ class Executor:
     (common/layers/dispatch.py). ep_num_redundant_experts: experts that lie twice; ep_dispatch_algorithm, static or dynamic:
     which copy computes a row (common/layers/expert_placement.py). speculative: trees of guesses are verified, and what guesses, if
     it is not rank 0 (common/verify_step.py, common/models/drafters/). lora: room for LoRA adapters beside the weights; `self.lora`
-    then loads them, and each step says which slot its sequences use (common/models/lora_manager.py).
+    then loads them, and each step says which slot its sequences use (common/models/lora_manager.py). quantization,
+    quantized_compute: those of load_model (common/models/weights.py).
     Raises ValueError or FileNotFoundError, on every rank alike, for what cannot be run.
     """
 
@@ -108,6 +109,7 @@ class Executor:
         enable_layernorm_sp: bool = False, enable_all_reduce_fusion: bool = False, enable_two_batch_overlap: bool = False,
         moe_runner: str = "auto", ep_dispatch: str = "replicated", ep_num_redundant_experts: int = 0,
         ep_dispatch_algorithm: str = "static", speculative: DraftOptions | None = None, lora: LoRAOptions | None = None,
+        quantization: str | None = None, quantized_compute: str = "auto",
     ):  # fmt: skip
         self.parallel = parallel or (ParallelState.of(tp) if tp else get_parallel_state(device))
         self.tp = self.parallel.tp  # inside the stage
@@ -166,7 +168,7 @@ class Executor:
         self.stage = Stage(pp.rank, pp.size, layer_partition(pp_layer_partition) if pp.size > 1 else None)
         self.model, self.load_report = load_model(
             folder, self.tp, self.dtype, check_finite=check_finite, stage=self.stage, communicator=self.communicator,
-            moe=self.moe,
+            moe=self.moe, quantization=quantization, quantized_compute=quantized_compute,
         )  # fmt: skip
         self.linear_forms = choose_forms(self.model)
         self.config: ModelConfig = self.model.config
