@@ -26,6 +26,7 @@ from common.models.checkpoint import Stored, checkpoint_files, left_alone, open_
 from common.models.config import ModelConfig
 from common.models.decoder import CausalLM
 from common.models.json_file import json_shown, names_shown
+from common.models.kv_scales import KVScales, take_kv_scales
 from common.models.quantized_tensors import WEIGHT_DTYPES, CheckpointWeights
 from common.models.sizes_of_files import LAYER, refuse_sizes_beyond_the_files
 from common.models.stages import Stage
@@ -45,6 +46,7 @@ class LoadReport:
     tensors: list[str] = field(default_factory=list)
     digest: str = ""  # SHA-256 of all names and numbers, if every one was looked at (check_finite)
     notes: list[str] = field(default_factory=list)  # decisions the reader should know of; rank 0 warns of each
+    kv_scales: list[KVScales] = field(default_factory=list)  # of this stage's layers, as the checkpoint has them
 
 
 class CheckpointTensor:
@@ -119,6 +121,8 @@ def load_model(
         others = left_alone(folder, files)
         if others:
             report.notes.append(f"{folder}: {names_shown(others)} left alone; not part of this checkpoint")
+        kv_scales = take_kv_scales(found, config.num_layers, where=str(folder))
+        report.kv_scales = [kv_scales[layer] for layer in layers]
         weights = CheckpointWeights(found, config.quantization, str(folder))
         config = _settle_the_head(config, weights, report, where=str(folder))
         refuse_sizes_beyond_the_files(config, found, where=str(folder))

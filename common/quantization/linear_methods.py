@@ -2,11 +2,14 @@
 
 import torch
 
+from common.quantization.gpu_methods import RoundedActivations, WeightOnlyKernels
 from common.quantization.method import LinearMethod
-from common.quantization.scheme import KEPT, Scheme
+from common.quantization.scheme import Scheme
 
-# by --quantized-compute, the first that takes a scheme
-LINEAR_METHODS: dict[str, tuple[type[LinearMethod], ...]] = dict.fromkeys(KEPT, ())
+LINEAR_METHODS: dict[str, tuple[type[LinearMethod], ...]] = {  # by --quantized-compute, the first that takes a scheme
+    "weight_only": (WeightOnlyKernels,),  # codes are widened as they are multiplied; x keeps its dtype
+    "activations": (RoundedActivations,),  # x is rounded too, and small numbers are multiplied
+}
 
 
 def pick_linear_method(scheme: Scheme, device: torch.device, dtype: torch.dtype, compute: str) -> LinearMethod | None:
