@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import save
 
 from ch07_sglang_radix.scheduler import PAUSE_MODES, TPScheduler
+from common.distributed.update_group import MAX_MEMBERS, reach, refuse_size
 from common.memory_occupation import TAGS
-from common.values import choice, flag, texts, whole
+from common.values import choice, flag, host_name, texts, whole
 
 WEIGHT_UPDATER = "ch07_sglang_radix.adapters.weight_updater"  # in a wing that comes when it is asked for
 ACTIONS = ("checksum", "snapshot", "compare")
@@ -63,13 +64,8 @@ class WeightCalls(ABC):
         backend: str = "gloo",
     ) -> Told:  # fmt: skip
         """Join a trainer's group, this engine's rank r as its rank_offset + r (common/distributed/update_group.py)."""
-        if backend != "gloo":
-            raise ValueError(f"backend={backend!r}: new weights are looked at in the CPU's memory first; use gloo")
-        return self._exchange(
-            "init_weights_update_group", master_address=str(master_address), group_name=str(group_name),
-            master_port=whole("master_port", master_port, 1, 65535), rank_offset=whole("rank_offset", rank_offset, 1),
-            world_size=whole("world_size", world_size, 2),
-        )  # fmt: skip
+        group = group_to_join(master_address, master_port, rank_offset, world_size, group_name, backend)
+        return self._exchange("init_weights_update_group", **group)
 
     def destroy_weights_update_group(self, group_name: str = GROUP) -> Told:
         return self._exchange("destroy_weights_update_group", group_name=str(group_name))
@@ -185,6 +181,28 @@ class EngineWeights(WeightCalls):
             raise ValueError(
                 f"this engine is asleep, without its {' and '.join(self._away)}; call resume_memory_occupation() first"
             )
+
+
+def group_to_join(
+    master_address: str, master_port: int, rank_offset: int, world_size: int, group_name: str = GROUP,
+    backend: str = "gloo", ranks: int | None = None,
+) -> Told:  # fmt: skip
+    """The arguments, as they should be, once somebody listens there; ValueError within seconds. ranks: those here, if known.
+
+    It waits for the network, and is called where nobody else waits for it: not in an event loop, nor between two steps.
+    """
+    if backend != "gloo":
+        raise ValueError(f"backend={backend!r}: new weights are looked at in the CPU's memory first; use gloo")
+    size = whole("world_size", world_size, 2, MAX_MEMBERS)
+    offset = whole("rank_offset", rank_offset, 1, size - 1, f", of world_size={size}: rank 0 is the trainer's")
+    host, port = host_name("master_address", master_address), whole("master_port", master_port, 1, 65535)
+    if ranks is not None:
+        refuse_size(size, offset, ranks)
+    reach(host, port)
+    return {
+        "master_address": host, "master_port": port, "rank_offset": offset, "world_size": size,
+        "group_name": str(group_name),
+    }  # fmt: skip
 
 
 def as_bytes(named_tensors: Any) -> bytes:

@@ -5,8 +5,10 @@ this line meets another kind. A bool is no number: `top_k=True` is a slip, not a
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence, Set
 from decimal import Decimal
+from ipaddress import ip_address
 from itertools import islice
 from numbers import Real
 from operator import index
@@ -15,6 +17,8 @@ from typing import Any
 
 MAX_IDS = 1 << 20  # token ids in one list: more than any vocabulary has
 MAX_INT = (1 << 31) - 1  # what a task's or a kernel's int32 holds
+# RFC 1035's letters, digits and lengths; and _, which containers have in their names
+HOST = re.compile(r"(?=.{1,253}\Z)([A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?")
 
 
 def shown(value: Any) -> str:
@@ -180,6 +184,19 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
 def path(name: str, value: Any) -> str | Path | None:
     """A folder, a Hub id, or None."""
     return value if isinstance(value, Path) else text(name, value, empty=False, none=True)
+
+
+def host_name(name: str, value: Any) -> str:
+    """A host's name or its address, by its look: distributed/reach.py knows whether it is there."""
+    try:
+        right = isinstance(value, str) and bool(HOST.fullmatch(value) or ip_address(value))
+    except ValueError:
+        right = False
+    if not right:
+        raise ValueError(
+            f"{name}={shown(value)} must be the name of a host or its address, as trainer.local or 10.0.0.2"
+        )
+    return value
 
 
 def new_file(name: str, value: Any) -> str | Path | None:

@@ -26,6 +26,7 @@ all_reduce_cpu.svg    <- all_reduce_cpu.csv, all_reduce_decode.csv     python -m
 links.svg             <- links.csv             python -m common.distributed.measure_links --nproc 2 3 4
 disaggregation.svg    <- disaggregation.csv    python -m ch07_sglang_radix.benchmarks.bench_disaggregation --rounds 3
                                                    --prompts 100 400 800 --count 4 --every 0.8 --tokens 1900
+                         disaggregation_gpu    the same on two GPUs, --device cuda; left out while the CSV is not there
 speculation.svg       <- speculation.csv       python ch07_sglang_radix/speculative/demo_5_who_guesses.py --batches 1 4 16 64
                                                    --rounds 3 --csv figures/speculation.csv
 """
@@ -59,7 +60,7 @@ def main() -> None:
         print(f"wrote {path.relative_to(HERE.parent)}")
 
 
-def read(name: str) -> list[dict[str, str]]:
+def read(name: str | Path) -> list[dict[str, str]]:
     with (HERE / name).open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
@@ -602,8 +603,16 @@ def pipeline():
 
 
 def disaggregation():
+    return two_engines(HERE / "disaggregation.csv")
+
+
+def disaggregation_gpu():
+    return two_engines(HERE / "disaggregation_gpu.csv")
+
+
+def two_engines(path: Path):
     """What those who run feel of long prompts, and what the prompts pay: one engine, two of them, two that share the work."""
-    rows = read("disaggregation.csv")
+    rows = read(path.resolve())
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     names = list(dict.fromkeys(row["contender"] for row in rows))
     prompts = list(dict.fromkeys(row["prompt_tokens"] for row in rows))
@@ -629,7 +638,7 @@ def disaggregation():
         axis.spines[["top", "right"]].set_visible(False)
     one = rows[0]
     load = f"{one['streams']} answers, a prompt every {one['every_s']} s, chunks of {one['chunk']}"
-    figure.suptitle(f"bundled model, {load}; {one['device']}, {one['date']}", fontsize=10)
+    figure.suptitle(f"{one.get('model', 'bundled model')}, {load}; {one['device']}, {one['date']}", fontsize=10)
     return figure
 
 
@@ -662,6 +671,7 @@ def speculation():
 FIGURES: tuple[Callable, ...] = (
     toy_split, parallel_layers, heads, two_ways, loading, kv_cache, blocks, batching, messages,
     overlap_gaps, prefix, load_balance, control_plane, all_reduce_cpu, experts_forms, links, pipeline, disaggregation, speculation,
+    *((disaggregation_gpu,) if (HERE / "disaggregation_gpu.csv").exists() else ()),
 )  # fmt: skip
 
 if __name__ == "__main__":

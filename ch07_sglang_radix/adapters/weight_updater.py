@@ -27,7 +27,7 @@ from safetensors.torch import load
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.weight_calls import Told
 from common.distributed.messages import agree, share_all
-from common.distributed.update_group import UpdateGroup
+from common.distributed.update_group import UpdateGroup, reach, refuse_size
 from common.executor import DTYPES
 from common.memory_occupation import PAGES, WEIGHTS, MemoryOccupation
 from common.models.held_weights import checksums, shape_of, whole_tensor
@@ -183,11 +183,8 @@ class WeightUpdater:
         def look() -> None:
             if group_name in self._groups:
                 raise ValueError(f"group {group_name} is there already; destroy_weights_update_group first")
-            if world_size != rank_offset + self.world.size:
-                raise ValueError(
-                    f"world_size={world_size}, but rank_offset={rank_offset} and {self.world.size} rank(s) here make "
-                    f"{rank_offset + self.world.size}"
-                )
+            refuse_size(world_size, rank_offset, self.world.size)
+            reach(master_address, master_port)  # from here, too: before any of them waits for the others
 
         def join() -> UpdateGroup:
             return UpdateGroup(master_address, master_port, rank_offset + self.world.rank, world_size, group_name)
@@ -259,6 +256,10 @@ class WeightUpdater:
             if self.replica.rank == 0 and self.scheduler.busy:
                 raise ValueError(
                     f"{len(self.scheduler.everybody)} request(s) wait or run; memory is given back when nobody does"
+                )
+            if PAGES in tags and (reader := self.occupation.executor.kv_cache.mapped_by):
+                raise ValueError(
+                    f"kv_cache cannot be given back: its pages are mapped by {reader}; leave it out of tags"
                 )
             if WEIGHTS in set(tags) - self.occupation.away:
                 self.occupation.keep_a_copy()

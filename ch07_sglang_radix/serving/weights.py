@@ -9,6 +9,7 @@ hosts: who has the admin key says which. SGLang 0.5.23's update_weights_from_ten
 one safetensors file of whole tensors, in base64.
 """
 
+import asyncio
 import base64
 from contextlib import suppress
 from typing import Any
@@ -20,6 +21,7 @@ from ch07_sglang_radix.serving.io_struct import RequestError
 from ch07_sglang_radix.serving.native import described
 from ch07_sglang_radix.serving.responses import as_json, read_body
 from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
+from ch07_sglang_radix.weight_calls import group_to_join
 
 # what replicas would do one by one: if it failed on the second, the first would have done it
 OF_ONE_WILL = (
@@ -140,6 +142,11 @@ async def exchange(manager: TokenizerManager, op: str, **arguments: Any) -> Any:
             400, f"{op} with dp_size={size}: one replica could fail after another has changed; start {size} servers behind the "
             "router, and update each",
         )  # fmt: skip
+    if op == "init_weights_update_group":  # here, where others are answered meanwhile
+        try:
+            arguments = await asyncio.to_thread(group_to_join, **arguments, ranks=manager.args.engine.ranks)
+        except ValueError as error:
+            raise RequestError(400, str(error)) from None
     before = manager.away
     if op == "release_memory_occupation":
         manager.away = ["memory"]  # from now on, and not from when the reply comes

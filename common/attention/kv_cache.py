@@ -26,6 +26,7 @@ class PagedKVCache:
     each rank's page holds that rank's heads. One id serves all layers too: every layer has the same numbering.
     The dtype may be a smaller one than the model's: values are rounded when they are written. With float8, int8 and int4 the pages
     hold codes (kv_format.py), which are encoded when they are written and decoded when they are read, to float32.
+    mapped_by: another process that reads this memory, which must then stay where it is (disaggregation); "": none does.
     planes: 1 where one row is what K and V are made of: k and v are then the same view of kv [L, 1, N, P, 1, c + r].
     scales: each layer's (k_scale, v_scale) for float8; of one plane, the first counts.
 
@@ -57,6 +58,7 @@ class PagedKVCache:
         self._scales = [torch.tensor(one[:planes], device=device).view(-1, 1, 1, 1, 1) for one in self.scales]
         self._scale_of = [x.flatten(1, 2).unbind(0) for x in self._scales]  # of K and V, for rows
         self._room = self.k.new_empty(0)
+        self.mapped_by = ""
 
     @staticmethod
     def bytes_per_page(

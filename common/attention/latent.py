@@ -43,6 +43,7 @@ class LatentNativeAttention:
 
     capturable = False
     windows = True
+    reads_codes = True
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def __init__(self, cache: PagedKVCache, meta: AttentionMetadata):
@@ -127,11 +128,7 @@ def _parts(singles: list[int], lens: list[int], cache: PagedKVCache) -> list[lis
     """Decode rows that attend together: of similar length, and on a CPU no more than stay in its cache while they do."""
     parts = []
     for group in similar_lengths(singles, lens):
-        rounds = (
-            1
-            if cache.k.is_cuda
-            else -(-len(group) * max(lens[b] for b in group) * cache.row_nbytes // ROOM_BYTES)
-        )
+        rounds = 1 if cache.k.is_cuda else -(-len(group) * max(lens[b] for b in group) * cache.row_nbytes // ROOM_BYTES)
         size = -(-len(group) // rounds)
         parts += [group[i : i + size] for i in range(0, len(group), size)]
     return parts

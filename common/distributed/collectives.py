@@ -16,7 +16,8 @@ Collectives, each recorded by the process's ledger under a label:
     send_to, receive_from    one rank's -> another one's; sending does not wait, start_receive neither
     start_exchange    to one rank, and from another at the same time    round a ring; while something else is computed
 
-Vocabulary and semantics: Megatron-LM (Shoeybi et al. 2019); vLLM and SGLang call a group a GroupCoordinator.
+Vocabulary and semantics: Megatron-LM (Shoeybi et al. 2019); vLLM and SGLang call a group a GroupCoordinator. In one file:
+whoever asks how ranks talk, and what happens when one is gone, finds all of it here.
 """
 
 import time
@@ -36,6 +37,8 @@ from common.distributed.spawn import SpawnedRanks
 from common.distributed.symmetric_memory import SymmetricAllReduce
 
 CPU = torch.device("cpu")
+GONE_S = 5.0  # a dying process closes its sockets before it is gone: a moment, or longer where nobody gets a core
+SILENCE_IS_TOLD_S = 15.0  # a death on another host is told by its host, if that one is silent after SILENT_BEATS
 # torch 2.13 gave them new names; 2.11 has the old ones
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -313,7 +316,8 @@ def _call(send: Callable[[], Any], op: str, x: torch.Tensor, tp: TPGroup, label:
 def _blame(tp: TPGroup, error: Exception) -> tuple[str, bool]:
     """Which peer is gone, and whether one is known to be: the backend names a socket, a reader wants a rank."""
     began, members = time.monotonic(), tp.members
-    while time.monotonic() < began + 2.0:  # a dying process closes its sockets a moment before it is gone
+    patience = SILENCE_IS_TOLD_S if members else GONE_S
+    while time.monotonic() < began + patience:
         if lost := lost_peer(tp):
             return lost, True
         if left := _who_left(tp):

@@ -12,7 +12,8 @@ to member 0, and keeps it open:
 
 A process that dies, however it dies, has its connections closed by its system: the member is lost at once. A host that is off,
 cut off or stopped closes nothing, and is lost after SILENT_BEATS without a line. Who leaves in good order says "bye" before.
-Member 0 tells all others who was lost first, so that all give the same name and nobody blames one that only followed.
+Member 0 tells all others who was lost first, so that all give the same name and nobody blames one that only followed. A member
+may answer for other processes of its host, and looks at each beat whether they live (`watch`).
 
 The theory calls this a failure detector (Chandra and Toueg 1996). It is never sure of a silent host: a long pause looks the same.
 Messages are lines of JSON, over a network that must be a closed one: nobody is asked for a key, as with torch's own TCPStore.
@@ -23,7 +24,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -92,6 +93,7 @@ class Membership:
         self.number, self.size, self.name, self.where = number, size, name, where
         self.lost: str | None = None
         self.left: dict[int, str] = {}  # those who have said bye
+        self.watch: Callable[[], str | None] = lambda: None  # asked at each beat: who of this member's own is lost
         self._links, self._listener = list(links), listener
         self._said: dict[str, dict[int, Any]] = {}  # at member 0
         self._all: dict[str, list[Any]] = {}
@@ -246,6 +248,8 @@ class Membership:
         self._changed.notify_all()
 
     def _beat(self, selector: selectors.BaseSelector) -> None:
+        if self.lost is None and (own := self.watch()):
+            self._lose(own)
         for link in list(self._links):
             link.send()
             link.unheard += 1

@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[2]
 START_S = 180.0  # to import torch on a machine that is busy
 LEAVE_S = 3.0
 RANKS_A_CORE = 8
+EXIT_CODE_S = 5.0
 BEREAVED = 3  # exit code of a rank that ends because another one has
 
 
@@ -115,7 +116,7 @@ class SpawnedRanks:
         if rank == self.first or not self.processes:
             return False
         try:  # while its threads are still being ended, a process is dead and has no exit code yet
-            return self.processes[rank - self.first - 1].wait(1.0) == BEREAVED
+            return self.processes[rank - self.first - 1].wait(EXIT_CODE_S) == BEREAVED
         except subprocess.TimeoutExpired:
             return False
 
@@ -133,6 +134,15 @@ class SpawnedRanks:
             if time.monotonic() > deadline:
                 raise RankFailure(f"rank {min(missing)} of {self.size} was not ready after {START_S:.0f} s")
             time.sleep(0.01)
+        if self.members:
+            self.members.watch = self._dead_rank
+
+    def _dead_rank(self) -> str | None:
+        """For the other hosts: who of this one has died by itself. Its first rank may wait for a rank elsewhere, and not see it."""
+        for rank, process in enumerate(self.processes, start=self.first + 1):
+            if process.poll() not in (None, 0, BEREAVED):
+                return f"rank {rank} (pid {process.pid}) on {self.members.where} has died{self.last_words(rank)}"
+        return None
 
     def kill(self) -> None:
         for process in self.processes:

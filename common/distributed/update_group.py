@@ -16,12 +16,34 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from common.distributed.reach import connect, in_time
+
 TIMEOUT_S = 30.0  # for all to come, and for a broadcast to begin
+REACH_S = 5.0  # for a name to be looked up, and for somebody to take a connection there
+GREET_S = 10.0  # for a store to answer, once it is reached
+MAX_MEMBERS = 4096  # each has a connection to every other
 
 
 def open_store(host: str = "127.0.0.1", port: int = 0, timeout_s: float = TIMEOUT_S) -> dist.TCPStore:
     """The trainer's: where the others meet. Its `.port` is a free one unless it was given; keep it as long as the group."""
     return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+
+
+def refuse_size(size: int, offset: int, ranks: int) -> None:
+    """Raises ValueError if these ranks, from rank `offset` of the group on, are not the last of its `size` members."""
+    if size != offset + ranks:
+        raise ValueError(f"world_size={size}, but rank_offset={offset} and {ranks} rank(s) here make {offset + ranks}")
+
+
+def reach(host: str, port: int) -> str:
+    """The address at which the trainer listens; ValueError, within REACH_S, if nobody does. Not for an event loop: it waits."""
+    try:
+        with connect(host, port, REACH_S) as link:
+            return link.getpeername()[0]
+    except OSError as error:
+        raise ValueError(
+            f"nobody listens at {host}:{port} ({error.strerror or _first_line(error)}); start the trainer first"
+        ) from None
 
 
 class UpdateGroup:
@@ -32,10 +54,9 @@ class UpdateGroup:
         timeout_s: float = TIMEOUT_S, store: dist.Store | None = None,
     ):  # fmt: skip
         self.rank, self.size, self.name = rank, size, name
+        self._store = dist.PrefixStore(name, store or _store_at(host, port, min(timeout_s, GREET_S)))
         patience = timedelta(seconds=timeout_s)
         try:
-            store = store or dist.TCPStore(host, port, is_master=False, timeout=patience)
-            self._store = dist.PrefixStore(name, store)
             self._group = dist.ProcessGroupGloo(self._store, rank, size, patience)
         except (RuntimeError, ValueError) as error:
             self.leave()
@@ -60,6 +81,21 @@ class UpdateGroup:
     def leave(self) -> None:
         """Close every connection, also under a broadcast that others wait for. Safe to call twice."""
         self._group = self._store = None
+
+
+def _store_at(host: str, port: int, patience_s: float) -> dist.Store:
+    """A TCPStore's own timeout is for trying again: it waits forever for the first word of somebody who listens and is silent."""
+    address = reach(host, port)
+
+    def greet() -> dist.Store:
+        return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=patience_s / 2))
+
+    try:
+        return in_time(greet, patience_s, "its first word")
+    except (RuntimeError, TimeoutError) as error:
+        raise ValueError(
+            f"who listens at {host}:{port} is no trainer's store ({_first_line(error)}); give the port of open_store()"
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

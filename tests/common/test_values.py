@@ -120,6 +120,30 @@ def test_choices_paths_and_files(tmp_path):
             values.new_file("trace", bad)
 
 
+def test_a_host_is_a_name_or_an_address():
+    for right in ("localhost", "trainer_1.local", "a.b.", "10.0.0.2", "::1", "fe80::1%eth0", "a" * 63 + ".b"):
+        assert values.host_name("host", right) == right
+    for bad in (
+        "",
+        "\0",
+        "a b",
+        "a\n",
+        "a..b",
+        ".",
+        "a" * 64,
+        "a." * 127 + "a",
+        "http://a",
+        "a:1",
+        "[::1]",
+        "长城",
+        b"a",
+        None,
+        1,
+    ):
+        with pytest.raises(ValueError, match=r"^host=[^\n]* must be the name of a host or its address, as"):
+            values.host_name("host", bad)
+
+
 def test_vllm_parameters_keep_plain_values():
     """And not the list that somebody may change meanwhile."""
     allowed = [1, 2]

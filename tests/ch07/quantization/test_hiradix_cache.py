@@ -96,7 +96,9 @@ class Tiers:
 class AgainstADictionary(RuleBasedStateMachine):
     """Any order of requests, evictions, flushes and locks, with copies that take as long as they may."""
 
-    ids = st.lists(st.integers(0, 2), min_size=1, max_size=6).map(lambda pages: [t for page in pages for t in (page, 7)])
+    ids = st.lists(st.integers(0, 2), min_size=1, max_size=6).map(
+        lambda pages: [t for page in pages for t in (page, 7)]
+    )
 
     @initialize(policy=st.sampled_from(sorted(HITS)), host=st.sampled_from([9, 200]), idle=st.booleans())
     def begin(self, policy, host, idle):
@@ -176,7 +178,9 @@ def any_length(monkeypatch):
     monkeypatch.setattr(hiradix_cache, "LOAD_BACK_THRESHOLD", 1)
 
 
-@pytest.mark.parametrize(("policy", "copied"), [("write_through", 4), ("write_through_selective", 0), ("write_back", 0)])
+@pytest.mark.parametrize(
+    ("policy", "copied"), [("write_through", 4), ("write_through_selective", 0), ("write_back", 0)]
+)
 def test_when_a_node_is_copied(policy, copied):
     tiers = Tiers(policy, 20)
     tiers.request([1, 2, 3, 4])

@@ -6,6 +6,7 @@ pytest tests/ch07/serving/test_weights.py
 import asyncio
 import base64
 import json
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -19,6 +20,7 @@ from ch07_sglang_radix.parallelism.replica_engine import ReplicaEngine
 from ch07_sglang_radix.serving.io_struct import RequestError
 from ch07_sglang_radix.serving.weights import BODIES, OF_ONE_WILL, exchange
 from ch07_sglang_radix.weight_calls import EXCHANGES
+from common.distributed import reach, update_group
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.ch07.serving.running import InThisProcess
 from tests.ch07.serving.web import served
@@ -96,6 +98,12 @@ def test_weights_from_disk_answer_from_then_on_with_their_version(client, folder
         ("/update_weights_from_tensor", {"serialized_named_tensors": ["%"]}, "base64"),
         ("/update_weights_from_tensor", {"serialized_named_tensors": ["gASVAA=="]}, "no safetensors"),
         ("/init_weights_update_group", GROUP | {"world_size": 9}, "rank_offset=1"),
+        ("/init_weights_update_group", GROUP | {"world_size": 5000}, "world_size=5000 must be at most 4096"),
+        ("/init_weights_update_group", GROUP | {"rank_offset": 0, "world_size": 2}, "rank_offset=0 must be at least 1"),
+        ("/init_weights_update_group", GROUP | {"rank_offset": 2, "world_size": 2}, "must be at most 1, of world_size=2"),
+        ("/init_weights_update_group", GROUP | {"master_port": 65536, "world_size": 2}, "at most 65535"),
+        ("/init_weights_update_group", GROUP | {"master_address": "\0", "world_size": 2}, "must be the name of a host"),
+        ("/init_weights_update_group", GROUP | {"world_size": 2}, "nobody listens at 127.0.0.1:1 (Connection refused)"),
         ("/destroy_weights_update_group", {}, "no group"),
         ("/weights_checker", {"action": "reset_tensors"}, "checksum, snapshot or compare"),
         ("/release_memory_occupation", {"tags": ["all"]}, "weights, kv_cache or cuda_graph"),
@@ -107,6 +115,32 @@ def test_what_cannot_be_done_is_400_and_one_line(client, path, body, words):
     assert words in told["message"]
     assert "\n" not in told["message"]
     assert client.generate()["meta_info"]["weight_version"] == "default"
+
+
+def test_others_are_answered_while_a_name_is_looked_up_and_nobody_waits_long(client, monkeypatch):
+    """With a name server that does not answer. The steps of the engine go on, too."""
+    over, asked, told = threading.Event(), threading.Event(), []
+    real = reach.socket.getaddrinfo
+
+    def getaddrinfo(host, *place, flags=0, **more):
+        if host == "trainer.local" and not flags & socket.AI_NUMERICHOST:
+            asked.set()
+            over.wait(60)
+        return real(host, *place, flags=flags, **more)
+
+    monkeypatch.setattr(reach.socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(update_group, "REACH_S", 3)
+    body = GROUP | {"master_address": "trainer.local", "world_size": 2}
+    asking = threading.Thread(target=lambda: told.append(client("/init_weights_update_group", body)))
+    asking.start()
+    assert asked.wait(60)
+    client.generate()
+    asking.join(60)
+    over.set()
+    assert told[0][0] == 400
+    assert told[0][1]["message"] == (
+        "nobody listens at trainer.local:1 (the lookup of 'trainer.local' takes longer than 3 s); start the trainer first"
+    )
 
 
 def test_tensors_come_as_a_safetensors_file_in_base64(client):

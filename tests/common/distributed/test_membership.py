@@ -130,6 +130,17 @@ def test_who_leaves_because_of_another_names_it(first):
     c.leave()
 
 
+def test_a_member_tells_of_its_own_host_s_dead_although_nobody_there_asks(first, monkeypatch):
+    monkeypatch.setattr(membership, "BEAT_S", 0.02)
+    a, port = first(3)
+    b, c = join(port, 1, 3, "b"), join(port, 2, 3, "c")
+    b.watch = lambda: "rank 3 (pid 7) on host b has died"
+    assert within(60, lambda: a.lost and b.lost and c.lost)
+    assert {a.lost, b.lost, c.lost} == {"rank 3 (pid 7) on host b has died"}
+    for one in (b, c):
+        one.leave()
+
+
 def test_a_host_that_says_nothing_any_more_is_lost_after_some_beats(first, monkeypatch):
     monkeypatch.setattr(membership, "BEAT_S", 0.02)
     a, port = first(2)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import psutil
@@ -17,7 +18,7 @@ from ch07_sglang_radix import Engine
 from common import parallel_state
 from common.distributed import spawn
 from common.distributed.messages import share
-from common.distributed.spawn import Follower, start_ranks
+from common.distributed.spawn import BEREAVED, Follower, SpawnedRanks, start_ranks
 from common.parallel_state import RankFailure, TPGroup, initialize_tensor_parallel, shutdown_tensor_parallel
 from tests.common.distributed.followers import start, total
 
@@ -246,6 +247,21 @@ def test_a_rank_that_stays_away_is_ended_with_the_others(tmp_path):
     shutdown_tensor_parallel()
     assert gone(pids(tp), within_s=1)
     assert not list(tmp_path.glob("ranks-*"))
+
+
+def test_of_several_nodes_the_dead_of_this_one_are_told_unless_they_went_because_of_others(tmp_path):
+    ranks = SpawnedRanks(tmp_path, 6, range(2, 6), node_rank=1)
+    ranks.members = SimpleNamespace(watch=None, lost=None, where="node 1 (host b)", leave=lambda: None)
+    codes = [None, BEREAVED, 0]
+    ranks.processes = [SimpleNamespace(pid=70 + i, poll=lambda i=i: codes[i]) for i in range(3)]
+    for rank in (3, 4, 5):
+        (tmp_path / f"{rank}.ready").touch()
+    ranks.meet(2)
+    assert ranks.members.watch() is None
+    codes[0] = -9
+    assert ranks.members.watch() == "rank 3 (pid 70) on node 1 (host b) has died"
+    ranks.last_words_file(3).write_text("why", encoding="utf-8")
+    assert ranks.members.watch() == "rank 3 (pid 70) on node 1 (host b) has died: why"
 
 
 # --- rank 0 goes

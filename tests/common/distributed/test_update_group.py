@@ -1,12 +1,13 @@
 """A trainer's group: members as threads of this process, which have connections as processes have."""
 
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from common.distributed.update_group import UpdateGroup, open_store
+from common.distributed.update_group import UpdateGroup, open_store, refuse_size
 
 SIZE = 4
 
@@ -72,6 +73,38 @@ def test_nobody_at_that_port_is_one_line():
     store = open_store()
     port = store.port
     del store
-    with pytest.raises(ValueError, match=f"have come to 127.0.0.1:{port} within 0.3 s") as error:
-        UpdateGroup("127.0.0.1", port, 1, 2, timeout_s=0.3)
-    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=rf"^nobody listens at 127.0.0.1:{port} \([^\n]+\); start the trainer first$"):
+        UpdateGroup("127.0.0.1", port, 1, 2)
+
+
+@pytest.mark.parametrize("word", [None, b"", b"SSH-2.0-OpenSSH_9.9\r\n"])
+def test_who_listens_and_is_no_store_is_one_line(word):
+    """None: silence, for which a TCPStore would wait for ever; an empty word: the connection is closed."""
+    taken = []
+
+    def answer() -> None:
+        while True:
+            try:
+                taken.append(listener.accept()[0])
+            except OSError:
+                return
+            if word == b"":
+                taken.pop().close()
+            elif word:
+                taken[-1].sendall(word)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=answer, daemon=True).start()
+        where = f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(
+            ValueError, match=rf"^who listens at {where} is no trainer's store \([^\n]+\); give the port"
+        ):
+            UpdateGroup("127.0.0.1", int(where.rpartition(":")[2]), 1, 2, timeout_s=1)
+    for link in taken:
+        link.close()
+
+
+def test_ranks_must_be_the_last_of_the_group():
+    refuse_size(9, 1, 8)
+    with pytest.raises(ValueError, match=r"world_size=9, but rank_offset=2 and 8 rank\(s\) here make 10"):
+        refuse_size(9, 2, 8)
