@@ -11,7 +11,7 @@ from math import lcm
 from pathlib import Path
 from typing import Any
 
-from ch07_sglang_radix import speculative_args
+from ch07_sglang_radix import hicache_args, speculative_args
 from ch07_sglang_radix.arguments_not_here import ELSEWHERE, IDLE
 from ch07_sglang_radix.eviction import pick_strategy
 from ch07_sglang_radix.handoff import MODES
@@ -21,6 +21,7 @@ from common.arguments import says_names
 from common.distributed.layout import EP_ALGORITHMS, EP_DISPATCHES, Layout
 from common.distributed.nodes import START_S, parse_address
 from common.models.stages import layer_partition
+from common.quantization.scheme import QUANTIZED_COMPUTE
 from common.values import choice, flag, new_file, path, real, shown, text, whole
 
 ONE_BY_DEFAULT = ("pp_size", "dp_size", "attn_dp_size", "cp_size", "ep_size")  # None asks for nothing, too
@@ -70,7 +71,8 @@ class ServerArgs:
     disaggregation_timeout: seconds that a request waits for the other side; num_reserved_decode_tokens: free for each answer before
     another prompt may come. speculative_algorithm: NGRAM, STANDALONE, MEDUSA, EAGLE or EAGLE3 guesses several tokens, which a step
     verifies: the same text, sooner (speculative_args.py has all that goes with it). allow_image_urls: pictures may come from the
-    net (images/fetch.py). enable_lora, lora_paths and the others about LoRA: checked_lora in lora.py. All others are those of
+    net (images/fetch.py). enable_lora, lora_paths and the others about LoRA: checked_lora in lora.py. enable_hierarchical_cache and
+    the others about lower tiers of the tree: check_hicache in hicache_args.py. All others are those of
     TPRadixAttentionModelWrapper and TPScheduler. Raises ValueError for a value of a wrong kind or outside its range.
     """
 
@@ -102,6 +104,8 @@ class ServerArgs:
     device: str = "auto"
     dtype: str | None = "auto"
     kv_cache_dtype: str = "auto"
+    quantization: str | None = None
+    quantized_compute: str = "auto"
     context_length: int | None = None
     page_size: int | None = None
     max_total_tokens: int | None = None
@@ -158,6 +162,16 @@ class ServerArgs:
     lora_eviction_policy: str = "lru"
     lora_target_modules: tuple[str, ...] | None = None
     lora_backend: str = "auto"
+    enable_hierarchical_cache: bool = False
+    hicache_ratio: float = 2.0
+    hicache_size: float = 0
+    hicache_write_policy: str = "write_through"
+    hicache_io_backend: str = "direct"
+    hicache_storage_backend: str | None = None
+    hicache_storage_dir: str | None = None
+    hicache_storage_quota: float = 10.0
+    hicache_storage_prefetch_policy: str = "timeout"
+    hicache_prefetch_threshold: int = 256
 
     @classmethod
     def of(cls, given: Mapping[Any, Any]) -> "ServerArgs":
@@ -212,9 +226,12 @@ class ServerArgs:
             self._set(name, text(name, getattr(self, name)))
         self._about_experts()
         vars(self).update(speculative_args.check_speculative(self))
+        vars(self).update(hicache_args.check_hicache(self))
         check_policy(self.schedule_policy, self.disable_radix_cache)  # now, and not when the model is there
         pick_strategy(self.radix_eviction_policy)
         self._set("dtype", text("dtype", self.dtype, none=True))
+        self._set("quantization", text("quantization", self.quantization, none=True))
+        choice("quantized_compute", self.quantized_compute, QUANTIZED_COMPUTE)
         choice("log_level", self.log_level, LEVELS)
         choice("all_reduce", self.all_reduce, ("auto", "shm"))
         choice("moe_runner", self.moe_runner, MOE_RUNNERS)
