@@ -84,8 +84,9 @@ def no_scale(x: torch.Tensor) -> None:
 
 def keys_of(executor: Executor, prompt: list[int]) -> torch.Tensor:
     """Of the prompt's last token, in the last layer's first head [d]."""
-    cache, meta_rows = PagedKVCache(*shape_of(executor, pages(len(prompt))), torch.float32), SequenceTable(
-        1, pages(len(prompt)), PAGE, torch.device("cpu")
+    cache, meta_rows = (
+        PagedKVCache(*shape_of(executor, pages(len(prompt))), torch.float32),
+        SequenceTable(1, pages(len(prompt)), PAGE, torch.device("cpu")),
     )
     forward(executor, cache, meta_rows, [prompt], [list(range(pages(len(prompt))))])
     slot = torch.tensor([len(prompt) - 1])
