@@ -151,6 +151,7 @@ ROOMS = {
     "layers": {"distributed", "parallel_state", "kernels", "quantization"},
     "draft_tree": set(),
     "attention": {"distributed", "draft_tree", "kernels"},
+    "storage": set(),
     "sampling": {"bounded", "distributed", "draft_tree", "kernels", "layers", "values"},
     "text": {"bounded", "values"},
     "vision": {"attention", "distributed", "layers", "parallel_state", "values"},
