@@ -24,7 +24,7 @@ from common.attention.torch_native import TorchNativeAttention
 from common.distributed.launch import run_main
 from common.kernels import fused, linear, sampling
 from common.kernels.paged_attention import TritonAttention
-from common.kernels.timing import copy_bandwidth, timed
+from common.kernels.timing import ROTATE_BYTES, copy_bandwidth, timed
 from common.models.published_configs import published_config
 from common.sampling.batch import SamplingBatch, SamplingRow
 from common.sampling.params import SamplingParams
@@ -32,7 +32,6 @@ from common.sampling.sampler import _sample
 from common.teaching.report import FIGURES, write_csv
 
 MODELS = ("Qwen2.5-0.5B", "Qwen3-0.6B", "Qwen2.5-7B")
-ROTATE_BYTES = 256 << 20  # several times the L2 cache
 BF16 = torch.bfloat16
 SAMPLINGS = {
     "greedy": {},
