@@ -111,9 +111,8 @@ def mxfp4(weight: torch.Tensor) -> None:
     heading("MXFP4: one of 16 numbers, times a power of two that 32 share")
     codes, parts, back = written(weight, scheme_of("mxfp4"))
     stored = int(parts[".weight_scale"][0, 0])
-    print(
-        f"  largest |w| of the 32: {weight[0, :32].abs().max():.5f}; stored {stored}, scale 2^({stored} - 127) = {float(codes.scale[0, 0]):g}"
-    )
+    print(f"  largest |w| of the 32: {weight[0, :32].abs().max():.5f}")
+    print(f"  stored {stored}: scale 2^({stored} - 127) = {float(codes.scale[0, 0]):g}")
     rows = []
     for i in range(SHOWN):
         octet = int(parts[".weight_packed"][0, i // 2])
