@@ -137,7 +137,8 @@ def held_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    return sum(x.numel() * x.element_size() for x in held_tensors(model).values())
+    opaque = sum(layer.method.opaque_bytes for layer in codes_of(model).values())
+    return opaque + sum(x.numel() * x.element_size() for x in held_tensors(model).values())
 
 
 def refuse_codes(model: nn.Module, what: str) -> None:
