@@ -24,6 +24,7 @@ from ch07_sglang_radix.disaggregation.messages import (
     Block,
     Done,
     Fail,
+    Kept,
     Metadata,
     Part,
     Pool,
