@@ -150,7 +150,7 @@ ROOMS = {
     "parallel_state": {"distributed"},
     "distributed": {"parallel_state", "kernels", "values"},
     "kernels": {"attention", "distributed", "layers", "quantization", "sampling"},
-    "quantization": {"kernels", "models", "values"},
+    "quantization": {"kernels", "models", "tiny_qwen", "values"},
     "layers": {"distributed", "parallel_state", "kernels", "quantization"},
     "draft_tree": set(),
     "attention": {"distributed", "draft_tree", "kernels"},

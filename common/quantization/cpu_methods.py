@@ -37,7 +37,7 @@ from common.quantization.codes import Codes
 from common.quantization.method import LinearMethod
 from common.quantization.scheme import Scheme
 
-SMALLEST = 1 << 18  # numbers
+SMALLEST = 1 << 19  # numbers
 LARGEST = {"int": 127.0, "float": 448.0}
 MIDDLE = 64  # is 0, in the unsigned bytes that FBGEMM wants of x
 
