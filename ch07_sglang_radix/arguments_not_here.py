@@ -1,6 +1,6 @@
 """Arguments that SGLang's engine has and this one has not: the way out, for the one line that refuses them."""
 
-from ch07_sglang_radix import lora, speculative_args
+from ch07_sglang_radix import hicache_args, lora, speculative_args
 
 # what SGLang has and this engine has not: the way out
 ELSEWHERE = (
@@ -13,7 +13,6 @@ ELSEWHERE = (
         "chat_template": "put it into the tokenizer's folder, and name that with tokenizer_path=",
         "enable_metrics": "get_server_info() tells them; of the server, GET /metrics",
         "log_requests": "use trace=, a line for each step, or log_level=",
-        "quantization": "weights are read as float32, bfloat16 or float16; use dtype=",
         "moe_a2a_backend": "use ep_dispatch='all_to_all', by plain collectives of NCCL or gloo",
         "eplb_algorithm": "EPLB as DeepSeek published it is the only one here; leave it out",
         "eplb_rebalance_layers_per_chunk": "all layers move between the same two steps; leave it out",
@@ -40,12 +39,12 @@ ELSEWHERE = (
         "enable_flashinfer_allreduce_fusion": "use enable_all_reduce_fusion",
         "moe_runner_backend": "it is moe_runner= here: auto, loop, grouped or triton",
         "enable_torch_compile": "nothing is compiled but kernels; leave it out",
-        "enable_hierarchical_cache": "pages stay on the device; use a larger max_total_tokens or kv_cache_dtype=",
         "cpu_offload_gb": "weights stay on the device; use more ranks or a smaller dtype",
         "sampling_backend": "one sampler here; leave it out",
     }
     | lora.ELSEWHERE
     | speculative_args.ELSEWHERE
+    | hicache_args.ELSEWHERE
 )
 # values that ask for nothing of it, besides None: SGLang's own defaults (0.5.23, srt/arg_groups/fields/)
 IDLE = dict.fromkeys(ELSEWHERE) | {
@@ -56,5 +55,5 @@ IDLE = dict.fromkeys(ELSEWHERE) | {
     "trust_remote_code": False, "load_format": "auto",
     "json_model_override_args": "{}", "tokenizer_mode": "auto", "is_embedding": False, "enable_dp_attention": False,
     "enable_torch_compile": False, "enable_flashinfer_allreduce_fusion": False, "moe_runner_backend": "auto",
-    "enable_hierarchical_cache": False, "cpu_offload_gb": 0, "watchdog_timeout": 300,
-} | lora.IDLE | speculative_args.IDLE  # fmt: skip
+    "cpu_offload_gb": 0, "watchdog_timeout": 300,
+} | lora.IDLE | speculative_args.IDLE | hicache_args.IDLE  # fmt: skip

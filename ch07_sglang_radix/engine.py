@@ -32,6 +32,7 @@ from ch07_sglang_radix.generate_request import GenerateCall, GenerateRequest, ch
 from ch07_sglang_radix.lora_calls import LoRACalls, lora_options
 from ch07_sglang_radix.node import node_of
 from ch07_sglang_radix.profiler import RankProfiler, StepsLeft, profile_name
+from ch07_sglang_radix.radix_cache import RadixCache
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.server_args import DEFAULT_PAGE, ServerArgs
 from ch07_sglang_radix.server_info import as_it_stands, what_it_is
@@ -51,6 +52,7 @@ REBALANCER = "ch07_sglang_radix.experts.rebalancer"  # another wing
 SPECULATIVE = "ch07_sglang_radix.speculative.attach"
 DISAGGREGATION = "ch07_sglang_radix.disaggregation.attach"  # for half an engine
 IMAGES = "ch07_sglang_radix.images.attach"  # for a model that sees
+HICACHE = "ch07_sglang_radix.quantization.hicache"  # for a tree with lower tiers
 
 
 class Engine(GenerateCalls, EngineWeights, LoRACalls):
@@ -86,12 +88,14 @@ class Engine(GenerateCalls, EngineWeights, LoRACalls):
             disable_cuda_graph=args.disable_cuda_graph, mem_fraction_static=args.mem_fraction_static,
             kv_cache_dtype=args.kv_cache_dtype, tokenizer_path=args.tokenizer_path,
             skip_tokenizer_init=args.skip_tokenizer_init, context_length=args.context_length,
-            check_finite=args.check_finite, parallel=parallel, pp_layer_partition=args.pp_layer_partition,
+            check_finite=args.check_finite, quantization=args.quantization,
+            quantized_compute=args.quantized_compute, parallel=parallel, pp_layer_partition=args.pp_layer_partition,
             enable_layernorm_sp=args.enable_layernorm_sp, enable_all_reduce_fusion=args.enable_all_reduce_fusion,
             enable_two_batch_overlap=args.enable_two_batch_overlap, moe_runner=args.moe_runner, ep_dispatch=args.ep_dispatch,
             ep_num_redundant_experts=args.ep_num_redundant_experts, ep_dispatch_algorithm=args.ep_dispatch_algorithm,
             speculative=draft_options(args), lora=lora_options(args),
         )  # fmt: skip
+        tiers = import_module(HICACHE) if args.enable_hierarchical_cache else None
         overlap = None if args.disable_overlap_schedule is None else not args.disable_overlap_schedule
         self._scheduler: TPScheduler | None = TPScheduler(
             self._wrapper, chunked_prefill_size=prefill_tokens(args, tp.device.type, page_size),
@@ -102,6 +106,7 @@ class Engine(GenerateCalls, EngineWeights, LoRACalls):
             num_lanes=args.pp_size + args.pp_async_batch_depth, max_lane_size=args.pp_max_micro_batch_size,
             enable_dynamic_chunking=args.enable_dynamic_chunking,
             radix_bigram=args.speculative_algorithm in ("EAGLE", "EAGLE3"),
+            tree=tiers.tree_class if tiers else RadixCache,
         )  # fmt: skip
         if args.speculative_algorithm:
             import_module(SPECULATIVE).attach(self._scheduler, args)
@@ -115,6 +120,7 @@ class Engine(GenerateCalls, EngineWeights, LoRACalls):
                 says=report in ("server_log", "both"), nodes=max(args.nnodes // args.pp_size, 1),
             )  # fmt: skip
         self._attach_adapters(args)
+        self._hicache = tiers.HiCache(self._scheduler, args) if tiers else None
         self.disaggregation, self.disaggregation_mode = None, args.disaggregation_mode
         if args.disaggregation_mode != "null":
             self.disaggregation = import_module(DISAGGREGATION).Disaggregation(self._scheduler, args)
@@ -300,6 +306,9 @@ class Engine(GenerateCalls, EngineWeights, LoRACalls):
         if self.disaggregation:
             self.disaggregation.close()
             self.disaggregation = None
+        if self._hicache:
+            self._hicache.close()
+            self._hicache = None
         self._let_weights_go()
         tp = self._scheduler.tp if self._scheduler else None
         self._scheduler = self._wrapper = None

@@ -5,7 +5,9 @@ srt/mem_cache/evict_policy.py. (FCFS, LPM and their like are schedule policies, 
 schedule_policy.py.)
 """
 
-from collections.abc import Callable
+import heapq
+from collections.abc import Callable, Iterable
+from itertools import count
 from typing import Any
 
 from ch07_sglang_radix.tree_node import TreeNode
@@ -57,3 +59,40 @@ STRATEGIES: dict[str, Callable[[TreeNode], Any]] = {
 def pick_strategy(name: str) -> Callable[[TreeNode], Any]:
     """Raises ValueError for an unknown name."""
     return STRATEGIES[choice("radix_eviction_policy", name, tuple(STRATEGIES))]
+
+
+class EvictionLine:
+    """Nodes in the order in which they go. A heap: offering and taking one cost O(log n), however large the tree is.
+
+    rank: of the strategy. may_go: asked when a node is offered, and again when it is its turn. nodes: all there are.
+    A node is offered anew whenever its rank may have changed; the older entry is stale, and thrown away when its turn comes.
+    """
+
+    def __init__(
+        self,
+        rank: Callable[[TreeNode], Any],
+        may_go: Callable[[TreeNode], bool],
+        nodes: Callable[[], Iterable[TreeNode]],
+    ):
+        self._rank, self._may_go, self._nodes = rank, may_go, nodes
+        self._heap: list[tuple[Any, int, TreeNode]] = []  # (rank, number, node)
+        self._number = count()
+        self._most = 64
+
+    def offer(self, node: TreeNode) -> None:
+        """Put it in line at its present rank, if it may go."""
+        if not self._may_go(node):
+            return
+        heapq.heappush(self._heap, (self._rank(node), next(self._number), node))
+        if len(self._heap) > self._most:  # mostly stale
+            self._heap = [(self._rank(node), next(self._number), node) for node in self._nodes() if self._may_go(node)]
+            heapq.heapify(self._heap)
+            self._most = 4 * len(self._heap) + 64
+
+    def next(self) -> TreeNode | None:
+        """Take out the first one; None if nobody may go."""
+        while self._heap:
+            rank, _, node = heapq.heappop(self._heap)
+            if self._may_go(node) and rank == self._rank(node):
+                return node
+        return None

@@ -146,6 +146,8 @@ class GenerateCall:
             "cached_tokens": out.cached_tokens, "completion_tokens": out.completion_tokens,
             "finish_reason": out.finish_reason, "weight_version": out.weight_version,
         }  # fmt: skip
+        if out.cached_tokens_details:
+            meta["cached_tokens_details"] = out.cached_tokens_details
         if out.drafts:
             right, guessed = out.drafts["spec_num_correct_drafts"], out.drafts["spec_num_proposed_drafts"]
             meta |= out.drafts | {

@@ -41,7 +41,7 @@ def _check_nodes(state: SchedulerState) -> None:
     evictable = protected = 0
     for node in tree.nodes():
         name = f"node {node.key[:4].tolist()}..."
-        if len(node.key) != len(node.value) or len(node.key) % page_size or not len(node.key):
+        if not tree.sound(node) or len(node.key) % page_size or not len(node.key):
             raise InvariantError(f"{name}: {len(node.key)} tokens, {len(node.value)} slots, page size {page_size}")
         if node.parent.children.get(tree.name_of(node)) is not node:
             raise InvariantError(f"{name} is not where its first page says")
@@ -55,9 +55,9 @@ def _check_nodes(state: SchedulerState) -> None:
         ).any():
             raise InvariantError(f"{name}: its slots are not whole pages")
         if node.lock_ref:
-            protected += len(node.key)
+            protected += len(node.value)
         else:
-            evictable += len(node.key)
+            evictable += len(node.value)
     if (evictable, protected) != (tree.evictable_size, tree.protected_size):
         raise InvariantError(
             f"the tree counts {tree.evictable_size} evictable and {tree.protected_size} protected slots, "

@@ -102,5 +102,5 @@ class Outcome:
             request_id=req.rid, prompt=req.prompt, prompt_ids=req.prompt_ids, text=req.answer.shown(),
             output_ids=list(req.output_ids), cached_tokens=req.cached_tokens or 0, finish_reason=req.finish_reason,
             logprobs=list(req.answer.logprobs), prompt_logprobs=list(req.prompt_logprobs), drafts=req.drafts,
-            weight_version=self.state.front.weight_version,
+            weight_version=self.state.front.weight_version, cached_tokens_details=req.cached_tokens_details,
         )  # fmt: skip

@@ -85,22 +85,23 @@ class PrefillAdder:
         if self.budget <= 0 or self.memory.rows.num_free == 0:
             return Answer.FULL
         match = self.memory.match(req)
-        new = req.seq_len - len(match.slots)
-        if (self.chunked and new > self.budget) or not self._in_batch(req, len(match.slots)):
+        found = len(match.slots) + match.host_hit_length
+        new = req.seq_len - found
+        if (self.chunked and new > self.budget) or not self._in_batch(req, found):
             return Answer.LATER  # one prompt in parts is enough; what is being computed need not be computed twice
-        if not all(gate(req, len(match.slots)) for gate in self._gates):
+        if not all(gate(req, found) for gate in self._gates):
             return Answer.HELD
         if new > self.budget and self.budget < self.page_size:
             return Answer.FULL  # not even a chunk of one page
-        if not self._reserve(req, match):
-            return Answer.FULL
+        if (answer := self._reserve(req, match)) is not Answer.ADDED:
+            return answer
         if req.cached_tokens is None:  # not again after a retraction: it would find its own tokens
-            req.cached_tokens = len(match.slots)
+            req.cached_tokens = req.kv_len
         self._take(req)
         return Answer.ADDED
 
-    def _reserve(self, req: Req, match: MatchResult) -> bool:
-        """Give the request its row, if the pool will probably hold its whole answer.
+    def _reserve(self, req: Req, match: MatchResult) -> Answer:
+        """Give the request its row, if the pool will probably hold its whole answer, and all that is cached of it is there.
 
         SGLang's rule: what it needs against what is free or evictable, less what the running requests will
         still need, a share new_token_ratio of their worst case, and what this step has promised already.
@@ -112,9 +113,13 @@ class PrefillAdder:
             > self.memory.obtainable_slots() - self.promised
         ):
             self.tree.dec_lock_ref(match.last_node)
-            return False
+            return Answer.FULL
+        if match.host_hit_length:
+            there = self.tree.load_back(match, req)
+            self.tree.dec_lock_ref(match.last_node)
+            return self._reserve(req, self.memory.match(req)) if there else Answer.HELD
         self.memory.admit(req, match)
-        return True
+        return Answer.ADDED
 
     def _take(self, req: Req, limit: int | None = None) -> None:
         """Slots for the next part of its prompt. A chunk ends at a page's end and leaves room for small requests."""

@@ -15,14 +15,13 @@ under its first page and, if it has one, its extra_key, so a namespace that is u
 alone has a tree.
 """
 
-import heapq
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
 
-from ch07_sglang_radix.eviction import pick_strategy
+from ch07_sglang_radix.eviction import EvictionLine, pick_strategy
 from ch07_sglang_radix.memory_pool import ReqToTokenPool, TokenToKVPool
 from ch07_sglang_radix.tree_node import TreeNode, TreeUser
 
@@ -34,11 +33,14 @@ class MatchResult:
     """slots [n] of the longest cached prefix, and the node it ends at: lock that node before anything is evicted.
 
     kept: so many at the end are not the tree's, but what the request's session has kept (session_memory.py).
+    host_hit_length: so many tokens behind them lie in a lower tier alone, down to last_host_node: `load_back` brings them.
     """
 
     slots: np.ndarray
     last_node: TreeNode
     kept: int = 0
+    host_hit_length: int = 0
+    last_host_node: TreeNode | None = None
 
 
 class RadixCache:
@@ -49,7 +51,12 @@ class RadixCache:
     extra_key, wherever it is taken, is a namespace (a LoRA adapter, a salt): equal tokens in two of them share nothing.
     Times are a counter's and not the clock's, so that runs repeat exactly.
     evictable_size and protected_size count slots, as do the arguments and results of all methods.
+
+    A tree with more tiers (quantization/hiradix_cache.py) keeps nodes that have no slots any more; it says so in what a node is
+    made of, in what becomes of the slots of known tokens, and in what is left when a node's slots go: three methods.
     """
+
+    node_class = TreeNode
 
     def __init__(
         self, pool: TokenToKVPool, req_to_token: ReqToTokenPool | None = None, disable: bool = False,
@@ -64,13 +71,10 @@ class RadixCache:
 
     def reset(self) -> None:
         """Forget everything; the slots are not given back (see evict for that)."""
-        self.root = TreeNode(NO_SLOTS, NO_SLOTS, None, 0)
+        self.root = self.node_class(NO_SLOTS, NO_SLOTS, None, 0)
         self.evictable_size = 0
         self.protected_size = 0
-        self._num_nodes = 0
-        # (rank, number, node): leaves to evict. An entry is stale once its node's rank has changed; there is a newer one then
-        self._leaves: list[tuple] = []
-        self._number = count()
+        self._leaves = EvictionLine(self._rank, self._evictable, self.nodes)
 
     # --- the tree
 
@@ -111,39 +115,43 @@ class RadixCache:
             return 0
         key = self.key(ids)
         value = value[: len(key)]
-        node, known, now = self.root, 0, next(self._clock)
+        node, done, known, now = self.root, 0, 0, next(self._clock)
         while len(key):
             name = self._name(key, extra_key)
             child = node.children.get(name)
             if child is None:
-                new = TreeNode(key.copy(), value.copy(), node, next(self._clock), priority, extra_key)
-                node.children[name], new.hit_count = new, int(known + len(key) > inserted_len)
+                new = self.node_class(key.copy(), value.copy(), node, next(self._clock), priority, extra_key)
+                node.children[name], new.hit_count = new, int(done + len(key) > inserted_len)
                 self.evictable_size += len(key)
                 self.inserted += len(key)
-                self._num_nodes += 1
                 self._offer(new)
                 break
             self._touch(child, now)
             n = self._common_length(child.key, key)
             if n < len(child.key):
                 child = self._split(child, n)
-            node, key, value, known = child, key[n:], value[n:], known + n
+            known += self._duplicates(child, value[:n])
+            node, key, value, done = child, key[n:], value[n:], done + n
             node.priority = max(node.priority, priority)
-            node.hit_count += known > inserted_len
+            node.hit_count += done > inserted_len
             self._offer(node)
         return known
+
+    def _duplicates(self, node: TreeNode, value: np.ndarray) -> int:
+        """The tokens of `node` come again, with other slots: so many of these the tree has no use for."""
+        return len(value)
 
     def _split(self, node: TreeNode, n: int) -> TreeNode:
         """Cut a node after n tokens; the new parent inherits the lock, since every lock below goes through it.
 
         It inherits the hits too, but not the age: it is a new node, and FIFO counts from now on.
         """
-        upper = TreeNode(node.key[:n], node.value[:n], node.parent, next(self._clock), node.priority, node.extra_key)
+        now = next(self._clock)
+        upper = self.node_class(node.key[:n], node.value[:n], node.parent, now, node.priority, node.extra_key)
         upper.lock_ref, upper.hit_count = node.lock_ref, node.hit_count
         node.parent.children[self.name_of(upper)] = upper
         node.key, node.value, node.parent = node.key[n:], node.value[n:], upper
         upper.children[self.name_of(node)] = node
-        self._num_nodes += 1
         self.splits += 1
         return upper
 
@@ -151,8 +159,8 @@ class RadixCache:
         """Protect the path from `node` to the root from eviction."""
         while node.parent is not None:
             if node.lock_ref == 0:
-                self.evictable_size -= len(node.key)
-                self.protected_size += len(node.key)
+                self.evictable_size -= len(node.value)
+                self.protected_size += len(node.value)
             node.lock_ref += 1
             node = node.parent
 
@@ -163,8 +171,8 @@ class RadixCache:
                 raise ValueError(f"node {node.key[:8].tolist()} is unlocked more often than it was locked")
             node.lock_ref -= 1
             if node.lock_ref == 0:
-                self.protected_size -= len(node.key)
-                self.evictable_size += len(node.key)
+                self.protected_size -= len(node.value)
+                self.evictable_size += len(node.value)
                 self._offer(node)
             node = node.parent
 
@@ -175,19 +183,23 @@ class RadixCache:
         last child has gone. The last node may be larger than needed.
         """
         evicted = 0
-        while self._leaves and evicted < num_slots:
-            rank, _, leaf = heapq.heappop(self._leaves)
-            if not self._evictable(leaf) or rank != self._rank(leaf):
-                continue
+        while evicted < num_slots and (leaf := self._leaves.next()):
             self.pool.free(leaf.value)
             evicted += len(leaf.value)
-            parent, leaf.parent = leaf.parent, None
-            del parent.children[self.name_of(leaf)]
-            self._num_nodes -= 1
+            parent = leaf.parent
+            self._without_slots(leaf)
             self._offer(parent)
         self.evictable_size -= evicted
         self.evicted += evicted
         return evicted
+
+    def _without_slots(self, leaf: TreeNode) -> None:
+        """Its slots are free: nothing is left of it."""
+        self._take_out(leaf)
+
+    def _take_out(self, leaf: TreeNode) -> None:
+        del leaf.parent.children[self.name_of(leaf)]
+        leaf.parent = None
 
     def flush(self) -> None:
         """Give everything back that nobody uses, and forget the rest."""
@@ -253,6 +265,10 @@ class RadixCache:
 
     # --- small things
 
+    def sound(self, node: TreeNode) -> bool:
+        """Has it what a node must have? For whoever looks for mistakes (invariants.py)."""
+        return len(node.value) == len(node.key)
+
     def nodes(self) -> Iterator[TreeNode]:
         """Every node but the root, parents first."""
         stack = list(self.root.children.values())
@@ -315,11 +331,4 @@ class RadixCache:
         return node.parent is not None and not node.children and node.lock_ref == 0
 
     def _offer(self, node: TreeNode) -> None:
-        """Put a leaf that can be evicted in line, at its present rank."""
-        if not self._evictable(node):
-            return
-        heapq.heappush(self._leaves, (self._rank(node), next(self._number), node))
-        if len(self._leaves) > 4 * self._num_nodes + 64:  # mostly stale
-            leaves = [node for node in self.nodes() if self._evictable(node)]
-            self._leaves = [(self._rank(node), next(self._number), node) for node in leaves]
-            heapq.heapify(self._leaves)
+        self._leaves.offer(node)

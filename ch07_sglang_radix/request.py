@@ -64,6 +64,7 @@ class Req:
     cache_inserted_len: int = 0  # tokens it has inserted into the tree itself
     committed_len: int = 0  # tokens that its session had kept: back to there if it is aborted
     cached_tokens: int | None = None  # prompt tokens found in the tree, or kept, when it was first admitted
+    cached_below: dict[str, int] = field(default_factory=dict)  # how many of them came back from which lower tier
 
     grammar: GrammarMask | None = None  # once it is compiled (grammar_manager.py); a retraction leaves it as it is
 
@@ -121,6 +122,19 @@ class Req:
             self.params, self.seed, self.prompt_ids, self.output_ids, self.pending + ahead, self.held_back, edits
         )
 
+    def count_cached(self, tier: str, tokens: int) -> None:
+        """So many of its prompt tokens come back from a lower tier. Not again after a retraction, as with cached_tokens."""
+        if self.cached_tokens is None:
+            self.cached_below[tier] = self.cached_below.get(tier, 0) + tokens
+
+    @property
+    def cached_tokens_details(self) -> dict[str, int] | None:
+        """Where the cached tokens were found, in SGLang's words; None if there is one tier only."""
+        if not self.cached_below:
+            return None
+        below = {"host": self.cached_below.get("host", 0), "storage": self.cached_below.get("storage", 0)}
+        return {"device": max((self.cached_tokens or 0) - sum(below.values()), 0)} | below
+
     @property
     def drafts(self) -> dict[str, int] | None:
         """What became of guesses, in SGLang's words; None if none was verified."""
@@ -175,6 +189,7 @@ class RequestOutput:
     logprobs: list[TokenLogprobs]
     prompt_logprobs: list[TokenLogprobs]
     drafts: dict[str, int] | None = None  # Req.drafts
+    cached_tokens_details: dict[str, int] | None = None  # Req.cached_tokens_details
     weight_version: str = "default"  # of the weights that gave its newest token
 
     def to_json(self) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from ch07_sglang_radix.admission import DEFAULT_CHUNK, chunk_size, share_of_chun
 from ch07_sglang_radix.data_rank import LOAD_BALANCE_METHODS, DataRank, pick_data_rank
 from ch07_sglang_radix.handoff import Handoff
 from ch07_sglang_radix.policy_names import check_dynamic_chunking
+from ch07_sglang_radix.radix_cache import RadixCache
 from ch07_sglang_radix.request import Req, RequestOutput
 from ch07_sglang_radix.step_loop import StepLoop
 from ch07_sglang_radix.tasks import StopTask
@@ -81,7 +82,7 @@ class TPScheduler(StepLoop):
         check: bool = False, trace: str | Path | None = None, num_lanes: int | None = None,
         max_lane_size: int | None = None, load_balance_method: str = LOAD_BALANCE_METHODS[0], tp_size: int | None = None,
         pp_size: int | None = None, dp_size: int | None = None, attn_dp_size: int | None = None, cp_size: int | None = None,
-        enable_dynamic_chunking: bool = False,
+        enable_dynamic_chunking: bool = False, tree: type[RadixCache] = RadixCache,
     ):  # fmt: skip
         sizes = {"tp": tp_size, "pp": pp_size, "dp": dp_size, "attn_dp": attn_dp_size, "cp": cp_size}
         _refuse_other_sizes(wrapper.parallel.layout, sizes)
@@ -110,6 +111,7 @@ class TPScheduler(StepLoop):
             "schedule_policy": schedule_policy, "disable_radix_cache": disable_radix_cache,
             "radix_eviction_policy": radix_eviction_policy, "radix_bigram": radix_bigram, "seed": seed,
             "schedule_conservativeness": schedule_conservativeness, "num_lanes": num_lanes, "max_lane_size": max_lane_size,
+            "tree": tree,
         }  # fmt: skip
         super().__init__(wrapper, **options)
         config = wrapper.config

@@ -34,7 +34,7 @@ class SchedulerState:
     """Grouped by who moves it. The arguments are those of TPScheduler.
 
     front: where it is counted, and where results come out: the first of several data ranks (data_rank.py), or this state itself.
-    number: of this data rank.
+    number: of this data rank. tree: what prefixes are kept in, the class; one with more tiers has more to it (quantization/).
 
     Raises ValueError, on every rank alike, for a schedule or an eviction policy that is not there.
     """
@@ -43,7 +43,7 @@ class SchedulerState:
         self, wrapper: TPRadixAttentionModelWrapper, *, schedule_policy: str = "fcfs", disable_radix_cache: bool = False,
         radix_eviction_policy: str = "lru", radix_bigram: bool = False, seed: int = 0,
         schedule_conservativeness: float = 1.0, num_lanes: int | None = None, max_lane_size: int | None = None,
-        front: "SchedulerState | None" = None, number: int = 0,
+        front: "SchedulerState | None" = None, number: int = 0, tree: type[RadixCache] = RadixCache,
     ):  # fmt: skip
         # rank 0 alone uses them, and all refuse them: whoever went on would wait for a rank that has left
         check_policy(schedule_policy, disable_radix_cache)
@@ -66,6 +66,9 @@ class SchedulerState:
         self.retractions = self.num_finished = self.num_requests = 0
         self.expert_load: ExpertLoad | None = None  # of rank 0, if somebody reads it (experts/rebalancer.py)
         self.lora: LoRABook | None = None  # of the front, if there are adapters (adapters/control.py)
+        self.tiers: Any = (
+            None  # of rank 0, if the tree has lower tiers: whoever tells of them (quantization/hicache.py)
+        )
         self.served = {"prompt": 0, "cached": 0}  # tokens of the prompts admitted so far, and how many were in the tree
 
         # what others have set, of the front alone, on every rank
@@ -84,7 +87,7 @@ class SchedulerState:
         self.pool = TokenToKVPool(wrapper.num_pages, wrapper.page_size)
         nodes = wrapper.verifier.options.nodes if wrapper.verifier else 0
         self.req_to_token = ReqToTokenPool(wrapper.max_running_requests, wrapper.max_context + nodes + self.page_size)
-        self.tree = RadixCache(self.pool, self.req_to_token, disable_radix_cache, radix_eviction_policy, radix_bigram)
+        self.tree = tree(self.pool, self.req_to_token, disable_radix_cache, radix_eviction_policy, radix_bigram)
         self.memory = RequestMemory(self.pool, self.req_to_token, self.tree)
         # of pages, besides the free list, the requests and the tree
         self.more_owners: list[Callable[[], Owners]] = [self.memory.sessions.owners]

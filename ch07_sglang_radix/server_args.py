@@ -11,7 +11,7 @@ from math import lcm
 from pathlib import Path
 from typing import Any
 
-from ch07_sglang_radix import speculative_args
+from ch07_sglang_radix import hicache_args, speculative_args
 from ch07_sglang_radix.arguments_not_here import ELSEWHERE, IDLE
 from ch07_sglang_radix.eviction import pick_strategy
 from ch07_sglang_radix.handoff import MODES
@@ -21,12 +21,13 @@ from common.arguments import says_names
 from common.distributed.layout import EP_ALGORITHMS, EP_DISPATCHES, Layout
 from common.distributed.nodes import START_S, parse_address
 from common.models.stages import layer_partition
+from common.quantization.scheme import QUANTIZED_COMPUTE
 from common.values import choice, flag, new_file, path, real, shown, text, whole
 
 ONE_BY_DEFAULT = ("pp_size", "dp_size", "attn_dp_size", "cp_size", "ep_size")  # None asks for nothing, too
 REPORT_MODES = ("off", "server_log", "prometheus", "both")
 MOE_RUNNERS = ("auto", "loop", "grouped", "triton")
-TRANSFER_BACKENDS = ("tcp", "shm")  # what pages travel by, from one half to the other
+TRANSFER_BACKENDS = ("tcp", "shm", "cuda_ipc")  # what pages travel by, from one half to the other
 LEVELS = ("critical", "error", "warning", "info", "debug")
 MAX_RUNNING = 256
 DEFAULT_PAGE = {
@@ -67,10 +68,12 @@ class ServerArgs:
     check_finite: look for NaN and infinity in the weights before they are used, and name them. all_reduce: "shm" lets CPU ranks
     of one host add up in shared memory (common/distributed/shared_memory.py) instead of gloo. disaggregation_mode: prefill or
     decode, if another engine does the other half (disaggregation/); the bootstrap port is the prefill side's, 0 any free one;
+    disaggregation_transfer_backend: tcp, shm between processes of one host, cuda_ipc between its GPUs;
     disaggregation_timeout: seconds that a request waits for the other side; num_reserved_decode_tokens: free for each answer before
     another prompt may come. speculative_algorithm: NGRAM, STANDALONE, MEDUSA, EAGLE or EAGLE3 guesses several tokens, which a step
     verifies: the same text, sooner (speculative_args.py has all that goes with it). allow_image_urls: pictures may come from the
-    net (images/fetch.py). enable_lora, lora_paths and the others about LoRA: checked_lora in lora.py. All others are those of
+    net (images/fetch.py). enable_lora, lora_paths and the others about LoRA: checked_lora in lora.py. enable_hierarchical_cache and
+    the others about lower tiers of the tree: check_hicache in hicache_args.py. All others are those of
     TPRadixAttentionModelWrapper and TPScheduler. Raises ValueError for a value of a wrong kind or outside its range.
     """
 
@@ -102,6 +105,8 @@ class ServerArgs:
     device: str = "auto"
     dtype: str | None = "auto"
     kv_cache_dtype: str = "auto"
+    quantization: str | None = None
+    quantized_compute: str = "auto"
     context_length: int | None = None
     page_size: int | None = None
     max_total_tokens: int | None = None
@@ -158,6 +163,16 @@ class ServerArgs:
     lora_eviction_policy: str = "lru"
     lora_target_modules: tuple[str, ...] | None = None
     lora_backend: str = "auto"
+    enable_hierarchical_cache: bool = False
+    hicache_ratio: float = 2.0
+    hicache_size: float = 0
+    hicache_write_policy: str = "write_through"
+    hicache_io_backend: str = "direct"
+    hicache_storage_backend: str | None = None
+    hicache_storage_dir: str | None = None
+    hicache_storage_quota: float = 10.0
+    hicache_storage_prefetch_policy: str = "timeout"
+    hicache_prefetch_threshold: int = 256
 
     @classmethod
     def of(cls, given: Mapping[Any, Any]) -> "ServerArgs":
@@ -212,9 +227,12 @@ class ServerArgs:
             self._set(name, text(name, getattr(self, name)))
         self._about_experts()
         vars(self).update(speculative_args.check_speculative(self))
+        vars(self).update(hicache_args.check_hicache(self))
         check_policy(self.schedule_policy, self.disable_radix_cache)  # now, and not when the model is there
         pick_strategy(self.radix_eviction_policy)
         self._set("dtype", text("dtype", self.dtype, none=True))
+        self._set("quantization", text("quantization", self.quantization, none=True))
+        choice("quantized_compute", self.quantized_compute, QUANTIZED_COMPUTE)
         choice("log_level", self.log_level, LEVELS)
         choice("all_reduce", self.all_reduce, ("auto", "shm"))
         choice("moe_runner", self.moe_runner, MOE_RUNNERS)
@@ -277,7 +295,11 @@ class ServerArgs:
 
     def _about_disaggregation(self) -> None:
         mode = choice("disaggregation_mode", self.disaggregation_mode, MODES)
-        choice("disaggregation_transfer_backend", self.disaggregation_transfer_backend, TRANSFER_BACKENDS)
+        backend = choice("disaggregation_transfer_backend", self.disaggregation_transfer_backend, TRANSFER_BACKENDS)
+        if backend == "cuda_ipc" and self.device == "cpu":
+            raise ValueError(
+                "disaggregation_transfer_backend=cuda_ipc moves pages from GPU to GPU, and device=cpu; use tcp or shm"
+            )
         port = whole("disaggregation_bootstrap_port", self.disaggregation_bootstrap_port, 0, 65535)
         self._set("disaggregation_bootstrap_port", port)
         seconds = real("disaggregation_timeout", self.disaggregation_timeout, 0, 86400, open_below=True)

@@ -20,6 +20,7 @@ from torch import nn
 from common.distributed.processes import give_back_freed_memory
 from common.executor import Executor
 from common.layers.cpu_linear import packed, row_major
+from common.models.quantized_tensors import held_tensors
 
 WEIGHTS, PAGES, GRAPHS = TAGS = ("weights", "kv_cache", "cuda_graph")
 
@@ -105,6 +106,6 @@ class MemoryOccupation:
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each once: parameters, and the second form of a tied head."""
         model: nn.Module = self.executor.model
-        yield from model.named_parameters()
+        yield from held_tensors(model).items()
         if model.lm_head is not None and model.lm_head.copy is not None:
             yield "lm_head.copy", model.lm_head.copy

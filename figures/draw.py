@@ -26,8 +26,11 @@ all_reduce_cpu.svg    <- all_reduce_cpu.csv, all_reduce_decode.csv     python -m
 links.svg             <- links.csv             python -m common.distributed.measure_links --nproc 2 3 4
 disaggregation.svg    <- disaggregation.csv    python -m ch07_sglang_radix.benchmarks.bench_disaggregation --rounds 3
                                                    --prompts 100 400 800 --count 4 --every 0.8 --tokens 1900
+                         disaggregation_gpu    the same on two GPUs, --device cuda; left out while the CSV is not there
 speculation.svg       <- speculation.csv       python ch07_sglang_radix/speculative/demo_5_who_guesses.py --batches 1 4 16 64
                                                    --rounds 3 --csv figures/speculation.csv
+quantization_kv.svg   <- quantization_kv.csv   python ch07_sglang_radix/quantization/demo_5_kv_bits.py --questions 360
+                                                   --csv figures/quantization_kv.csv
 """
 
 import csv
@@ -59,7 +62,7 @@ def main() -> None:
         print(f"wrote {path.relative_to(HERE.parent)}")
 
 
-def read(name: str) -> list[dict[str, str]]:
+def read(name: str | Path) -> list[dict[str, str]]:
     with (HERE / name).open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
@@ -602,8 +605,16 @@ def pipeline():
 
 
 def disaggregation():
+    return two_engines(HERE / "disaggregation.csv")
+
+
+def disaggregation_gpu():
+    return two_engines(HERE / "disaggregation_gpu.csv")
+
+
+def two_engines(path: Path):
     """What those who run feel of long prompts, and what the prompts pay: one engine, two of them, two that share the work."""
-    rows = read("disaggregation.csv")
+    rows = read(path.resolve())
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     names = list(dict.fromkeys(row["contender"] for row in rows))
     prompts = list(dict.fromkeys(row["prompt_tokens"] for row in rows))
@@ -629,7 +640,7 @@ def disaggregation():
         axis.spines[["top", "right"]].set_visible(False)
     one = rows[0]
     load = f"{one['streams']} answers, a prompt every {one['every_s']} s, chunks of {one['chunk']}"
-    figure.suptitle(f"bundled model, {load}; {one['device']}, {one['date']}", fontsize=10)
+    figure.suptitle(f"{one.get('model', 'bundled model')}, {load}; {one['device']}, {one['date']}", fontsize=10)
     return figure
 
 
@@ -659,9 +670,36 @@ def speculation():
     return figure
 
 
+def quantization_kv():
+    """What each dtype of the pages holds in the same memory, and how far it moves the model's distributions."""
+    rows = read("quantization_kv.csv")
+    names = [row["kv_cache_dtype"] for row in rows]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 2.8), layout="constrained")
+    held = axes[0].barh(names, [int(row["tokens_in_1_MiB"]) for row in rows], color=BLUE)
+    axes[0].bar_label(held, fmt=" {:,.0f}", fontsize=8)
+    axes[0].set_xlim(0, 1.15 * max(int(row["tokens_in_1_MiB"]) for row in rows))
+    axes[0].set_title("tokens in 1 MiB of pages", fontsize=10)
+    off = [row for row in rows if float(row["kl_mean"]) > 0]
+    axes[1].barh([row["kv_cache_dtype"] for row in off], [float(row["kl_mean"]) for row in off], color=ORANGE)
+    for y, row in enumerate(off):
+        said = f" {float(row['kl_mean']):.1e}, {row['exact']} of {row['asked']} answers exact"
+        axes[1].text(float(row["kl_mean"]), y, said, va="center", fontsize=8)
+    axes[1].set_xscale("log")
+    axes[1].set_xlim(min(float(row["kl_mean"]) for row in off) / 3, 1e3 * max(float(row["kl_mean"]) for row in off))
+    axes[1].set_title("KL(float32 || this), nats a token of the answers", fontsize=10)
+    for axis in axes:
+        axis.invert_yaxis()
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"the bundled model, weights in float32, {rows[0]['device']}, {rows[0]['date']}", fontsize=8)
+    return figure
+
+
 FIGURES: tuple[Callable, ...] = (
     toy_split, parallel_layers, heads, two_ways, loading, kv_cache, blocks, batching, messages,
     overlap_gaps, prefix, load_balance, control_plane, all_reduce_cpu, experts_forms, links, pipeline, disaggregation, speculation,
+    quantization_kv,
+    *((disaggregation_gpu,) if (HERE / "disaggregation_gpu.csv").exists() else ()),
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -128,6 +128,8 @@ class WeightUpdater:
             return _failed(wrong)
         paused = self._make_way(old)
         ours.write()
+        for call in self.scheduler.at_new_weights:
+            call()
         if self.executor.images is not None:  # made by the old tower
             self.executor.images.forget()
         if old.weight_version is not None:
@@ -256,6 +258,10 @@ class WeightUpdater:
             if self.replica.rank == 0 and self.scheduler.busy:
                 raise ValueError(
                     f"{len(self.scheduler.everybody)} request(s) wait or run; memory is given back when nobody does"
+                )
+            if PAGES in tags and (reader := self.occupation.executor.kv_cache.mapped_by):
+                raise ValueError(
+                    f"kv_cache cannot be given back: its pages are mapped by {reader}; leave it out of tags"
                 )
             if WEIGHTS in set(tags) - self.occupation.away:
                 self.occupation.keep_a_copy()

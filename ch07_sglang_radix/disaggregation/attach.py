@@ -8,6 +8,7 @@ import torch
 
 from ch07_sglang_radix.disaggregation import orders
 from ch07_sglang_radix.disaggregation.bootstrap import BootstrapServer
+from ch07_sglang_radix.disaggregation.cuda_ipc import CudaIpcTransport
 from ch07_sglang_radix.disaggregation.decode import Decode
 from ch07_sglang_radix.disaggregation.kv_manager import KVManager
 from ch07_sglang_radix.disaggregation.messages import VERSION
@@ -20,12 +21,12 @@ from ch07_sglang_radix.server_args import ServerArgs
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.parallel_state import gather
 
-TRANSPORTS = {"tcp": TcpTransport, "shm": ShmTransport}
+TRANSPORTS = {"tcp": TcpTransport, "shm": ShmTransport, "cuda_ipc": CudaIpcTransport}
 
 
 class Disaggregation:
     """One rank's part of it. side: rank 0's; bootstrap: of the prefill side's rank 0. transport: instead of the flag's. Raises
-    ValueError for a port in use."""
+    ValueError for a port in use, or a transport that this machine has not."""
 
     def __init__(
         self, scheduler: TPScheduler, args: ServerArgs, transport: Callable[[Handler], Transport] | None = None
@@ -33,6 +34,8 @@ class Disaggregation:
         wrapper, self.mode = scheduler.wrapper, args.disaggregation_mode
         self.manager = KVManager(wrapper, self.mode)
         self.manager.transport = (transport or TRANSPORTS[args.disaggregation_transfer_backend])(self.manager)
+        if args.disaggregation_transfer_backend == "cuda_ipc" and self.mode == "prefill":
+            wrapper.kv_cache.mapped_by = "a decode engine that reads pages by CUDA IPC"
         scheduler.control.wings[orders.WING] = self.manager.obey
         addresses = self._addresses()
         self.side: Prefill | Decode | None = None
@@ -56,7 +59,7 @@ class Disaggregation:
 
     def info(self) -> dict[str, Any]:
         """For get_server_info."""
-        told = {"disaggregation_mode": self.mode, "kv_bytes_moved": self.manager.bytes_moved}
+        told = {"disaggregation_mode": self.mode, "kv_bytes_moved": self.manager.pages.bytes_moved}
         if self.bootstrap:
             told |= {"disaggregation_bootstrap_port": self.bootstrap.port}
         return told | ({"disaggregation_queues": self.side.counts()} if self.side else {})
@@ -71,11 +74,14 @@ class Disaggregation:
 def what_it_is(wrapper: TPRadixAttentionModelWrapper) -> dict[str, Any]:
     """What must be equal on both sides (bootstrap.py), whatever their numbers of ranks. The checksum is of the last norm, which no
     cut touches: two models of one shape have different ones."""
-    config, norm, row = wrapper.config, wrapper.model.model.norm.weight, wrapper.kv_cache.kv.shape
+    config, norm, cache = wrapper.config, wrapper.model.model.norm.weight, wrapper.kv_cache
+    layers, planes = cache.kv.shape[:2]
     check = crc32(norm.detach().float().cpu().numpy().tobytes())
     model = (
-        f"{config.architecture} of {row[0]} layers, {config.num_kv_heads} KV heads, {row[1]} x {row[5]} numbers of each a token, "
-        f"vocabulary {config.vocab_size} (CRC {check:08x})"
+        f"{config.architecture} of {layers} layers, {config.num_kv_heads} KV heads, {planes} x {cache.head_dim} numbers of each "
+        f"a token, vocabulary {config.vocab_size} (CRC {check:08x})"
     )
-    kv_dtype = str(wrapper.kv_dtype).removeprefix("torch.")
+    kv_dtype, *scales = cache.fingerprint().split(" ", 1)
+    if scales:  # of the layers: by them codes become numbers
+        kv_dtype += f" (CRC of its scales {crc32(scales[0].encode()):08x})"
     return {"version": VERSION, "model": model, "page_size": wrapper.page_size, "kv_cache_dtype": kv_dtype}

@@ -34,7 +34,7 @@ def step_by_step(both: Pair) -> int:
     )
     early, rows = early_pages(both)
     table(("computed", "whole pages", "told to leave"), rows)
-    moved = both.decode.manager.bytes_moved
+    moved = both.decode.manager.pages.bytes_moved
     print(f"  {moved:,} bytes came: {TOKENS // PAGE} pages of {moved * PAGE // TOKENS:,}")
     check(
         "all but the last chunk's were on their way before the last chunk was done", early == (TOKENS - CHUNK) // PAGE
@@ -69,10 +69,10 @@ def who_has_the_beginning() -> None:
         for half, keeps in ((both.prefill, prefill), (both.decode, decode)):
             if not keeps:
                 half.scheduler.memory.flush()
-        moved, computed = both.decode.manager.bytes_moved, both.prefill.scheduler.work["inputs"]
+        moved, computed = both.decode.manager.pages.bytes_moved, both.prefill.scheduler.work["inputs"]
         answer = both.answer(both.ask(range(5, 69)))
         both.at_rest()
-        pages = (both.decode.manager.bytes_moved - moved) * 12 // moved
+        pages = (both.decode.manager.pages.bytes_moved - moved) * 12 // moved
         rows.append(
             (_yes(prefill), _yes(decode), answer.cached_tokens, both.prefill.scheduler.work["inputs"] - computed, pages)
         )

@@ -64,14 +64,14 @@ def measure() -> Times:
     running = [both.ask(prompt(8), max_new_tokens=200) for _ in range(RUNNING - 1)]
     both.until(lambda: len(both.decode.scheduler.running) == RUNNING - 1)
     chunks, steps = [], []
-    moved = both.decode.manager.bytes_moved
+    moved = both.decode.manager.pages.bytes_moved
     for _ in range(REPEATS):
         asked = both.ask(prompt(CHUNK), max_new_tokens=2)
         both.until(lambda asked=asked: _is_reserved(both, asked[0]))  # the next step computes it
         chunks.append(_seconds(both.prefill.step))
         both.answer(asked)
         steps.append(_seconds(both.decode.step))
-    bytes_of_one = (both.decode.manager.bytes_moved - moved) / (REPEATS * CHUNK)
+    bytes_of_one = (both.decode.manager.pages.bytes_moved - moved) / (REPEATS * CHUNK)
     for asked in running:
         both.decode.scheduler.abort(asked[1]["decode"])
     both.at_rest()

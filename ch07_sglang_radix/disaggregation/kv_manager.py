@@ -11,27 +11,27 @@ MooncakeKVManager) has the same two halves.
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
-from typing import Any
 
 import numpy as np
 import torch
 
 from ch07_sglang_radix.disaggregation import orders
 from ch07_sglang_radix.disaggregation.head_slices import HeadSlice, head_slices, latent_slices
+from ch07_sglang_radix.disaggregation.kv_pages import KVPages
 from ch07_sglang_radix.disaggregation.messages import (
     VERSION,
     AnyMessage,
     Done,
     Fail,
     Hello,
+    Kept,
     Metadata,
     Reserve,
     RoomMessage,
     Write,
 )
 from ch07_sglang_radix.disaggregation.rooms import Receiver, Room, Sender, State, agreed, expected_by, told_by
-from ch07_sglang_radix.disaggregation.transport import Link, Transport
+from ch07_sglang_radix.disaggregation.transport import Link, PeerPages, Transport
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.parallel_state import gather
 
@@ -45,11 +45,11 @@ class KVManager:
 
     def __init__(self, wrapper: TPRadixAttentionModelWrapper, mode: str):
         self.wrapper, self.mode, self.tp = wrapper, mode, wrapper.tp
-        self.kv = wrapper.kv_cache.kv  # [L, 2, N, P, Hkv/R, d], or latent rows [L, 1, N, P, 1, c + r]
+        self.pages = KVPages(wrapper.kv_cache.tensors)
+        self.parts = self.pages.parts
         self.hello = Hello(VERSION, mode, self.tp.rank, self.tp.size)
         self.transport: Transport
         self.log: list[tuple[int, AnyMessage]] | None = None
-        self.bytes_moved = 0
         self._lock = threading.RLock()
         self._rooms: dict[int, Sender | Receiver] = {}
         self._links: dict[tuple[int, int], Link] = {}  # (room, peer) -> which it talks by
@@ -58,7 +58,6 @@ class KVManager:
         self._slots: dict[int, int] = {}  # decode rank 0: slot -> room
         self._engines: dict[int, list[str]] = {}  # decode: the ranks' addresses of each prefill engine
         self._to: dict[tuple[int, int], Link] = {}  # decode: (engine, prefill rank) -> link, as long as it is not lost
-        self._stream = torch.cuda.Stream(self.tp.device) if self.kv.is_cuda else None
 
     # --- what rank 0 says
 
@@ -105,10 +104,10 @@ class KVManager:
     def _thank(self, one: Receiver) -> None:
         """Once it has everything, whatever came last, a message or a connection: those it has it from may let go."""
         one.connected = all(self._links[one.number, peer].peer for peer in one.told)
-        if one.state is State.SUCCESS and not one.thanked:
+        if one.whole and one.connected and not one.why and not one.thanked:
             one.thanked = True
             for peer in one.told:
-                self._links[one.number, peer].send(Done(one.number))
+                self._links[one.number, peer].send(Done(one.number, peer in one.read_at))
 
     def why(self, room: int) -> str:
         """The reason for which a room has failed, as far as this rank knows."""
@@ -154,8 +153,8 @@ class KVManager:
 
     def _send(self, room: int, last: bool, pages: list[int]) -> None:
         """pages: ours, the next of the prompt's; they stay as they are until the room is over."""
-        most = max(MOST_BYTES // self._bytes_of(1, self.kv.shape[4]), 1)
-        ready = self._event()
+        most = max(MOST_BYTES // self.pages.bytes_of(1, self.pages.heads), 1)
+        ready = self.pages.event()
         with self._lock:
             one = self._rooms.get(room)
             for begin in range(0, max(len(pages), 1), most) if one else ():
@@ -163,8 +162,8 @@ class KVManager:
                 for peer, write in one.send(len(some), last and begin + most >= len(pages)):
                     link = self._links[room, peer]
                     if mine := self._slice_for(peer, link.peer.ranks):
-                        size = self._bytes_of(len(some), len(mine.heads))
-                        link.send(write, lambda some=some, mine=mine: self._read(some, mine.heads, ready), size)
+                        size = self.pages.bytes_of(len(some), len(mine.heads))
+                        link.send(write, self.pages.cut(some, mine.heads, ready), size)
                         self._note(peer, write)
 
     def _slice_for(self, peer: int, decode_ranks: int) -> HeadSlice | None:
@@ -173,29 +172,9 @@ class KVManager:
 
     def _slices(self, prefill_ranks: int, rank: int, decode_ranks: int) -> list[HeadSlice]:
         """What decode rank `rank` gets from whom."""
-        if self.kv.shape[1] == 1:  # one row for all heads, the same on every rank
+        if self.pages.planes == 1:  # one row for all heads, the same on every rank
             return latent_slices(prefill_ranks, rank, decode_ranks)
         return head_slices(self.wrapper.config.num_kv_heads, prefill_ranks, rank, decode_ranks)
-
-    def _read(self, pages: list[int], heads: tuple[int, ...], ready: Any) -> memoryview:
-        """The bytes of these heads of these pages, [L, 2, n, P, heads, d]. In a link's thread."""
-        with torch.cuda.stream(self._stream) if ready else nullcontext():
-            if ready:
-                self._stream.wait_event(ready)
-            data = self.kv.index_select(2, torch.tensor(pages, device=self.kv.device))
-            if heads != tuple(range(self.kv.shape[4])):
-                data = data.index_select(4, torch.tensor(heads, device=self.kv.device))
-            data = data.cpu()
-        self.bytes_moved += data.nbytes
-        return memoryview(data.view(torch.uint8).numpy().reshape(-1))
-
-    def _event(self) -> Any:
-        """On a GPU: what was queued so far has been computed."""
-        if self._stream is None:
-            return None
-        event = torch.cuda.Event()
-        event.record()
-        return event
 
     # --- decode
 
@@ -249,9 +228,9 @@ class KVManager:
             if not isinstance(one, Receiver) or not one.expects(link.peer.rank, write):
                 return None
             heads = len(self._slice_from(link).heads)
-        if size != self._bytes_of(len(write.pages), heads):
+        if size != self.pages.bytes_of(len(write.pages), heads):
             raise ValueError(
-                f"{len(write.pages)} pages of {heads} heads are {self._bytes_of(len(write.pages), heads):,} bytes here, and "
+                f"{len(write.pages)} pages of {heads} heads are {self.pages.bytes_of(len(write.pages), heads):,} bytes here, and "
                 f"{size:,} are announced"
             )
         return memoryview(np.empty(size, dtype=np.uint8))
@@ -260,7 +239,7 @@ class KVManager:
         slices = self._slices(link.peer.ranks, self.tp.rank, self.tp.size)
         return next(one for one in slices if one.source == link.peer.rank)
 
-    def take(self, link: Link, message: RoomMessage, payload: memoryview | None) -> None:
+    def take(self, link: Link, message: RoomMessage, payload: memoryview | PeerPages | None) -> None:
         with self._lock:
             if self.mode == "prefill":
                 self._take_from_decode(link, message)
@@ -283,6 +262,8 @@ class KVManager:
             return
         one = self._rooms.setdefault(room, Sender(room))
         one.take(peer, message, self._expected(link.peer.ranks))
+        if isinstance(message, Done) and message.read and peer in one.reserved and not one.why:
+            link.send(Kept(room))
         if one.why and room not in self._claimed:  # its request has not come: nobody else would close it
             self._forget(room, one.why)
 
@@ -292,34 +273,18 @@ class KVManager:
         }
         return expected_by(self.tp.rank, sources_of)
 
-    def _take_from_prefill(self, link: Link, message: RoomMessage, payload: memoryview | None) -> None:
+    def _take_from_prefill(self, link: Link, message: RoomMessage, payload: memoryview | PeerPages | None) -> None:
         room = self._slots.get(message.slot, UNKNOWN_SLOT) if isinstance(message, Metadata) else message.room
         one = self._rooms.get(room)
         if one is None or self._links.get((room, link.peer.rank)) is not link:
             return  # late: the room is over
         if isinstance(message, Write):
-            if payload is None:
+            if payload is None or not one.expects(link.peer.rank, message):
                 return
-            self._write(message.pages, self._slice_from(link), payload)
-        one.take(link.peer.rank, message)
+            self.pages.write(message.pages, self._slice_from(link), payload)  # under the lock: that makes `close` final
+        one.take(link.peer.rank, message, isinstance(payload, PeerPages))
         self._note(link.peer.rank, message)
         self._thank(one)
-
-    def _write(self, pages: list[int], mine: HeadSlice, payload: memoryview) -> None:
-        """Bytes -> these pages' heads. Under the lock, which is what makes `close` final."""
-        layers, two, _, page_size, own, head_dim = self.kv.shape
-        shape = (layers, two, len(pages), page_size, len(mine.heads), head_dim)
-        data = torch.frombuffer(payload, dtype=torch.uint8).view(self.kv.dtype).view(shape)
-        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            data, at = data.to(self.kv.device), torch.tensor(pages, device=self.kv.device)
-            if mine.places == tuple((head, head) for head in range(own)):
-                self.kv.index_copy_(2, at, data)
-            else:
-                for there, here in mine.places:
-                    self.kv[..., here, :].index_copy_(2, at, data[..., there, :])
-        if self._stream:
-            self._stream.synchronize()
-        self.bytes_moved += len(payload)
 
     def lost(self, link: Link, why: str) -> None:
         with self._lock:
@@ -339,10 +304,6 @@ class KVManager:
     def rooms(self) -> list[Room]:
         with self._lock:
             return list(self._rooms.values())
-
-    def _bytes_of(self, pages: int, heads: int) -> int:
-        layers, two, _, page_size, _, head_dim = self.kv.shape
-        return layers * two * pages * page_size * heads * head_dim * self.kv.element_size()
 
     def _note(self, peer: int, message: AnyMessage) -> None:
         if self.log is not None:

@@ -15,13 +15,14 @@ ZeroMQ messages of ASCII numbers for this and writes pages by RDMA (srt/disaggre
 """
 
 import struct
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 
 VERSION = 1  # of this file
 MAGIC = 0x4B56_0001  # "KV"
 HEAD = struct.Struct("<IIQ")
+HANDLE = 64  # bytes of a CUipcMemHandle
 MAX_STRUCT = 1 << 22  # bytes: a prompt of 100,000 pages, or the log-probabilities of a long one
 Pairs = tuple[tuple[int, float], ...]
 Told = tuple[int, float | None, int, Pairs, Pairs]  # TokenLogprobs
@@ -69,7 +70,10 @@ class Metadata(Message):
 
 
 class Done(Message):
+    """read: I have read your pages where they lie; were they still the room's when I was done? The answer is Kept, or Fail."""
+
     room: int
+    read: bool = False
 
 
 class Fail(Message):
@@ -87,8 +91,56 @@ class Taken(Message):
     side: int
 
 
-RoomMessage = Reserve | Write | Metadata | Done | Fail
-AnyMessage = Hello | RoomMessage | Ping | Taken
+class Block(msgspec.Struct, frozen=True, array_like=True):
+    """Memory of a GPU that another process may map: nbytes from offset on, of the cudaMalloc block of `block` bytes that the
+    driver's handle stands for."""
+
+    handle: Annotated[bytes, msgspec.Meta(min_length=HANDLE, max_length=HANDLE)]
+    offset: Annotated[int, msgspec.Meta(ge=0)]
+    nbytes: Annotated[int, msgspec.Meta(gt=0)]
+    block: Annotated[int, msgspec.Meta(gt=0)]
+
+
+class Part(msgspec.Struct, frozen=True, array_like=True):
+    """shape [L, planes, N, P, heads, words] of `itemsize` bytes each."""
+
+    block: Block
+    shape: Annotated[list[int], msgspec.Meta(min_length=6, max_length=6)]
+    itemsize: int
+
+
+class Pool(Message):
+    """CUDA IPC alone (cuda_ipc.py), as the next ones: a prefill rank's pages, on the GPU of this UUID, in parts (kv_pages.py).
+    probe: memory beside them in which `marks` lie, to see whether it can be read at all."""
+
+    uuid: Annotated[str, msgspec.Meta(max_length=64)]
+    parts: Annotated[list[Part], msgspec.Meta(min_length=1, max_length=2)]
+    probe: Block
+    marks: bytes
+
+
+class Opened(Message):
+    """Pool is mapped, why is ""; or it is not, and bytes have to come."""
+
+    why: str
+
+
+class Ready(Message):
+    """A Write without bytes: what belongs on your `pages` lies, computed, on mine; read it there."""
+
+    room: int
+    pages: list[int]
+    mine: list[int]
+
+
+class Kept(Message):
+    """When your Done came nobody else had these pages: what you have read is the room's."""
+
+    room: int
+
+
+RoomMessage = Reserve | Write | Metadata | Done | Kept | Fail
+AnyMessage = Hello | RoomMessage | Ping | Taken | Pool | Opened | Ready
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(AnyMessage).decode
 

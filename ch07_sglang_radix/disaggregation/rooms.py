@@ -3,7 +3,8 @@
     Bootstrapping      the prefill rank lacks a reservation, the decode rank a connection
     WaitingForInput    reserved on all sides; nothing has travelled
     Transferring       some pages have
-    Success            sender: every receiver has said Done. Receiver: every page is there, and on rank 0 the first token
+    Success            sender: every receiver has said Done. Receiver: every page is there, and on rank 0 the first token; if it
+                       has read pages where the sender has them, that they were still the room's then
     Failed             for ever, with one reason
 
 A side is where the one of its ranks is that is furthest behind: the minimum, and Failed is the least. So one rank's failure fails
@@ -15,7 +16,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from ch07_sglang_radix.disaggregation.messages import Done, Fail, Metadata, Reserve, RoomMessage, Write
+from ch07_sglang_radix.disaggregation.messages import Done, Fail, Kept, Metadata, Reserve, RoomMessage, Write
 
 
 class State(IntEnum):
@@ -118,6 +119,10 @@ class Receiver(Room):
     thanked: bool = False  # Done has been said
     metadata: Metadata | None = None
     got: dict[int, set[int]] = field(default_factory=dict)
+    read_at: set[int] = field(
+        default_factory=set
+    )  # sources that have sent no bytes: their pages were read where they lie
+    kept_by: set[int] = field(default_factory=set)  # of them, who has said that nobody else had these pages meanwhile
 
     @property
     def state(self) -> State:
@@ -125,10 +130,15 @@ class Receiver(Room):
             return State.FAILED
         if not self.connected:
             return State.BOOTSTRAPPING
-        whole = all(len(self.got.get(source, ())) == len(self.pages) for source in self.sources)
-        if whole and (self.slot is None or self.metadata):
+        if self.whole and self.read_at <= self.kept_by:
             return State.SUCCESS
         return State.TRANSFERRING if self.got or self.metadata else State.WAITING_FOR_INPUT
+
+    @property
+    def whole(self) -> bool:
+        """Has everything come? Then it says Done."""
+        pages = all(len(self.got.get(source, ())) == len(self.pages) for source in self.sources)
+        return pages and (self.slot is None or self.metadata is not None)
 
     @property
     def peers(self) -> Collection[int]:
@@ -138,11 +148,12 @@ class Receiver(Room):
         """May these bytes be written? Only into pages that were reserved, and by who has something for this rank."""
         return not self.why and source in self.sources and set(write.pages) <= set(self.pages)
 
-    def take(self, source: int, message: RoomMessage) -> None:
-        """A message of prefill rank `source`; of a Write, once its bytes lie on their pages."""
+    def take(self, source: int, message: RoomMessage, read: bool = False) -> None:
+        """A message of prefill rank `source`; of a Write, once its bytes lie on their pages. read: this rank has fetched them."""
         if isinstance(message, Write):
             if self.expects(source, message):
                 self.got.setdefault(source, set()).update(message.pages)
+                self.read_at |= {source} if read else set()
             else:
                 self.fail(f"prefill rank {source} writes to pages {message.pages[:8]}, which are not this room's")
         elif isinstance(message, Metadata):
@@ -150,6 +161,8 @@ class Receiver(Room):
                 self.fail(f"slot {self.slot} is room {self.number}'s, and got the metadata of room {message.room}")
             elif not self.why:
                 self.metadata = message
+        elif isinstance(message, Kept):
+            self.kept_by.add(source)
         elif isinstance(message, Fail) and self.state is not State.SUCCESS:  # else it has all that it needs
             self.fail(message.why)
 

@@ -26,7 +26,11 @@ from common.distributed.reach import connect
 
 HOST = "127.0.0.1"
 CONNECT_S = 5.0
-BUFFER = 1 << 20  # bytes that the system keeps of what is on its way
+TRANSPORT_ERRORS = (OSError, ValueError, RuntimeError)  # the system's, a peer's that breaks the rules, a GPU's
+
+
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 class TcpLink:
@@ -66,8 +70,8 @@ class TcpLink:
                     self._hand_over(message, size.payload)
         except TimeoutError:
             self._lose(f"no sign of life for {SILENCE_S:g} s" if self.peer else f"nobody answers at {self.address}")
-        except (OSError, ValueError) as error:
-            self._lose((str(error) or type(error).__name__).splitlines()[0])
+        except TRANSPORT_ERRORS as error:
+            self._lose(first_line(error))
 
     def _greet(self, message: AnyMessage) -> None:
         if not isinstance(message, Hello) or message.version != VERSION:
@@ -97,12 +101,14 @@ class TcpLink:
                     item = (Ping(), None, 0)
                 if item is None:
                     return
-                message, payload, size = item
-                self._socket.sendall(encode(message, size))
-                if payload:
-                    self._give_payload(payload())
-        except (OSError, ValueError) as error:
-            self._lose((str(error) or type(error).__name__).splitlines()[0])
+                self._put(*item)
+        except TRANSPORT_ERRORS as error:
+            self._lose(first_line(error))
+
+    def _put(self, message: AnyMessage, payload: Payload | None, size: int) -> None:
+        self._socket.sendall(encode(message, size))
+        if payload:
+            self._give_payload(payload())
 
     def _give_payload(self, payload: memoryview) -> None:
         self._socket.sendall(payload)

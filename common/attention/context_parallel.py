@@ -21,6 +21,7 @@ import torch
 
 from common.attention.context_table import Cached, RingMetadata, SpreadMetadata
 from common.attention.kv_cache import PagedKVCache
+from common.attention.kv_format import wire_dtype
 from common.attention.merge import Part, attend, attend_to_each, merge, merge_into
 from common.distributed.collectives import all_gather, all_gather_rows, all_to_all, start_exchange
 
@@ -33,6 +34,7 @@ class ContextParallelAttention:
 
     capturable = False
     windows = False
+    reads_codes = True
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def __init__(self, cache: PagedKVCache, meta: RingMetadata | SpreadMetadata):
@@ -42,7 +44,8 @@ class ContextParallelAttention:
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if isinstance(self.meta, SpreadMetadata):
             return self._decode(layer, q, k, v)
-        part = self._ring(layer, q, torch.stack((k, v)).to(self.cache.kv.dtype))
+        block = torch.stack(self.cache.rounded(layer, k, v))  # as the pages hold them
+        part = self._ring(layer, q, block.to(wire_dtype(self.cache.format.dtype, q.dtype)))
         if self.meta.cached:  # after the ring: a sequence may begin with pages that another one fills in this step
             part = self._cached(layer, q, part, self.meta.cached)
         return part[0].to(q.dtype)

@@ -43,6 +43,7 @@ class LatentNativeAttention:
 
     capturable = False
     windows = True
+    reads_codes = True
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def __init__(self, cache: PagedKVCache, meta: AttentionMetadata):
@@ -99,7 +100,7 @@ class LatentNativeAttention:
         if self.picked is not None:
             row = row[self.picked]
             if self.nobody is not None:
-                row = torch.where(self.nobody, self.cache.read(layer, self.slots)[0].squeeze(1).to(row.dtype), row)
+                row = torch.where(self.nobody, self.cache.read(layer, self.slots)[0].squeeze(1), row)
         self.cache.write(layer, self.slots, row.unsqueeze(1))
 
     def decode(self, layer: int, q: torch.Tensor, c: int, scale: float) -> torch.Tensor:
@@ -127,11 +128,7 @@ def _parts(singles: list[int], lens: list[int], cache: PagedKVCache) -> list[lis
     """Decode rows that attend together: of similar length, and on a CPU no more than stay in its cache while they do."""
     parts = []
     for group in similar_lengths(singles, lens):
-        rounds = (
-            1
-            if cache.k.is_cuda
-            else -(-len(group) * max(lens[b] for b in group) * cache.k[0, 0, 0].nbytes // ROOM_BYTES)
-        )
+        rounds = 1 if cache.k.is_cuda else -(-len(group) * max(lens[b] for b in group) * cache.row_nbytes // ROOM_BYTES)
         size = -(-len(group) // rounds)
         parts += [group[i : i + size] for i in range(0, len(group), size)]
     return parts

@@ -25,6 +25,7 @@ class TorchNativeAttention:
 
     capturable = False
     windows = True
+    reads_codes = True
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def __init__(self, cache: PagedKVCache, meta: AttentionMetadata):
@@ -139,7 +140,7 @@ class _DecodeGroup:
         shared = _shared_pages(table, common // page_size, page_size)
         self.shared = cache.halves_of(table[0, :shared]) if shared else None
         table, masks = table[:, shared:pages], masks[:, None, :, shared * page_size : pages * page_size]
-        rounds = -(-2 * table.numel() * cache.k[0, 0].nbytes // ROOM_BYTES)
+        rounds = -(-2 * table.numel() * page_size * cache.row_nbytes // ROOM_BYTES)
         size = -(-self.size // rounds)  # sequences a round
         self.rounds = [_Round(cache, t, m) for t, m in zip(table.split(size), masks.split(size), strict=True)]
 
@@ -173,7 +174,7 @@ class _Round:
 
     def operands(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, and k, v and the mask in q's dtype; the next round overwrites k and v."""
-        torch.index_select(self.cache.halves[layer], 0, self.pages, out=self.room)
+        self.cache.gather_into(self.room, layer, self.pages)
         if self.mask.dtype != q.dtype:
             self.mask = self.mask.to(q.dtype)
         if 1 < self.mask.shape[2] < q.shape[2]:  # the query heads of a group, which are rows here, see the same
@@ -203,8 +204,9 @@ class _Extend:
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [n, Hq/R, d], the new tokens' k and v [n, Hkv/R, d] -> o [n, Hq/R, d]."""
         if self.pages is not None:
-            k, v = self.cache.gather(layer, self.pages)[:, : self.length]  # [S, Hkv/R, d]
-        k, v = (x.to(self.cache.kv.dtype).to(q.dtype) for x in (k, v))  # as the pages hold them
+            k, v = self.cache.gather(layer, self.pages)[:, : self.length].to(q.dtype)  # [S, Hkv/R, d]
+        else:
+            k, v = self.cache.rounded(layer, k, v)  # as the pages hold them
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, Hq/R, n, d], [1, Hkv/R, S, d]
         o = [
             F.scaled_dot_product_attention(

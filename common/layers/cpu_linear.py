@@ -28,7 +28,15 @@ from functools import cache
 import torch
 from torch import nn
 
-from common.layers.linear import ColumnParallelLinear, LinearBase, ReplicatedLinear, loadable, multiply, multiply_apart
+from common.layers.linear import (
+    Apart,
+    ColumnParallelLinear,
+    LinearBase,
+    ReplicatedLinear,
+    loadable,
+    multiply,
+    multiply_apart,
+)
 from common.layers.vocab import ParallelLMHead, VocabParallelEmbedding
 
 ROWS = (1, 8, 32)  # of x: one request, several, many
@@ -160,8 +168,7 @@ def take_form(layer: LinearBase, form: str) -> None:
         layer.copy = None if FORMS[form] is row_major else FORMS[form](layer.weight.to(layer.dtype))
         return
     layer.weight = loadable(FORMS[form](layer.weight), layer.load_weight, layer.weight.shard_shapes)
-    if isinstance(layer, ColumnParallelLinear):
-        layer.apart = form == "apart"
+    layer.method = Apart() if form == "apart" and isinstance(layer, ColumnParallelLinear) else None
 
 
 def share(embedding: VocabParallelEmbedding, head: ParallelLMHead) -> None:

@@ -26,6 +26,8 @@ from torch import nn
 
 from common.layers.heads import HeadLayout, Piece, split_evenly
 from common.parallel_state import TPGroup, all_reduce
+from common.quantization.codes import Codes
+from common.quantization.method import LinearMethod
 
 try:  # a CPU build of torch comes without Triton
     from common.kernels import linear as fused
@@ -82,12 +84,20 @@ class LinearBase(nn.Module):
 
     `full` is the shape [out, in] of each checkpoint tensor by shard id, to refuse a wrong one early. A finished model on
     a CPU may store W in another form of the same shape (cpu_linear.py); `row_major` there gives its numbers back.
+    method: who multiplies, if it is not `multiply` by the plain weight: with quantized weights it holds their codes, and `weight`
+    has no memory (common/quantization/method.py).
     """
 
-    def __init__(self, out_local: int, in_local: int, bias: bool, tp: TPGroup, name: str, full: dict):
+    def __init__(
+        self, out_local: int, in_local: int, bias: bool, tp: TPGroup, name: str, full: dict,
+        method: LinearMethod | None = None,
+    ):  # fmt: skip
         super().__init__()
-        self.tp, self.name, self.dtype = tp, name, torch.get_default_dtype()
-        self.weight = loadable(torch.zeros(out_local, in_local), self.load_weight, full)
+        self.tp, self.name, self.dtype, self.method = tp, name, torch.get_default_dtype(), method
+        if method is None:
+            self.weight = loadable(torch.zeros(out_local, in_local), self.load_weight, full)
+        else:
+            self.weight = loadable(torch.empty(out_local, in_local, device="meta"), self.load_codes, full)
         self.lora = None  # room for adapters, see lora.py
         self.bias = None
         if bias:
@@ -99,12 +109,46 @@ class LinearBase(nn.Module):
     def load_bias(self, source, shard_id=None) -> None:
         raise NotImplementedError
 
+    def places(self, shard_id) -> tuple[int, Sequence[Piece]]:
+        """(the dimension of W along which a checkpoint tensor is cut, the pieces of it that this rank holds)."""
+        raise NotImplementedError
+
+    def load_codes(self, source, shard_id=None) -> None:
+        """The same as load_weight for a layer that keeps codes (common/quantization/reader.py); with the last ones it packs them.
+
+        If what is merged here has no codes in common (GPTQ's act_order may group each matrix in its own way), it is dequantised,
+        and so is what is too small for the method to pay.
+        """
+        dim, pieces = self.places(shard_id)
+        parts = self.method.parts[shard_id] = []
+        for dst, src, n in pieces:
+            part = [slice(0, size) for size in source.shape]
+            part[dim] = slice(src, src + n)
+            parts.append((dst, source.codes(*part)))
+        if source.input_scale is not None:
+            self.method.input_scales.append(source.input_scale)
+        if self.method.parts.keys() != self.weight.shard_shapes.keys():
+            return
+        codes, device = self.method.together(dim, self.weight.shape), self.tp.device
+        if codes is None or codes.q.numel() < self.method.smallest:
+            values = self.method.dequantised(dim, self.weight.shape).to(device, self.dtype)
+            self.weight, self.method = loadable(values, self.load_weight, self.weight.shard_shapes), None
+        else:
+            self.method.pack(self, Codes(*(None if x is None else x.to(device) for x in codes)))
+            self.method.parts.clear()
+
 
 class ReplicatedLinear(LinearBase):
     """x [T, in] -> y [T, out], all of it on every rank."""
 
-    def __init__(self, in_features: int, out_features: int, tp: TPGroup, bias: bool = False, name: str = ""):
-        super().__init__(out_features, in_features, bias, tp, name, {None: (out_features, in_features)})
+    def __init__(
+        self, in_features: int, out_features: int, tp: TPGroup, bias: bool = False, name: str = "",
+        method: LinearMethod | None = None,
+    ):  # fmt: skip
+        super().__init__(out_features, in_features, bias, tp, name, {None: (out_features, in_features)}, method)
+
+    def places(self, shard_id) -> tuple[int, Sequence[Piece]]:
+        return 0, [Piece(0, 0, len(self.weight))]
 
     def load_weight(self, source, shard_id=None) -> None:
         self.weight.copy_(source.read(0, 0, source.shape[0]))
@@ -113,6 +157,8 @@ class ReplicatedLinear(LinearBase):
         self.bias.copy_(source.read(0, 0, source.shape[0]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.method is not None:
+            return self.method.apply(self, x, self.bias)
         return multiply(x, self.weight, self.bias)
 
 
@@ -123,17 +169,26 @@ class ColumnParallelLinear(LinearBase):
     the ranks' y gives the unsplit layer's. `out_features` that R does not divide are padded with zeros.
     """
 
-    def __init__(self, in_features: int, out_features: int, tp: TPGroup, bias: bool = False, name: str = ""):
+    def __init__(
+        self, in_features: int, out_features: int, tp: TPGroup, bias: bool = False, name: str = "",
+        method: LinearMethod | None = None,
+    ):  # fmt: skip
         local, pieces = split_evenly(out_features, tp.rank, tp.size)
-        self._init(in_features, (local,), {None: (out_features, pieces)}, tp, bias, name)
+        self._init(in_features, (local,), {None: (out_features, pieces)}, tp, bias, name, method)
 
-    def _init(self, in_features: int, sizes: tuple, shards: dict, tp: TPGroup, bias: bool, name: str) -> None:
+    def _init(
+        self, in_features: int, sizes: tuple, shards: dict, tp: TPGroup, bias: bool, name: str,
+        method: LinearMethod | None = None,
+    ) -> None:  # fmt: skip
         """sizes: rows on this rank of each layer in it; shards: shard id -> (rows of the full checkpoint tensor,
         pieces of it that this rank holds)."""
         full = {key: (rows, in_features) for key, (rows, _) in shards.items()}
-        super().__init__(sum(sizes), in_features, bias, tp, name, full)
+        super().__init__(sum(sizes), in_features, bias, tp, name, full, method)
         self.pieces = {key: pieces for key, (_, pieces) in shards.items()}
-        self.sizes, self.apart = sizes, False  # apart: not merged after all, see cpu_linear.py
+        self.sizes = sizes
+
+    def places(self, shard_id) -> tuple[int, Sequence[Piece]]:
+        return 0, self.pieces[shard_id]
 
     def load_weight(self, source, shard_id=None) -> None:
         load_pieces(self.weight, source, 0, self.pieces[shard_id])
@@ -146,9 +201,18 @@ class ColumnParallelLinear(LinearBase):
         return y if adapters is None else adapters.add(y, x, self.lora)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        if self.apart:
-            return multiply_apart(x, self.weight, self.bias, self.sizes)
+        if self.method is not None:
+            return self.method.apply(self, x, self.bias)
         return multiply(x, self.weight, self.bias)
+
+
+class Apart(LinearMethod):
+    """Of a ColumnParallelLinear with a plain weight: a product for each of the matrices in it, see cpu_linear.py."""
+
+    name = "apart"
+
+    def apply(self, layer: ColumnParallelLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return multiply_apart(x, layer.weight, bias, layer.sizes)
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
@@ -158,13 +222,16 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
     then stacked: cutting the stacked matrix would give rank 0 all of gate and rank 1 all of up.
     """
 
-    def __init__(self, in_features: int, out_sizes: Sequence[int], tp: TPGroup, bias: bool = False, name: str = ""):
+    def __init__(
+        self, in_features: int, out_sizes: Sequence[int], tp: TPGroup, bias: bool = False, name: str = "",
+        method: LinearMethod | None = None,
+    ):  # fmt: skip
         shards, sizes = {}, ()
         for i, size in enumerate(out_sizes):
             local, pieces = split_evenly(size, tp.rank, tp.size)
             shards[i] = (size, [Piece(sum(sizes) + dst, src, n) for dst, src, n in pieces])
             sizes += (local,)
-        self._init(in_features, sizes, shards, tp, bias, name)
+        self._init(in_features, sizes, shards, tp, bias, name, method)
 
 
 class QKVParallelLinear(ColumnParallelLinear):
@@ -176,7 +243,7 @@ class QKVParallelLinear(ColumnParallelLinear):
 
     def __init__(
         self, hidden_size: int, head_dim: int, num_heads: int, num_kv_heads: int,
-        tp: TPGroup, bias: bool = False, name: str = "",
+        tp: TPGroup, bias: bool = False, name: str = "", method: LinearMethod | None = None,
     ):  # fmt: skip
         heads = HeadLayout.of(num_heads, num_kv_heads, tp.rank, tp.size)
         q_local, kv_local = heads.num_q * head_dim, heads.num_kv * head_dim
@@ -186,7 +253,7 @@ class QKVParallelLinear(ColumnParallelLinear):
             "k": (num_kv_heads * head_dim, [Piece(q_local + dst, src, n) for dst, src, n in kv]),
             "v": (num_kv_heads * head_dim, [Piece(q_local + kv_local + dst, src, n) for dst, src, n in kv]),
         }
-        self._init(hidden_size, (q_local, kv_local, kv_local), shards, tp, bias, name)
+        self._init(hidden_size, (q_local, kv_local, kv_local), shards, tp, bias, name, method)
         self.heads = heads
 
     def split(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -206,11 +273,14 @@ class RowParallelLinear(LinearBase):
 
     def __init__(
         self, in_features: int, out_features: int, tp: TPGroup, bias: bool = False, name: str = "",
-        pieces: tuple[int, list[Piece]] | None = None, reduce_results: bool = True,
+        pieces: tuple[int, list[Piece]] | None = None, reduce_results: bool = True, method: LinearMethod | None = None,
     ):  # fmt: skip
         local, self.pieces = pieces or split_evenly(in_features, tp.rank, tp.size)
-        super().__init__(out_features, local, bias, tp, name, {None: (out_features, in_features)})
+        super().__init__(out_features, local, bias, tp, name, {None: (out_features, in_features)}, method)
         self.reduce_results = reduce_results
+
+    def places(self, shard_id) -> tuple[int, Sequence[Piece]]:
+        return 1, self.pieces
 
     def load_weight(self, source, shard_id=None) -> None:
         load_pieces(self.weight, source, 1, self.pieces)
@@ -219,7 +289,8 @@ class RowParallelLinear(LinearBase):
         self.bias.copy_(source.read(0, 0, source.shape[0]))
 
     def forward(self, x: torch.Tensor, adapters=None) -> torch.Tensor:
-        y = multiply(x, self.weight)  # [T, out], a partial sum
+        method = self.method
+        y = multiply(x, self.weight) if method is None else method.apply(self, x, None)  # [T, out], a partial sum
         if adapters is not None:
             y = adapters.add(y, x, self.lora)  # partial sums, too: they need no sum of their own
         if self.reduce_results:

@@ -24,6 +24,7 @@ from common.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowPara
 from common.layers.norm import RMSNorm
 from common.layers.rotary import apply_rotary
 from common.parallel_state import TPGroup
+from common.quantization.method import PLAIN, LayerMethods, LinearMethod
 
 EPS = 1e-6  # of the two norms in here, whatever rms_norm_eps says, as in transformers 5.23
 
@@ -49,9 +50,12 @@ class Latent:
 class HeadsLinear(ColumnParallelLinear):
     """Column-parallel, cut between heads: x [T, in] -> [T, H/R * width]; zero heads where R does not divide them."""
 
-    def __init__(self, in_features: int, num_heads: int, width: int, tp: TPGroup, heads: HeadLayout, name: str):
+    def __init__(
+        self, in_features: int, num_heads: int, width: int, tp: TPGroup, heads: HeadLayout, name: str,
+        method: LinearMethod | None = None,
+    ):  # fmt: skip
         shards = {None: (num_heads * width, heads.q_pieces(width))}
-        self._init(in_features, (heads.num_q * width,), shards, tp, bias=False, name=name)
+        self._init(in_features, (heads.num_q * width,), shards, tp, bias=False, name=name, method=method)
 
 
 class Expansion(nn.Module):
@@ -82,7 +86,7 @@ class LatentAttention(nn.Module):
 
     def __init__(
         self, hidden_size: int, num_heads: int, latent: Latent, tp: TPGroup, layer: int, place: int, bias: bool = False,
-        reduce_results: bool = True,
+        reduce_results: bool = True, methods: LayerMethods = PLAIN,
     ):  # fmt: skip
         super().__init__()
         name, query_dim = f"layers.{layer}", latent.nope_dim + latent.rope_dim
@@ -90,17 +94,24 @@ class LatentAttention(nn.Module):
         self.heads = heads = HeadLayout.of(num_heads, 1, tp.rank, tp.size)  # a row is one KV head, which every rank has
         self.q_a_proj = self.q_a_layernorm = self.q_b_proj = self.q_proj = None
         if latent.q_rank is None:
-            self.q_proj = HeadsLinear(hidden_size, num_heads, query_dim, tp, heads, f"{name}.q_proj")
+            self.q_proj = HeadsLinear(hidden_size, num_heads, query_dim, tp, heads, f"{name}.q_proj", methods("q_proj"))
         else:
-            self.q_a_proj = ReplicatedLinear(hidden_size, latent.q_rank, tp, bias, f"{name}.q_a_proj")
+            self.q_a_proj = ReplicatedLinear(
+                hidden_size, latent.q_rank, tp, bias, f"{name}.q_a_proj", methods("q_a_proj")
+            )
             self.q_a_layernorm = RMSNorm(latent.q_rank, EPS)
-            self.q_b_proj = HeadsLinear(latent.q_rank, num_heads, query_dim, tp, heads, f"{name}.q_b_proj")
-        self.kv_a_proj_with_mqa = ReplicatedLinear(hidden_size, latent.row, tp, bias, f"{name}.kv_a_proj_with_mqa")
+            self.q_b_proj = HeadsLinear(
+                latent.q_rank, num_heads, query_dim, tp, heads, f"{name}.q_b_proj", methods("q_b_proj")
+            )
+        self.kv_a_proj_with_mqa = ReplicatedLinear(
+            hidden_size, latent.row, tp, bias, f"{name}.kv_a_proj_with_mqa", methods("kv_a_proj_with_mqa")
+        )
         self.kv_a_layernorm = RMSNorm(latent.kv_rank, EPS)
         self.kv_b_proj = Expansion(num_heads, latent, heads)
         self.o_proj = RowParallelLinear(
             num_heads * latent.v_dim, hidden_size, tp, bias, f"{name}.o_proj",
             pieces=(heads.num_q * latent.v_dim, heads.q_pieces(latent.v_dim)), reduce_results=reduce_results,
+            method=methods("o_proj"),
         )  # fmt: skip
 
     def forward(

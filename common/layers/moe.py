@@ -30,6 +30,7 @@ from common.layers.mlp import MLP
 from common.layers.moe_runner import grouped_mm_takes, pick_runner
 from common.layers.router import Router, RouterRule
 from common.parallel_state import TPGroup, all_reduce
+from common.quantization.method import PLAIN, LayerMethods
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class MoE(nn.Module):
     def __init__(
         self, hidden_size: int, mixture: Mixture, tp: TPGroup, name: str = "", reduce_results: bool = True,
         options: MoEOptions = AUTO, placement: ExpertPlacement | None = None, layer: int = 0,
+        methods: LayerMethods = PLAIN,
     ):  # fmt: skip
         super().__init__()
         self.tp, self.name, self.reduce_results, self.layer = tp, name, reduce_results, layer
@@ -141,8 +143,9 @@ class MoE(nn.Module):
         if mixture.shared_size:
             ranks = TPGroup(device=tp.device) if self.travels else tp
             self.shared_expert = MLP(
-                hidden_size, mixture.shared_size, ranks, f"{name}.shared_expert", reduce_results=False
-            )
+                hidden_size, mixture.shared_size, ranks, f"{name}.shared_expert", reduce_results=False,
+                methods=methods.under("shared_expert"),
+            )  # fmt: skip
         if mixture.shared_gate:
             self.shared_expert_gate = ReplicatedLinear(hidden_size, 1, tp, name=f"{name}.shared_expert_gate")
         self.runner = pick_runner(options.runner, tp.device)

@@ -9,6 +9,7 @@ from torch import nn
 from common.layers.heads import split_evenly
 from common.layers.linear import ColumnParallelLinear, load_pieces, loadable, multiply
 from common.parallel_state import TPGroup, all_gather, all_reduce, gather
+from common.quantization.method import LinearMethod
 
 try:  # a CPU build of torch comes without Triton
     from common.kernels import fused
@@ -59,8 +60,11 @@ class ParallelLMHead(ColumnParallelLinear):
     is faster to multiply by (cpu_linear.py), `copy` is that one: rows cannot be looked up in it.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, tp: TPGroup, tied_to: VocabParallelEmbedding | None = None):
-        super().__init__(hidden_size, vocab_size, tp, name="lm_head")
+    def __init__(
+        self, vocab_size: int, hidden_size: int, tp: TPGroup, tied_to: VocabParallelEmbedding | None = None,
+        method: LinearMethod | None = None,
+    ):  # fmt: skip
+        super().__init__(hidden_size, vocab_size, tp, name="lm_head", method=method if tied_to is None else None)
         self.vocab_size, self.tied = vocab_size, tied_to is not None
         self.register_buffer("copy", None, persistent=False)
         if tied_to is not None:

@@ -42,6 +42,7 @@ from common.models.json_file import json_shown, name_shown, read_json
 from common.models.mixture import Mixture
 from common.models.schema import ARCHITECTURES, END_TOKENS, LEFT_OUT, MAX_POSITIONS, ROPE_TYPES, Architecture
 from common.models.vision import Vision, text_of, vision_of
+from common.quantization.config import QuantizationConfig
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class ModelConfig:
     draft_layers: int = 0  # behind the last: a checkpoint may have such, which only guess, and they are left alone
     mixture: Mixture | None = None  # experts in place of some or all MLPs
     vision: Vision | None = None  # a tower beside the decoder, whose rows stand among those of the tokens
+    quantization: QuantizationConfig | None = None  # how its weights are written; None: as numbers
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ModelConfig":
@@ -129,6 +131,7 @@ class ModelConfig:
             draft_layers=read.get("num_nextn_predict_layers") or 0,
             mixture=architecture.mixture(read, where) if architecture.mixture else None,
             vision=vision,
+            quantization=QuantizationConfig.from_checkpoint(raw, where),
         )
 
     @property

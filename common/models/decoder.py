@@ -31,6 +31,7 @@ from common.layers.rotary import RotaryEmbedding, Turning
 from common.layers.vocab import ParallelLMHead, VocabParallelEmbedding
 from common.models.config import ModelConfig
 from common.parallel_state import TPGroup
+from common.quantization.method import PLAIN, LayerMethods
 from common.vision.tower import VisionTower
 
 
@@ -43,7 +44,7 @@ class SelfAttention(nn.Module):
 
     def __init__(
         self, config: ModelConfig, tp: TPGroup, layer: int, first: int = 0, reduce_results: bool = True,
-        input_size: int | None = None,
+        input_size: int | None = None, methods: LayerMethods = PLAIN,
     ):  # fmt: skip
         super().__init__()
         name, d = f"layers.{layer}", config.head_dim
@@ -56,12 +57,13 @@ class SelfAttention(nn.Module):
             tp,
             config.qkv_bias,
             f"{name}.qkv_proj",
+            methods("qkv_proj"),
         )
         self.heads = heads = self.qkv_proj.heads
         # o_proj's input columns are the query heads: whoever computed a head multiplies it
         self.o_proj = RowParallelLinear(
             config.num_heads * d, config.hidden_size, tp, config.o_bias, f"{name}.o_proj",
-            pieces=(heads.num_q * d, heads.q_pieces(d)), reduce_results=reduce_results,
+            pieces=(heads.num_q * d, heads.q_pieces(d)), reduce_results=reduce_results, method=methods("o_proj"),
         )  # fmt: skip
         self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
@@ -90,26 +92,31 @@ class DecoderLayer(nn.Module):
 
     def __init__(
         self, config: ModelConfig, communicator: LayerCommunicator, layer: int, first: int = 0,
-        moe: MoEOptions = AUTO, placement: ExpertPlacement | None = None,
+        moe: MoEOptions = AUTO, placement: ExpertPlacement | None = None, methods: LayerMethods = PLAIN,
     ):  # fmt: skip
         super().__init__()
         self.communicator, self.name, self.before = communicator, f"layers.{layer}", f"layers.{layer - 1}.down_proj"
-        alone = not (communicator.spreads or communicator.defers)
+        alone, attention, mlp = (
+            not (communicator.spreads or communicator.defers),
+            methods.under("self_attn"),
+            methods.under("mlp"),
+        )
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if config.latent:
             self.self_attn = LatentAttention(
                 config.hidden_size, config.num_heads, config.latent, communicator.attn_tp, layer, layer - first,
-                bias=config.o_bias, reduce_results=alone,
+                bias=config.o_bias, reduce_results=alone, methods=attention,
             )  # fmt: skip
         else:
-            self.self_attn = SelfAttention(config, communicator.attn_tp, layer, first, reduce_results=alone)
+            self.self_attn = SelfAttention(config, communicator.attn_tp, layer, first, alone, methods=attention)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.sparse = bool(config.mixture and config.mixture.sparse[layer])
         self.travels = self.sparse and moe.dispatch == "all_to_all"
         if self.sparse:
-            self.mlp = MoE(config.hidden_size, config.mixture, communicator.tp, self.name, alone, moe, placement, layer)
+            sizes = (config.hidden_size, config.mixture)
+            self.mlp = MoE(*sizes, communicator.tp, self.name, alone, moe, placement, layer, mlp)
         else:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size, communicator.tp, self.name, alone)
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, communicator.tp, self.name, alone, mlp)
 
     def forward(
         self, x, residual, rotary, attention, rows: TokenRows | None, live: torch.Tensor | None = None, adapters=None
@@ -138,7 +145,10 @@ class Decoder(nn.Module):
     PPMissingLayer does, so that every layer has the same name everywhere.
     """
 
-    def __init__(self, config: ModelConfig, communicator: LayerCommunicator, stage: range, moe: MoEOptions = AUTO):
+    def __init__(
+        self, config: ModelConfig, communicator: LayerCommunicator, stage: range, moe: MoEOptions = AUTO,
+        methods: LayerMethods = PLAIN,
+    ):  # fmt: skip
         super().__init__()
         self.communicator, self.stage = communicator, stage
         self.placement = None  # of the experts
@@ -151,7 +161,9 @@ class Decoder(nn.Module):
             )
         self.rotary = RotaryEmbedding(**config.rotary)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, communicator, i, stage.start, moe, self.placement) if i in stage else nn.Identity()
+            DecoderLayer(config, communicator, i, stage.start, moe, self.placement, methods.under(f"layers.{i}"))
+            if i in stage
+            else nn.Identity()
             for i in range(config.num_layers)
         )
         if stage.stop == config.num_layers:
@@ -193,7 +205,8 @@ class CausalLM(nn.Module):
 
     stage: which layers, all by default. All but the first stage begin with `hidden` of the stage before; all but the last
     end with what the next one begins with, and have no head. communicator: whether the rows are spread, and over whom
-    attention is cut; by default plain tensor parallelism over tp. moe: how experts are computed.
+    attention is cut; by default plain tensor parallelism over tp. moe: how experts are computed. methods: which linear layers hold
+    codes in place of a weight, and how they multiply (common/quantization/method.py).
     """
 
     def __init__(
@@ -203,18 +216,19 @@ class CausalLM(nn.Module):
         stage: range | None = None,
         communicator: LayerCommunicator | None = None,
         moe: MoEOptions = AUTO,
+        methods: LayerMethods = PLAIN,
     ):
         super().__init__()
         self.config, self.tp, self.communicator = config, tp, communicator or LayerCommunicator(tp)
         self.stage = range(config.num_layers) if stage is None else stage
-        self.model = Decoder(config, self.communicator, self.stage, moe)
+        self.model = Decoder(config, self.communicator, self.stage, moe, methods.under("model"))
         self.visual = VisionTower(config.vision.tower, tp) if config.vision else None
         self.lm_head = None
         if self.stage.stop == config.num_layers:
             # a copy of its own where the embedding is stages away, or cut over fewer ranks than the head
             tied = config.tie_word_embeddings and self.communicator.parts == 1
             embedding = self.model.embed_tokens if tied else None
-            self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, tp, embedding)
+            self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, tp, embedding, methods("lm_head"))
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, attention, hidden: torch.Tensor | None = None,

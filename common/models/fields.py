@@ -120,6 +120,13 @@ def numbers(default: tuple[float, ...]) -> Field:
     return Field(fits, f"must be a list of {len(default)} numbers other than 0", default)
 
 
+def pair(default: Any = REQUIRED) -> Field:
+    def fits(x):
+        return x is None or (isinstance(x, list) and len(x) == 2 and all(type(n) is int and n > 0 for n in x))
+
+    return Field(fits, "must be a list of two integers of at least 1, or null", default)
+
+
 def json_object() -> Field:
     return Field(lambda x: x is None or isinstance(x, dict), "must be an object, or null", None)
 

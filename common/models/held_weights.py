@@ -13,6 +13,7 @@ from common.layers.cpu_linear import row_major
 from common.layers.moe import MoEOptions
 from common.models.decoder import CausalLM
 from common.models.model_copy import empty_copy, stand_in, whole_model
+from common.models.quantized_tensors import held_tensors, refuse_codes
 from common.models.tensor_names import EMBEDDING, HEAD, needed_of
 from common.models.weights import TensorSource
 from common.parallel_state import TPGroup, gather
@@ -52,6 +53,7 @@ def whole_tensor(
 def own_part(model: CausalLM, name: str, shape: tuple[int, ...], moe: MoEOptions) -> tuple[torch.Tensor, torch.Tensor]:
     """(float32 numbers, uint8 which of them this rank holds), both of the whole tensor's shape."""
     whole, known = torch.zeros(shape), torch.zeros(shape, dtype=torch.uint8)
+    refuse_codes(model, name)
     name, copy = _settled(model, name), empty_copy(model, moe)
     numbers = TensorSource(torch.arange(whole.numel()).view(shape))
     names = {id(param): own for own, param in copy.named_parameters()}
@@ -69,8 +71,8 @@ def own_part(model: CausalLM, name: str, shape: tuple[int, ...], moe: MoEOptions
 def checksums(model: CausalLM) -> dict[str, str]:
     """SHA-256 of each parameter of this rank, under its name here: of its numbers, in whichever form the matrix lies."""
     sums = {}
-    for name, param in model.named_parameters():
-        numbers = row_major(param).cpu().float()
+    for name, held in held_tensors(model).items():
+        numbers = row_major(held).cpu().float()
         sums[name] = hashlib.sha256(numbers.reshape(-1).view(torch.uint8).numpy()).hexdigest()
     return sums
 

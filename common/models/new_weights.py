@@ -28,13 +28,14 @@ from common.models.config import ModelConfig
 from common.models.decoder import CausalLM
 from common.models.json_file import names_shown
 from common.models.model_copy import as_it_lies, empty_copy, stand_in, whole_model
+from common.models.quantized_tensors import plain_tensors, refuse_codes
 from common.models.stages import Stage
 from common.models.tensor_names import EMBEDDING, HEAD, needed_of
 from common.models.weights import TensorSource, load_model, redundant, refuse_a_misfit
 
 # safetensors' names of what may be a weight
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
-NOT_COMPUTED_WITH = ("dtype", "eos_token_ids")  # of a config: of the files, and of whoever ends answers
+NOT_COMPUTED_WITH = ("dtype", "eos_token_ids", "quantization")  # of a config: of the files, and of whoever ends answers
 LOOK_AT = 1 << 22  # numbers at a time
 
 
@@ -67,6 +68,7 @@ def stage_checkpoint(model: CausalLM, folder: str | Path, dtype: torch.dtype, st
     Raises ValueError and FileNotFoundError as load_model does; for NaN and infinity; for a config that describes another model;
     and for files that somebody writes to while they are read.
     """
+    refuse_codes(model, f"new weights from {folder}")
     _refuse_another_model(model.config, ModelConfig.from_folder(folder), str(folder))
     files = checkpoint_files(folder)
     before = [_state_of(file) for file in files]
@@ -95,6 +97,7 @@ def stage_tensors(
     Of what is merged here (q, k and v) the parts that are not given stay. Raises ValueError for a name that the model has not, a
     wrong shape or type, and NaN or infinity in the model's dtype: of all tensors, also those that other ranks hold.
     """
+    refuse_codes(model, f"{where}: new weights")
     given = _settled(model.config, tensors, where)
     refuse_a_misfit_of(model, given, where)
     _refuse_what_is_not_finite(given, dtype, where)
@@ -151,7 +154,7 @@ def refuse_a_misfit_of(model: CausalLM, tensors: Mapping[str, torch.Tensor], whe
         described.setdefault(EMBEDDING, described.pop(HEAD)._replace(name=EMBEDDING))
     what = f"{model.config.architecture} as config.json describes it"
     needed, config = needed_of(whole_model(model), described), model.config
-    refuse_a_misfit(needed, described, what, where, lambda name: redundant(name, config), whole=False)
+    refuse_a_misfit(plain_tensors(needed), described, what, where, lambda name: redundant(name, config), whole=False)
 
 
 def _settled(config: ModelConfig, tensors: Mapping[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:

@@ -190,10 +190,15 @@ def save_random_weights(name: str, folder: Path, device: str = "cpu", **changes)
     return folder
 
 
+def weights_folder(name: str) -> Path:
+    """Where random weights of that name are kept: in the temporary directory."""
+    return Path(tempfile.gettempdir()) / "bench_checkpoints" / name
+
+
 def shared_random_weights(name: str, tp: TPGroup, **changes) -> Path:
     """The same in the temporary directory, for all ranks of a host: rank 0 makes it, the others wait."""
     changed = "".join(f"-{key}={value}" for key, value in changes.items())
-    folder = Path(tempfile.gettempdir()) / "bench_checkpoints" / f"{name}{changed}"
+    folder = weights_folder(f"{name}{changed}")
     if tp.rank == 0:
         save_random_weights(name, folder, tp.device.type, **changes)
         if tp.device.type == "cuda":

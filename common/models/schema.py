@@ -49,8 +49,6 @@ class Architecture:
     sees: bool = False  # it has a vision tower, see vision.py
 
 
-QUANTIZED = "is not read: quantized checkpoints are not supported; use the float16, bfloat16 or float32 one"
-
 EVERY_DECODER = {
     "vocab_size": integer(),
     "hidden_size": integer(),
@@ -72,8 +70,6 @@ EVERY_DECODER = {
     "hidden_act": one_of("silu", default="silu"),
     "mlp_bias": one_of(False, default=False),
     "is_causal": one_of(True, default=True),
-    "quantization_config": empty(QUANTIZED),
-    "compression_config": empty(QUANTIZED),
     "per_layer_config": empty("is not supported; the layers of this decoder are alike"),
     "transformers_weights": empty(
         "is not supported; the weights are read from model.safetensors or what its index names"

@@ -10,7 +10,7 @@ three tensors for each expert, or all experts of a layer in two, as transformers
     mlp.experts.w2               (7, 2)       mlp.experts.7.down_proj.weight      mlp.experts.down_proj [E, D, F]
 """
 
-from collections.abc import Collection
+from collections.abc import Container
 from typing import NamedTuple
 
 from torch import nn
@@ -40,14 +40,16 @@ class Needed(NamedTuple):
     shape: tuple[int, ...]
 
 
-def needed_of(model: nn.Module, found: Collection[str]) -> list[Needed]:
+def needed_of(model: nn.Module, found: Container[str]) -> list[Needed]:
     """What fills every parameter of a CausalLM, or of one stage of it, from files that hold tensors of these names."""
     needed, config = [], model.config
     for name, param in model.named_parameters():  # a tied weight comes once, or twice if the head is cut in its own way
         fused = _name_of_all_experts(name)
-        shapes = param.fused_shapes if fused in found else param.shard_shapes
+        if fused is not None and fused not in found:
+            fused = None
+        shapes = param.fused_shapes if fused else param.shard_shapes
         for shard_id, shape in shapes.items():
-            if fused in found:
+            if fused:
                 stored = fused
             elif config.tie_word_embeddings and name == HEAD:
                 stored = EMBEDDING

@@ -10,32 +10,31 @@ A stage of a pipeline compares the whole checkpoint, and reads its own layers.
 
 import hashlib
 import math
-import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from common.layers.communicator import LayerCommunicator
-from common.layers.moe import AUTO, Mixture, MoEOptions
+from common.layers.moe import AUTO, MoEOptions
 from common.models.checkpoint import Stored, checkpoint_files, left_alone, open_tensors
 from common.models.config import ModelConfig
 from common.models.decoder import CausalLM
 from common.models.json_file import json_shown, names_shown
+from common.models.kv_scales import KVScales, take_kv_scales
+from common.models.quantized_tensors import WEIGHT_DTYPES, CheckpointWeights
+from common.models.sizes_of_files import LAYER, refuse_sizes_beyond_the_files
 from common.models.stages import Stage
-from common.models.tensor_names import EMBEDDING, HEAD, Needed, as_named_here, needed_of
+from common.models.tensor_names import EMBEDDING, HEAD, as_named_here, needed_of
 from common.parallel_state import TPGroup
-
-QUICKLY_BUILT = 1 << 16  # up to here a wrong size is left to the comparison by name, which says more
-QUICKLY_NAMED = 1 << 10  # experts, each with three tensors by name in every layer
-LAYER = re.compile(r"model\.layers\.(\d+)\.")
-
-
-WEIGHT_DTYPES = ("F32", "F16", "BF16", "F64")  # integers, truth values and fp8 mean something else than their numbers
+from common.quantization.config import QuantizationConfig
+from common.quantization.method import PLAIN, LayerMethods
+from common.quantization.scheme import Expected
 
 
 @dataclass
@@ -47,25 +46,29 @@ class LoadReport:
     tensors: list[str] = field(default_factory=list)
     digest: str = ""  # SHA-256 of all names and numbers, if every one was looked at (check_finite)
     notes: list[str] = field(default_factory=list)  # decisions the reader should know of; rank 0 warns of each
+    kv_scales: list[KVScales] = field(default_factory=list)  # of this stage's layers, as the checkpoint has them
 
 
 class CheckpointTensor:
     """One tensor in a file: read a slice, count the bytes."""
 
     def __init__(self, file, name: str, report: LoadReport):
-        self._slice, self.name, self._report = file.get_slice(name), name, report
+        self._file, self._slice, self.name, self._report = file, file.get_slice(name), name, report
         self.shape = tuple(self._slice.get_shape())
 
-    def read(self, dim: int, start: int, stop: int, matrix: int | None = None) -> torch.Tensor:
-        """Rows (dim 0) or columns (dim 1) start .. stop-1, if several matrices are stacked of that one; no other byte is copied."""
-        if matrix is not None:
-            one = slice(matrix, matrix + 1)
-            x = (self._slice[one, start:stop] if dim == 0 else self._slice[one, :, start:stop]).squeeze(0)
-        else:
-            x = self._slice[start:stop] if dim == 0 else self._slice[:, start:stop]
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """As of a tensor: plain slices, one for each of the first dimensions, or `...` for all of it; no other byte is copied."""
+        x = self._file.get_tensor(self.name).clone() if index is ... else self._slice[index]
         self._report.bytes_read += x.nbytes
         self._report.held_bytes = max(self._report.held_bytes, x.nbytes)  # each is let go before the next one comes
         return x
+
+    def read(self, dim: int, start: int, stop: int, matrix: int | None = None) -> torch.Tensor:
+        """Rows (dim 0) or columns (dim 1) start .. stop-1, if several matrices are stacked of that one."""
+        some = (slice(start, stop),) if dim == 0 else (slice(None), slice(start, stop))
+        if matrix is not None:
+            return self[(slice(matrix, matrix + 1), *some)].squeeze(0)
+        return self[some if dim else some[0]]
 
 
 class WholeTensor:
@@ -76,6 +79,9 @@ class WholeTensor:
         self.name, self.shape = name, tuple(self._whole.shape)
         report.bytes_read += self._whole.nbytes
         report.held_bytes += self._whole.nbytes
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._whole[index]
 
     def read(self, dim: int, start: int, stop: int, matrix: int | None = None) -> torch.Tensor:
         whole = self._whole if matrix is None else self._whole[matrix]
@@ -96,17 +102,19 @@ class TensorSource:
 def load_model(
     folder: str | Path, tp: TPGroup, dtype: torch.dtype = torch.float32, source: type = CheckpointTensor, *,
     check_finite: bool = False, stage: Stage | None = None, communicator: LayerCommunicator | None = None,
-    moe: MoEOptions = AUTO,
+    moe: MoEOptions = AUTO, quantization: str | None = None, quantized_compute: str = "auto",
 ) -> tuple[CausalLM, LoadReport]:  # fmt: skip
     """Build this rank's part of the model, or of one stage of it, on `tp.device` and fill it.
 
     check_finite: look for NaN and infinity first, which costs every rank a pass over all weights. communicator and moe are
-    those of CausalLM.
+    those of CausalLM. quantization: how a full-precision checkpoint is rounded as it is read, or the method that a quantized one
+    has; quantized_compute: whether quantized weights are kept so (common/quantization/linear_methods.py).
     Raises FileNotFoundError (no config, no weights, a shard missing) and ValueError (damaged file, or missing,
     unexpected, wrongly shaped and wrongly typed tensors, all by name), the same on every rank, before memory is taken
-    and weights are read (but for a tied LM head that is stored: it is compared with the embedding first).
+    and weights are read (but for a tied LM head that is stored: it is compared with the embedding first). What is wrong in the
+    numbers of a quantized matrix (a scale that is none, groups that are not there), only a rank that reads them can tell.
     """
-    config = ModelConfig.from_folder(folder)
+    config = with_quantization(ModelConfig.from_folder(folder), quantization, str(folder))
     layers, report = (stage or Stage()).layers(config.num_layers), LoadReport()
     with ExitStack() as stack:
         files = checkpoint_files(folder)
@@ -114,23 +122,32 @@ def load_model(
         others = left_alone(folder, files)
         if others:
             report.notes.append(f"{folder}: {names_shown(others)} left alone; not part of this checkpoint")
-        config = _settle_the_head(config, found, report, where=str(folder))
-        _refuse_sizes_beyond_the_files(config, found, where=str(folder))
-        _refuse_experts_beyond_the_files(config.mixture, found, where=str(folder))
-        _refuse_latents_beyond_the_files(config, found, where=str(folder))
-        _refuse_a_tower_beyond_the_files(config, found, where=str(folder))
+        kv_scales = take_kv_scales(found, config.num_layers, where=str(folder))
+        report.kv_scales = [kv_scales[layer] for layer in layers]
+        weights = CheckpointWeights(found, config.quantization, str(folder))
+        config = _settle_the_head(config, weights, report, where=str(folder))
+        refuse_sizes_beyond_the_files(config, found, where=str(folder))
         with torch.device("meta"):  # shapes without memory, of all stages
-            needed = needed_of(CausalLM(config, tp), found)
+            whole = CausalLM(config, tp)
+        needed = needed_of(whole, weights)
         what = f"{config.architecture} as config.json describes it"
-        refuse_a_misfit(needed, found, what, str(folder), lambda name: redundant(name, config))
+        refuse_a_misfit(weights.expected(needed), found, what, str(folder), lambda name: redundant(name, config))
         drafts = sorted(name for name in found if _only_guesses(name, config))
         if drafts:
             report.notes.append(f"{folder}: {names_shown(drafts)} left alone; layers that guess tokens ahead")
         if check_finite:
             _refuse_what_is_not_finite(found, dtype, report, where=str(folder))
-        model = _build(config, tp, dtype, layers, communicator, moe)
-        todo = [(found[name], param, shard_id) for name, param, shard_id, _ in needed_of(model, found)]
-        sources = {stored.name: source(stored.file, stored.name, report) for stored, _, _ in todo}
+        methods = weights.methods(whole, needed, tp.device, dtype, quantized_compute)
+        model = _build(config, tp, dtype, layers, communicator, moe, methods)
+        todo = needed_of(model, weights)
+        opened: dict[str, Any] = {}  # each once: the old way reads all of it here
+
+        def open_one(name: str) -> Any:
+            if name not in opened:
+                opened[name] = source(found[name].file, found[name].name, report)
+            return opened[name]
+
+        sources = {one.tensor: weights.source(one, open_one) for one in todo}
         bar = tqdm(
             todo,
             desc=f"loading {Path(folder).name}",
@@ -138,9 +155,10 @@ def load_model(
             disable=None if tp.world_rank == 0 else True,
             leave=False,
         )
-        for stored, param, shard_id in bar:
-            param.weight_loader(sources[stored.name], shard_id)
-            report.tensors.append(stored.name)
+        for one in bar:
+            one.param.weight_loader(sources[one.tensor], one.shard_id)
+        report.tensors = [found[name].name for name in opened]
+        report.notes += weights.account(model, todo)
     if tp.world_rank == 0:
         for note in report.notes:
             warnings.warn(note, stacklevel=2)
@@ -154,30 +172,43 @@ def load_then_shard(folder: str | Path, tp: TPGroup, dtype: torch.dtype = torch.
 
 def _build(
     config: ModelConfig, tp: TPGroup, dtype: torch.dtype, layers: range, communicator: LayerCommunicator | None,
-    moe: MoEOptions,
+    moe: MoEOptions, methods: LayerMethods = PLAIN,
 ) -> CausalLM:  # fmt: skip
     """This rank's modules, zero where nothing will be loaded."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with tp.device:
-            return CausalLM(config, tp, layers, communicator, moe).eval()
+            return CausalLM(config, tp, layers, communicator, moe, methods).eval()
     finally:
         torch.set_default_dtype(previous)
 
 
-def _settle_the_head(config: ModelConfig, found: dict[str, Stored], report: LoadReport, where: str) -> ModelConfig:
+def with_quantization(config: ModelConfig, quantization: str | None, where: str) -> ModelConfig:
+    """The config with what was asked for, which must not be another method than the checkpoint's own."""
+    own = config.quantization
+    if quantization is None or (own and own.method == quantization):
+        return config
+    if own:
+        raise ValueError(
+            f"quantization={quantization!r}, but {where} is quantized with {own.method}; leave the argument out"
+        )
+    return replace(config, quantization=QuantizationConfig.named(quantization))
+
+
+def _settle_the_head(config: ModelConfig, weights: CheckpointWeights, report: LoadReport, where: str) -> ModelConfig:
     """One LM head where the config says that it is the embedding and the files have an lm_head.weight as well.
 
     As transformers 5.23: equal ones are one; if they differ, the file knows better than the config, and both are used;
     an lm_head.weight alone is both. Every rank compares all of both, or ranks could come to different models.
     """
-    if not config.tie_word_embeddings or HEAD not in found:
+    found, there = weights.found, HEAD in weights
+    if not config.tie_word_embeddings or not there:
         return config
-    if EMBEDDING not in found:
+    if EMBEDDING not in found and HEAD in found:
         found[EMBEDDING] = found.pop(HEAD)
         return config
-    if _equal(found[HEAD], found[EMBEDDING], report):
+    if HEAD in found and _equal(found[HEAD], found[EMBEDDING], report):
         return config
     report.notes.append(
         f"{where}: config.json says tie_word_embeddings=true, but {HEAD} is not {EMBEDDING}; both are used"
@@ -195,81 +226,23 @@ def _equal(a: Stored, b: Stored, report: LoadReport) -> bool:
     return True
 
 
-def _refuse_sizes_beyond_the_files(config: ModelConfig, found: dict[str, Stored], where: str) -> None:
-    """Sizes with which even a model without memory would not be built in time; `refuse_a_misfit` compares the others exactly."""
-    layers = len({match[1] for match in map(LAYER.match, found) if match})
-    claims = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_attention_heads * head_dim": config.num_heads * config.head_dim,
-    }
-    _refuse_beyond_the_widest(claims, QUICKLY_BUILT, found, where)
-    if config.num_layers > len(found):
-        raise ValueError(_beyond(where, "num_hidden_layers", config.num_layers, f"have {layers} layers"))
-
-
-def _refuse_experts_beyond_the_files(mixture: Mixture | None, found: dict[str, Stored], where: str) -> None:
-    if mixture:
-        widths = {
-            "moe_intermediate_size": mixture.intermediate_size,
-            "shared_expert_intermediate_size": mixture.shared_size,
-        }
-        _refuse_beyond_the_widest(widths, QUICKLY_BUILT, found, where)
-        _refuse_beyond_the_widest({"num_experts": mixture.num_experts}, QUICKLY_NAMED, found, where)
-
-
-def _refuse_latents_beyond_the_files(config: ModelConfig, found: dict[str, Stored], where: str) -> None:
-    if latent := config.latent:
-        widths = {
-            "kv_lora_rank + qk_rope_head_dim": latent.row,
-            "q_lora_rank": latent.q_rank or 0,
-            "num_attention_heads * v_head_dim": config.num_heads * latent.v_dim,
-        }
-        _refuse_beyond_the_widest(widths, QUICKLY_BUILT, found, where)
-
-
-def _refuse_a_tower_beyond_the_files(config: ModelConfig, found: dict[str, Stored], where: str) -> None:
-    if config.vision:
-        tower = config.vision.tower
-        width, mlp = ("hidden_size", "intermediate_size") if tower.gated else ("embed_dim", "embed_dim * mlp_ratio")
-        widths = {f"vision_config's {width}": tower.width, f"vision_config's {mlp}": tower.mlp_width}
-        _refuse_beyond_the_widest(widths, QUICKLY_BUILT, found, where)
-        if tower.depth > len(found):
-            raise ValueError(_beyond(where, "vision_config's depth", tower.depth, f"have {len(found)} tensors"))
-
-
-def _refuse_beyond_the_widest(claims: dict[str, int], small: int, found: dict[str, Stored], where: str) -> None:
-    """Those up to `small` may pass: another error will say more."""
-    widest = max((max(stored.shape, default=1) for stored in found.values() if 0 not in stored.shape), default=0)
-    for name, size in claims.items():
-        if size > max(widest, small):
-            raise ValueError(_beyond(where, name, size, f"have no tensor longer than {widest}"))
-
-
-def _beyond(where: str, name: str, size: int, have: str) -> str:
-    return (
-        f"{where}: config.json says {name}={json_shown(size)}, but the weight files {have}; "
-        f"use the config and the weights of one checkpoint"
-    )
-
-
 def refuse_a_misfit(
-    model: list[Needed], found: dict[str, Stored], what: str, where: str, may_be_there: Callable[[str], bool],
+    expected: Mapping[str, Expected], found: dict[str, Stored], what: str, where: str, may_be_there: Callable[[str], bool],
     whole: bool = True,
 ) -> None:  # fmt: skip
     """Every parameter filled, every tensor used or such that it `may_be_there`, or ValueError: `what` the weights do not fit.
     whole=False: a parameter may stay as it is."""
-    needed = {one.tensor: one.shape for one in model}
-    missing = sorted(needed.keys() - found.keys()) if whole else []
-    extra = sorted(name for name in found.keys() - needed.keys() if not may_be_there(name))
+    missing = sorted(name for name in expected.keys() - found.keys() if not expected[name].optional) if whole else []
+    extra = sorted(name for name in found.keys() - expected.keys() if not may_be_there(name))
     wrong_shape, wrong_dtype = [], []
-    for name in sorted(needed.keys() & found.keys()):
-        shape, dtype, want = found[name].shape, found[name].dtype, needed[name]
-        if shape != want:
-            wrong_shape.append(f"{name} is {json_shown(list(shape))}, not {list(want)}")
-        elif dtype not in WEIGHT_DTYPES:
-            wrong_dtype.append(f"{name} is {dtype}, not {', '.join(WEIGHT_DTYPES)}")
+    for name in sorted(expected.keys() & found.keys()):
+        shape, dtype, want = found[name].shape, found[name].dtype, expected[name]
+        if shape not in want.shapes:
+            wrong_shape.append(
+                f"{name} is {json_shown(list(shape))}, not {' or '.join(map(str, map(list, want.shapes)))}"
+            )
+        elif dtype not in want.dtypes:
+            wrong_dtype.append(f"{name} is {dtype}, not {', '.join(want.dtypes)}")
     problems = [
         f"{len(names)} {why}: {names_shown(names)}"
         for why, names in (("missing", missing), ("unexpected", extra), ("of wrong shape", wrong_shape),

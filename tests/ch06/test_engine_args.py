@@ -12,7 +12,6 @@ SMALL = {"device": "cpu", "num_gpu_blocks_override": 8}
 def test_vllm_s_defaults_spelled_out_make_the_engine_without_them():
     given = {
         "pipeline_parallel_size": 1,
-        "quantization": None,
         "enable_lora": False,
         "hf_overrides": {},
         "swap_space": 4,
@@ -28,7 +27,7 @@ def test_vllm_s_defaults_spelled_out_make_the_engine_without_them():
     ("given", "message"),
     [
         ({"pipeline_parallel_size": 2}, "^engine argument pipeline_parallel_size is not here: layers .* tensor_parallel_size=$"),
-        ({"quantization": "awq", "foo": 1}, r"argument quantization .* dtype=; unknown engine argument foo; help\(EngineArgs"),
+        ({"swap_space": 8, "foo": 1}, r"argument swap_space is not here: .*; unknown engine argument foo; help\(EngineArgs"),
         ({"tensor_paralel_size": 2}, r"^unknown engine argument tensor_paralel_size; did you mean tensor_parallel_size"),
         ({"served_model_name": "a"}, "nothing is served here"),
         ({"trust_remote_code": True}, "Python is never run here"),
@@ -65,9 +64,11 @@ def test_half_and_float_are_vllm_s_other_names_of_dtypes(checkpoint):
     for name, dtype in (("half", "torch.float16"), ("float", "torch.float32"), ("auto", "torch.float32")):
         engine = LLMEngine(str(checkpoint("qwen2")), dtype=name, kv_cache_dtype=name, **SMALL)
         assert (str(engine.runner.dtype), str(engine.runner.kv_dtype)) == (dtype, dtype)
-    for name in ("dtype", "kv_cache_dtype"):
-        with pytest.raises(ValueError, match=rf"^{name}='int8' is unknown; use auto, float32, bfloat16, float16$"):
-            LLMEngine(**{name: "int8"}, **SMALL)
+    for name, more in (("dtype", ""), ("kv_cache_dtype", ", fp8_e4m3, fp8_e5m2, int8, int4")):
+        with pytest.raises(
+            ValueError, match=rf"^{name}='int3' is unknown; use auto, float32, bfloat16, float16{more}$"
+        ):
+            LLMEngine(**{name: "int3"}, **SMALL)
 
 
 def test_no_memory_is_said_in_the_chapter_s_words():

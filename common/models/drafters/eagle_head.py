@@ -36,6 +36,7 @@ from common.models.config import ModelConfig
 from common.models.decoder import SelfAttention
 from common.models.drafters.contract import Target
 from common.models.json_file import json_shown, read_json
+from common.models.quantized_tensors import plain_tensors
 from common.models.tensor_names import needed_of
 from common.models.weights import CheckpointTensor, LoadReport, refuse_a_misfit
 from common.parallel_state import TPGroup
@@ -188,7 +189,7 @@ def load_head(
         with torch.device("meta"):
             needed = needed_of(EagleHead(config, target.tp, 1), found)
         refuse_a_misfit(
-            needed, found, f"an EAGLE{'-3' if version == 3 else ''} head as config.json describes it", str(folder),
+            plain_tensors(needed), found, f"an EAGLE{'-3' if version == 3 else ''} head as config.json describes it", str(folder),
             lambda name: name in SHARED[: 1 if own_head else 2] or name in ("d2t", "t2d") or name.endswith("rotary_emb.inv_freq"),
         )  # fmt: skip
         previous = torch.get_default_dtype()

@@ -40,6 +40,7 @@ from common.models.checkpoint import Stored, checkpoint_files, open_tensors
 from common.models.drafters.contract import Drafter, DraftOptions, Target
 from common.models.hub import resolve_model
 from common.models.json_file import json_shown, read_json
+from common.models.quantized_tensors import plain_tensors
 from common.models.tensor_names import Needed
 from common.models.weights import CheckpointTensor, LoadReport, refuse_a_misfit
 from common.parallel_state import TPGroup
@@ -206,7 +207,9 @@ def load_heads(folder: str | Path, target: Target) -> tuple[MedusaHeads, list[Ch
         sizes = heads, layers, config.hidden_size, config.vocab_size, target.tp, shared
         with torch.device("meta"):
             needed = MedusaHeads(*sizes).needed(prefix)
-        refuse_a_misfit(needed, found, "Medusa heads as config.json describes them", str(folder), lambda name: False)
+        refuse_a_misfit(
+            plain_tensors(needed), found, "Medusa heads as config.json describes them", str(folder), lambda name: False
+        )
         made = _filled(sizes, prefix, found, target)
     return made, choices
 

@@ -57,11 +57,14 @@ def a_front(*flags: str) -> Iterator[RunningServer]:
 
 
 @contextmanager
-def two_halves(*flags: str, prefill: tuple[str, ...] = (), decode: tuple[str, ...] = ()) -> Iterator[Halves]:
-    """flags: of both halves."""
+def two_halves(
+    *flags: str, prefill: tuple[str, ...] = (), decode: tuple[str, ...] = (), cards: tuple[str, str] | None = None
+) -> Iterator[Halves]:
+    """flags: of both halves. cards: the GPUs that the prefill half sees, and the decode half."""
+    seen = [{"CUDA_VISIBLE_DEVICES": names} for names in cards] if cards else [{}, {}]
     halves = [
-        RunningServer("--disaggregation-mode", mode, *KEPT, *flags, *own, wait=False)
-        for mode, own in (("prefill", prefill), ("decode", decode))
+        RunningServer("--disaggregation-mode", mode, *KEPT, *flags, *own, wait=False, variables=variables)
+        for mode, own, variables in (("prefill", prefill, seen[0]), ("decode", decode, seen[1]))
     ]
     try:
         for half in halves:

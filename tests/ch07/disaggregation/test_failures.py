@@ -61,14 +61,14 @@ def test_several_at_once_and_what_the_tree_has_does_not_travel(pair):
     both = pair()
     assert both.answer(both.ask(PROMPT)).output_ids == right()
     both.at_rest()
-    moved = both.decode.manager.bytes_moved
+    moved = both.decode.manager.pages.bytes_moved
     asked = [both.ask([*PROMPT[:28], 40 + i]) for i in range(4)]
     for i, one in enumerate(asked):
         output = both.answer(one)
         assert output.output_ids == right([*PROMPT[:28], 40 + i])
         assert output.cached_tokens == 28
     page = moved // 8
-    assert both.decode.manager.bytes_moved - moved == 4 * page, "one page of each"
+    assert both.decode.manager.pages.bytes_moved - moved == 4 * page, "one page of each"
     assert both.at_rest()
 
 

@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,13 @@ TINY = ("--device", "cpu", "--max-total-tokens", "4096", "--check")
 
 
 class RunningServer:
-    """python -m ch07_sglang_radix.launch_server FLAGS. Its temporary files lie in `folder`, so that one sees what is left."""
+    """python -m ch07_sglang_radix.launch_server FLAGS. Its temporary files lie in `folder`, so that one sees what is left.
+    variables: of its environment, beside this one's."""
 
-    def __init__(self, *flags: str, wait: bool = True):
+    def __init__(self, *flags: str, wait: bool = True, variables: Mapping[str, str] | None = None):
         self.folder = Path(tempfile.mkdtemp(prefix="t-"))
         environment = os.environ | {"TMPDIR": str(self.folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment |= variables or {}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "ch07_sglang_radix.launch_server", "--port", "0", *TINY, *flags],
             cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,

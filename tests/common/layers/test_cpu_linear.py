@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from ch07_sglang_radix import Engine
 from common.layers import cpu_linear
 from common.layers.cpu_linear import FORMS, choose_forms, column_major, fastest, measure, packed, packs, row_major
-from common.layers.linear import MergedColumnParallelLinear, ReplicatedLinear, RowParallelLinear, multiply
+from common.layers.linear import Apart, MergedColumnParallelLinear, ReplicatedLinear, RowParallelLinear, multiply
 from common.models.weights import load_model
 from common.parallel_state import TPGroup
 from tests.oracle import greedy, some_prompts
@@ -63,7 +63,7 @@ def test_merged_layers_multiply_apart_as_together(ranks, bias):
     for rank in range(ranks):
         layer = filled(MergedColumnParallelLinear(24, (20, 13), TPGroup(rank, ranks), bias))
         together = layer(x)
-        layer.apart = True
+        layer.method = Apart()
         torch.testing.assert_close(layer(x), together)
 
 

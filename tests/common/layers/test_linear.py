@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from common.layers.heads import HeadLayout
 from common.layers.linear import (
+    Apart,
     ColumnParallelLinear,
     MergedColumnParallelLinear,
     QKVParallelLinear,
@@ -117,7 +118,7 @@ def test_products_apart_are_the_merged_product():
     layer = QKVParallelLinear(D, 4, 14, 2, TPGroup(1, 2), bias=True)
     fill(layer, {"q": random(56, D), "k": random(8, D, seed=1), "v": random(8, D, seed=2)},
          {"q": random(56), "k": random(8, seed=1), "v": random(8, seed=2)})  # fmt: skip
-    together, layer.apart = layer(x), True
+    together, layer.method = layer(x), Apart()
     torch.testing.assert_close(layer(x), together)
 
 
