@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=4 -m ch07_sglang_radix.benchmarks.bench_layouts --model Qwen2.5-32B --layouts tp4 "tp2 x pp2"
     torchrun --nproc_per_node=4 -m ch07_sglang_radix.benchmarks.bench_layouts --model Qwen3-30B-A3B --layouts tp4 "tp4, ep4"
     torchrun --nproc_per_node=4 -m ch07_sglang_radix.benchmarks.bench_layouts --check                     float32: equal tokens?
-    python -m ch07_sglang_radix.benchmarks.bench_layouts --plan figures/bench_layouts.csv                 no GPU: the planner's winners
+    python -m ch07_sglang_radix.benchmarks.bench_layouts --plan figures/bench_layouts.csv          no GPU: the planner's winners
 
 D, A64, C and 32k are the workloads of bench_gpu.py; A64 has 64 requests a replica. --check serves the bundled model in float32
 under every layout: replicas of one rank each are what the others are compared with. --tiny: few short requests on any device.
