@@ -8,11 +8,11 @@ from typing import Any
 from ch06_tp_vllm.ngram_proposer import SpeculativeConfig
 from ch06_tp_vllm.scheduler import POLICIES
 from common.arguments import says_names
+from common.quantization.scheme import QUANTIZED_COMPUTE
 from common.values import choice, flag, new_file, path, real, text, whole
 
 # what vLLM has and this engine has not: the way out
 ELSEWHERE = {
-    "quantization": "weights are read as float32, bfloat16 or float16; use dtype=",
     "pipeline_parallel_size": "layers are not spread over ranks here; use tensor_parallel_size=",
     "data_parallel_size": "one engine is one replica; start several",
     "all2all_backend": "every rank has all rows, and nothing travels to experts; leave it out",
@@ -73,7 +73,9 @@ class EngineArgs:
     request enters only if its whole prompt fits, and a share `watermark` of the blocks stays free. enforce_eager: no CUDA graphs.
     disable_custom_all_reduce: NCCL for small sums too (common/distributed/symmetric_memory.py). all_reduce: "shm" lets CPU
     ranks of one host add up in shared memory (common/distributed/shared_memory.py) instead of gloo.
-    moe_runner: the form in which experts are computed (common/layers/moe_runner.py).
+    moe_runner: the form in which experts are computed (common/layers/moe_runner.py). quantization: fp8, w8a8_fp8 or w8a8_int8
+    rounds a full-precision checkpoint as it is read; quantized_compute: "dequantise", "weight_only", "activations" or auto, what
+    becomes of quantized weights (common/quantization/linear_methods.py).
     speculative_config: guesses that are verified, several tokens a step (ngram_proposer.py).
     async_scheduling: queue a step before the last one's tokens are seen; None: on a GPU. generation_config: "auto" takes
     sampling defaults from the model's generation_config.json, "vllm" takes vLLM's own. check_finite: look for NaN and
@@ -91,6 +93,8 @@ class EngineArgs:
     enable_expert_parallel: bool = False
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
+    quantization: str | None = None
+    quantized_compute: str = "auto"
     device: str = "auto"
     max_model_len: int | None = None
     block_size: int = 16
@@ -157,8 +161,10 @@ class EngineArgs:
         for name, allowed in (
             ("load_format", ("auto", "safetensors")), ("generation_config", ("auto", "vllm")), ("scheduling_policy", POLICIES),
             ("all_reduce", ("auto", "shm")), ("moe_runner", ("auto", "loop", "grouped", "triton")),
+            ("quantized_compute", QUANTIZED_COMPUTE),
         ):  # fmt: skip
             choice(name, getattr(self, name), allowed)
+        self._set("quantization", text("quantization", self.quantization, none=True))
         if self.trust_remote_code:
             raise ValueError("trust_remote_code=True: a folder's Python is never run here; leave it out")
         new_file("trace", self.trace)

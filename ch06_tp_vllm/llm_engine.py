@@ -87,7 +87,8 @@ class LLMEngine:
             attention_backend=args.attention_backend, disable_cuda_graph=args.enforce_eager,
             mem_fraction_static=args.gpu_memory_utilization, kv_cache_dtype=args.kv_cache_dtype,
             tokenizer_path=args.tokenizer, skip_tokenizer_init=args.skip_tokenizer_init,
-            context_length=args.max_model_len, check_finite=args.check_finite, tp=self.tp, words=VLLM_WORDS,
+            context_length=args.max_model_len, check_finite=args.check_finite, quantization=args.quantization,
+            quantized_compute=args.quantized_compute, tp=self.tp, words=VLLM_WORDS,
             moe_runner=args.moe_runner, parallel=get_parallel_state() if cut_by_experts else None,
             speculative=DraftOptions("NGRAM", None, 0, 0, self.speculative.nodes) if self.speculative else None,
         )  # fmt: skip

@@ -13,7 +13,6 @@ ELSEWHERE = (
         "chat_template": "put it into the tokenizer's folder, and name that with tokenizer_path=",
         "enable_metrics": "get_server_info() tells them; of the server, GET /metrics",
         "log_requests": "use trace=, a line for each step, or log_level=",
-        "quantization": "weights are read as float32, bfloat16 or float16; use dtype=",
         "moe_a2a_backend": "use ep_dispatch='all_to_all', by plain collectives of NCCL or gloo",
         "eplb_algorithm": "EPLB as DeepSeek published it is the only one here; leave it out",
         "eplb_rebalance_layers_per_chunk": "all layers move between the same two steps; leave it out",

@@ -21,6 +21,7 @@ from common.arguments import says_names
 from common.distributed.layout import EP_ALGORITHMS, EP_DISPATCHES, Layout
 from common.distributed.nodes import START_S, parse_address
 from common.models.stages import layer_partition
+from common.quantization.scheme import QUANTIZED_COMPUTE
 from common.values import choice, flag, new_file, path, real, shown, text, whole
 
 ONE_BY_DEFAULT = ("pp_size", "dp_size", "attn_dp_size", "cp_size", "ep_size")  # None asks for nothing, too
@@ -103,6 +104,8 @@ class ServerArgs:
     device: str = "auto"
     dtype: str | None = "auto"
     kv_cache_dtype: str = "auto"
+    quantization: str | None = None
+    quantized_compute: str = "auto"
     context_length: int | None = None
     page_size: int | None = None
     max_total_tokens: int | None = None
@@ -227,6 +230,8 @@ class ServerArgs:
         check_policy(self.schedule_policy, self.disable_radix_cache)  # now, and not when the model is there
         pick_strategy(self.radix_eviction_policy)
         self._set("dtype", text("dtype", self.dtype, none=True))
+        self._set("quantization", text("quantization", self.quantization, none=True))
+        choice("quantized_compute", self.quantized_compute, QUANTIZED_COMPUTE)
         choice("log_level", self.log_level, LEVELS)
         choice("all_reduce", self.all_reduce, ("auto", "shm"))
         choice("moe_runner", self.moe_runner, MOE_RUNNERS)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ch07_sglang_radix.scheduler import TPScheduler
+from common.attention.kv_format import kv_name
 
 
 def what_it_is(scheduler: TPScheduler) -> dict[str, Any]:
@@ -15,7 +16,7 @@ def what_it_is(scheduler: TPScheduler) -> dict[str, Any]:
         "attn_dp_size": wrapper.parallel.layout.attn_dp, "ep_size": wrapper.parallel.layout.ep,
         "enable_layernorm_sp": wrapper.communicator.spreads and wrapper.communicator.parts == 1,
         "device": str(s.tp.device), "dtype": str(wrapper.dtype).removeprefix("torch."),
-        "kv_cache_dtype": str(wrapper.kv_dtype).removeprefix("torch."), "page_size": s.page_size,
+        "kv_cache_dtype": kv_name(wrapper.kv_dtype), "page_size": s.page_size,
         "chunked_prefill_size": s.chunked_prefill_size, "steps": dict(s.steps), "weight_version": s.weight_version,
     }  # fmt: skip
 

@@ -22,6 +22,8 @@ import torch
 from common.attention.backends import pick_attention
 from common.attention.context_table import ContextTable, RingInputs, refuse_less_than_the_ranks
 from common.attention.kv_cache import PagedKVCache
+from common.attention.kv_format import kv_dtype as kv_dtype_of
+from common.attention.kv_format import kv_format, kv_name
 from common.attention.sequence_table import SequenceTable, StepInputs
 from common.distributed.processes import Together
 from common.distributed.transfer import upload, upload_all
@@ -78,7 +80,8 @@ class Executor:
     attention_backend: auto, torch_native, triton, flashinfer (common/attention/backends.py).
     max_total_tokens: size of the pool in tokens; by default what memory allows, the same on every rank.
     mem_fraction_static: share of the device's memory for weights and pool together, as in SGLang; by default 0.85 of what
-    the weights leave free on a GPU, and 1 GiB on a CPU. kv_cache_dtype: auto is the model's; a smaller one holds more.
+    the weights leave free on a GPU, and 1 GiB on a CPU. kv_cache_dtype: auto is the model's; a smaller one holds more, those of 8
+    and 4 bits as codes (common/attention/kv_format.py): fp8_e4m3 and fp8_e5m2 by the checkpoint's k_scale and v_scale, int8, int4.
     tokenizer_path: another folder or Hub id for the tokenizer; skip_tokenizer_init: none. context_length: tokens of a
     request at most, by default as many as the model has positions for. check_finite: refuse weights with NaN or infinity by
     name, for a pass over all of them on every rank. parallel: this rank's place and groups, by default those of the process;
@@ -91,7 +94,8 @@ class Executor:
     (common/layers/dispatch.py). ep_num_redundant_experts: experts that lie twice; ep_dispatch_algorithm, static or dynamic:
     which copy computes a row (common/layers/expert_placement.py). speculative: trees of guesses are verified, and what guesses, if
     it is not rank 0 (common/verify_step.py, common/models/drafters/). lora: room for LoRA adapters beside the weights; `self.lora`
-    then loads them, and each step says which slot its sequences use (common/models/lora_manager.py).
+    then loads them, and each step says which slot its sequences use (common/models/lora_manager.py). quantization,
+    quantized_compute: those of load_model (common/models/weights.py).
     Raises ValueError or FileNotFoundError, on every rank alike, for what cannot be run.
     """
 
@@ -105,6 +109,7 @@ class Executor:
         enable_layernorm_sp: bool = False, enable_all_reduce_fusion: bool = False, enable_two_batch_overlap: bool = False,
         moe_runner: str = "auto", ep_dispatch: str = "replicated", ep_num_redundant_experts: int = 0,
         ep_dispatch_algorithm: str = "static", speculative: DraftOptions | None = None, lora: LoRAOptions | None = None,
+        quantization: str | None = None, quantized_compute: str = "auto",
     ):  # fmt: skip
         self.parallel = parallel or (ParallelState.of(tp) if tp else get_parallel_state(device))
         self.tp = self.parallel.tp  # inside the stage
@@ -134,7 +139,7 @@ class Executor:
             )
         if mem_fraction_static is not None and not 0 < mem_fraction_static <= 1:
             raise ValueError(f"{words.share}={mem_fraction_static} must be in (0, 1]")
-        kv_dtype = _dtype("kv_cache_dtype", kv_cache_dtype)
+        kv_dtype = kv_dtype_of(kv_cache_dtype)
         self.folder = folder = resolve_model(model_name or TINY_QWEN_PATH)
         config = ModelConfig.from_folder(folder)
         config.refuse_experts_layout(self.parallel.ep.size, ep_dispatch, ep_num_redundant_experts)
@@ -147,6 +152,8 @@ class Executor:
         latent = config.latent is not None
         self.attention = pick_attention(self.tp.device, attention_backend, self.parallel.cp.size, latent)
         self.dtype = self._pick_dtype(dtype)
+        self.kv_dtype = kv_dtype or self.dtype
+        self._refuse_codes(attention_backend)
         if speculative:
             self._refuse_trees(attention_backend)
         self.moe = MoEOptions(
@@ -161,7 +168,7 @@ class Executor:
         self.stage = Stage(pp.rank, pp.size, layer_partition(pp_layer_partition) if pp.size > 1 else None)
         self.model, self.load_report = load_model(
             folder, self.tp, self.dtype, check_finite=check_finite, stage=self.stage, communicator=self.communicator,
-            moe=self.moe,
+            moe=self.moe, quantization=quantization, quantized_compute=quantized_compute,
         )  # fmt: skip
         self.linear_forms = choose_forms(self.model)
         self.config: ModelConfig = self.model.config
@@ -177,7 +184,6 @@ class Executor:
         self.context_length = self._context_length(context_length)
         self.page_size, self.max_running_requests = page_size, max_running_requests
 
-        self.kv_dtype = kv_dtype or self.dtype
         cp = self.parallel.cp
         layers, num_kv, row = len(self.model.stage), self.model.heads.num_kv, self.config.kv_row
         if speculative and not speculative.path:
@@ -191,8 +197,9 @@ class Executor:
             weight_bytes=weight_bytes(self.model) + (self.lora.nbytes if self.lora else 0),
         )  # fmt: skip
         self.kv_cache = PagedKVCache(
-            layers, -(-self.num_pages // cp.size), page_size, num_kv, dtype=self.kv_dtype, device=self.tp.device, **row
-        )
+            layers, -(-self.num_pages // cp.size), page_size, num_kv, dtype=self.kv_dtype, device=self.tp.device,
+            scales=self.load_report.kv_scales, **row,
+        )  # fmt: skip
         self.max_context = min(self.context_length, self.num_pages * page_size)
         nodes = speculative.nodes if speculative else 0  # guesses may reach beyond the end
         pages, heads = -(-(self.max_context + nodes) // page_size), self.model.heads
@@ -556,6 +563,19 @@ class Executor:
             return
         for params in (SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_p=0.5)):
             sample(logits()[:1], [SamplingRow(params, 0, [], [])])
+
+    def _refuse_codes(self, backend: str) -> None:
+        """Of pages that hold codes, what cannot read them."""
+        if not kv_format(self.kv_dtype).coded:
+            return
+        if not self.attention.reads_codes:
+            raise ValueError(
+                f"kv_cache_dtype={kv_name(self.kv_dtype)} with attention_backend={backend}: it reads pages of numbers here, not of "
+                f"codes; use triton, torch_native or auto"
+            )
+        too_old = self.tp.device.type == "cuda" and torch.cuda.get_device_capability(self.tp.device) < (8, 9)
+        if self.kv_dtype == torch.float8_e4m3fn and too_old and self.attention.capturable:
+            raise ValueError("kv_cache_dtype=fp8_e4m3 needs compute capability 8.9 or later; use fp8_e5m2 or int8")
 
     def _pick_dtype(self, name: str | None) -> torch.dtype:
         dtype = _dtype("dtype", name) or (torch.float32 if self.tp.device.type == "cpu" else torch.bfloat16)

@@ -18,27 +18,16 @@
 # %%
 import csv
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
 from common.distributed.cost_model import Link, rounds, wire_bytes
+from common.teaching.torchrun import torchrun
 
 out = Path(tempfile.mkdtemp()) / "messages.csv"
-command = [
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--nproc_per_node=2",
-    "-m",
-    "ch06_tp_vllm.record_messages",
-]
-subprocess.run([*command, str(out)], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+torchrun(2, "ch06_tp_vllm.record_messages", str(out))
 steps = {}
 for row in csv.DictReader(out.read_text(encoding="utf-8").splitlines()):
     message = row | {"shape": json.loads(row["shape"]), "bytes": int(row["bytes"])}

@@ -19,9 +19,6 @@
 
 # %%
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -37,18 +34,10 @@ from ch07_sglang_radix.tasks import DecodeTask, PageUpdate, encode
 from common.distributed.messages import FRAME
 from common.models.published_configs import published_config
 from common.sampling.params import SamplingParams
+from common.teaching.torchrun import torchrun
 
 folder = Path(tempfile.mkdtemp())
-command = [
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--nproc_per_node=2",
-    "-m",
-    "ch07_sglang_radix.benchmarks.record_steps",
-]
-subprocess.run([*command, str(folder)], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+torchrun(2, "ch07_sglang_radix.benchmarks.record_steps", str(folder))
 ranks = [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
 
 # the same scene was played several times: the quickest is the one that other programs disturbed least

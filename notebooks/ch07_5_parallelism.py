@@ -30,9 +30,6 @@
 # %%
 import csv
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from itertools import pairwise
@@ -45,15 +42,11 @@ import transformers
 
 from ch07_sglang_radix.benchmarks.record_layouts import ALONE, LAYOUTS, NEW_TOKENS, PROMPTS
 from common.distributed.layout import Layout
+from common.teaching.torchrun import torchrun
 from common.tiny_qwen import TINY_QWEN_PATH
 
 transformers.utils.logging.disable_progress_bar()
 folder = Path(tempfile.mkdtemp())
-
-
-def torchrun(ranks: int, *command: str) -> None:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
-    subprocess.run([*start, *command], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def record(ranks: int) -> dict[str, list[dict]]:

@@ -163,7 +163,7 @@ ROOMS = {
         "attention", "distributed", "draft_tree", "kernels", "layers", "models", "parallel_state", "pool_size", "quantization",
         "sampling", "text", "tiny_qwen", "verify_step", "vision",
     },
-    "memory_occupation": {"distributed", "executor", "layers"},
+    "memory_occupation": {"distributed", "executor", "layers", "models"},
     "request": {"sampling", "text", "values"},
     "planner": {"attention", "distributed", "layers", "models"},
     "teaching": {"distributed", "text", "values"},

@@ -74,11 +74,14 @@ class Disaggregation:
 def what_it_is(wrapper: TPRadixAttentionModelWrapper) -> dict[str, Any]:
     """What must be equal on both sides (bootstrap.py), whatever their numbers of ranks. The checksum is of the last norm, which no
     cut touches: two models of one shape have different ones."""
-    config, norm, row = wrapper.config, wrapper.model.model.norm.weight, wrapper.kv_cache.kv.shape
+    config, norm, cache = wrapper.config, wrapper.model.model.norm.weight, wrapper.kv_cache
+    layers, planes = cache.kv.shape[:2]
     check = crc32(norm.detach().float().cpu().numpy().tobytes())
     model = (
-        f"{config.architecture} of {row[0]} layers, {config.num_kv_heads} KV heads, {row[1]} x {row[5]} numbers of each a token, "
-        f"vocabulary {config.vocab_size} (CRC {check:08x})"
+        f"{config.architecture} of {layers} layers, {config.num_kv_heads} KV heads, {planes} x {cache.head_dim} numbers of each "
+        f"a token, vocabulary {config.vocab_size} (CRC {check:08x})"
     )
-    kv_dtype = str(wrapper.kv_dtype).removeprefix("torch.")
+    kv_dtype, *scales = cache.fingerprint().split(" ", 1)
+    if scales:  # of the layers: by them codes become numbers
+        kv_dtype += f" (CRC of its scales {crc32(scales[0].encode()):08x})"
     return {"version": VERSION, "model": model, "page_size": wrapper.page_size, "kv_cache_dtype": kv_dtype}

@@ -22,11 +22,12 @@ import math
 import secrets
 import socket
 import threading
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
-from ch07_sglang_radix.disaggregation.messages import AnyMessage, Opened, Pool, Ready, Write
+from ch07_sglang_radix.disaggregation.messages import AnyMessage, Opened, Part, Pool, Ready, Write
 from ch07_sglang_radix.disaggregation.peer_memory import CudaMemory, PeerMemory, fits
 from ch07_sglang_radix.disaggregation.tcp import TcpLink, TcpTransport, first_line
 from ch07_sglang_radix.disaggregation.transport import SILENCE_S, Handler, Payload, PeerPages
@@ -43,15 +44,13 @@ class CudaIpcLink(TcpLink):
     ):
         self._memory, self._mine = memory, mine
         self._answered, self._refused = threading.Event(), ""  # prefill: what the other end says to its pool
-        self._opened: torch.Tensor | None = None  # decode: the other end's pool, as bytes
-        self._theirs: torch.Tensor | None = None  # and as pages
+        self._opened: list[torch.Tensor] = []  # decode: the parts of the other end's pool, as bytes
+        self._theirs: list[torch.Tensor] = []  # and as pages
         super().__init__(handler, bound, address)
 
     def _read(self) -> None:
         super()._read()
-        if self._opened is not None:  # in the thread that alone reads it, so never under a copy
-            self._theirs = None
-            self._memory.close(self._opened)
+        self._unmap()  # in the thread that alone reads it, so never under a copy
 
     def _greet(self, message: AnyMessage) -> None:
         super()._greet(message)
@@ -82,13 +81,16 @@ class CudaIpcLink(TcpLink):
             super()._hand_over(message, size)
 
     def _map(self, pool: Pool) -> None:
-        refuse_another_shape(pool, self.handler.pool)
+        mine = self.handler.parts
+        refuse_another_shape(pool, mine)
         why = ""
         try:
             look_whether_it_can_be_read(self._memory, pool)
-            self._opened = self._memory.open(pool.pages)
-            self._theirs = self._opened.view(self.handler.pool.dtype).view(pool.shape)
+            for part, own in zip(pool.parts, mine, strict=True):
+                self._opened.append(self._memory.open(part.block))
+                self._theirs.append(self._opened[-1].view(own.dtype).view(part.shape))
         except RuntimeError as error:
+            self._unmap()
             why = first_line(error)
             log.warning(
                 "CUDA IPC: pages of prefill rank %d on GPU %s cannot be read from GPU %s, and come by way of the host: %s",
@@ -96,10 +98,15 @@ class CudaIpcLink(TcpLink):
             )  # fmt: skip
         self.send(Opened(why))
 
+    def _unmap(self) -> None:
+        self._theirs = []
+        while self._opened:
+            self._memory.close(self._opened.pop())
+
     def _pages_of(self, ready: Ready) -> PeerPages:
-        if self._theirs is None:
+        if not self._theirs:
             raise ValueError("pages are to be read that this side has not mapped")
-        n = self._theirs.shape[2]
+        n = self._theirs[0].shape[2]
         if len(ready.mine) != len(ready.pages) or not all(0 <= page < n for page in ready.mine):
             raise ValueError(f"{len(ready.mine)} pages for {len(ready.pages)}, or none of {n}: {ready.mine[:8]}")
         return PeerPages(self._theirs, ready.mine)
@@ -109,35 +116,35 @@ class CudaIpcTransport(TcpTransport):
     """memory: CudaMemory, of the GPU of the handler's pool. Raises ValueError if the pool is on none, or cannot be shared."""
 
     def __init__(self, handler: Handler, memory: PeerMemory | None = None):
-        memory = memory or CudaMemory(handler.pool.device)
-        mine = None
+        device = handler.parts[0].device
+        memory, mine = memory or CudaMemory(device), None
         if handler.hello.mode == "prefill":
+            parts = [Part(memory.export(one), list(one.shape), one.element_size()) for one in handler.parts]
             marks = secrets.token_bytes(MARKS)
-            self._probe = torch.frombuffer(bytearray(marks), dtype=torch.uint8).to(handler.pool.device)
-            mine = Pool(
-                memory.uuid, memory.export(handler.pool), list(handler.pool.shape), handler.pool.element_size(),
-                memory.export(self._probe), marks,
-            )  # fmt: skip
+            self._probe = torch.frombuffer(bytearray(marks), dtype=torch.uint8).to(device)
+            mine = Pool(memory.uuid, parts, memory.export(self._probe), marks)
         self.link = partial(CudaIpcLink, memory, mine)
         super().__init__(handler)
 
 
-def refuse_another_shape(pool: Pool, mine: torch.Tensor) -> None:
-    """Raises ValueError for lengths that contradict each other, or pages that are none like `mine`, [L, 2, N, P, heads, d]; the two
-    sides' numbers of pages and of heads may differ."""
-    nbytes = math.prod(pool.shape) * pool.itemsize
-    if pool.pages.nbytes != nbytes or not fits(pool.pages) or min(pool.shape) < 1:
-        raise ValueError(
-            f"a pool {pool.shape} of {pool.itemsize} bytes each has {nbytes:,} bytes; {pool.pages.nbytes:,} are announced, "
-            f"from {pool.pages.offset:,} on in a block of {pool.pages.block:,}"
-        )
+def refuse_another_shape(pool: Pool, mine: Sequence[torch.Tensor]) -> None:
+    """Raises ValueError for lengths that contradict each other, or pages that are none like `mine`; the two sides' numbers of pages
+    and of heads may differ."""
+    for part in pool.parts:
+        nbytes, block = math.prod(part.shape) * part.itemsize, part.block
+        if block.nbytes != nbytes or not fits(block) or min(part.shape) < 1:
+            raise ValueError(
+                f"a pool {part.shape} of {part.itemsize} bytes each has {nbytes:,} bytes; {block.nbytes:,} are announced, from "
+                f"{block.offset:,} on in a block of {block.block:,}"
+            )
     if pool.probe.nbytes != len(pool.marks) or not fits(pool.probe):
         raise ValueError(f"{len(pool.marks)} marks are announced in a probe of {pool.probe.nbytes}")
-    alike = [(shape[0], shape[1], shape[3], shape[5]) for shape in (pool.shape, mine.shape)]
-    if alike[0] != alike[1] or pool.itemsize != mine.element_size():
-        raise ValueError(
-            f"a pool {pool.shape} of {pool.itemsize} bytes each; mine is {list(mine.shape)} of {mine.element_size()}"
-        )
+    theirs, own = ([(list(one.shape), size) for one, size in side] for side in (
+        [(part, part.itemsize) for part in pool.parts], [(part, part.element_size()) for part in mine],
+    ))  # fmt: skip
+    alike = [[(s[0], s[1], s[3], s[5], size) for s, size in side] for side in (theirs, own)]
+    if alike[0] != alike[1] or len({shape[2] for shape, _ in theirs}) > 1:
+        raise ValueError(f"a pool of (shape, bytes each) {theirs}; mine is {own}")
 
 
 def look_whether_it_can_be_read(memory: PeerMemory, pool: Pool) -> None:

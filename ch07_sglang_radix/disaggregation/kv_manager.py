@@ -45,8 +45,8 @@ class KVManager:
 
     def __init__(self, wrapper: TPRadixAttentionModelWrapper, mode: str):
         self.wrapper, self.mode, self.tp = wrapper, mode, wrapper.tp
-        self.pages = KVPages(wrapper.kv_cache.kv)
-        self.pool = self.pages.kv  # [L, 2, N, P, Hkv/R, d], or latent rows [L, 1, N, P, 1, c + r]
+        self.pages = KVPages(wrapper.kv_cache.tensors)
+        self.parts = self.pages.parts
         self.hello = Hello(VERSION, mode, self.tp.rank, self.tp.size)
         self.transport: Transport
         self.log: list[tuple[int, AnyMessage]] | None = None
@@ -153,7 +153,7 @@ class KVManager:
 
     def _send(self, room: int, last: bool, pages: list[int]) -> None:
         """pages: ours, the next of the prompt's; they stay as they are until the room is over."""
-        most = max(MOST_BYTES // self.pages.bytes_of(1, self.pool.shape[4]), 1)
+        most = max(MOST_BYTES // self.pages.bytes_of(1, self.pages.heads), 1)
         ready = self.pages.event()
         with self._lock:
             one = self._rooms.get(room)
@@ -172,7 +172,7 @@ class KVManager:
 
     def _slices(self, prefill_ranks: int, rank: int, decode_ranks: int) -> list[HeadSlice]:
         """What decode rank `rank` gets from whom."""
-        if self.pool.shape[1] == 1:  # one row for all heads, the same on every rank
+        if self.pages.planes == 1:  # one row for all heads, the same on every rank
             return latent_slices(prefill_ranks, rank, decode_ranks)
         return head_slices(self.wrapper.config.num_kv_heads, prefill_ranks, rank, decode_ranks)
 

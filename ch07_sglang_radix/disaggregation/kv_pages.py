@@ -3,6 +3,7 @@
 On a GPU a side stream does it, behind the step that computes the pages and beside the steps that come after.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,24 +14,27 @@ from ch07_sglang_radix.disaggregation.head_slices import HeadSlice
 from ch07_sglang_radix.disaggregation.transport import PeerPages
 
 
-def as_words(kv: torch.Tensor) -> torch.Tensor:
-    """The same memory as integers of 8 bytes, if rows divide into them, else of one: copied pages are no numbers, and not every
-    dtype of a cache has every kernel."""
-    row = kv.shape[-1] * kv.element_size()
-    return kv.view(torch.int64 if row % 8 == 0 else torch.uint8)
+def as_words(part: torch.Tensor) -> torch.Tensor:
+    """[L, planes, N, P, heads, ...] -> [L, planes, N, P, heads, words], the same memory as integers of 8 bytes, if rows divide into
+    them, else of one: copied pages are no numbers, and not every dtype of a cache has every kernel."""
+    rows = part if part.dim() == 6 else part.unsqueeze(-1)
+    nbytes = rows.shape[-1] * rows.element_size()
+    return rows.view(torch.int64 if nbytes % 8 == 0 else torch.uint8)
 
 
 class KVPages:
-    """kv [L, 2, N, P, Hkv/R, d], or latent rows [L, 1, N, P, 1, c + r]. bytes_moved: out of them and into them."""
+    """tensors: all that pages hold (PagedKVCache.tensors), of one plane where latent rows stand for K and V. parts: the same, as
+    words. bytes_moved: out of them and into them."""
 
-    def __init__(self, kv: torch.Tensor):
-        self.kv, self.bytes_moved = kv, 0
-        self._words = as_words(kv)
-        self._stream = torch.cuda.Stream(kv.device) if kv.is_cuda else None
+    def __init__(self, tensors: Sequence[torch.Tensor]):
+        self.parts = [as_words(one) for one in tensors]
+        first = self.parts[0]
+        self.planes, self.heads, self.device = first.shape[1], first.shape[4], first.device
+        self.bytes_moved = 0
+        self._stream = torch.cuda.Stream(self.device) if first.is_cuda else None
 
     def bytes_of(self, pages: int, heads: int) -> int:
-        layers, planes, _, page_size, _, head_dim = self.kv.shape
-        return layers * planes * pages * page_size * heads * head_dim * self.kv.element_size()
+        return sum(math.prod(_shape(part, pages, heads)) * part.element_size() for part in self.parts)
 
     def cut(self, pages: Sequence[int], heads: tuple[int, ...], ready: torch.cuda.Event | None) -> "Cut":
         return Cut(self, pages, heads, ready)
@@ -44,16 +48,17 @@ class KVPages:
         return event
 
     def read(self, pages: Sequence[int], heads: tuple[int, ...], ready: torch.cuda.Event | None) -> memoryview:
-        """The bytes of these heads of these pages, [L, 2, n, P, heads, d], by way of the host."""
+        """The bytes of these heads of these pages, [L, planes, n, P, heads, ...] of each part, by way of the host."""
         with self._beside():
             if ready:
                 self._stream.wait_event(ready)
-            data = self._words.index_select(2, self._ids(pages))
-            if heads != tuple(range(self.kv.shape[4])):
-                data = data.index_select(4, self._ids(heads))
-            data = data.cpu()
-        self.bytes_moved += data.nbytes
-        return memoryview(data.view(torch.uint8).numpy().reshape(-1))
+            data = [part.index_select(2, self._ids(pages)) for part in self.parts]
+            if heads != tuple(range(self.heads)):
+                data = [one.index_select(4, self._ids(heads)) for one in data]
+            flat = [one.cpu().view(torch.uint8).reshape(-1) for one in data]
+        whole = flat[0] if len(flat) == 1 else torch.cat(flat)
+        self.bytes_moved += whole.nbytes
+        return memoryview(whole.numpy())
 
     def write(self, pages: Sequence[int], mine: HeadSlice, payload: memoryview | PeerPages) -> None:
         """Bytes, or pages that a peer has, -> these pages' heads; back when they lie there."""
@@ -67,34 +72,41 @@ class KVPages:
         self.bytes_moved += self.bytes_of(len(pages), len(mine.heads))
 
     def _put(self, pages: Sequence[int], mine: HeadSlice, payload: memoryview) -> None:
-        layers, planes, _, page_size, own, words = self._words.shape
-        shape = (layers, planes, len(pages), page_size, len(mine.heads), words)
-        data = torch.frombuffer(payload, dtype=torch.uint8).view(self._words.dtype).view(shape)
-        data, at = data.to(self.kv.device), self._ids(pages)
-        if mine.places == tuple((head, head) for head in range(own)):
-            self._words.index_copy_(2, at, data)
-        else:
-            for there, here in mine.places:
-                self._words[..., here, :].index_copy_(2, at, data[..., there, :])
+        at, rest = self._ids(pages), torch.frombuffer(payload, dtype=torch.uint8)
+        for part in self.parts:
+            shape = _shape(part, len(pages), len(mine.heads))
+            data, rest = rest.tensor_split([math.prod(shape) * part.element_size()])
+            data = data.view(part.dtype).view(shape).to(self.device)
+            if mine.places == tuple((head, head) for head in range(self.heads)):
+                part.index_copy_(2, at, data)
+            else:
+                for there, here in mine.places:
+                    part[..., here, :].index_copy_(2, at, data[..., there, :])
 
     def _fetch(self, pages: Sequence[int], mine: HeadSlice, peer: PeerPages) -> None:
         """No more is read at the peer than is wanted here. Raises ValueError if it has fewer heads than its cut says."""
-        theirs, at, there_at = as_words(peer.pool), self._ids(pages), self._ids(peer.pages)
-        if max(mine.heads) >= theirs.shape[4]:
-            raise ValueError(f"head {max(mine.heads)} of a page is wanted, and the peer's have {theirs.shape[4]}")
-        own = tuple(range(self.kv.shape[4]))
-        if mine.heads == own == tuple(range(theirs.shape[4])) and mine.places == tuple(zip(own, own, strict=True)):
-            self._words.index_copy_(2, at, theirs.index_select(2, there_at))
-        else:
-            for there, here in mine.places:
-                heads = theirs[..., mine.heads[there], :]
-                self._words[..., here, :].index_copy_(2, at, heads.index_select(2, there_at))
+        at, there_at, own = self._ids(pages), self._ids(peer.pages), tuple(range(self.heads))
+        for part, theirs in zip(self.parts, peer.parts, strict=True):
+            heads = theirs.shape[4]
+            if max(mine.heads) >= heads:
+                raise ValueError(f"head {max(mine.heads)} of a page is wanted, and the peer's have {heads}")
+            if mine.heads == own == tuple(range(heads)) and mine.places == tuple(zip(own, own, strict=True)):
+                part.index_copy_(2, at, theirs.index_select(2, there_at))
+            else:
+                for there, here in mine.places:
+                    head = theirs[..., mine.heads[there], :]
+                    part[..., here, :].index_copy_(2, at, head.index_select(2, there_at))
 
     def _ids(self, numbers: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(numbers, device=self.kv.device)
+        return torch.tensor(numbers, device=self.device)
 
     def _beside(self) -> AbstractContextManager:
         return torch.cuda.stream(self._stream) if self._stream else nullcontext()
+
+
+def _shape(part: torch.Tensor, pages: int, heads: int) -> tuple[int, ...]:
+    layers, planes, _, page_size, _, words = part.shape
+    return layers, planes, pages, page_size, heads, words
 
 
 @dataclass(frozen=True, eq=False)

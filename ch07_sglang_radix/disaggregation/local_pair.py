@@ -28,9 +28,11 @@ Asked = tuple[int, dict[str, int]]  # the room, and each half's number of the re
 
 
 @cache
-def _wrapper(mode: str, page_size: int, pool: int) -> TPRadixAttentionModelWrapper:
+def _wrapper(mode: str, page_size: int, pool: int, kv_cache_dtype: str) -> TPRadixAttentionModelWrapper:
     """Loaded once: a new scheduler finds all pages free, whatever lies on them."""
-    return TPRadixAttentionModelWrapper(None, "cpu", page_size, max_total_tokens=pool, max_running_requests=ROWS)
+    return TPRadixAttentionModelWrapper(
+        None, "cpu", page_size, max_total_tokens=pool, max_running_requests=ROWS, kv_cache_dtype=kv_cache_dtype
+    )
 
 
 class Half:
@@ -39,7 +41,7 @@ class Half:
 
     def __init__(
         self, mode: str, gate: threading.Event, page_size: int = 4, pool: int = 512, timeout: float = 20.0,
-        reserved: int = 8, transport: Callable[[Handler], Transport] | None = None, **options: Any,
+        reserved: int = 8, kv_cache_dtype: str = "auto", transport: Callable[[Handler], Transport] | None = None, **options: Any,
     ):  # fmt: skip
         class Link(TcpLink):
             def _give_payload(self, payload: memoryview) -> None:
@@ -50,7 +52,7 @@ class Half:
             link = Link
 
         self.mode = mode
-        self.scheduler = TPScheduler(_wrapper(mode, page_size, pool), check=True, **options)
+        self.scheduler = TPScheduler(_wrapper(mode, page_size, pool, kv_cache_dtype), check=True, **options)
         args = ServerArgs(disaggregation_mode=mode, disaggregation_timeout=timeout, num_reserved_decode_tokens=reserved)
         self.half = Disaggregation(self.scheduler, args, transport or Gated)
         self.manager, self.side = self.half.manager, self.half.side

@@ -101,14 +101,20 @@ class Block(msgspec.Struct, frozen=True, array_like=True):
     block: Annotated[int, msgspec.Meta(gt=0)]
 
 
-class Pool(Message):
-    """CUDA IPC alone (cuda_ipc.py), as the next ones: a prefill rank's pages, kv [L, 2, N, P, heads, d] of `itemsize` bytes each,
-    on the GPU of this UUID. probe: memory beside them in which `marks` lie, whether it can be read at all."""
+class Part(msgspec.Struct, frozen=True, array_like=True):
+    """shape [L, planes, N, P, heads, words] of `itemsize` bytes each."""
 
-    uuid: Annotated[str, msgspec.Meta(max_length=64)]
-    pages: Block
+    block: Block
     shape: Annotated[list[int], msgspec.Meta(min_length=6, max_length=6)]
     itemsize: int
+
+
+class Pool(Message):
+    """CUDA IPC alone (cuda_ipc.py), as the next ones: a prefill rank's pages, on the GPU of this UUID, in parts (kv_pages.py).
+    probe: memory beside them in which `marks` lie, to see whether it can be read at all."""
+
+    uuid: Annotated[str, msgspec.Meta(max_length=64)]
+    parts: Annotated[list[Part], msgspec.Meta(min_length=1, max_length=2)]
     probe: Block
     marks: bytes
 

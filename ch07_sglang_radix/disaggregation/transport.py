@@ -36,9 +36,9 @@ class Payload(Protocol):
 
 
 class PeerPages(NamedTuple):
-    """Instead of bytes: these pages of the other end's pool, kv [L, 2, N, P, heads, d], which this process can read."""
+    """Instead of bytes: these pages of the other end's pool, which this process can read. parts: as those of KVPages."""
 
-    pool: torch.Tensor
+    parts: Sequence[torch.Tensor]
     pages: Sequence[int]
 
 
@@ -58,7 +58,7 @@ class Handler(Protocol):
     """Whose messages they are. Called from the links' threads."""
 
     hello: Hello
-    pool: torch.Tensor  # its pages, kv [L, 2, N, P, heads, d]
+    parts: Sequence[torch.Tensor]  # its pool, each [L, planes, N, P, heads, words] (kv_pages.py)
 
     def greeted(self, link: Link) -> None:
         """The peer has said who it is. Raises ValueError if it is nobody to talk to, and the link is lost."""

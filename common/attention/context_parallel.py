@@ -34,6 +34,7 @@ class ContextParallelAttention:
 
     capturable = False
     windows = False
+    reads_codes = True
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def __init__(self, cache: PagedKVCache, meta: RingMetadata | SpreadMetadata):

@@ -16,7 +16,7 @@ step (not in one of max_query_len 1, where all decode). New
 token i of sequence b stands at position context_lens[b] - query_len[b] + i and sees everything up to itself.
 A step with a window is one of a tree (common/draft_tree.py): siblings stand side by side in the slots and must not see each
 other. All its sequences have the same number of new tokens, at least W tokens each, and what stands before the last W is seen by
-every new token. A backend that can do it says `windows`.
+every new token. A backend that can do it says `windows`. One that reads pages of codes (kv_format.py) says `reads_codes`.
 A page is filled from its first slot on, and what its last owner left in the others, NaN included, counts for nothing.
 vLLM calls a page a block (Kwon et al. 2023); SGLang's backends take the same facts.
 

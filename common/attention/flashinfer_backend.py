@@ -26,6 +26,7 @@ class FlashInferAttention:
 
     capturable = False
     windows = False
+    reads_codes = False
     dtypes = (torch.bfloat16, torch.float16)
 
     def __init__(self, cache: PagedKVCache, meta: AttentionMetadata):

@@ -1,10 +1,10 @@
 """How a page holds the d numbers of a token's head: as they are, or as codes of 8 or 4 bits with a scale.
 
-    kv_cache_dtype                 bytes a head    a number is                       the scale
-    float32, bfloat16, float16     4 d, 2 d        itself, rounded
-    fp8_e4m3, fp8_e5m2             d               code * scale                      of a layer's K or V: k_scale, v_scale of the checkpoint, or 1
-    int8                           d + 2           code * scale, |code| <= 127       of this token and head, float16, in a tensor beside the codes
-    int4                           d / 2 + 2       (nibble - 8) * scale, 1 .. 15     the same; number 2i in the low nibble of byte i, 2i + 1 in the high one
+    kv_cache_dtype                bytes a head   a number is
+    float32, bfloat16, float16    4 d, 2 d       itself, rounded
+    fp8_e4m3, fp8_e5m2            d              code * scale of the layer's K or V: k_scale, v_scale of the checkpoint, or 1
+    int8                          d + 2          code * scale of this token and head; codes -127 .. 127, scales float16 beside them
+    int4                          d / 2 + 2      (nibble - 8) * such a scale; nibbles 1 .. 15, number 2i in the low one of byte i
 
 fp8 is a floating-point number: its error is a share of each number (1/16 at most for e4m3 with 3 bits behind the leading one,
 1/8 for e5m2 with 2), so one scale for all will do, and is known before a token comes. What lies beyond its largest number (448 and
@@ -12,8 +12,8 @@ fp8 is a floating-point number: its error is a share of each number (1/16 at mos
 has a scale of its own: the largest number, divided by the largest code.
 
 vLLM 0.30 and SGLang 0.5.23 have the fp8 forms, with the same names and scales (srt/layers/quantization/kv_cache.py). int8 and int4
-are this project's: SGLang has 4-bit forms of other kinds, and neither has these. KIVI (Liu et al. 2024) and KVQuant (Hooper et al.
-2024) scale K by channel over many tokens, which keeps more, but then a token cannot be stored until its group is full.
+are this project's: SGLang's 4-bit pages are of other kinds. KIVI (Liu et al. 2024) and KVQuant (Hooper et al. 2024) scale K by
+channel over many tokens, which keeps more, but then a token cannot be stored until its group is full.
 """
 
 from dataclasses import dataclass
@@ -43,9 +43,9 @@ def kv_name(dtype: torch.dtype) -> str:
     return next((name for name, one in KV_DTYPES.items() if one == dtype), str(dtype).removeprefix("torch."))
 
 
-# A format's `encode` gives a page's tensors of some rows, codes first; `decode` takes them back. `scales` [...] is that of the layer,
-# which broadcasts over the codes. `stored` is the dtype of the codes, `row_scales` whether a row has a scale of its own;
-# `most` the largest code, 0 where nothing is cut off.
+# A format's `encode` gives a page's tensors of some rows, codes first; `decode` takes them back, in the dtype `values`. `scales` is
+# that of the layer, which broadcasts over the codes. `stored` is the dtype of the codes, `row_scales` whether a row has a scale of
+# its own; `most` the largest code, 0 where nothing is cut off.
 
 
 @dataclass(frozen=True)

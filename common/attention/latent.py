@@ -43,6 +43,7 @@ class LatentNativeAttention:
 
     capturable = False
     windows = True
+    reads_codes = True
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def __init__(self, cache: PagedKVCache, meta: AttentionMetadata):

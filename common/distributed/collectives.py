@@ -16,7 +16,7 @@ Collectives, each recorded by the process's ledger under a label:
     send_to, receive_from    one rank's -> another one's; sending does not wait, start_receive neither
     start_exchange    to one rank, and from another at the same time    round a ring; while something else is computed
 
-Vocabulary and semantics: Megatron-LM (Shoeybi et al. 2019); vLLM and SGLang call a group a GroupCoordinator. One file:
+Vocabulary and semantics: Megatron-LM (Shoeybi et al. 2019); vLLM and SGLang call a group a GroupCoordinator. In one file:
 whoever asks how ranks talk, and what happens when one is gone, finds all of it here.
 """
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from common.attention.kv_format import KV_DTYPES, kv_dtype
 from common.distributed.launch import run_main
 from common.distributed.machines import GPUS, GPUS_A_HOST, NETWORKS, Machine
 from common.models.published_configs import model_shape
@@ -39,7 +40,7 @@ def main() -> None:
         raise ValueError(
             f"--context {args.context}: {args.model} has positions for {config.max_position_embeddings} tokens"
         )
-    load = Load(args.context, args.batch, dtype, DTYPES.get(args.kv_dtype, dtype), args.page_size, args.chunk)
+    load = Load(args.context, args.batch, dtype, kv_dtype(args.kv_dtype) or dtype, args.page_size, args.chunk)
     memory = bytes_of(args.gpu_memory)
     room = room_of(machine, args.gpus, memory, args.mem_fraction)
     bounds = all_bounds(config, args.gpus, load, machine, room)
@@ -75,7 +76,9 @@ def arguments() -> argparse.Namespace:
         "--machine", type=Path, metavar="FILE", help="instead of a GPU: what measure_links.py has written"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, float32 on a CPU")
-    parser.add_argument("--kv-dtype", choices=("auto", *DTYPES), default="auto", help="of the pages; auto: as --dtype")
+    parser.add_argument(
+        "--kv-dtype", choices=("auto", *KV_DTYPES), default="auto", help="of the pages; auto: as --dtype"
+    )
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--chunk", type=int, default=8192, help="prompt tokens of a step at most")
     parser.add_argument(

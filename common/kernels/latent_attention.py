@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 
 from common.attention.contract import AttentionMetadata
-from common.attention.kv_cache import PagedKVCache
+from common.attention.kv_cache import LayerPages, PagedKVCache
+from common.attention.kv_format import KVFormat
 from common.attention.latent import LatentNativeAttention
+from common.kernels.kv_rows import codes, encoded, kept_of, put, row_bits, scale_of, scale_of_rows
 from common.kernels.launch import launch, let_next_start, num_processors, wait_for_previous
 from common.kernels.paged_attention import LOG2_E, _merge, _slots
 
@@ -51,7 +53,8 @@ class TritonLatentAttention(LatentNativeAttention):
         absorbed = torch.einsum("thd,hdc->thc", q[..., :dn], kv_b[:, :dn])
         q = torch.cat((absorbed, q[..., dn:]), dim=-1)  # [B, H/R, c + r]
         self.space = self.space or LatentWorkspace(q, c)
-        means = decode(q, row, self.cache.k[layer].squeeze(2), self.meta, c, scale, self.space)  # [B, H/R, c]
+        pages, form = self.cache.layer(layer), self.cache.format
+        means = decode(q, row, pages, form, self.meta, c, scale, self.space)  # [B, H/R, c]
         return torch.einsum("thc,hdc->thd", means, kv_b[:, dn:])
 
 
@@ -78,10 +81,9 @@ class LatentWorkspace:
 
 
 def decode(
-    q: torch.Tensor, row: torch.Tensor, pages: torch.Tensor, meta: AttentionMetadata, rank: int, scale: float,
-    space: LatentWorkspace,
+    q, row, pages: LayerPages, form: KVFormat, meta: AttentionMetadata, rank: int, scale: float, space: LatentWorkspace
 ) -> torch.Tensor:  # fmt: skip
-    """q [B, H/R, c + r] absorbed, row [B, c + r] of one new token a sequence, pages [N, P, c + r] -> o [B, H/R, c].
+    """q [B, H/R, c + r] absorbed, row [B, c + r] of one new token a sequence, pages [N, P, 1, c + r] -> o [B, H/R, c].
 
     Stores row at the step's slots (-1: nowhere). Not yet times Wv.
     """
@@ -89,9 +91,10 @@ def decode(
     o = torch.empty(batch, heads, rank, dtype=q.dtype, device=q.device)
     shape = dict(H=heads, C=rank, BC=max(16, triton.next_power_of_2(rank)), BN=space.block)
     launch(
-        _decode, (space.splits, triton.cdiv(heads, space.heads), batch), q, row, pages, o, space.part, space.lse,
-        meta.slot_mapping, meta.page_table, meta.context_lens, meta.page_table.stride(0), q.stride(0), q.stride(1),
-        row.stride(0), scale * LOG2_E, space.splits, P=meta.page_size, R=width - rank,
+        _decode, (space.splits, triton.cdiv(heads, space.heads), batch), q, row, pages.k, kept_of(pages, form)[2], o, space.part,
+        space.lse, meta.slot_mapping, meta.page_table, meta.context_lens, meta.page_table.stride(0), q.stride(0), q.stride(1),
+        row.stride(0), scale * LOG2_E, pages.k_scale, space.splits, MOST=form.most, BITS=row_bits(form),
+        P=meta.page_size, R=width - rank,
         BR=max(16, triton.next_power_of_2(width - rank)), BH=space.heads, LEAST=LEAST, F32=q.dtype == torch.float32,
         **shape, num_warps=space.warps, num_stages=space.stages,
     )  # fmt: skip
@@ -111,8 +114,9 @@ def _share(cached, splits, LEAST: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit(do_not_specialize=("table_stride", "splits"))
 def _decode(
-    q, row, pages, o, part, lse, slots, page_table, context_lens, table_stride, q_stride, head_stride, row_stride, scale,
-    splits, P: tl.constexpr, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+    q, row, pages, scales, o, part, lse, slots, page_table, context_lens, table_stride, q_stride, head_stride, row_stride,
+    scale, page_scale, splits, MOST: tl.constexpr, BITS: tl.constexpr,
+    P: tl.constexpr, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
     BH: tl.constexpr, BN: tl.constexpr, LEAST: tl.constexpr, F32: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
@@ -133,39 +137,49 @@ def _decode(
         table, stop = page_table + b * table_stride, tl.minimum((s + 1) * share, cached)
         for first in range(s * share, stop, BN):
             n = first + tl.arange(0, BN)
-            at = pages + _slots(table, n, stop, P)[:, None] * (C + R)
-            seen = (n < stop)[:, None]
-            latent = tl.load(at + i[None, :], mask=seen & (i < C)[None, :], other=0.0).to(qc.dtype)  # [BN, BC]
-            turned = tl.load(at + C + j[None, :], mask=seen & (j < R)[None, :], other=0.0).to(qc.dtype)  # [BN, BR]
+            at, there = _slots(table, n, stop, P), n < stop
+            latent = codes(pages, at, there, qc.dtype, C, BC, BITS, C + R)  # [BN, BC]
+            turned = codes(pages, at, there, qc.dtype, R, BR, BITS, C + R, C)  # [BN, BR]
             scores = tl.dot(qc, tl.trans(latent), input_precision="ieee" if F32 else "tf32")
-            scores = tl.dot(qr, tl.trans(turned), scores, input_precision="ieee" if F32 else "tf32") * scale  # [BH, BN]
-            scores = tl.where((n < stop)[None, :], scores, -float("inf"))
+            scores = tl.dot(qr, tl.trans(turned), scores, input_precision="ieee" if F32 else "tf32")
+            scores = scale_of_rows(scores * (scale * page_scale), scales, at, there, BITS)  # [BH, BN]
+            scores = tl.where(there[None, :], scores, -float("inf"))
             m_new = tl.maximum(m, tl.max(scores, 1))
             p, old = tl.exp2(scores - m_new[:, None]), tl.exp2(m - m_new)
+            total = total * old + tl.sum(p, 1)
+            p = scale_of_rows(p, scales, at, there, BITS)
             acc = acc * old[:, None]
             acc = tl.dot(p.to(latent.dtype), latent, acc, input_precision="ieee" if F32 else "tf32")
-            total = total * old + tl.sum(p, 1)
             m = m_new
         if s == parts - 1:  # the new token is in no page yet: attend to it here, as the page will hold it
-            new = tl.load(row + b * row_stride + i, mask=i < C, other=0.0).to(pages.dtype.element_ty)
-            new_r = tl.load(row + b * row_stride + C + j, mask=j < R, other=0.0).to(pages.dtype.element_ty)
-            score = tl.sum(qc.to(tl.float32) * new.to(tl.float32)[None, :], 1)
-            score = (score + tl.sum(qr.to(tl.float32) * new_r.to(tl.float32)[None, :], 1)) * scale  # [BH]
+            new = tl.load(row + b * row_stride + i, mask=i < C, other=0.0)
+            new_r = tl.load(row + b * row_stride + C + j, mask=j < R, other=0.0)
+            own = page_scale
+            if BITS > 0:  # one scale for both parts of the row
+                own = scale_of(
+                    tl.maximum(tl.max(tl.abs(new.to(tl.float32)), 0), tl.max(tl.abs(new_r.to(tl.float32)), 0)), MOST
+                )
+            new, new_r = encoded(new, own, pages, MOST, BITS), encoded(new_r, own, pages, MOST, BITS)
+            score = tl.sum(qc.to(tl.float32) * new[None, :], 1) + tl.sum(qr.to(tl.float32) * new_r[None, :], 1)
+            score *= scale * own  # [BH]
             m_new = tl.maximum(m, score)
             p, old = tl.exp2(score - m_new), tl.exp2(m - m_new)
-            acc = acc * old[:, None] + p[:, None] * new.to(tl.float32)[None, :]
             total = total * old + p
+            if BITS > 0:
+                p *= own
+            acc = acc * old[:, None] + p[:, None] * new[None, :]
             m = m_new
             slot = tl.load(slots + b)
             if (slot >= 0) & (tl.program_id(1) == 0):
-                tl.store(pages + slot * (C + R) + i, new, mask=i < C)
-                tl.store(pages + slot * (C + R) + C + j, new_r, mask=j < R)
+                put(pages, scales, slot, new, own, C, BC, BITS, C + R)
+                put(pages, scales, slot, new_r, own, R, BR, BITS, C + R, C)
+        acc = acc / total[:, None] * page_scale
         heads = b * H + h
         if parts == 1:
-            tl.store(o + heads[:, None] * C + i[None, :], (acc / total[:, None]).to(o.dtype.element_ty), mask=in_c)
+            tl.store(o + heads[:, None] * C + i[None, :], acc.to(o.dtype.element_ty), mask=in_c)
         else:
             at = heads * splits + s
-            tl.store(part + at[:, None] * C + i[None, :], acc / total[:, None], mask=in_c)
+            tl.store(part + at[:, None] * C + i[None, :], acc, mask=in_c)
             tl.store(lse + at, m + tl.log2(total), mask=h < H)
 
 

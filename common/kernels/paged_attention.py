@@ -19,8 +19,10 @@ import triton
 import triton.language as tl
 
 from common.attention.contract import AttentionMetadata
-from common.attention.kv_cache import PagedKVCache
+from common.attention.kv_cache import LayerPages, PagedKVCache
+from common.attention.kv_format import KVFormat
 from common.kernels.fused import turned
+from common.kernels.kv_rows import codes, encoded_row, kept_of, put, row_bits, scale_of_rows
 from common.kernels.launch import counters, launch, let_next_start, num_processors, wait_for_previous
 
 MAX_SPLITS = 32  # parts of one context at most
@@ -40,6 +42,7 @@ class TritonAttention:
 
     capturable = True  # into CUDA graphs
     windows = True
+    reads_codes = True
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def __init__(self, cache: PagedKVCache, meta: AttentionMetadata):
@@ -57,24 +60,31 @@ class TritonAttention:
         return TILE_ROWS // (num_q // num_kv)
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turning=None) -> torch.Tensor:
-        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]  # [N, P, Hkv/R, d]
+        pages, form = self.cache.layer(layer), self.cache.format
+        kv_heads = k.shape[1]
         if self.decodes:
-            self.workspace = self.workspace or DecodeWorkspace(q, k_cache, self.meta.prefixes is not None)
-            return decode(q, k, v, k_cache, v_cache, self.meta, self.workspace, turning)
-        store_kv(k, v, k_cache, v_cache, self.meta.slot_mapping)
+            self.workspace = self.workspace or DecodeWorkspace(q, kv_heads, self.meta.prefixes is not None)
+            return decode(q, k, v, pages, form, self.meta, self.workspace, turning)
+        store_kv(k, v, pages, form, self.meta.slot_mapping)
         if self.meta.window is not None:
-            blocks = node_blocks(q, k_cache, self.max_query_len) * len(self.meta.context_lens)
-            self.workspace = self.workspace or DecodeWorkspace(q, k_cache, programs=blocks * k_cache.shape[2])
-            return attend_nodes(q, k_cache, v_cache, self.meta, self.max_query_len, self.workspace)
-        return extend(q, k_cache, v_cache, self.meta, self.max_query_len)
+            blocks = node_blocks(q, kv_heads, self.max_query_len) * len(self.meta.context_lens)
+            self.workspace = self.workspace or DecodeWorkspace(q, kv_heads, programs=blocks * kv_heads)
+            return attend_nodes(q, pages, form, self.meta, self.max_query_len, self.workspace)
+        return extend(q, pages, form, self.meta, self.max_query_len)
 
 
-def store_kv(k, v, k_cache, v_cache, slot_mapping) -> None:
-    """k, v [T, Hkv/R, d] -> their slots; -1 goes nowhere. Moves 4 T Hkv/R d numbers (read and write)."""
-    tokens, row = len(k), k.shape[1] * k.shape[2]
+def store_kv(k, v, pages: LayerPages, form: KVFormat, slot_mapping) -> None:
+    """k, v [T, Hkv/R, d] -> their slots; -1 goes nowhere. Reads 2 T Hkv/R d numbers, and writes what the pages hold for them."""
+    tokens, heads, d = k.shape
+    if not form.coded:
+        launch(
+            _store_kv, (tokens,), k, v, pages.k, pages.v, slot_mapping, k.stride(0), v.stride(0), ROW=heads * d,
+            BLOCK=triton.next_power_of_2(heads * d),
+        )  # fmt: skip
+        return
     launch(
-        _store_kv, (tokens,), k, v, k_cache, v_cache, slot_mapping, k.stride(0), v.stride(0), ROW=row,
-        BLOCK=triton.next_power_of_2(row),
+        _store_codes, (tokens, heads), k, v, *kept_of(pages, form), slot_mapping, k.stride(0), v.stride(0), pages.k_scale,
+        pages.v_scale, HKV=heads, D=d, BD=max(16, triton.next_power_of_2(d)), MOST=form.most, BITS=row_bits(form), num_warps=1,
     )  # fmt: skip
 
 
@@ -92,6 +102,25 @@ def _store_kv(
         tl.store(v_cache + slot * ROW + i, tl.load(v + t * v_stride + i, mask=i < ROW), mask=i < ROW)
 
 
+@triton.jit
+def _store_codes(
+    k, v, k_cache, v_cache, k_scales, v_scales, slots, k_stride, v_stride, k_scale, v_scale, HKV: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, MOST: tl.constexpr, BITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slots + t)
+    if slot >= 0:
+        i, row = tl.arange(0, BD), slot * HKV + h
+        new_k = tl.load(k + t * k_stride + h * D + i, mask=i < D, other=0.0)
+        new_v = tl.load(v + t * v_stride + h * D + i, mask=i < D, other=0.0)
+        code, own = encoded_row(new_k, k_scale, k_cache, MOST, BITS)
+        put(k_cache, k_scales, row, code, own, D, BD, BITS)
+        code, own = encoded_row(new_v, v_scale, v_cache, MOST, BITS)
+        put(v_cache, v_scales, row, code, own, D, BD, BITS)
+
+
 class DecodeWorkspace:
     """Room for the parts of one decode step, or of a step of trees; all layers use it in turn.
 
@@ -100,9 +129,9 @@ class DecodeWorkspace:
     reads a context once for several rows says how many programs that makes a part.
     """
 
-    def __init__(self, q: torch.Tensor, k_cache: torch.Tensor, shared: bool = False, programs: int = 0):
+    def __init__(self, q: torch.Tensor, kv_heads: int, shared: bool = False, programs: int = 0):
         (batch, heads, d), processors = q.shape, num_processors(q.device)
-        programs = programs or batch * k_cache.shape[2]
+        programs = programs or batch * kv_heads
         wanted = max(1, min(MAX_SPLITS, PROGRAMS_PER_PROCESSOR * processors // programs))
         self.splits = 1 << (wanted.bit_length() - 1)
         # how a program works, and the tokens that are worth a part: measured on an H200, see bench_kernels.py
@@ -128,12 +157,14 @@ class DecodeWorkspace:
         self.lse = torch.empty(batch, heads, everything, dtype=torch.float32, device=q.device)
 
 
-def decode(q, k, v, k_cache, v_cache, meta: AttentionMetadata, space: DecodeWorkspace, turning=None) -> torch.Tensor:
+def decode(
+    q, k, v, pages: LayerPages, form: KVFormat, meta: AttentionMetadata, space: DecodeWorkspace, turning=None
+) -> torch.Tensor:
     """q [B, Hq/R, d], k, v [B, Hkv/R, d] of one new token a sequence -> o [B, Hq/R, d]; stores k and v.
 
     turning (a Turning of common/layers/rotary.py): q and k have no position in them yet.
     """
-    (batch, heads, d), kv_heads = q.shape, k_cache.shape[2]
+    (batch, heads, d), kv_heads = q.shape, k.shape[1]
     group = heads // kv_heads
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     shape = dict(
@@ -143,23 +174,25 @@ def decode(q, k, v, k_cache, v_cache, meta: AttentionMetadata, space: DecodeWork
         D=d,
         BD=max(16, triton.next_power_of_2(d)),
         F32=q.dtype == torch.float32,
+        BITS=row_bits(form),
     )
-    scale, stride = d**-0.5 * LOG2_E, space.prefix_splits + space.splits
+    kept, scale, stride = kept_of(pages, form), d**-0.5 * LOG2_E, space.prefix_splits + space.splits
     tokens = meta.context_lens  # not read
     cos, sin = turning.rotary if turning else (q, q)  # nor these
     q_weight, k_weight, eps = (turning and turning.norms) or (q, q, 0.0)
     if meta.prefixes:
         tiles, tokens = meta.prefixes.tiles, meta.prefixes.tokens
         launch(
-            _prefix, (space.prefix_splits, kv_heads, tiles.shape[1]), q, k_cache, v_cache, space.part, space.lse, tiles,
-            meta.page_table, tiles.stride(0), meta.page_table.stride(0), q.stride(0), scale, stride,
+            _prefix, (space.prefix_splits, kv_heads, tiles.shape[1]), q, *kept, space.part, space.lse, tiles,
+            meta.page_table, tiles.stride(0), meta.page_table.stride(0), q.stride(0), scale * pages.k_scale, pages.v_scale, stride,
             SPLITS=space.prefix_splits, BM=TILE_ROWS, BN=32 if shape["F32"] else 64, num_stages=2, **shape,
         )  # fmt: skip
     launch(
-        _decode, (space.splits, kv_heads, batch), q, k, v, k_cache, v_cache, o, space.part, space.lse, space.arrived,
+        _decode, (space.splits, kv_heads, batch), q, k, v, *kept, o, space.part, space.lse, space.arrived,
         meta.slot_mapping, meta.page_table, meta.context_lens, tokens, cos, sin, q_weight, k_weight, eps,
-        meta.page_table.stride(0), q.stride(0), k.stride(0), v.stride(0), scale, space.splits, stride, space.least,
-        GP=max(16, triton.next_power_of_2(group)), PG=triton.next_power_of_2(group), TOGETHER=space.together,
+        meta.page_table.stride(0), q.stride(0), k.stride(0), v.stride(0), scale, pages.k_scale, pages.v_scale,
+        space.splits, stride, space.least, MOST=form.most, GP=max(16, triton.next_power_of_2(group)),
+        PG=triton.next_power_of_2(group), TOGETHER=space.together,
         BN=space.block, PREFIX_SPLITS=space.prefix_splits, AHEAD=space.stages > 2, TURN=bool(turning),
         NORM=bool(turning and turning.norms), num_warps=space.warps, num_stages=space.stages, **shape,
     )  # fmt: skip
@@ -174,9 +207,9 @@ def _prefix_share(tokens, SPLITS: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def _prefix(
-    q, k_cache, v_cache, part, lse, tiles, page_table, tiles_stride, table_stride, q_stride, scale, stride,
-    SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, P: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, F32: tl.constexpr, PDL: tl.constexpr,
+    q, k_cache, v_cache, k_scales, v_scales, part, lse, tiles, page_table, tiles_stride, table_stride, q_stride, scale,
+    v_scale, stride, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, P: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, F32: tl.constexpr, BITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
     wait_for_previous(PDL)
@@ -197,11 +230,11 @@ def _prefix(
         table = page_table + first * table_stride
         for start in range(s * share, stop, BN):
             m, total, acc = _attend(
-                qs, m, total, acc, k_cache, v_cache, table, start, stop, tl.full([BM], 0, tl.int32) + stop - 1, h, scale, i,
-                P, HKV, D, BN, F32, True,
+                qs, m, total, acc, k_cache, v_cache, k_scales, v_scales, table, start, stop,
+                tl.full([BM], 0, tl.int32) + stop - 1, h, scale, P, HKV, D, BD, BN, F32, BITS, True,
             )  # fmt: skip
         at = (b * HKV * G + head) * stride + s
-        tl.store(part + at[:, None] * D + i[None, :], acc / total[:, None], mask=live)
+        tl.store(part + at[:, None] * D + i[None, :], acc / total[:, None] * v_scale, mask=live)
         tl.store(lse + at, m + tl.log2(total), mask=r // G < count)
 
 
@@ -214,11 +247,12 @@ def _slots(page_table_row, n, length, P: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def _decode(
-    q, k, v, k_cache, v_cache, o, part, lse, arrived, slots, page_table, context_lens, prefix_tokens, cos, sin, q_weight,
-    k_weight, eps, table_stride, q_stride, k_stride, v_stride, scale, splits, stride, least, PREFIX_SPLITS: tl.constexpr,
+    q, k, v, k_cache, v_cache, k_scales, v_scales, o, part, lse, arrived, slots, page_table, context_lens, prefix_tokens, cos,
+    sin, q_weight, k_weight, eps, table_stride, q_stride, k_stride, v_stride, scale, k_scale, v_scale, splits, stride, least,
+    MOST: tl.constexpr, PREFIX_SPLITS: tl.constexpr,
     P: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, PG: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, TOGETHER: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr, TURN: tl.constexpr,
-    NORM: tl.constexpr, F32: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, F32: tl.constexpr, BITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
     wait_for_previous(PDL)
@@ -248,20 +282,21 @@ def _decode(
         for first in range(start, stop, BN):
             n = first + tl.arange(0, BN)
             if AHEAD:  # page ids a block ahead: only then are K and V of the next block on their way early
-                at = (coming * HKV + h) * D  # [BN]
+                at = coming * HKV + h  # [BN]
                 coming = _slots(table, n + BN, stop, P)
             else:
-                at = (_slots(table, n, stop, P) * HKV + h) * D
-            seen = (n < stop)[:, None] & (i[None, :] < D)
-            ks = tl.load(k_cache + at[:, None] + i[None, :], mask=seen, other=0.0).to(qs.dtype)  # [BN, BD]
-            vs = tl.load(v_cache + at[:, None] + i[None, :], mask=seen, other=0.0).to(qs.dtype)
-            scores = tl.dot(qs, tl.trans(ks), input_precision="ieee" if F32 else "tf32") * scale  # [GP, BN]
-            scores = tl.where((n < stop)[None, :], scores, -float("inf"))
+                at = _slots(table, n, stop, P) * HKV + h
+            there = n < stop
+            ks = codes(k_cache, at, there, qs.dtype, D, BD, BITS)  # [BN, BD]
+            vs = codes(v_cache, at, there, qs.dtype, D, BD, BITS)
+            scores = tl.dot(qs, tl.trans(ks), input_precision="ieee" if F32 else "tf32") * (scale * k_scale)  # [GP, BN]
+            scores = tl.where(there[None, :], scale_of_rows(scores, k_scales, at, there, BITS), -float("inf"))
             m_new = tl.maximum(m, tl.max(scores, 1))
             p = tl.exp2(scores - m_new[:, None])
             old = tl.exp2(m - m_new)
-            acc = acc * old[:, None] + tl.dot(p.to(vs.dtype), vs, input_precision="ieee" if F32 else "tf32")
             total = total * old + tl.sum(p, 1)
+            p = scale_of_rows(p, v_scales, at, there, BITS)
+            acc = acc * old[:, None] + tl.dot(p.to(vs.dtype), vs, input_precision="ieee" if F32 else "tf32")
             m = m_new
         if s == parts - 1:  # the new token is in no page yet: attend to it here, and store it
             head_at = k + b * k_stride + h * D
@@ -272,23 +307,28 @@ def _decode(
             else:
                 new_k = tl.load(head_at + i, mask=i < D, other=0.0)
             new_v = tl.load(v + b * v_stride + h * D + i, mask=i < D, other=0.0)
-            score = tl.sum(qs.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale  # [GP]
+            code_k, own_k = encoded_row(new_k, k_scale, k_cache, MOST, BITS)  # as the page will hold it
+            code_v, own_v = encoded_row(new_v, v_scale, v_cache, MOST, BITS)
+            score = tl.sum(qs.to(tl.float32) * code_k[None, :], 1) * (scale * own_k)  # [GP]
             m_new = tl.maximum(m, score)
             p, old = tl.exp2(score - m_new), tl.exp2(m - m_new)
-            acc = acc * old[:, None] + p[:, None] * new_v.to(tl.float32)[None, :]
             total = total * old + p
+            if BITS > 0:
+                p *= own_v
+            acc = acc * old[:, None] + p[:, None] * code_v[None, :]
             m = m_new
             slot = tl.load(slots + b)
             if slot >= 0:
-                tl.store(k_cache + (slot * HKV + h) * D + i, new_k, mask=i < D)
-                tl.store(v_cache + (slot * HKV + h) * D + i, new_v, mask=i < D)
+                put(k_cache, k_scales, slot * HKV + h, code_k, own_k, D, BD, BITS)
+                put(v_cache, v_scales, slot * HKV + h, code_v, own_v, D, BD, BITS)
+        acc = acc / total[:, None] * v_scale
         out = o + (b * HKV * G + row[:, None]) * D + i[None, :]
         if before + parts == 1:
-            tl.store(out, (acc / total[:, None]).to(o.dtype.element_ty), mask=live)
+            tl.store(out, acc.to(o.dtype.element_ty), mask=live)
         else:
             heads = (b * HKV + h) * G
             at = (heads + g) * stride + before + s
-            tl.store(part + at[:, None] * D + i[None, :], acc / total[:, None], mask=live)
+            tl.store(part + at[:, None] * D + i[None, :], acc, mask=live)
             tl.store(lse + at, m + tl.log2(total), mask=g < G)
             tl.debug_barrier()  # all threads have stored before one says so
             count = tl.atomic_add(arrived + b * HKV + h, 1, sem="acq_rel")
@@ -323,40 +363,44 @@ def _merge(
     tl.store(out, (acc / total[:, None]).to(o.dtype.element_ty), mask=(j < G)[:, None] & (i < D)[None, :])
 
 
-def _node_rows(q, k_cache, nodes: int) -> int:
+def _node_rows(q, kv_heads: int, nodes: int) -> int:
     """Queries of a `nodes` program: the g query heads of a KV head for each of some nodes."""
-    group = q.shape[1] // k_cache.shape[2]
+    group = q.shape[1] // kv_heads
     return max(16, triton.next_power_of_2(group), min(NODE_ROWS, triton.next_power_of_2(nodes * group)))
 
 
-def node_blocks(q, k_cache, nodes: int) -> int:
+def node_blocks(q, kv_heads: int, nodes: int) -> int:
     """Blocks that the nodes of a sequence make."""
-    return triton.cdiv(nodes, _node_rows(q, k_cache, nodes) // (q.shape[1] // k_cache.shape[2]))
+    return triton.cdiv(nodes, _node_rows(q, kv_heads, nodes) // (q.shape[1] // kv_heads))
 
 
-def attend_nodes(q, k_cache, v_cache, meta: AttentionMetadata, nodes: int, space: DecodeWorkspace) -> torch.Tensor:
+def attend_nodes(
+    q, pages: LayerPages, form: KVFormat, meta: AttentionMetadata, nodes: int, space: DecodeWorkspace
+) -> torch.Tensor:
     """q [B * n, Hq/R, d], n = `nodes` new tokens a sequence that have been stored, meta.window [B * n, W] -> o [B * n, Hq/R, d].
 
     Reads K and V of a context once for every block of nodes. No launch depends on what lies on the GPU. Its block sizes were not
     measured on one yet.
     """
-    (_, heads, d), kv_heads = q.shape, k_cache.shape[2]
+    (_, heads, d), kv_heads = q.shape, pages.k.shape[2]
     o, f32 = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.dtype == torch.float32
-    blocks, group, window = node_blocks(q, k_cache, nodes), heads // kv_heads, meta.window.view(torch.uint8)
+    blocks, group, window = node_blocks(q, kv_heads, nodes), heads // kv_heads, meta.window.view(torch.uint8)
     launch(
-        _nodes, (space.splits, kv_heads, len(meta.context_lens) * blocks), q, k_cache, v_cache, o, space.part, space.lse,
+        _nodes, (space.splits, kv_heads, len(meta.context_lens) * blocks), q, *kept_of(pages, form), o, space.part, space.lse,
         space.arrived, meta.page_table, meta.context_lens, window, meta.page_table.stride(0), q.stride(0), window.stride(0),
-        d**-0.5 * LOG2_E, space.splits, space.splits, space.least, NODES=nodes, BLOCKS=blocks, WIDTH=window.shape[1],
+        d**-0.5 * LOG2_E * pages.k_scale, pages.v_scale, space.splits, space.splits, space.least,
+        BITS=row_bits(form), NODES=nodes, BLOCKS=blocks, WIDTH=window.shape[1],
         P=meta.page_size, HKV=kv_heads, G=group, PG=triton.next_power_of_2(group), D=d, BD=max(16, triton.next_power_of_2(d)),
-        BM=_node_rows(q, k_cache, nodes), BN=32 if f32 else 64, TOGETHER=space.together, F32=f32, num_warps=4, num_stages=2,
+        BM=_node_rows(q, kv_heads, nodes), BN=32 if f32 else 64, TOGETHER=space.together, F32=f32, num_warps=4, num_stages=2,
     )  # fmt: skip
     return o
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _nodes(
-    q, k_cache, v_cache, o, part, lse, arrived, page_table, context_lens, window, table_stride, q_stride, window_stride, scale,
-    splits, stride, least, NODES: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, HKV: tl.constexpr,
+    q, k_cache, v_cache, k_scales, v_scales, o, part, lse, arrived, page_table, context_lens, window, table_stride, q_stride,
+    window_stride, scale, v_scale, splits, stride, least, BITS: tl.constexpr, NODES: tl.constexpr, BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr, P: tl.constexpr, HKV: tl.constexpr,
     G: tl.constexpr, PG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     TOGETHER: tl.constexpr, F32: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -385,11 +429,11 @@ def _nodes(
         table = page_table + b * table_stride
         for first in range(start, stop, BN):
             n = first + tl.arange(0, BN)
-            at = (_slots(table, n, stop, P) * HKV + h) * D
-            there = (n < stop)[:, None] & (i[None, :] < D)
-            ks = tl.load(k_cache + at[:, None] + i[None, :], mask=there, other=0.0).to(qs.dtype)  # [BN, BD]
-            vs = tl.load(v_cache + at[:, None] + i[None, :], mask=there, other=0.0).to(qs.dtype)
+            at, there = _slots(table, n, stop, P) * HKV + h, n < stop
+            ks = codes(k_cache, at, there, qs.dtype, D, BD, BITS)  # [BN, BD]
+            vs = codes(v_cache, at, there, qs.dtype, D, BD, BITS)
             scores = tl.dot(qs, tl.trans(ks), input_precision="ieee" if F32 else "tf32") * scale  # [BM, BN]
+            scores = scale_of_rows(scores, k_scales, at, there, BITS)
             if first + BN > base:
                 w = n - base
                 inside = real[:, None] & ((w >= 0) & (n < stop))[None, :]
@@ -397,15 +441,17 @@ def _nodes(
                 scores = tl.where((seen != 0) | (w < 0)[None, :], scores, -float("inf"))
             m_new = tl.maximum(m, tl.max(scores, 1))
             p, old = tl.exp2(scores - m_new[:, None]), tl.exp2(m - m_new)
-            acc = acc * old[:, None] + tl.dot(p.to(vs.dtype), vs, input_precision="ieee" if F32 else "tf32")
             total = total * old + tl.sum(p, 1)
+            p = scale_of_rows(p, v_scales, at, there, BITS)
+            acc = acc * old[:, None] + tl.dot(p.to(vs.dtype), vs, input_precision="ieee" if F32 else "tf32")
             m = m_new
         total = tl.where(total > 0, total, 1.0)
+        acc = acc / total[:, None] * v_scale
         if parts == 1:
-            tl.store(o + head[:, None] * D + i[None, :], (acc / total[:, None]).to(o.dtype.element_ty), mask=live)
+            tl.store(o + head[:, None] * D + i[None, :], acc.to(o.dtype.element_ty), mask=live)
         else:
             to = head * stride + s
-            tl.store(part + to[:, None] * D + i[None, :], acc / total[:, None], mask=live)
+            tl.store(part + to[:, None] * D + i[None, :], acc, mask=live)
             tl.store(lse + to, m + tl.log2(total), mask=real)
             tl.debug_barrier()  # all threads have stored before one says so
             count = tl.atomic_add(arrived + of * HKV + h, 1, sem="acq_rel")
@@ -417,18 +463,20 @@ def _nodes(
 
 
 def extend(
-    q, k_cache, v_cache, meta: AttentionMetadata, max_query_len: int, block_m=64, block_n=64, warps=4, stages=2
-) -> torch.Tensor:
+    q, pages: LayerPages, form: KVFormat, meta: AttentionMetadata, max_query_len: int, block_m=64, block_n=64, warps=4, stages=2
+) -> torch.Tensor:  # fmt: skip
     """q [T, Hq/R, d], several new tokens a sequence behind cached ones -> o [T, Hq/R, d].
 
     Reads K and V of a context once for every block of new tokens and query head.
     """
-    (_, heads, d), kv_heads = q.shape, k_cache.shape[2]
+    (_, heads, d), kv_heads = q.shape, pages.k.shape[2]
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     grid = (triton.cdiv(max_query_len, block_m), heads, len(meta.context_lens))
     launch(
-        _extend, grid, q, k_cache, v_cache, o, meta.page_table, meta.query_start, meta.context_lens,
-        meta.page_table.stride(0), q.stride(0), d**-0.5 * LOG2_E, P=meta.page_size, H=heads, HKV=kv_heads, D=d,
+        _extend, grid, q, *kept_of(pages, form), o, meta.page_table, meta.query_start, meta.context_lens,
+        meta.page_table.stride(0), q.stride(0), d**-0.5 * LOG2_E * pages.k_scale, pages.v_scale,
+        BITS=row_bits(form), P=meta.page_size,
+        H=heads, HKV=kv_heads, D=d,
         BD=max(16, triton.next_power_of_2(d)), BM=block_m, BN=32 if q.dtype == torch.float32 else block_n,
         F32=q.dtype == torch.float32, num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -437,8 +485,8 @@ def extend(
 
 @triton.jit(do_not_specialize=VARYING)
 def _extend(
-    q, k_cache, v_cache, o, page_table, query_start, context_lens, table_stride, q_stride, scale,
-    P: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    q, k_cache, v_cache, k_scales, v_scales, o, page_table, query_start, context_lens, table_stride, q_stride, scale, v_scale,
+    BITS: tl.constexpr, P: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, F32: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
@@ -460,34 +508,37 @@ def _extend(
         stop = tl.minimum(length - new + (block + 1) * BM, length)  # nobody in this block sees further
         for first in range(0, seen_by_all, BN):
             m, total, acc = _attend(
-                qs, m, total, acc, k_cache, v_cache, table, first, stop, position, kv,
-                scale, i, P, HKV, D, BN, F32, False,
+                qs, m, total, acc, k_cache, v_cache, k_scales, v_scales, table, first, stop, position, kv,
+                scale, P, HKV, D, BD, BN, F32, BITS, False,
             )  # fmt: skip
         for first in range(seen_by_all, stop, BN):
             m, total, acc = _attend(
-                qs, m, total, acc, k_cache, v_cache, table, first, stop, position, kv,
-                scale, i, P, HKV, D, BN, F32, True,
+                qs, m, total, acc, k_cache, v_cache, k_scales, v_scales, table, first, stop, position, kv,
+                scale, P, HKV, D, BD, BN, F32, BITS, True,
             )  # fmt: skip
         rows = (q_first + m_i) * H + h
-        tl.store(o + rows[:, None] * D + i[None, :], (acc / total[:, None]).to(o.dtype.element_ty), mask=live)
+        tl.store(o + rows[:, None] * D + i[None, :], (acc / total[:, None] * v_scale).to(o.dtype.element_ty), mask=live)
 
 
 @triton.jit
 def _attend(
-    qs, m, total, acc, k_cache, v_cache, table, first, stop, position, kv, scale, i, P: tl.constexpr, HKV: tl.constexpr,
-    D: tl.constexpr, BN: tl.constexpr, F32: tl.constexpr, MASKED: tl.constexpr,
+    qs, m, total, acc, k_cache, v_cache, k_scales, v_scales, table, first, stop, position, kv, scale, P: tl.constexpr,
+    HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, F32: tl.constexpr, BITS: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of the context for one block of queries: the running maximum, sum and output."""
     n = first + tl.arange(0, BN)
-    at = (_slots(table, n, stop, P) * HKV + kv) * D
-    seen = (n < stop)[:, None] & (i[None, :] < D)
-    ks = tl.load(k_cache + at[:, None] + i[None, :], mask=seen, other=0.0).to(qs.dtype)  # [BN, BD]
-    vs = tl.load(v_cache + at[:, None] + i[None, :], mask=seen, other=0.0).to(qs.dtype)
+    at, there = _slots(table, n, stop, P) * HKV + kv, n < stop
+    ks = codes(k_cache, at, there, qs.dtype, D, BD, BITS)  # [BN, BD]
+    vs = codes(v_cache, at, there, qs.dtype, D, BD, BITS)
     scores = tl.dot(qs, tl.trans(ks), input_precision="ieee" if F32 else "tf32") * scale  # [BM, BN]
+    scores = scale_of_rows(scores, k_scales, at, there, BITS)
     if MASKED:
         scores = tl.where(n[None, :] <= position[:, None], scores, -float("inf"))
     m_new = tl.maximum(m, tl.max(scores, 1))
     p = tl.exp2(scores - m_new[:, None])
     old = tl.exp2(m - m_new)
+    total = total * old + tl.sum(p, 1)
+    p = scale_of_rows(p, v_scales, at, there, BITS)
     acc = acc * old[:, None] + tl.dot(p.to(vs.dtype), vs, input_precision="ieee" if F32 else "tf32")
-    return m_new, total * old + tl.sum(p, 1), acc
+    return m_new, total, acc

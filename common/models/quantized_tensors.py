@@ -20,7 +20,7 @@ from common.quantization.linear_methods import pick_linear_method
 from common.quantization.method import PLAIN, LayerMethods, LinearMethod
 from common.quantization.methods import METHODS
 from common.quantization.reader import QuantizedTensor, RoundedTensor
-from common.quantization.scheme import Expected, Scheme
+from common.quantization.scheme import QUANTIZED_COMPUTE, Expected, Scheme
 
 WEIGHT_DTYPES = ("F32", "F16", "BF16", "F64")  # integers, truth values and fp8 mean something else than their numbers
 WEIGHT, BLOCKS = ".weight", "_blocks"  # how a matrix's name ends; of MXFP4's stacked ones the codes'
@@ -93,6 +93,8 @@ class CheckpointWeights:
     ) -> LayerMethods:
         """model: of all layers, without memory; needed: what fills it. A layer of several matrices keeps codes if all have one
         scheme. Raises ValueError if `compute` cannot be."""
+        if compute not in QUANTIZED_COMPUTE:
+            raise ValueError(f"quantized_compute={compute!r} is unknown; use {', '.join(QUANTIZED_COMPUTE)}")
         if self.quantization is None:
             if compute not in ("auto", "dequantise"):
                 raise ValueError(

@@ -10,7 +10,6 @@ A stage of a pipeline compares the whole checkpoint, and reads its own layers.
 
 import hashlib
 import math
-import re
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -22,22 +21,20 @@ import torch
 from tqdm import tqdm
 
 from common.layers.communicator import LayerCommunicator
-from common.layers.moe import AUTO, Mixture, MoEOptions
+from common.layers.moe import AUTO, MoEOptions
 from common.models.checkpoint import Stored, checkpoint_files, left_alone, open_tensors
 from common.models.config import ModelConfig
 from common.models.decoder import CausalLM
 from common.models.json_file import json_shown, names_shown
+from common.models.kv_scales import KVScales, take_kv_scales
 from common.models.quantized_tensors import WEIGHT_DTYPES, CheckpointWeights
+from common.models.sizes_of_files import LAYER, refuse_sizes_beyond_the_files
 from common.models.stages import Stage
 from common.models.tensor_names import EMBEDDING, HEAD, as_named_here, needed_of
 from common.parallel_state import TPGroup
 from common.quantization.config import QuantizationConfig
 from common.quantization.method import PLAIN, LayerMethods
 from common.quantization.scheme import Expected
-
-QUICKLY_BUILT = 1 << 16  # up to here a wrong size is left to the comparison by name, which says more
-QUICKLY_NAMED = 1 << 10  # experts, each with three tensors by name in every layer
-LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 @dataclass
@@ -49,6 +46,7 @@ class LoadReport:
     tensors: list[str] = field(default_factory=list)
     digest: str = ""  # SHA-256 of all names and numbers, if every one was looked at (check_finite)
     notes: list[str] = field(default_factory=list)  # decisions the reader should know of; rank 0 warns of each
+    kv_scales: list[KVScales] = field(default_factory=list)  # of this stage's layers, as the checkpoint has them
 
 
 class CheckpointTensor:
@@ -68,7 +66,9 @@ class CheckpointTensor:
     def read(self, dim: int, start: int, stop: int, matrix: int | None = None) -> torch.Tensor:
         """Rows (dim 0) or columns (dim 1) start .. stop-1, if several matrices are stacked of that one."""
         some = (slice(start, stop),) if dim == 0 else (slice(None), slice(start, stop))
-        return self[some] if matrix is None else self[(slice(matrix, matrix + 1), *some)].squeeze(0)
+        if matrix is not None:
+            return self[(slice(matrix, matrix + 1), *some)].squeeze(0)
+        return self[some if dim else some[0]]
 
 
 class WholeTensor:
@@ -121,12 +121,11 @@ def load_model(
         others = left_alone(folder, files)
         if others:
             report.notes.append(f"{folder}: {names_shown(others)} left alone; not part of this checkpoint")
+        kv_scales = take_kv_scales(found, config.num_layers, where=str(folder))
+        report.kv_scales = [kv_scales[layer] for layer in layers]
         weights = CheckpointWeights(found, config.quantization, str(folder))
         config = _settle_the_head(config, weights, report, where=str(folder))
-        _refuse_sizes_beyond_the_files(config, found, where=str(folder))
-        _refuse_experts_beyond_the_files(config.mixture, found, where=str(folder))
-        _refuse_latents_beyond_the_files(config, found, where=str(folder))
-        _refuse_a_tower_beyond_the_files(config, found, where=str(folder))
+        refuse_sizes_beyond_the_files(config, found, where=str(folder))
         with torch.device("meta"):  # shapes without memory, of all stages
             whole = CausalLM(config, tp)
         needed = needed_of(whole, weights)
@@ -224,65 +223,6 @@ def _equal(a: Stored, b: Stored, report: LoadReport) -> bool:
         if not torch.equal(x, y):
             return False
     return True
-
-
-def _refuse_sizes_beyond_the_files(config: ModelConfig, found: dict[str, Stored], where: str) -> None:
-    """Sizes with which even a model without memory would not be built in time; `refuse_a_misfit` compares the others exactly."""
-    layers = len({match[1] for match in map(LAYER.match, found) if match})
-    claims = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_attention_heads * head_dim": config.num_heads * config.head_dim,
-    }
-    _refuse_beyond_the_widest(claims, QUICKLY_BUILT, found, where)
-    if config.num_layers > len(found):
-        raise ValueError(_beyond(where, "num_hidden_layers", config.num_layers, f"have {layers} layers"))
-
-
-def _refuse_experts_beyond_the_files(mixture: Mixture | None, found: dict[str, Stored], where: str) -> None:
-    if mixture:
-        widths = {
-            "moe_intermediate_size": mixture.intermediate_size,
-            "shared_expert_intermediate_size": mixture.shared_size,
-        }
-        _refuse_beyond_the_widest(widths, QUICKLY_BUILT, found, where)
-        _refuse_beyond_the_widest({"num_experts": mixture.num_experts}, QUICKLY_NAMED, found, where)
-
-
-def _refuse_latents_beyond_the_files(config: ModelConfig, found: dict[str, Stored], where: str) -> None:
-    if latent := config.latent:
-        widths = {
-            "kv_lora_rank + qk_rope_head_dim": latent.row,
-            "q_lora_rank": latent.q_rank or 0,
-            "num_attention_heads * v_head_dim": config.num_heads * latent.v_dim,
-        }
-        _refuse_beyond_the_widest(widths, QUICKLY_BUILT, found, where)
-
-
-def _refuse_a_tower_beyond_the_files(config: ModelConfig, found: dict[str, Stored], where: str) -> None:
-    if config.vision:
-        tower = config.vision.tower
-        width, mlp = ("hidden_size", "intermediate_size") if tower.gated else ("embed_dim", "embed_dim * mlp_ratio")
-        widths = {f"vision_config's {width}": tower.width, f"vision_config's {mlp}": tower.mlp_width}
-        _refuse_beyond_the_widest(widths, QUICKLY_BUILT, found, where)
-        if tower.depth > len(found):
-            raise ValueError(_beyond(where, "vision_config's depth", tower.depth, f"have {len(found)} tensors"))
-
-
-def _refuse_beyond_the_widest(claims: dict[str, int], small: int, found: dict[str, Stored], where: str) -> None:
-    """Those up to `small` may pass: another error will say more."""
-    widest = max((max(stored.shape, default=1) for stored in found.values() if 0 not in stored.shape), default=0)
-    for name, size in claims.items():
-        if size > max(widest, small):
-            raise ValueError(_beyond(where, name, size, f"have no tensor longer than {widest}"))
-
-
-def _beyond(where: str, name: str, size: int, have: str) -> str:
-    return (
-        f"{where}: config.json says {name}={json_shown(size)}, but the weight files {have}; "
-        f"use the config and the weights of one checkpoint"
-    )
 
 
 def refuse_a_misfit(

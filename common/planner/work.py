@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from common.attention.kv_format import wire_dtype
 from common.distributed.cost_model import wire_bytes
 from common.distributed.layout import Layout
 from common.distributed.machines import Machine
@@ -192,7 +193,7 @@ def _between_parts_of_a_context(
     answer = query + heads.num_q * 4
     if step.decode:
         return [Message("all_gather", "merge", "cp", step.rows * answer, layers)]
-    block = own * 2 * heads.num_kv * config.head_dim * load.kv_dtype.itemsize
+    block = own * 2 * heads.num_kv * config.head_dim * wire_dtype(load.kv_dtype, load.dtype).itemsize
     said = [Message("exchange", "ring", "cp", block, layers * (layout.cp - 1))]
     if step.known:
         said += [

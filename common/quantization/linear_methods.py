@@ -2,26 +2,22 @@
 
 import torch
 
+from common.quantization.gpu_methods import RoundedActivations, WeightOnlyKernels
 from common.quantization.method import LinearMethod
 from common.quantization.scheme import Scheme
 
-LINEAR_METHODS: dict[str, tuple[type[LinearMethod], ...]] = {  # by --quantized-compute; the first that takes it
-    "weight_only": (),  # codes are widened as they are multiplied; x keeps its dtype
-    "activations": (),  # x is rounded too, and small numbers are multiplied
+LINEAR_METHODS: dict[str, tuple[type[LinearMethod], ...]] = {  # by --quantized-compute, the first that takes a scheme
+    "weight_only": (WeightOnlyKernels,),  # codes are widened as they are multiplied; x keeps its dtype
+    "activations": (RoundedActivations,),  # x is rounded too, and small numbers are multiplied
 }
-QUANTIZED_COMPUTE = ("auto", "dequantise", *LINEAR_METHODS)
 
 
-def pick_linear_method(
-    scheme: Scheme, device: torch.device, dtype: torch.dtype, compute: str = "auto"
-) -> LinearMethod | None:
+def pick_linear_method(scheme: Scheme, device: torch.device, dtype: torch.dtype, compute: str) -> LinearMethod | None:
     """None: the weights are dequantised while they are read, and the layer is a plain one.
 
     auto: on a GPU activations for a scheme that rounds them, else weight_only; on a CPU dequantise. Raises ValueError if `compute`
     was asked for and no method takes the scheme.
     """
-    if compute not in QUANTIZED_COMPUTE:
-        raise ValueError(f"quantized_compute={compute!r} is unknown; use {', '.join(QUANTIZED_COMPUTE)}")
     order = () if compute == "dequantise" else (compute,)
     if compute == "auto" and device.type == "cuda":
         order = ("activations", "weight_only") if scheme.activations else ("weight_only",)

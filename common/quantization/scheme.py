@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 Kind = Literal["int", "float"]
+KEPT = ("weight_only", "activations")  # quantized weights stay codes: x keeps its dtype, or is rounded too
+QUANTIZED_COMPUTE = ("auto", "dequantise", *KEPT)
 
 
 @dataclass(frozen=True)

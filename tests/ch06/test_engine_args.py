@@ -12,7 +12,6 @@ SMALL = {"device": "cpu", "num_gpu_blocks_override": 8}
 def test_vllm_s_defaults_spelled_out_make_the_engine_without_them():
     given = {
         "pipeline_parallel_size": 1,
-        "quantization": None,
         "enable_lora": False,
         "hf_overrides": {},
         "swap_space": 4,
@@ -28,7 +27,7 @@ def test_vllm_s_defaults_spelled_out_make_the_engine_without_them():
     ("given", "message"),
     [
         ({"pipeline_parallel_size": 2}, "^engine argument pipeline_parallel_size is not here: layers .* tensor_parallel_size=$"),
-        ({"quantization": "awq", "foo": 1}, r"argument quantization .* dtype=; unknown engine argument foo; help\(EngineArgs"),
+        ({"swap_space": 8, "foo": 1}, r"argument swap_space is not here: .*; unknown engine argument foo; help\(EngineArgs"),
         ({"tensor_paralel_size": 2}, r"^unknown engine argument tensor_paralel_size; did you mean tensor_parallel_size"),
         ({"served_model_name": "a"}, "nothing is served here"),
         ({"trust_remote_code": True}, "Python is never run here"),

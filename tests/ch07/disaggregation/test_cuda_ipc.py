@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ch07_sglang_radix import Engine
 from ch07_sglang_radix.adapters.weight_updater import WeightUpdater
 from ch07_sglang_radix.disaggregation import cuda_ipc, orders, peer_memory
 from ch07_sglang_radix.disaggregation.cuda_ipc import (
@@ -18,11 +19,24 @@ from ch07_sglang_radix.disaggregation.cuda_ipc import (
 from ch07_sglang_radix.disaggregation.head_slices import head_slices, latent_slices
 from ch07_sglang_radix.disaggregation.kv_pages import KVPages, as_words
 from ch07_sglang_radix.disaggregation.local_pair import Pair
-from ch07_sglang_radix.disaggregation.messages import HANDLE, Block, Done, Fail, Metadata, Pool, Ready, Reserve, Write
+from ch07_sglang_radix.disaggregation.messages import (
+    HANDLE,
+    Block,
+    Done,
+    Fail,
+    Metadata,
+    Part,
+    Pool,
+    Ready,
+    Reserve,
+    Write,
+)
 from ch07_sglang_radix.disaggregation.peer_memory import CudaMemory
 from ch07_sglang_radix.disaggregation.rooms import State
 from ch07_sglang_radix.disaggregation.transport import PeerPages
 from ch07_sglang_radix.serving.watch import wait_until
+from common.attention.kv_cache import PagedKVCache
+from common.attention.kv_format import kv_dtype
 from common.layers.heads import HeadLayout
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.ch07.disaggregation.test_kv_manager import HEADS, PAGE, ROOM, SLOT, Link, a_rank, hello, obey, reserve
@@ -125,7 +139,7 @@ def test_pages_that_prefill_let_go_while_they_were_read_start_no_answer():
     reserve(decode, "a", pages=(7,))
     links["a"].peer = hello("prefill", 0, 1)
     theirs = torch.ones_like(kv)
-    decode.take(links["a"], Write(ROOM, [7]), PeerPages(theirs, [3]))
+    decode.take(links["a"], Write(ROOM, [7]), PeerPages([as_words(theirs)], [3]))
     assert (kv[:, :, 7] == 1).all()
     decode.take(links["a"], Metadata(SLOT, ROOM, 1, 0), None)
     assert links["a"].said[-1] == Done(ROOM, read=True)
@@ -147,7 +161,7 @@ def test_a_closed_room_reads_nothing_more():
     reserve(decode, "a", pages=(7,))
     links["a"].peer = hello("prefill", 0, 1)
     obey(decode, (orders.CLOSE, (ROOM, 1, *orders.as_words("over"))))
-    decode.take(links["a"], Write(ROOM, [7]), PeerPages(torch.ones_like(kv), [3]))
+    decode.take(links["a"], Write(ROOM, [7]), PeerPages([as_words(torch.ones_like(kv))], [3]))
     assert not kv.any()
 
 
@@ -168,9 +182,9 @@ def test_heads_are_read_from_whichever_rank_has_them(prefill, decode, dtype):
     theirs = [names[..., cut(i, prefill), :].contiguous().view(dtype) for i in range(prefill)]
     for rank in range(decode):
         mine = torch.zeros(layers, 2, 5, PAGE, len(cut(rank, decode)), dim).to(dtype)
-        kv = KVPages(mine)
+        kv = KVPages([mine])
         for one in head_slices(HEADS, prefill, rank, decode):
-            kv.write([4, 0], one, PeerPages(theirs[one.source], [8, 2]))
+            kv.write([4, 0], one, PeerPages([as_words(theirs[one.source])], [8, 2]))
         right = names[..., cut(rank, decode), :]
         seen = mine.view(torch.uint8)
         assert torch.equal(seen[:, :, [4, 0]], right[:, :, [8, 2]])
@@ -180,51 +194,86 @@ def test_heads_are_read_from_whichever_rank_has_them(prefill, decode, dtype):
 def test_latent_pages_are_read_whole():
     theirs, mine = torch.randn(2, 1, 6, PAGE, 1, 12), torch.zeros(2, 1, 6, PAGE, 1, 12)
     (one,) = latent_slices(2, 0, 1)
-    kv = KVPages(mine)
-    kv.write([0], one, PeerPages(theirs, [5]))
+    kv = KVPages([mine])
+    kv.write([0], one, PeerPages([as_words(theirs)], [5]))
     assert torch.equal(mine[:, :, 0], theirs[:, :, 5])
     assert kv.bytes_moved == theirs[:, :, 5].nbytes
 
 
 def test_a_peer_with_fewer_heads_than_its_cut_says_is_refused():
     (one,) = head_slices(2, 1, 0, 1)
-    kv = KVPages(torch.zeros(1, 2, 3, PAGE, 2, 4))
+    kv = KVPages([torch.zeros(1, 2, 3, PAGE, 2, 4)])
     with pytest.raises(ValueError, match="head 1 of a page is wanted, and the peer's have 1"):
-        kv.write([0], one, PeerPages(torch.zeros(1, 2, 3, PAGE, 1, 4), [0]))
+        kv.write([0], one, PeerPages([as_words(torch.zeros(1, 2, 3, PAGE, 1, 4))], [0]))
 
 
 def test_pages_are_copied_as_words_where_rows_divide_into_them():
-    assert as_words(torch.zeros(3, 128, dtype=torch.bfloat16)).dtype is torch.int64
-    assert as_words(torch.zeros(3, 3, dtype=torch.bfloat16)).shape == (3, 6)
+    assert as_words(torch.zeros(1, 1, 1, 1, 3, 128, dtype=torch.bfloat16)).dtype is torch.int64
+    assert as_words(torch.zeros(1, 1, 1, 1, 3, 3, dtype=torch.bfloat16)).shape == (1, 1, 1, 1, 3, 6)
+    assert as_words(torch.zeros(1, 1, 1, 1, 3, dtype=torch.float16)).shape == (1, 1, 1, 1, 3, 2), "scales, one a row"
+
+
+@pytest.mark.parametrize("by", ["bytes", "reading"])
+@pytest.mark.parametrize("name", ["fp8_e4m3", "int8", "int4"])
+def test_codes_travel_with_the_scales_of_their_rows(by, name):
+    """2 heads on one prefill rank, on 2 decode ranks: what is decoded there is what was encoded here."""
+    make = lambda heads: PagedKVCache(2, 8, PAGE, heads, 16, dtype=kv_dtype(name))  # noqa: E731
+    theirs = make(2)
+    for layer in range(2):
+        theirs.write(layer, torch.arange(8 * PAGE), *torch.randn(2, 8 * PAGE, 2, 16))
+    source = KVPages(theirs.tensors)
+    for rank in range(2):
+        mine = make(1)
+        there = KVPages(mine.tensors)
+        (one,) = head_slices(2, 1, rank, 2)
+        bytes_of = source.cut([5, 2], one.heads, None)
+        there.write([0, 7], one, bytes_of() if by == "bytes" else PeerPages(source.parts, [5, 2]))
+        for layer in range(2):
+            slots = torch.arange(PAGE)
+            for here, page in ((0, 5), (7, 2)):
+                seen = mine.read(layer, here * PAGE + slots)
+                right = theirs.read(layer, page * PAGE + slots)
+                for got, want in zip(seen, right, strict=True):
+                    assert torch.equal(got[:, 0], want[:, rank])
+                    assert got.any()
+
+
+@pytest.mark.parametrize("transport", ["bytes", "reading"])
+def test_an_answer_from_codes_is_that_of_one_engine(pair, transport):
+    """In int8, whose pages have a second part."""
+    options = {"kv_cache_dtype": "int8"}
+    with Engine(device="cpu", page_size=4, max_total_tokens=512, **options) as engine:
+        right = engine.generate(input_ids=PROMPT, sampling_params={"max_new_tokens": 6, "ignore_eos": True})
+    both = pair(Dictionary("no" if transport == "bytes" else ""), **options)
+    assert both.answer(both.ask(PROMPT)).output_ids == right["output_ids"]
+    assert both.at_rest()
 
 
 # --- what a peer says
 
 
-def a_pool(shape=(2, 2, 12, 4, 2, 3), itemsize=4, **changes):
-    nbytes = 4 * torch.Size(shape).numel()
-    facts = {
-        "uuid": "GPU", "pages": Block(bytes(HANDLE), 512, nbytes, 1 << 21), "shape": list(shape), "itemsize": itemsize,
-        "probe": Block(bytes(HANDLE), 0, 4, 1 << 21), "marks": b"abcd",
-    }  # fmt: skip
-    return Pool(**facts | changes)
+def a_pool(shape=(2, 2, 12, 4, 2, 3), itemsize=4, nbytes=None, block=1 << 21, probe=4):
+    nbytes = nbytes or 4 * torch.Size(shape).numel()
+    part = Part(Block(bytes(HANDLE), 512, nbytes, block), list(shape), itemsize)
+    return Pool("GPU", [part], Block(bytes(HANDLE), 0, probe, 1 << 21), b"abcd")
 
 
 @pytest.mark.parametrize(
     ("pool", "said"),
     [
-        (a_pool(pages=Block(bytes(HANDLE), 512, 100, 1 << 21)), "has 4,608 bytes; 100 are announced"),
-        (a_pool(pages=Block(bytes(HANDLE), 512, 4608, 5000)), "from 512 on in a block of 5,000"),
+        (a_pool(nbytes=100), "has 4,608 bytes; 100 are announced"),
+        (a_pool(block=5000), "from 512 on in a block of 5,000"),
         (a_pool(itemsize=2), "of 2 bytes each has 2,304 bytes; 4,608 are announced"),
-        (a_pool(marks=b"abc"), "3 marks are announced in a probe of 4"),
+        (a_pool(probe=3), "4 marks are announced in a probe of 3"),
         (a_pool(shape=(3, 2, 12, 4, 2, 3)), "mine is"),
         (a_pool(shape=(2, 2, 12, 8, 2, 3)), "mine is"),
         (a_pool(shape=(2, 1, 12, 4, 2, 3)), "mine is"),
         (a_pool(shape=(2, 2, -12, 4, -2, 3)), "a pool"),
+        (Pool("GPU", 2 * a_pool().parts, a_pool().probe, b"abcd"), "mine is"),
     ],
 )
 def test_a_pool_that_contradicts_itself_or_mine_is_refused_before_it_is_mapped(pool, said):
-    mine = torch.zeros(2, 2, 30, 4, 1, 3)
+    mine = [torch.zeros(2, 2, 30, 4, 1, 3)]
     refuse_another_shape(a_pool(), mine)
     with pytest.raises(ValueError, match=said):
         refuse_another_shape(pool, mine)
@@ -233,7 +282,7 @@ def test_a_pool_that_contradicts_itself_or_mine_is_refused_before_it_is_mapped(p
 def test_memory_that_shows_other_bytes_is_not_read_from():
     memory = Dictionary()
     probe = torch.arange(4, dtype=torch.uint8)
-    pool = a_pool(probe=memory.export(probe), marks=bytes([0, 1, 2, 3]))
+    pool = Pool("GPU", a_pool().parts, memory.export(probe), bytes([0, 1, 2, 3]))
     look_whether_it_can_be_read(memory, pool)
     probe[2] = 9
     with pytest.raises(RuntimeError, match="not what lies there"):
@@ -243,10 +292,10 @@ def test_memory_that_shows_other_bytes_is_not_read_from():
 
 @pytest.mark.parametrize("mine", [[3], [3, 12], [3, -1]])
 def test_pages_that_are_none_of_the_pool_s_are_not_read(mine):
-    link = SimpleNamespace(_theirs=torch.zeros(2, 2, 12, 4, 2, 3))
+    link = SimpleNamespace(_theirs=[torch.zeros(2, 2, 12, 4, 2, 3)])
     with pytest.raises(ValueError, match=f"{len(mine)} pages for 2, or none of 12"):
         cuda_ipc.CudaIpcLink._pages_of(link, Ready(ROOM, [7, 8], mine))
-    link._theirs = None
+    link._theirs = []
     with pytest.raises(ValueError, match="has not mapped"):
         cuda_ipc.CudaIpcLink._pages_of(link, Ready(ROOM, [7, 8], [1, 2]))
 

@@ -36,7 +36,7 @@ def a_rank(mode, rank=0, ranks=1):
     kv = torch.zeros(LAYERS, 2, PAGES, PAGE, len(heads), DIM)
     tp = SimpleNamespace(rank=rank, size=ranks, device=torch.device("cpu"))
     wrapper = SimpleNamespace(
-        kv_cache=SimpleNamespace(kv=kv), tp=tp, config=SimpleNamespace(num_kv_heads=HEADS), table=None
+        kv_cache=SimpleNamespace(tensors=(kv,)), tp=tp, config=SimpleNamespace(num_kv_heads=HEADS), table=None
     )
     manager, links = KVManager(wrapper, mode), {}
     manager.transport = SimpleNamespace(connect=lambda address: links.setdefault(address, Link()))

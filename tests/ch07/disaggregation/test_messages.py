@@ -15,6 +15,7 @@ from ch07_sglang_radix.disaggregation.messages import (
     Kept,
     Metadata,
     Opened,
+    Part,
     Ping,
     Pool,
     Ready,
@@ -30,13 +31,14 @@ pages = st.lists(page, max_size=9)
 told = st.tuples(page, st.floats(-100, 0), page, st.just(((3, -0.5),)), st.just(()))
 count = st.integers(1, 1 << 40)
 block = st.builds(Block, st.binary(min_size=HANDLE, max_size=HANDLE), page, count, count)
+part = st.builds(Part, block, st.lists(count, min_size=6, max_size=6), count)
 anything = st.one_of(
     st.builds(Hello, page, st.sampled_from(["prefill", "decode"]), page, page),
     st.builds(Reserve, room, page, page, pages),
     st.builds(Write, room, pages),
     st.builds(Metadata, page, room, page, page, st.lists(told, max_size=2), st.lists(told, max_size=2)),
     st.builds(Done, room, st.booleans()),
-    st.builds(Pool, st.text(max_size=36), block, st.lists(count, min_size=6, max_size=6), count, block, st.binary()),
+    st.builds(Pool, st.text(max_size=36), st.lists(part, min_size=1, max_size=2), block, st.binary()),
     st.builds(Opened, st.text(max_size=20)),
     st.builds(Ready, room, pages, pages),
     st.builds(Kept, room),
@@ -74,28 +76,27 @@ def test_what_is_no_frame_is_refused_before_a_byte_of_it_is_read(head, said):
         messages.lengths(head)
 
 
+PART = Part(Block(bytes(64), 0, 1, 1), [1] * 6, 1)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"pages": Block(bytes(63), 0, 1, 1)},
-        {"pages": Block(bytes(65), 0, 1, 1)},
-        {"pages": Block(bytes(64), -1, 1, 1)},
-        {"pages": Block(bytes(64), 0, 0, 1)},
-        {"shape": [1, 2, 3, 4, 5]},
+        {"parts": [Part(Block(bytes(63), 0, 1, 1), [1] * 6, 1)]},
+        {"parts": [Part(Block(bytes(65), 0, 1, 1), [1] * 6, 1)]},
+        {"parts": [Part(Block(bytes(64), -1, 1, 1), [1] * 6, 1)]},
+        {"parts": [Part(PART.block, [1] * 5, 1)]},
+        {"parts": []},
+        {"parts": [PART] * 3},
+        {"probe": Block(bytes(64), 0, 0, 1)},
         {"uuid": "GPU-" * 20},
     ],
 )
 def test_a_pool_of_other_lengths_is_no_message(wrong):
-    whole = {
-        "uuid": "GPU",
-        "pages": Block(bytes(64), 0, 1, 1),
-        "shape": [1] * 6,
-        "itemsize": 1,
-        "probe": Block(bytes(64), 0, 1, 1),
-    }
-    assert messages.decode(messages.encode(Pool(**whole, marks=b"m"))[HEAD.size :])
+    whole = {"uuid": "GPU", "parts": [PART], "probe": PART.block, "marks": b"m"}
+    assert messages.decode(messages.encode(Pool(**whole))[HEAD.size :])
     with pytest.raises(ValueError, match=r"."):
-        messages.decode(messages.encode(Pool(**whole | wrong, marks=b"m"))[HEAD.size :])
+        messages.decode(messages.encode(Pool(**whole | wrong))[HEAD.size :])
 
 
 def test_a_pickle_is_no_message():

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from ch07_sglang_radix.parallelism.demo_3_pipeline_timeline import Span, bubble, gpipe, interleaved
+from ch07_sglang_radix.parallelism.demo_3_pipeline_timeline import Span, bubble, gpipe, interleaved, overlap
 
 
 @pytest.mark.parametrize("stages", [2, 3, 4])
@@ -28,3 +28,11 @@ def test_in_a_computed_schedule_a_stage_does_one_thing_at_a_time_and_nothing_bef
 def test_a_bubble_is_what_no_stage_computes_in():
     assert bubble([Span(0, 0, 0, 1), Span(1, 0, 1, 2)]) == 0.5
     assert bubble([Span(0, 0, 3, 4), Span(1, 0, 3, 4)]) == 0
+
+
+def test_stages_overlap_where_any_micro_batch_meets_the_one_before_it():
+    assert not overlap([Span(0, 0, 0, 1), Span(1, 0, 1, 2)]), "one alone"
+    in_turns = [Span(0, 0, 0, 1), Span(0, 1, 2, 3), Span(1, 0, 1, 2), Span(1, 1, 3, 4)]
+    assert not overlap(in_turns)
+    assert overlap([*in_turns, Span(0, 2, 3.5, 5), Span(1, 2, 5, 6)])
+    assert overlap([span for span in gpipe(2, 2) if span.what == "forward"])

@@ -183,7 +183,8 @@ def test_everything_in_one_process():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--quantization", "fp8"], "flag --quantization is not here: "),
+        (["--quantization", "awq"], "quantization='awq' needs a checkpoint that was made with it"),
+        (["--load-format", "pt"], "flag --load-format is not here: "),
         (["--model-path", "/nowhere"], "/nowhere"),
         (["--port", "PORT"], "Address already in use"),
         (["--host", "192.0.2.1"], "cannot be served"),

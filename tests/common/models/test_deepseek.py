@@ -79,7 +79,7 @@ def test_the_first_layers_are_dense():
         (V3, {"first_k_dense_replace": 0, "n_group": 256, "topk_group": 8}, "a group needs two experts"),
         (V3, {"first_k_dense_replace": 0, "n_group": 128, "topk_group": 3}, "the chosen ones num_experts_per_tok=8 together"),
         (V2, {"rope_scaling": {"type": "linear", "factor": 2.0, "mscale_all_dim": 1.0}}, "mscale_all_dim=1.0 is supported with"),
-        (V3, {"quantization_config": {"quant_method": "fp8"}}, "quantized checkpoints are not supported"),
+        (V3, {"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}}, "fmt='e5m2' is not supported"),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_one_line(name, changes, words):

@@ -1,4 +1,4 @@
-"""Small quantized checkpoints: a random model of odd sizes, written in a format, and its twin with the numbers that the codes stand for."""
+"""Small quantized checkpoints: a model of odd sizes, written in a format, and its twin with the numbers that the codes stand for."""
 
 import json
 from pathlib import Path

@@ -1,0 +1,183 @@
+"""A model in full precision and in the formats of quantized checkpoints: what bytes saved are worth in tokens.
+
+    python -m ch07_sglang_radix.benchmarks.bench_quantized --part gpu [--forms bf16,awq]    Qwen2.5-7B: D and A64, one GPU
+    python -m ch07_sglang_radix.benchmarks.bench_quantized --part cpu                       the bundled model, Qwen2.5-0.5B's shape
+
+D and A64 are those of bench_gpu.py. Random weights, rounded to nearest; embedding and LM head stay bfloat16. The floor of D is the
+time in which the weights that a token needs can be read (all but the embedding), at the speed of a large copy on this GPU.
+
+On a CPU: one rank, one thread, greedy, one request of 64 new tokens after 32, and 8 of them together. float32 and bfloat16 are full
+precision; a form in codes is what `--quantized-compute auto` makes of it, or dequantised to float32.
+
+Writes figures/bench_quantized_gpu.csv (several calls add up), figures/bench_quantized_cpu.csv.
+"""
+
+import argparse
+import csv
+import gc
+import re
+import shutil
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ch07_sglang_radix.benchmarks.gpu_workloads import Workloads
+from ch07_sglang_radix.engine import Engine
+from common.distributed.launch import run_main
+from common.models.checkpoint import INDEX, checkpoint_files, open_tensors
+from common.models.json_file import read_json
+from common.models.published_configs import save_random_weights, weights_folder
+from common.quantization.config import KEYS, QuantizationConfig
+from common.quantization.methods import METHODS
+from common.quantization.rounding import round_to_nearest
+from common.teaching.report import FIGURES, write_csv, write_json
+from common.tiny_qwen import TINY_QWEN_PATH
+
+CONFIG, MATRIX = "config.json", re.compile(r"(.*\.layers\.\d+\..*_proj)\.weight")
+CONFIGS = {  # quantization_config of a checkpoint
+    "w8a8_fp8": {"quant_method": "w8a8_fp8"},
+    "fp8-block": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    "w8a8_int8": {"quant_method": "w8a8_int8"},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False},
+}
+FORMS = {  # name: (a key of CONFIGS, quantized_compute)
+    "bf16": (None, "auto"),
+    "fp8 channel": ("w8a8_fp8", "auto"),
+    "fp8 channel, weight-only": ("w8a8_fp8", "weight_only"),
+    "fp8 block": ("fp8-block", "auto"),
+    "int8": ("w8a8_int8", "auto"),
+    "awq": ("awq", "auto"),
+    "gptq": ("gptq", "auto"),
+}
+CPU_FORMS = {  # name: (format, quantized_compute, dtype)
+    "float32": (None, "auto", "float32"),
+    "bfloat16": (None, "auto", "bfloat16"),
+    "int8, auto": ("w8a8_int8", "auto", "float32"),
+    "int8, dequantised": ("w8a8_int8", "dequantise", "float32"),
+    "fp8, auto": ("w8a8_fp8", "auto", "float32"),
+    "fp8, dequantised": ("w8a8_fp8", "dequantise", "float32"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", required=True, choices=("gpu", "cpu"))
+    parser.add_argument("--forms", help="some of them, separated by semicolons; default: all")
+    parser.add_argument("--out", type=Path, default=FIGURES, help="folder for the CSV")
+    args = parser.parse_args()
+    forms = FORMS if args.part == "gpu" else CPU_FORMS
+    chosen = [name.strip() for name in args.forms.split(";")] if args.forms else list(forms)
+    if unknown := [name for name in chosen if name not in forms]:
+        raise ValueError(f"--forms: {', '.join(unknown)} is unknown; use {'; '.join(forms)}")
+    path = args.out / f"bench_quantized_{args.part}.csv"
+    earlier = list(csv.DictReader(path.open(encoding="utf-8"))) if args.part == "gpu" and path.exists() else []
+    rows = [row for row in earlier if row["form"] not in chosen]
+    for row in on_a_gpu(chosen) if args.part == "gpu" else on_a_cpu(chosen):
+        print(" ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        rows.append(row)
+    write_csv(rows, path)
+
+
+def quantized_copy(source: Path, name: str | None, device: str) -> Path:
+    """The checkpoint in that format, beside it, as common/quantization/make.py writes it; rounded on `device`, which is faster."""
+    if name is None:
+        return source
+    out = source.with_name(f"{source.name}-{name}")
+    if (out / CONFIG).exists():
+        return out
+    out.mkdir(parents=True, exist_ok=True)
+    said, index = CONFIGS[name], {}
+    config = QuantizationConfig.from_checkpoint({KEYS[0]: said}, str(out))
+    for path in checkpoint_files(source):
+        tensors = {}
+        with ExitStack() as stack:
+            for tensor, found in open_tensors([path], stack).items():
+                value, match = found.file.get_tensor(tensor), MATRIX.fullmatch(tensor)
+                scheme = config.scheme_of(match[1]) if match else None
+                if scheme is None:
+                    tensors[tensor] = value
+                    continue
+                stored = torch.float16 if scheme.bits == 4 else torch.float32  # of scales
+                with torch.device(device):
+                    codes = round_to_nearest(value.to(device), scheme, stored)
+                    parts = METHODS[scheme.method].encode(scheme, codes)
+                tensors |= {match[1] + suffix: part.contiguous().cpu() for suffix, part in parts.items()}
+        save_file(tensors, out / path.name, {"format": "pt"})
+        index |= dict.fromkeys(tensors, path.name)
+    write_json({"metadata": {}, "weight_map": index}, out / INDEX)
+    for path in source.glob("*.json"):
+        if path.name not in (CONFIG, INDEX):
+            shutil.copyfile(path, out / path.name)
+    write_json(read_json(source / CONFIG) | {KEYS[0]: said}, out / CONFIG)
+    return out
+
+
+def on_a_gpu(chosen: list[str]):
+    from common.kernels.timing import copy_bandwidth  # noqa: PLC0415, needs a GPU
+
+    if not torch.cuda.is_available():
+        raise ValueError("--part gpu needs an NVIDIA GPU, and there is none; --part cpu measures a CPU")
+    bandwidth, device = copy_bandwidth(), torch.cuda.get_device_name()
+    source = save_random_weights("Qwen2.5-7B", weights_folder("Qwen2.5-7B"), "cuda")
+    for form in chosen:
+        torch.cuda.empty_cache()
+        name, compute = FORMS[form]
+        folder = quantized_copy(source, name, "cuda")
+        torch.cuda.empty_cache()
+        began = time.perf_counter()
+        engine = Engine(str(folder), device="cuda", dtype="bfloat16", quantized_compute=compute)
+        ready = time.perf_counter() - began
+        work = Workloads(engine)
+        work.d(32)
+        d = min(work.d() for _ in range(2))
+        a64 = max(work.a(64) for _ in range(2))
+        size = read_a_token(engine)
+        yield {
+            "device": device, "form": form, "MB a token": round(size / 1e6, 1), "floor ms": round(size / bandwidth * 1e3, 3),
+            "D ms a token": round(d, 3), "A64 tokens/s": round(a64, 1), "s to ready": round(ready, 1),
+        }  # fmt: skip
+        engine.shutdown()
+        engine = work = None  # the next one needs the room
+        gc.collect()
+
+
+def read_a_token(engine: Engine) -> int:
+    """Bytes of all weights but the embedding's."""
+    return sum(x.nbytes for name, x in engine.executor_tensors().items() if "embed_tokens" not in name)
+
+
+def on_a_cpu(chosen: list[str]):
+    torch.set_num_threads(1)
+    models = {"bundled": TINY_QWEN_PATH, "Qwen2.5-0.5B": weights_folder("Qwen2.5-0.5B")}
+    save_random_weights("Qwen2.5-0.5B", models["Qwen2.5-0.5B"])
+    copies = weights_folder("bundled")
+    if not copies.exists():
+        shutil.copytree(TINY_QWEN_PATH, copies)
+    models["bundled"] = copies
+    for model, source in models.items():
+        for form in chosen:
+            name, compute, dtype = CPU_FORMS[form]
+            folder = quantized_copy(source, name, "cpu")
+            engine = Engine(str(folder), device="cpu", dtype=dtype, quantized_compute=compute, skip_tokenizer_init=True)
+            speeds = {}
+            for count in (1, 8):
+                prompts = [[3 + (7 * i + j) % 200 for j in range(32)] for i in range(count)]
+                params = {"max_new_tokens": 64, "temperature": 0.0, "ignore_eos": True}
+                best = 0.0
+                for _ in range(3):
+                    engine.flush_cache()
+                    began = time.perf_counter()
+                    engine.generate(input_ids=prompts, sampling_params=params)
+                    best = max(best, count * 64 / (time.perf_counter() - began))
+                speeds[f"tokens/s of {count}"] = round(best, 2)
+            size = sum(x.nbytes for x in engine.executor_tensors().values())
+            yield {"model": model, "form": form, "MB": round(size / 1e6, 2), **speeds}
+            engine.shutdown()
+
+
+if __name__ == "__main__":
+    run_main(main)

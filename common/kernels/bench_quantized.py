@@ -1,0 +1,172 @@
+"""Products by quantized weights at the shapes of Qwen2.5-7B: are they right, and how far from the time their bytes need?
+
+    python -m common.kernels.bench_quantized [--out FOLDER]        # some three minutes; writes figures/bench_quantized_kernels.csv
+    python -m common.kernels.bench_quantized --part tune           # other tilings of the weight-only kernel against the chosen one
+
+As bench_kernels.py: rotating buffers too large for the L2 cache, one graph, the median of ten replays. `bf16 us` is the product by
+the same matrix in bfloat16, as a plain layer computes it; `error` the relative distance to the twin in plain PyTorch, in float32.
+rounded: x is rounded to FP8 or INT8 rows first, and that is timed too. Many rows of weight-only forms dequantise W first.
+"""
+
+import argparse
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common.distributed.launch import run_main
+from common.kernels import quantized_activations as rounded
+from common.kernels import quantized_linear as weight_only
+from common.kernels.bench_kernels import ROTATE_BYTES
+from common.kernels.launch import compile_ahead, num_processors, shared_memory
+from common.kernels.quantized_layout import PackedCodes, multiply_plain, pack, unpack
+from common.kernels.timing import copy_bandwidth, timed
+from common.layers.linear import multiply
+from common.quantization.codes import Codes
+from common.quantization.rounding import round_to_nearest
+from common.quantization.scheme import Scheme
+from common.teaching.report import FIGURES, write_csv
+
+BF16 = torch.bfloat16
+SHAPES = {"qkv": (4608, 3584), "o": (3584, 3584), "gate_up": (37_888, 3584), "down": (3584, 18_944)}  # Qwen2.5-7B
+ROWS = (1, 8, 16, 64, 128, 256, 1024, 4096)
+FORMS = {
+    "int4 group 128": Scheme("gptq", 4, "int", "group", 128),
+    "int4 group 128, zeros": Scheme("awq", 4, "int", "group", 128, symmetric=False),
+    "int4 group 32": Scheme("gptq", 4, "int", "group", 32),
+    "mxfp4": Scheme("mxfp4", 4, "float", "group", 32),
+    "int8 channel": Scheme("w8a8_int8", 8, "int", "channel"),
+    "fp8 channel": Scheme("fp8", 8, "float", "channel"),
+    "fp8 block": Scheme("fp8", 8, "float", "block", block=(128, 128)),
+}
+ROUNDED = ("int8 channel", "fp8 channel", "fp8 block")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("all", "tune"), default="all")
+    parser.add_argument("--out", type=Path, default=FIGURES, help="folder for the CSV")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, copy: {bandwidth / 1e12:.2f} TB/s", flush=True)
+    if args.part == "tune":
+        tune(bandwidth)
+        return
+    rows = []
+    for shape in SHAPES:
+        rows += measure(shape, bandwidth)
+    write_csv(rows, args.out / "bench_quantized_kernels.csv")
+
+
+def packed_like(scheme: Scheme, shape: tuple[int, int]) -> PackedCodes:
+    """Of random weights; 1024 rows of them, and these again."""
+    out, width = shape
+    some = min(out, 1024)
+    codes = round_to_nearest(torch.randn(some, width), scheme)
+    q, scale, zero = (
+        None if x is None else x.cuda().repeat(-(-out // some), 1)[:out]
+        for x in (codes.q.view(torch.uint8), codes.scale, codes.zero)
+    )
+    return pack(Codes(q.view(codes.q.dtype), scale, zero, codes.group.cuda()), scheme.bits)
+
+
+def measure(shape: str, bandwidth: float) -> list[dict]:
+    out, width = SHAPES[shape]
+    plain = [
+        torch.randn(out, width, device="cuda", dtype=BF16) for _ in range(max(1, ROTATE_BYTES // (2 * out * width)))
+    ]
+    xs = {count: torch.randn(count, width, device="cuda", dtype=BF16) for count in ROWS}
+    bf16 = {count: timed([lambda w=w, x=x: multiply(x, w) for w in plain]) for count, x in xs.items()}
+    found = []
+    for form, scheme in tqdm(FORMS.items(), desc=shape, disable=None):
+        one = packed_like(scheme, (out, width))
+        copies = [one] + [copied(one) for _ in range(max(0, min(15, ROTATE_BYTES // one.nbytes - 1)))]
+        ways: dict[str, Callable] = {"weight-only": weight_only.linear}
+        if form in ROUNDED:
+            ways["rounded"] = round_and_multiply
+            if form == "fp8 channel":
+                ways["rounded, library"] = round_and_scaled_mm
+        with compile_ahead():
+            for way, x in itertools.product(
+                (weight_only.linear, weight_only.few_rows, *list(ways.values())[1:2]), xs.values()
+            ):
+                way(x, one)
+        for (count, x), (name, way) in itertools.product(xs.items(), ways.items()):
+            if count == 1 and name == "rounded, library":
+                continue
+            calls = [lambda way=way, x=x, packed=packed: way(x, packed) for packed in copies]
+            floor = (one.nbytes + 2 * count * (out + width)) / bandwidth * 1e6
+            us = timed(calls)
+            row = {
+                "matrix": shape, "form": form, "x": name, "rows": count, "MB": round(one.nbytes / 1e6, 2),
+                "floor us": round(floor, 2), "us": round(us, 2), "bf16 us": round(bf16[count], 2),
+                "of bf16": round(us / bf16[count], 3), "error": f"{error(way(x, one), x, one, name):.1e}",
+            }  # fmt: skip
+            if name == "weight-only" and 64 <= count <= 1024:  # where does dequantising begin to pay?
+                row["few_rows us"] = round(timed([lambda x=x, p=p: weight_only.few_rows(x, p) for p in copies]), 2)
+            found.append({"few_rows us": "", **row})
+            print(" ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    return found
+
+
+def copied(packed: PackedCodes) -> PackedCodes:
+    own = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in vars(packed).items()}
+    return PackedCodes(**own)
+
+
+def round_and_multiply(x: torch.Tensor, packed: PackedCodes) -> torch.Tensor:
+    q, scale = rounded.round_rows(x, packed.q.dtype, bool(packed.group))
+    return rounded.multiply(q, scale, packed.q, packed.scale, packed.share, x.dtype)
+
+
+def round_and_scaled_mm(x: torch.Tensor, packed: PackedCodes) -> torch.Tensor:
+    q, scale = rounded.round_rows(x, packed.q.dtype)
+    return torch._scaled_mm(q, packed.q.t(), scale, packed.scale, out_dtype=x.dtype, use_fast_accum=True)
+
+
+def error(got: torch.Tensor, x: torch.Tensor, packed: PackedCodes, way: str) -> float:
+    if way == "weight-only":
+        want = multiply_plain(x.float(), packed)
+    else:
+        q, scale = rounded.round_rows(x, packed.q.dtype, bool(packed.group))
+        scale = scale.repeat_interleave(rounded.GROUP, dim=1)[:, : x.shape[1]] if packed.group else scale
+        want = (q.float() * scale) @ unpack(packed).dequantise().t()
+    return ((got.float() - want).norm() / want.norm()).item()
+
+
+def tune(bandwidth: float) -> None:
+    """The fastest tilings of the weight-only kernel for each shape, and the one that `tiling` takes."""
+    plans = list(itertools.product((64, 128), (1, 2, 3, 4, 6, 8), (4, 8), (3, 4, 6)))
+    for (shape, (out, width)), form in itertools.product(
+        SHAPES.items(), ("int4 group 128", "fp8 block", "fp8 channel")
+    ):
+        one = packed_like(FORMS[form], (out, width))
+        copies = [one] + [copied(one) for _ in range(max(0, min(8, ROTATE_BYTES // one.nbytes - 1)))]
+        for count in (1, 16, 64):
+            x = torch.randn(count, width, device="cuda", dtype=BF16)
+            block = min(max(count, 16), 64)
+            room = shared_memory(x.device)
+            fitting = [
+                weight_only.Tiling(block, n, parts, warps, stages)
+                for n, parts, warps, stages in plans
+                if stages * one.turn * (n * one.bits // 8 + 2 * block) <= room and (parts == 1 or count * parts <= 64)
+            ]
+            taken = weight_only.tiling(count, one, 2, num_processors(x.device), room)
+            with compile_ahead():
+                for plan in (taken, *fitting):
+                    weight_only.few_rows(x, one, None, plan)
+            times = {
+                plan: timed([lambda x=x, p=p, plan=plan: weight_only.few_rows(x, p, None, plan) for p in copies])
+                for plan in (taken, *fitting)
+            }
+            best = sorted(times, key=times.get)[:4]
+            floor = (one.nbytes + 2 * count * (out + width)) / bandwidth * 1e6
+            print(f"{shape} {form} rows {count}: floor {floor:.1f}, taken {times[taken]:.1f} {taken}", flush=True)
+            print("   " + "; ".join(f"{times[plan]:.1f} {tuple(vars(plan).values())[1:]}" for plan in best), flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)

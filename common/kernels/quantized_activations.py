@@ -1,0 +1,218 @@
+"""y = x W^T where x is rounded too: FP8 times FP8 or INT8 times INT8, which tensor cores do at twice the speed of 16 bits.
+
+    round_rows    x -> codes, and a scale for each row or for each 128 columns of a row; or by a scale that is given
+    few_rows      up to 64 rows of x a program: bytes are the cost, as in linear.py
+    many_rows     128 x 128 numbers of y a program: products are the cost
+
+    y[t, o] = sum over groups g of    x_scale[t, g] * w_scale[o, g] * (sum of x[t, i] w[o, i] over the columns i of g)
+
+One group is a scale for a row of x and one for a row of W; they are then multiplied once, at the end. With groups of 128 columns
+(DeepSeek-V3's blocks of 128 x 128) each group's products are summed apart and scaled, in float32. That is also more exact:
+Hopper's FP8 tensor cores keep some 14 bits of a running sum (DeepSeek-V3, section 3.3.2).
+
+Bytes: out * in and its scales, x once in 16 bits and written and read in 8 bits. A step of a few rows gains nothing from
+rounding x: W's bytes are the cost, and quantized_linear.py has them too, without a launch for x.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from common.kernels.launch import counters, launch, let_next_start, num_processors, shared_memory, wait_for_previous
+
+GROUP = 128  # columns that share a scale, if not all
+CHUNK = 4096  # columns that `round_rows` looks at in one go
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+FEW = 64  # rows of x, up to which W's bytes are the cost
+
+
+def round_rows(
+    x: torch.Tensor, dtype: torch.dtype, grouped: bool = False, scale: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, in] -> (codes [T, in] of dtype, float8_e4m3fn or int8; scales float32 [T, ceil(in/128)], or [T, 1] if not grouped).
+
+    scale: of all of x, if it is known (static); what it makes larger than the largest code becomes the largest.
+    """
+    rows, width = x.shape
+    groups = triton.cdiv(width, GROUP) if grouped else 1
+    q = torch.empty(rows, width, dtype=dtype, device=x.device)
+    scales = torch.empty(rows, groups, dtype=torch.float32, device=x.device)
+    block = GROUP if grouped else min(triton.next_power_of_2(width), CHUNK)
+    launch(
+        _round_rows, (rows, groups), x, q, scales, width, x.stride(0), 0.0 if scale is None else scale, LARGEST[dtype],
+        GROUPED=grouped, STATIC=scale is not None, BLOCK=block, num_warps=1 if grouped else 8,
+    )  # fmt: skip
+    return q, scales
+
+
+@triton.jit
+def _round_rows(
+    x, q, scales, width, x_stride, given, largest, GROUPED: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    let_next_start(PDL)
+    t, g, k = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
+    first = g * BLOCK if GROUPED else 0
+    last = tl.minimum(first + BLOCK, width) if GROUPED else width
+    wait_for_previous(PDL)
+    if STATIC:
+        scale = given + tl.zeros([], tl.float32)
+    else:
+        largest_here = tl.zeros([BLOCK], tl.float32)
+        for start in range(first, last, BLOCK):
+            xs = tl.load(x + t * x_stride + start + k, mask=start + k < last, other=0.0).to(tl.float32)
+            largest_here = tl.maximum(largest_here, tl.abs(xs))
+        top = tl.max(largest_here, 0)
+        scale = tl.where(top > 0, top / largest, 1.0)
+    for start in range(first, last, BLOCK):
+        xs = tl.load(x + t * x_stride + start + k, mask=start + k < last, other=0.0).to(tl.float32)
+        value = tl.minimum(tl.maximum(xs / scale, -largest), largest)
+        if q.dtype.element_ty == tl.int8:
+            value = (
+                value + 12582912.0
+            ) - 12582912.0  # 1.5 * 2^23: a float32 of that size is an integer, rounded to even
+        tl.store(q + t * width + start + k, value.to(q.dtype.element_ty), mask=start + k < last)
+    tl.store(scales + t * tl.num_programs(1) + g, scale)
+
+
+def multiply(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    w: torch.Tensor,
+    w_scale: torch.Tensor,
+    share: int,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [T, in], w [out, in], codes of one type; x_scale [T, G], w_scale [G, ceil(out / share)], float32 -> [T, out] of dtype."""
+    return (few_rows if len(x) <= FEW else many_rows)(x, x_scale, w, w_scale, share, dtype, bias)
+
+
+def few_rows(x, x_scale, w, w_scale, share: int, dtype: torch.dtype, bias=None) -> torch.Tensor:
+    """As multiply; W is the left factor, and cut along `in` if it has few rows."""
+    (rows, width), out = x.shape, len(w)
+    y = torch.empty(rows, out, dtype=dtype, device=x.device)
+    block_m = min(max(triton.next_power_of_2(rows), 16), FEW)
+    block_n, warps = (128, 8) if out >= 8000 and block_m == FEW else (64, 4)
+    grid = triton.cdiv(out, block_n), triton.cdiv(rows, block_m)
+    turns, processors = triton.cdiv(width, GROUP), num_processors(x.device)
+    wanted = min(4 * processors // (grid[0] * grid[1]), turns // 4, width // (32 * rows), 16)
+    turns_each = triton.cdiv(turns, max(wanted, 1))
+    parts = triton.cdiv(turns, turns_each)
+    part = torch.empty(parts, rows, out, dtype=torch.float32, device=x.device) if parts > 1 else y
+    stages = max(min(5, shared_memory(x.device) // ((block_m + block_n) * GROUP)), 1)
+    launch(
+        _few_rows, (*grid, parts), x, x_scale, w, w_scale, x if bias is None else bias, y, part, counters(x.device), rows, out,
+        width, x_scale.shape[1], w_scale.shape[1], turns_each, BM=block_m, BN=block_n, BK=GROUP, SHARE=share,
+        GROUPED=x_scale.shape[1] > 1 or len(w_scale) > 1, X_GROUPED=x_scale.shape[1] > 1, CUT=parts > 1, BIAS=bias is not None,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return y
+
+
+@triton.jit(do_not_specialize=("rows", "turns_each"))
+def _few_rows(
+    x, x_scale, w, w_scale, bias, y, part, arrived, rows, out, width, x_groups, scale_stride, turns_each, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, SHARE: tl.constexpr, GROUPED: tl.constexpr, X_GROUPED: tl.constexpr, CUT: tl.constexpr,
+    BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    let_next_start(PDL)
+    sums: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
+    p, parts = tl.program_id(2), tl.num_programs(2)
+    n, m = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
+    k = tl.arange(0, BK)
+    first, last = p * turns_each, tl.minimum((p + 1) * turns_each, tl.cdiv(width, BK))
+    live_n, live_m = n < out, m < rows
+    w_at = w + n.to(tl.int64)[:, None] * width + k[None, :]
+    x_at = x + m[None, :] * width + k[:, None]
+    ws_at, xs_at = w_scale + n // SHARE, x_scale + m * x_groups
+    ws = tl.load(ws_at + first * scale_stride if GROUPED else ws_at, mask=live_n, other=0.0)
+    wait_for_previous(PDL)
+    xs = tl.load(xs_at + first if X_GROUPED else xs_at, mask=live_m, other=0.0)
+    acc = tl.zeros([BN, BM], tl.float32 if GROUPED else sums)
+    for turn in range(first, last):
+        column = turn * BK
+        ww = tl.load(w_at + column, mask=live_n[:, None] & (column + k < width)[None, :], other=0.0)
+        xx = tl.load(x_at + column, mask=live_m[None, :] & (column + k < width)[:, None], other=0.0)
+        if GROUPED:
+            following = tl.minimum(turn + 1, last - 1)
+            coming_w = tl.load(ws_at + following * scale_stride, mask=live_n, other=0.0)
+            coming_x = tl.load(xs_at + following, mask=live_m, other=0.0) if X_GROUPED else xs
+            acc += tl.dot(ww, xx, out_dtype=sums).to(tl.float32) * (ws[:, None] * xs[None, :])
+            ws, xs = coming_w, coming_x
+        else:
+            acc = tl.dot(ww, xx, acc, out_dtype=sums)
+    result = acc if GROUPED else acc.to(tl.float32) * (ws[:, None] * xs[None, :])
+    live = live_n[:, None] & live_m[None, :]
+    at = m[None, :].to(tl.int64) * out + n[:, None]
+    ends = True
+    if CUT:
+        tl.store(part + p * rows * out + at, result, mask=live)
+        tl.debug_barrier()  # all threads have stored before one says so
+        counter = arrived + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        ends = tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1
+        if ends:
+            tl.store(counter, 0)
+            result = tl.zeros([BN, BM], tl.float32)
+            for other in range(parts):
+                result += tl.load(part + other * rows * out + at, mask=live, other=0.0, cache_modifier=".cg")
+    if ends:
+        if BIAS:
+            result += tl.load(bias + n, mask=live_n, other=0.0).to(tl.float32)[:, None]
+        tl.store(y + at, result.to(y.dtype.element_ty), mask=live)
+
+
+def many_rows(x, x_scale, w, w_scale, share: int, dtype: torch.dtype, bias=None) -> torch.Tensor:
+    """As multiply; tiles of y that read the same rows of W follow each other, so that W comes from the L2 cache."""
+    (rows, width), out = x.shape, len(w)
+    y = torch.empty(rows, out, dtype=dtype, device=x.device)
+    launch(
+        _many_rows, (triton.cdiv(rows, 128) * triton.cdiv(out, 128),), x, x_scale, w, w_scale, x if bias is None else bias, y,
+        rows, out, width, x_scale.shape[1], w_scale.shape[1], BM=128, BN=128, BK=GROUP, SHARE=share, BESIDE=8,
+        GROUPED=x_scale.shape[1] > 1 or len(w_scale) > 1, X_GROUPED=x_scale.shape[1] > 1, BIAS=bias is not None, num_warps=8,
+        num_stages=4,
+    )  # fmt: skip
+    return y
+
+
+@triton.jit(do_not_specialize=("rows",))
+def _many_rows(
+    x, x_scale, w, w_scale, bias, y, rows, out, width, x_groups, scale_stride, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, SHARE: tl.constexpr, BESIDE: tl.constexpr, GROUPED: tl.constexpr, X_GROUPED: tl.constexpr,
+    BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    let_next_start(PDL)
+    sums: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
+    down, across = tl.cdiv(rows, BM), tl.cdiv(out, BN)
+    band = tl.program_id(0) // (BESIDE * across)  # of BESIDE tiles along the rows
+    tall = tl.minimum(down - band * BESIDE, BESIDE)
+    inside = tl.program_id(0) % (BESIDE * across)
+    m = (band * BESIDE + inside % tall) * BM + tl.arange(0, BM)
+    n = (inside // tall) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    live_m, live_n = m < rows, n < out
+    x_at = x + m.to(tl.int64)[:, None] * width + k[None, :]
+    w_at = w + n.to(tl.int64)[None, :] * width + k[:, None]
+    ws_at, xs_at = w_scale + n // SHARE, x_scale + m.to(tl.int64) * x_groups
+    ws = tl.load(ws_at, mask=live_n, other=0.0)
+    wait_for_previous(PDL)
+    xs = tl.load(xs_at, mask=live_m, other=0.0)
+    turns = tl.cdiv(width, BK)
+    acc = tl.zeros([BM, BN], tl.float32 if GROUPED else sums)
+    for turn in range(0, turns):
+        column = turn * BK
+        xx = tl.load(x_at + column, mask=live_m[:, None] & (column + k < width)[None, :], other=0.0)
+        ww = tl.load(w_at + column, mask=live_n[None, :] & (column + k < width)[:, None], other=0.0)
+        if GROUPED:
+            following = tl.minimum(turn + 1, turns - 1)
+            coming_w = tl.load(ws_at + following * scale_stride, mask=live_n, other=0.0)
+            coming_x = tl.load(xs_at + following, mask=live_m, other=0.0) if X_GROUPED else xs
+            acc += tl.dot(xx, ww, out_dtype=sums).to(tl.float32) * (xs[:, None] * ws[None, :])
+            ws, xs = coming_w, coming_x
+        else:
+            acc = tl.dot(xx, ww, acc, out_dtype=sums)
+    result = acc if GROUPED else acc.to(tl.float32) * (xs[:, None] * ws[None, :])
+    if BIAS:
+        result += tl.load(bias + n, mask=live_n, other=0.0).to(tl.float32)[None, :]
+    at = m.to(tl.int64)[:, None] * out + n[None, :]
+    tl.store(y + at, result.to(y.dtype.element_ty), mask=live_m[:, None] & live_n[None, :])

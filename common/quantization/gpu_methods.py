@@ -1,0 +1,87 @@
+"""Layers that keep codes on an NVIDIA GPU, and the kernels that multiply by them."""
+
+from typing import Any
+
+import torch
+
+from common.kernels.quantized_layout import PackedCodes, pack
+from common.quantization.codes import Codes
+from common.quantization.method import LinearMethod
+from common.quantization.scheme import Scheme
+
+try:  # a CPU build of torch comes without Triton
+    from common.kernels import quantized_activations as rounded
+    from common.kernels import quantized_linear as weight_only
+except ImportError:
+    rounded = weight_only = None
+
+GROUP = 128  # columns that share a scale where both factors are rounded
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+FEW = 16  # rows of x: up to there W's bytes are the cost, rounding x would only add a launch, and x stays as it is
+
+
+class WeightOnlyKernels(LinearMethod):
+    """Any codes of at most 8 bits; x keeps its dtype, no weight is rounded (common/kernels/quantized_linear.py)."""
+
+    name = "weight-only kernels"
+    packed: PackedCodes
+
+    @classmethod
+    def takes(cls, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> bool:
+        return weight_only is not None and device.type == "cuda" and dtype in FLOATS and scheme.bits <= 8
+
+    def pack(self, layer: Any, codes: Codes) -> None:
+        self.packed = pack(codes, self.scheme.bits)
+        for name in ("q", "scale", "zero", "order"):
+            if (tensor := getattr(self.packed, name)) is not None:
+                layer.register_buffer(name, tensor, persistent=False)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return weight_only.linear(x, self.packed, bias)
+
+
+class RoundedActivations(WeightOnlyKernels):
+    """FP8 or INT8 weights of a scheme that rounds x as well, in more than FEW rows of x: by the row, or by groups of 128 columns
+    where W's blocks have as many; by the checkpoint's scale where it has one.
+
+    A scale for all of x (strategy tensor) that is found as x comes is found by the row here: a finer one, and no request's numbers
+    depend on who else is in the step.
+    """
+
+    name = "FP8 and INT8 kernels"
+
+    @classmethod
+    def takes(cls, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> bool:
+        x = scheme.activations
+        if x is None or not super().takes(scheme, device, dtype):
+            return False
+        if not (scheme.bits == x.bits == 8 and scheme.kind == x.kind and scheme.symmetric):
+            return False
+        grouped = (
+            (scheme.block[1] if scheme.block else scheme.group_size) if scheme.strategy in ("block", "group") else None
+        )
+        if grouped not in (None, GROUP) or (grouped is not None and scheme.kind == "int"):
+            return False
+        if x.strategy == "group" and (grouped is None or x.group_size != GROUP):
+            return False
+        return scheme.kind == "int" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+    def pack(self, layer: Any, codes: Codes) -> None:
+        super().pack(layer, codes)
+        self.static = max(self.input_scales) if self.input_scales and not self.scheme.activations.dynamic else None
+        self.row_scale = None
+        if not self.packed.group and self.packed.q.is_floating_point():  # as the library wants it
+            by_row = self.packed.scale.float().repeat_interleave(self.packed.share, dim=1)
+            self.row_scale = by_row[:, : self.packed.out].contiguous()
+            layer.register_buffer("row_scale", self.row_scale, persistent=False)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        packed = self.packed
+        if len(x) <= FEW:
+            return weight_only.linear(x, packed, bias)
+        x, dtype = packed.ordered(x), x.dtype
+        q, scale = rounded.round_rows(x, packed.q.dtype, bool(packed.group), self.static)
+        in_blocks_of_16 = packed.out % 16 == 0 and packed.width % 16 == 0
+        if len(x) > rounded.FEW and self.row_scale is not None and dtype == torch.bfloat16 and in_blocks_of_16:
+            return torch._scaled_mm(q, packed.q.t(), scale, self.row_scale, bias, out_dtype=dtype, use_fast_accum=True)
+        return rounded.multiply(q, scale, packed.q, packed.scale, packed.share, dtype, bias)
