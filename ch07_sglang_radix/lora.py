@@ -45,6 +45,10 @@ class LoRABook(Protocol):
         """The identity of the adapter that has this name now. Raises ValueError, in one line, if none has."""
         ...
 
+    def content(self, identity: str) -> str | None:
+        """What tells its files from any others, wherever an engine reads them; None if there is no such adapter."""
+        ...
+
 
 def lora_ref(name: Any, path: Any, pinned: Any = False) -> LoRARef:
     """Raises ValueError for a name that could not stand behind a model's, base:name."""

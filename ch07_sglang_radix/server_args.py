@@ -68,6 +68,7 @@ class ServerArgs:
     check_finite: look for NaN and infinity in the weights before they are used, and name them. all_reduce: "shm" lets CPU ranks
     of one host add up in shared memory (common/distributed/shared_memory.py) instead of gloo. disaggregation_mode: prefill or
     decode, if another engine does the other half (disaggregation/); the bootstrap port is the prefill side's, 0 any free one;
+    disaggregation_transfer_backend: tcp, shm between processes of one host, cuda_ipc between its GPUs;
     disaggregation_timeout: seconds that a request waits for the other side; num_reserved_decode_tokens: free for each answer before
     another prompt may come. speculative_algorithm: NGRAM, STANDALONE, MEDUSA, EAGLE or EAGLE3 guesses several tokens, which a step
     verifies: the same text, sooner (speculative_args.py has all that goes with it). allow_image_urls: pictures may come from the

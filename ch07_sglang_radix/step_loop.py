@@ -74,7 +74,8 @@ class StepLoop(DataRank):
     for what goes on beside the steps (disaggregation/); each says whether something is on its way that no step moves.
     `at_flush`: called when every cached prefix is forgotten, by who has read requests as well (speculative/).
     `queued`: called with each request that has just been queued. `before_launch`: called with what each data rank wants done,
-    before the ranks are told of it: what they must have by then (images/).
+    before the ranks are told of it: what they must have by then (images/). `at_new_weights`: called on every rank when its weights
+    have changed (quantization/).
     """
 
     def start_loop(
@@ -89,6 +90,7 @@ class StepLoop(DataRank):
         self.at_flush: list[Callable[[], None]] = []
         self.queued: list[Callable[[Req], None]] = []
         self.before_launch: list[Callable[[Sequence[StepPlan | None]], None]] = []
+        self.at_new_weights: list[Callable[[], None]] = []
         self._on_its_way = False  # as they said
         if self.replica.rank > 0:
             return

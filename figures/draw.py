@@ -29,6 +29,8 @@ disaggregation.svg    <- disaggregation.csv    python -m ch07_sglang_radix.bench
                          disaggregation_gpu    the same on two GPUs, --device cuda; left out while the CSV is not there
 speculation.svg       <- speculation.csv       python ch07_sglang_radix/speculative/demo_5_who_guesses.py --batches 1 4 16 64
                                                    --rounds 3 --csv figures/speculation.csv
+quantization_kv.svg   <- quantization_kv.csv   python ch07_sglang_radix/quantization/demo_5_kv_bits.py --questions 360
+                                                   --csv figures/quantization_kv.csv
 """
 
 import csv
@@ -668,9 +670,35 @@ def speculation():
     return figure
 
 
+def quantization_kv():
+    """What each dtype of the pages holds in the same memory, and how far it moves the model's distributions."""
+    rows = read("quantization_kv.csv")
+    names = [row["kv_cache_dtype"] for row in rows]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 2.8), layout="constrained")
+    held = axes[0].barh(names, [int(row["tokens_in_1_MiB"]) for row in rows], color=BLUE)
+    axes[0].bar_label(held, fmt=" {:,.0f}", fontsize=8)
+    axes[0].set_xlim(0, 1.15 * max(int(row["tokens_in_1_MiB"]) for row in rows))
+    axes[0].set_title("tokens in 1 MiB of pages", fontsize=10)
+    off = [row for row in rows if float(row["kl_mean"]) > 0]
+    axes[1].barh([row["kv_cache_dtype"] for row in off], [float(row["kl_mean"]) for row in off], color=ORANGE)
+    for y, row in enumerate(off):
+        said = f" {float(row['kl_mean']):.1e}, {row['exact']} of {row['asked']} answers exact"
+        axes[1].text(float(row["kl_mean"]), y, said, va="center", fontsize=8)
+    axes[1].set_xscale("log")
+    axes[1].set_xlim(min(float(row["kl_mean"]) for row in off) / 3, 1e3 * max(float(row["kl_mean"]) for row in off))
+    axes[1].set_title("KL(float32 || this), nats a token of the answers", fontsize=10)
+    for axis in axes:
+        axis.invert_yaxis()
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"the bundled model, weights in float32, {rows[0]['device']}, {rows[0]['date']}", fontsize=8)
+    return figure
+
+
 FIGURES: tuple[Callable, ...] = (
     toy_split, parallel_layers, heads, two_ways, loading, kv_cache, blocks, batching, messages,
     overlap_gaps, prefix, load_balance, control_plane, all_reduce_cpu, experts_forms, links, pipeline, disaggregation, speculation,
+    quantization_kv,
     *((disaggregation_gpu,) if (HERE / "disaggregation_gpu.csv").exists() else ()),
 )  # fmt: skip
 

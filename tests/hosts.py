@@ -22,7 +22,7 @@ LAY_THE_CABLE = """
 set -e
 hostname host-a
 ip link set lo up
-unshare --net --uts --mount sleep 900 >/dev/null &
+unshare --net --uts --mount sleep 3600 >/dev/null &
 B=$!
 while [ "$(readlink /proc/$B/ns/mnt)" = "$(readlink /proc/$$/ns/mnt)" ]; do sleep 0.02; done
 ip link add cable-a type veth peer name cable-b
@@ -32,7 +32,7 @@ ip link set cable-a up
 nsenter -t $B --net --uts --mount sh -ec 'hostname host-b; ip link set lo up; ip addr add 10.77.0.2/24 dev cable-b
 ip link set cable-b up; for folder in HIDDEN; do mount -t tmpfs none $folder; done'
 echo $B
-exec sleep 900
+exec sleep 3600
 """
 
 
@@ -88,10 +88,10 @@ class TwoHosts:
         """The answer of a server on host A, asked there."""
         ask = (
             "import sys, urllib.request as u; path, body, port = sys.argv[1:];"
-            "print(u.urlopen(f'http://127.0.0.1:{port}{path}', body.encode() or None, timeout=60).read().decode())"
+            "print(u.urlopen(f'http://127.0.0.1:{port}{path}', body.encode() or None, timeout=200).read().decode())"
         )
         argv = [*self.inside[0], sys.executable, "-c", ask, path, body or "", str(port)]
-        return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=90).stdout
+        return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=250).stdout
 
     def close(self) -> None:
         for process in self.started:

@@ -109,6 +109,10 @@ class LoRARegistry:
             raise ValueError(f"lora_path={shown(name)} is not loaded; loaded: {known}")
         return self.names[name].identity
 
+    def content(self, identity: str) -> str | None:
+        adapter = self.by_identity.get(identity)
+        return adapter and adapter.checksum
+
     def take_name(self, name: str) -> Adapter:
         """Nobody can ask for it any more; who has asked goes on. Raises ValueError if nobody could."""
         adapter = self.by_identity[self.acquire(name)]

@@ -128,6 +128,8 @@ class WeightUpdater:
             return _failed(wrong)
         paused = self._make_way(old)
         ours.write()
+        for call in self.scheduler.at_new_weights:
+            call()
         if self.executor.images is not None:  # made by the old tower
             self.executor.images.forget()
         if old.weight_version is not None:

@@ -3,6 +3,7 @@
     python -m ch07_sglang_radix.benchmarks.bench_gpu --part small        Qwen2.5-0.5B and Qwen3-0.6B: workloads A, C, D, step gaps
     python -m ch07_sglang_radix.benchmarks.bench_gpu --part large        Qwen2.5-7B: A64, D
     torchrun --nproc_per_node=2 -m ch07_sglang_radix.benchmarks.bench_gpu --part large        the same over two GPUs
+    python -m ch07_sglang_radix.benchmarks.bench_gpu --part kv           Qwen3-0.6B: A and D with pages of 16, 8 and 4 bits
     python -m ch07_sglang_radix.benchmarks.bench_gpu --part layouts      Qwen2.5-7B: D, A64, C, first token of a long prompt
     torchrun --nproc_per_node=2 -m ch07_sglang_radix.benchmarks.bench_gpu --part layouts [--pp-size 2]
 
@@ -33,10 +34,12 @@ from common.models.published_configs import shared_random_weights
 from common.parallel_state import ParallelState
 from common.teaching.report import FIGURES, write_csv
 
+KV_DTYPES_HERE = ("bfloat16", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", required=True, choices=("small", "large", "layouts"))
+    parser.add_argument("--part", required=True, choices=("small", "large", "kv", "layouts"))
     parser.add_argument("--pp-size", type=int, default=1, help="stages; the other ranks share each layer")
     parser.add_argument("--dp-size", type=int, default=1, help="replicas, each of the other ranks")
     parser.add_argument("--out", type=Path, default=FIGURES, help="folder for the CSV")
@@ -45,7 +48,10 @@ def main() -> None:
         raise ValueError("bench_gpu needs an NVIDIA GPU, and there is none; bench_cpu.py measures a CPU")
     parallel = ParallelState.initialize(None, args.pp_size, args.dp_size, device="cuda")
     names = ["Qwen2.5-0.5B", "Qwen3-0.6B"] if args.part == "small" else ["Qwen2.5-7B"]
-    rows = [row for name in names for row in measure_model(name, parallel, args.part)]
+    if args.part == "kv":
+        rows = measure_kv("Qwen3-0.6B", parallel)
+    else:
+        rows = [row for name in names for row in measure_model(name, parallel, args.part)]
     if parallel.world.rank == 0:
         layout = "_".join(
             f"{kind}{n}" for kind, n in (("tp", parallel.tp.size), ("pp", args.pp_size), ("dp", args.dp_size)) if n > 1
@@ -98,6 +104,25 @@ def measure_model(name: str, parallel: ParallelState, part: str) -> list[dict]:
     engine = work.engine = None  # the next model needs the room
     gc.collect()
     torch.cuda.empty_cache()
+    return rows
+
+
+def measure_kv(name: str, parallel: ParallelState) -> list[dict]:
+    """A and D of one model with each dtype of the pages."""
+    folder, rows = shared_random_weights(name, parallel.world), []
+    for dtype in KV_DTYPES_HERE:
+        engine = Engine(str(folder), device="cuda", kv_cache_dtype=dtype)
+        work = Workloads(engine)
+        work.d(32)
+        told = {"tokens in the pool": engine.get_server_info()["max_total_num_tokens"], "D ms per token": work.d()}
+        told |= {f"A tokens/s run {i}": work.a(256) for i in (1, 2)}
+        for metric, value in told.items():
+            if parallel.world.rank == 0:
+                rows.append({"model": name, "kv_cache_dtype": dtype, "metric": metric, "value": round(value, 4)})
+                print(f"{name:13s} {dtype:10s} {metric:24s} {value:12.3f}", flush=True)
+        engine = work = None  # the next one needs the room
+        gc.collect()
+        torch.cuda.empty_cache()
     return rows
 
 

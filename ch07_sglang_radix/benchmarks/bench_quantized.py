@@ -30,6 +30,7 @@ from common.distributed.launch import run_main
 from common.models.checkpoint import INDEX, checkpoint_files, open_tensors
 from common.models.json_file import read_json
 from common.models.published_configs import save_random_weights, weights_folder
+from common.models.quantized_tensors import held_tensors, weight_bytes
 from common.quantization.config import KEYS, QuantizationConfig
 from common.quantization.methods import METHODS
 from common.quantization.rounding import round_to_nearest
@@ -147,7 +148,9 @@ def on_a_gpu(chosen: list[str]):
 
 def read_a_token(engine: Engine) -> int:
     """Bytes of all weights but the embedding's."""
-    return sum(x.nbytes for name, x in engine.executor_tensors().items() if "embed_tokens" not in name)
+    return sum(
+        x.nbytes for name, x in held_tensors(engine.scheduler.wrapper.model).items() if "embed_tokens" not in name
+    )
 
 
 def on_a_cpu(chosen: list[str]):
@@ -174,7 +177,7 @@ def on_a_cpu(chosen: list[str]):
                     engine.generate(input_ids=prompts, sampling_params=params)
                     best = max(best, count * 64 / (time.perf_counter() - began))
                 speeds[f"tokens/s of {count}"] = round(best, 2)
-            size = sum(x.nbytes for x in engine.executor_tensors().values())
+            size = weight_bytes(engine.scheduler.wrapper.model)
             yield {"model": model, "form": form, "MB": round(size / 1e6, 2), **speeds}
             engine.shutdown()
 

@@ -23,6 +23,7 @@ import secrets
 import socket
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -101,7 +102,8 @@ class CudaIpcLink(TcpLink):
     def _unmap(self) -> None:
         self._theirs = []
         while self._opened:
-            self._memory.close(self._opened.pop())
+            with suppress(RuntimeError):  # of a peer that has died the driver may know nothing any more
+                self._memory.close(self._opened.pop())
 
     def _pages_of(self, ready: Ready) -> PeerPages:
         if not self._theirs:
@@ -150,7 +152,8 @@ def refuse_another_shape(pool: Pool, mine: Sequence[torch.Tensor]) -> None:
 def look_whether_it_can_be_read(memory: PeerMemory, pool: Pool) -> None:
     """Drivers have mapped what they could not read (vLLM looks, too: gpu_p2p_access_check). Raises RuntimeError if it is so."""
     probe = memory.open(pool.probe)
-    seen = probe.cpu().numpy().tobytes()
+    every = torch.arange(len(probe), device=probe.device)
+    seen = probe.index_select(0, every).cpu().numpy().tobytes()  # by a kernel, as pages will be read
     memory.close(probe)
     if seen != pool.marks:
         raise RuntimeError("what is read there is not what lies there; this host's cards cannot read each other")

@@ -43,9 +43,7 @@ class KVPages:
         """On a GPU: what was queued so far has been computed."""
         if self._stream is None:
             return None
-        event = torch.cuda.Event()
-        event.record()
-        return event
+        return torch.cuda.current_stream(self.device).record_event()
 
     def read(self, pages: Sequence[int], heads: tuple[int, ...], ready: torch.cuda.Event | None) -> memoryview:
         """The bytes of these heads of these pages, [L, planes, n, P, heads, ...] of each part, by way of the host."""

@@ -61,7 +61,8 @@ class CudaMemory:
                 "disaggregation_transfer_backend=cuda_ipc moves pages from GPU to GPU, and this engine computes on "
                 f"{device.type}; use tcp or shm"
             )
-        self.device, self._opened = device, {}
+        self.device = device
+        self._base_of: dict[int, Pointer] = {}  # of each address that was opened; two links may have opened the same
         try:
             self._driver = ctypes.CDLL(LIBRARY)
         except OSError:
@@ -86,7 +87,7 @@ class CudaMemory:
                     "unset PYTORCH_CUDA_ALLOC_CONF, or use --disaggregation-transfer-backend shm"
                 )
             self._call("cuIpcGetMemHandle", ctypes.byref(handle), base)
-        return Block(ctypes.string_at(ctypes.byref(handle), HANDLE), block.offset, block.nbytes, block.block)
+        return Block(bytes(handle), block.offset, block.nbytes, block.block)
 
     def open(self, block: Block) -> torch.Tensor:
         base = Pointer()
@@ -96,12 +97,12 @@ class CudaMemory:
         at = base.value + block.offset
         storage = torch._C._construct_storage_from_data_pointer(at, self.device, block.nbytes)
         opened = torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage, 0, (block.nbytes,), (1,))
-        self._opened[at] = base
+        self._base_of[at] = base
         return opened
 
     def close(self, opened: torch.Tensor) -> None:
         with self._current():
-            self._call("cuIpcCloseMemHandle", self._opened.pop(opened.data_ptr()))
+            self._call("cuIpcCloseMemHandle", self._base_of[opened.data_ptr()])
 
     @contextmanager
     def _current(self) -> Iterator[None]:

@@ -2,8 +2,8 @@
 
 Messages go over TCP as ever (tcp.py). Behind a Write comes, instead of its payload, one byte: in which half of a file in memory,
 which both have mapped, the payload lies. The reader answers Taken when it has copied it out; so one half is filled while the
-other is read. The file's name comes before the first such byte. Between two GPUs of one host a CUDA IPC handle would stand in
-the name's place.
+other is read. The file's name comes before the first such byte. Between two GPUs of one host a CUDA IPC handle stands in the
+name's place, and nothing is copied twice (cuda_ipc.py).
 """
 
 import mmap

@@ -4,6 +4,7 @@
     STORE ticket, n, device pages, host pages      ->       queue the copy, behind all that is computed so far
     LOAD  ticket, n, host pages, device pages      ->       the same
     JOIN  ticket                                   ->       what is computed from now on comes after that copy
+    WRITE, READ, SETTLE                            ->       the disk's: storage_controller.py
 
 An order is a WingTask, sent between two steps: what a step decides is collected, and sent before the next one begins. So an order
 needs no answer. Host pages may be given out again at once, since copies run in their order; device pages once a JOIN has been
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ch07_sglang_radix.control_plane import ControlPlane
+from ch07_sglang_radix.quantization.storage_controller import StorageController
 from ch07_sglang_radix.tasks import WingTask
 from common.attention.host_pool import HostKVPool
 
@@ -27,10 +29,10 @@ STORE, LOAD, JOIN = 1, 2, 3
 
 class HiCacheController:
     """One rank's end. newest: the ticket that was given last; joined: all tickets up to this one are joined, or will be before the
-    next step (both rank 0's)."""
+    next step (both rank 0's). storage: of this rank, if there is a disk tier."""
 
-    def __init__(self, control: ControlPlane, pool: HostKVPool):
-        self.control, self.pool = control, pool
+    def __init__(self, control: ControlPlane, pool: HostKVPool, storage: StorageController | None = None):
+        self.control, self.pool, self.storage = control, pool, storage
         self.newest = self.joined = 0
         self.loading: deque[int] = deque()  # loads that are not joined, the oldest first
         self._orders: list[tuple[int, ...]] = []
@@ -48,15 +50,19 @@ class HiCacheController:
 
     def join(self, ticket: int) -> None:
         """The copies up to this one are waited for by what is computed next."""
-        self._orders.append((JOIN, ticket))
+        self.order(JOIN, ticket)
         self.joined = max(self.joined, ticket)
         while self.loading and self.loading[0] <= self.joined:
             self.loading.popleft()
 
     def _order_copy(self, kind: int, sources: np.ndarray, targets: np.ndarray) -> int:
         self.newest += 1
-        self._orders.append((kind, self.newest, len(sources), *sources.tolist(), *targets.tolist()))
+        self.order(kind, self.newest, len(sources), *sources.tolist(), *targets.tolist())
         return self.newest
+
+    def order(self, *words: int) -> None:
+        """Done on every rank before the next step."""
+        self._orders.append(words)
 
     def send(self) -> None:
         """Between two steps: what was ordered is done."""
@@ -64,6 +70,12 @@ class HiCacheController:
         for words in orders:
             self.control.send_task(WingTask(0, WING, words))
             self.obey(words)
+
+    def ask(self, kind: int, *words: int) -> int:
+        """Between two steps: an order that all ranks answer together."""
+        self.send()
+        self.control.send_task(WingTask(0, WING, (kind, *words)))
+        return self.storage.settle(*words)
 
     def look(self, idle: bool) -> bool:
         """Before a step: join the loads that are done here, or all if nobody would wait for them. Is any still on its way?"""
@@ -77,13 +89,24 @@ class HiCacheController:
     # --- every rank
 
     def obey(self, words: Sequence[int]) -> None:
-        kind, ticket, *rest = words
+        kind, *rest = words
+        if kind not in (STORE, LOAD, JOIN):
+            self.storage.obey(kind, rest)
+            return
+        ticket, *rest = rest
         if kind == JOIN:
             self.pool.join(ticket)
             return
         pages = np.array(rest[1:], dtype=np.int64)
-        copy = self.pool.store if kind == STORE else self.pool.load
-        copy(ticket, pages[: rest[0]], pages[rest[0] :])
+        sources, targets = pages[: rest[0]], pages[rest[0] :]
+        if kind == LOAD:
+            self.pool.load(ticket, sources, targets)
+            return
+        if self.storage:
+            self.storage.wait_for(targets.tolist())
+        self.pool.store(ticket, sources, targets)
 
     def close(self) -> None:
+        if self.storage:
+            self.storage.close()
         self.pool.close()

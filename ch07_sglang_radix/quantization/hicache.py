@@ -1,6 +1,8 @@
 """Give an engine lower tiers: what Engine calls, on every rank, if it has enable_hierarchical_cache."""
 
+from collections.abc import Hashable
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import psutil
@@ -8,11 +10,15 @@ import psutil
 from ch07_sglang_radix.invariants import InvariantError
 from ch07_sglang_radix.quantization.cache_controller import HiCacheController
 from ch07_sglang_radix.quantization.hiradix_cache import HiRadixCache
+from ch07_sglang_radix.quantization.prefetch import StoragePrefetch
+from ch07_sglang_radix.quantization.storage_controller import StorageController
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.server_args import ServerArgs
 from common.attention.host_pool import HostKVPool
-from common.distributed.messages import agree
+from common.distributed.messages import agree, share_all
+from common.models.weights_digest import weights_digest
+from common.storage.page_store import PageStore
 
 tree_class = HiRadixCache  # what the scheduler of such an engine is made with
 
@@ -30,12 +36,17 @@ class HiCache:
         )
         if wrong:
             raise ValueError(wrong)
-        self.controller = HiCacheController(scheduler.control, pool)
+        self.controller = HiCacheController(scheduler.control, pool, self._storage(args, pool))
+        self.prefetch: StoragePrefetch | None = None
         if scheduler.replica.rank > 0:
             return
         self.tree: HiRadixCache = scheduler.tree
         on_cpu = scheduler.tp.device.type == "cpu"  # where a copy that is ordered is done
         self.tree.connect(self.controller, pages, args.hicache_write_policy, lambda: on_cpu or not scheduler.running)
+        if self.controller.storage:
+            how = args.hicache_storage_prefetch_policy, args.hicache_prefetch_threshold
+            self.prefetch = StoragePrefetch(self.tree, self.controller, *how, self.namespace)
+            scheduler.queued.append(self.prefetch.begin)
         scheduler.beside.append(self._before_step)
         scheduler.before_launch.append(lambda plans: self.controller.send())
         scheduler.after_step.append(self.controller.send)
@@ -44,16 +55,62 @@ class HiCache:
             scheduler.after_step.append(partial(check_host, self.tree))
         scheduler.tiers = self
 
+    def _storage(self, args: ServerArgs, pool: HostKVPool) -> StorageController | None:
+        if not args.hicache_storage_backend:
+            return None
+        s, cache = self.scheduler, self.scheduler.wrapper.kv_cache
+        form = f"{cache.fingerprint()} {[(*x.shape[:2], *x.shape[3:]) for x in cache.tensors]}"
+        quota = int(args.hicache_storage_quota * 1e9)
+        seed = self._seed()
+        store, wrong = agree(
+            lambda: PageStore(args.hicache_storage_dir, seed, form, quota), s.replica, "has another storage folder"
+        )
+        if wrong:
+            raise ValueError(wrong)
+        s.at_new_weights.append(lambda: setattr(store, "seed", self._seed()))
+        return StorageController(store, pool, s.replica, writes=not self._alike or s.replica.rank == 0)
+
+    @property
+    def _alike(self) -> bool:
+        """Is a page the same on every rank? Latent rows are."""
+        return self.scheduler.wrapper.config.latent is not None
+
+    def _seed(self) -> bytes:
+        """Who computes: all ranks' weights, what config.json says of them, and which heads this rank has. All ranks call it."""
+        wrapper, ranks = self.scheduler.wrapper, self.scheduler.replica
+        weights = share_all(weights_digest(wrapper.model).hex(), ranks)
+        config = (wrapper.folder / "config.json").read_text(encoding="utf-8")
+        which = "all" if self._alike else f"{ranks.rank} of {ranks.size}"
+        return sha256("\0".join([*weights, config, which, str(wrapper.page_size)]).encode()).digest()
+
+    def namespace(self, extra_key: Hashable) -> str | None:
+        """As other engines call it: an adapter by what its files hold. None for what the tree has set apart."""
+        lora = self.scheduler.lora
+        if extra_key is None or isinstance(extra_key, str):
+            return "base" if extra_key is None else f"salt {extra_key}"
+        identity, salt = extra_key
+        content = lora.content(identity) if lora and isinstance(identity, str) else None
+        return content and f"adapter {content} {'base' if salt is None else f'salt {salt}'}"
+
     def _before_step(self) -> bool:
-        return self.controller.look(not self.scheduler.running)
+        loading = self.controller.look(not self.scheduler.running)
+        reading = self.prefetch is not None and self.prefetch.look()
+        return loading or reading
 
     def _may_enter(self, req: Req, matched: int) -> bool:
-        return self.tree.is_there(req)
+        return (self.prefetch is None or self.prefetch.may_enter(req)) and self.tree.is_there(req)
 
     def facts(self) -> dict[str, Any]:
         """For get_server_info, in tokens."""
-        tree = self.tree
-        return {
+        tree, disk = self.tree, {}
+        if self.prefetch:
+            store, P = self.controller.storage.store, tree.page_size
+            disk = {
+                "storage_written_tokens": store.written * P, "storage_fetched_tokens": self.prefetch.fetched,
+                "storage_damaged_pages": store.damaged, "storage_removed_pages": store.removed,
+                "storage_failed_writes": store.failed,
+            }  # fmt: skip
+        return disk | {
             "hicache_write_policy": tree.write_policy, "host_total_tokens": tree.host_pool.size,
             "host_used_tokens": tree.host_pool.size - tree.host_pool.free_slots, "host_stored_tokens": tree.stored,
             "host_loaded_tokens": tree.loaded, "host_evicted_tokens": tree.host_evicted,

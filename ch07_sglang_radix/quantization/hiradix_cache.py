@@ -183,6 +183,27 @@ class HiRadixCache(RadixCache):
             call(node)
         return True
 
+    def deepest(self, key: np.ndarray, extra_key: Hashable) -> tuple[TieredNode, int]:
+        """Where the longest prefix ends that any tier has, and how long it is."""
+        node = last = super().match_prefix(key, extra_key).last_node
+        length = 0
+        while node.parent is not None:
+            node, length = node.parent, length + len(node.key)
+        return last, length
+
+    def insert_host(self, key: np.ndarray, start: int, slots: np.ndarray, extra_key: Hashable) -> None:
+        """slots [n] of the host hold key[start : start + n] now, read from a disk: the tree's, as far as it has them not."""
+        key = key[: start + len(slots)]
+        node, known = self.deepest(key, extra_key)
+        if known < start:  # what they go on from has been forgotten
+            known = start + len(slots)
+        self.host_pool.free(slots[: known - start])
+        if known < len(key):
+            new = TieredNode(key[known:].copy(), NO_SLOTS, node, next(self._clock), 0, extra_key)
+            new.host_value, new.from_storage = slots[known - start :].copy(), True
+            node.children[self.name_of(new)] = new
+            self._offer(new)
+
     # --- what goes
 
     def _without_slots(self, leaf: TieredNode) -> None:

@@ -84,10 +84,9 @@ class HostKVPool:
                     words.index_copy_(2, ids, rows.view(words.dtype).view(shape).movedim(0, 2))
 
     def join(self, ticket: int) -> None:
-        """What is computed from now on comes after this copy."""
-        for number, event in self._events:
-            if number == ticket:
-                torch.cuda.current_stream(self.device).wait_event(event)
+        """What is computed from now on comes after this copy, and all before it."""
+        if events := [event for number, event in self._events if number <= ticket]:
+            torch.cuda.current_stream(self.device).wait_event(events[-1])
 
     def done(self) -> int:
         """The newest ticket of which the copy, and so every one before it, is done."""

@@ -9,7 +9,7 @@
 fp8 is a floating-point number: its error is a share of each number (1/16 at most for e4m3 with 3 bits behind the leading one,
 1/8 for e5m2 with 2), so one scale for all will do, and is known before a token comes. What lies beyond its largest number (448 and
 57,344) is cut off. An integer code's error is a share of the largest number of its head (1/254 or 1/14), so each head of each token
-has a scale of its own: the largest number, divided by the largest code.
+has a scale of its own: the largest number, divided by the largest code. float16 ends at 65,504, so int4 cuts off beyond 458,528.
 
 vLLM 0.30 and SGLang 0.5.23 have the fp8 forms, with the same names and scales (srt/layers/quantization/kv_cache.py). int8 and int4
 are this project's: SGLang's 4-bit pages are of other kinds. KIVI (Liu et al. 2024) and KVQuant (Hooper et al. 2024) scale K by

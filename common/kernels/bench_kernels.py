@@ -1,6 +1,7 @@
 """Every kernel at the shapes of real models: is it right, and how far is it from the time its bytes need?
 
-    python -m common.kernels.bench_kernels            # under two minutes; writes figures/bench_kernels.csv
+    python -m common.kernels.bench_kernels                       # under two minutes; writes figures/bench_kernels.csv
+    python -m common.kernels.bench_kernels --only "of pages"     # the kernels whose names say so, and no CSV
 
 The floor is the bytes a kernel must move over the bandwidth of a large copy on this GPU, measured first. Each
 kernel runs on rotating buffers too large for the L2 cache, captured into one graph; the median of ten
@@ -8,6 +9,7 @@ replays counts. `plain us` is PyTorch's own way to the same numbers, timed alike
 `error` the relative distance to it in float32.
 """
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,11 +19,12 @@ from tqdm import tqdm
 
 from common.attention.contract import AttentionMetadata
 from common.attention.kv_cache import PagedKVCache
+from common.attention.kv_format import KV_DTYPES, row_bytes
 from common.attention.torch_native import TorchNativeAttention
 from common.distributed.launch import run_main
 from common.kernels import fused, linear, sampling
 from common.kernels.paged_attention import TritonAttention
-from common.kernels.timing import copy_bandwidth, timed
+from common.kernels.timing import ROTATE_BYTES, copy_bandwidth, timed
 from common.models.published_configs import published_config
 from common.sampling.batch import SamplingBatch, SamplingRow
 from common.sampling.params import SamplingParams
@@ -29,7 +32,6 @@ from common.sampling.sampler import _sample
 from common.teaching.report import FIGURES, write_csv
 
 MODELS = ("Qwen2.5-0.5B", "Qwen3-0.6B", "Qwen2.5-7B")
-ROTATE_BYTES = 256 << 20  # several times the L2 cache
 BF16 = torch.bfloat16
 SAMPLINGS = {
     "greedy": {},
@@ -39,10 +41,13 @@ SAMPLINGS = {
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="part of a kernel's name")
+    only = parser.parse_args().only
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     print(f"copy: {bandwidth / 1e12:.2f} TB/s")
-    cases = [case for name in MODELS for case in model_cases(name)]
+    cases = [case for name in MODELS for case in model_cases(name) if only in case.kernel]
     rows = []
     for case in tqdm(cases, desc="kernels", disable=None):
         rows.append(measure(case, bandwidth))
@@ -53,7 +58,8 @@ def main() -> None:
                 for key, value in row.items()
             )
         )
-    write_csv(rows, Path(FIGURES / "bench_kernels.csv"))
+    if not only:
+        write_csv(rows, Path(FIGURES / "bench_kernels.csv"))
 
 
 class Case:
@@ -121,6 +127,14 @@ def model_cases(name: str) -> list[Case]:
                 "decode attention", name, label, size, lambda c=contexts: attention_inputs([1] * len(c), c, hq, hkv, d)
             )
         )
+    for dtype in ("fp8_e4m3", "fp8_e5m2", "int8", "int4"):
+        kept, contexts = KV_DTYPES[dtype], [2200] * 256
+        cases.append(
+            Case(
+                f"decode attention of pages in {dtype}", name, "256 x 2200", 2 * sum(contexts) * hkv * row_bytes(kept, d),
+                lambda c=contexts, kept=kept: attention_inputs([1] * len(c), c, hq, hkv, d, kept),
+            )
+        )  # fmt: skip
     for label, new, contexts in (
         ("8 x 1024 new", [1024] * 8, [1024] * 8),
         ("16 x 128 new of 2176", [128] * 16, [2176] * 16),
@@ -177,11 +191,11 @@ def turn_inputs(tokens: int, hq: int, hkv: int, d: int):
     return kernel, plain
 
 
-def attention_inputs(new: list[int], contexts: list[int], hq: int, hkv: int, d: int):
+def attention_inputs(new: list[int], contexts: list[int], hq: int, hkv: int, d: int, kept: torch.dtype = BF16):
     pages = [-(-n // 16) for n in contexts]
-    cache = PagedKVCache(1, sum(pages), 16, hkv, d, BF16, "cuda")
-    cache.k.normal_()
-    cache.v.normal_()
+    cache = PagedKVCache(1, sum(pages), 16, hkv, d, kept, "cuda")
+    for slots in torch.arange(sum(pages) * 16, device="cuda").split(1 << 16):
+        cache.write(0, slots, randn(len(slots), hkv, d), randn(len(slots), hkv, d))
     order, table = torch.randperm(sum(pages)), torch.zeros(len(pages), max(pages), dtype=torch.int64)
     for b, own in enumerate(order.split(pages)):
         table[b, : len(own)] = own

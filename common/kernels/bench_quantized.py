@@ -19,10 +19,9 @@ from tqdm import tqdm
 from common.distributed.launch import run_main
 from common.kernels import quantized_activations as rounded
 from common.kernels import quantized_linear as weight_only
-from common.kernels.bench_kernels import ROTATE_BYTES
 from common.kernels.launch import compile_ahead, num_processors, shared_memory
 from common.kernels.quantized_layout import PackedCodes, multiply_plain, pack, unpack
-from common.kernels.timing import copy_bandwidth, timed
+from common.kernels.timing import ROTATE_BYTES, copy_bandwidth, timed
 from common.layers.linear import multiply
 from common.quantization.codes import Codes
 from common.quantization.rounding import round_to_nearest

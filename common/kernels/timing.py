@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+ROTATE_BYTES = 256 << 20  # of buffers used in turn, several times the L2 cache
+
 
 def copy_bandwidth() -> float:
     """Bytes read and written a second by a kernel that copies 1 GiB."""

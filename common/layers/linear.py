@@ -116,7 +116,8 @@ class LinearBase(nn.Module):
     def load_codes(self, source, shard_id=None) -> None:
         """The same as load_weight for a layer that keeps codes (common/quantization/reader.py); with the last ones it packs them.
 
-        If what is merged here has no codes in common (GPTQ's act_order may group each matrix in its own way), it is dequantised.
+        If what is merged here has no codes in common (GPTQ's act_order may group each matrix in its own way), it is dequantised,
+        and so is what is too small for the method to pay.
         """
         dim, pieces = self.places(shard_id)
         parts = self.method.parts[shard_id] = []
@@ -129,7 +130,7 @@ class LinearBase(nn.Module):
         if self.method.parts.keys() != self.weight.shard_shapes.keys():
             return
         codes, device = self.method.together(dim, self.weight.shape), self.tp.device
-        if codes is None:
+        if codes is None or codes.q.numel() < self.method.smallest:
             values = self.method.dequantised(dim, self.weight.shape).to(device, self.dtype)
             self.weight, self.method = loadable(values, self.load_weight, self.weight.shard_shapes), None
         else:

@@ -1,8 +1,8 @@
 """Between the weights that a model needs and the tensors that a quantized checkpoint has.
 
 A weight is one tensor, or several: codes, scales, zeros, under the name of its module (common/quantization/methods.py). Which, say
-the config's rules and the files together. A matrix that lies there as a plain tensor, and with nothing beside it, is plain whatever
-the config says: most configs do not speak of the LM head, the router or the embedding, which are plain in their files.
+the config's rules and the files together. A matrix that lies there as a plain tensor is plain, whatever the config says: most configs
+do not speak of the LM head, the router or the embedding, which are plain in their files.
 """
 
 from collections import Counter
@@ -36,16 +36,13 @@ class CheckpointWeights:
 
     def __init__(self, found: Mapping[str, Stored], quantization: QuantizationConfig | None, where: str):
         self.found, self.quantization, self.where = found, quantization, where
-        self.beside: dict[str, set[str]] = {}  # module -> suffixes of its tensors
+        self.modules: set[str] = set()  # of which something is there
         for name in found if quantization else ():
-            module, _, last = name.rpartition(".")
-            self.beside.setdefault(module, set()).add(f".{last}")
-            if name.endswith(BLOCKS):
-                self.beside.setdefault(name.removesuffix(BLOCKS), set()).add(BLOCKS)
+            self.modules.add(name.removesuffix(BLOCKS) if name.endswith(BLOCKS) else name.rpartition(".")[0])
 
     def __contains__(self, name: str) -> bool:
         """Whether something of that tensor is there: itself, or codes in its place."""
-        return name in self.found or name.removesuffix(WEIGHT) in self.beside
+        return name in self.found or name.removesuffix(WEIGHT) in self.modules
 
     def __iter__(self):
         return iter(self.found)
@@ -53,11 +50,9 @@ class CheckpointWeights:
     def scheme_of(self, one: Needed) -> Scheme | None:
         if self.quantization is None or len(one.shape) not in (2, 3) or one.tensor == EMBEDDING:
             return None
-        scheme = self.quantization.scheme_of(module := one.tensor.removesuffix(WEIGHT))
-        if scheme is None or self.quantization.at_load:
-            return scheme
-        beside, dtype = self.beside.get(module, set()), getattr(self.found.get(one.tensor), "dtype", None)
-        return None if dtype in WEIGHT_DTYPES and beside <= {WEIGHT, ".bias"} else scheme
+        scheme, stored = self.quantization.scheme_of(one.tensor.removesuffix(WEIGHT)), self.found.get(one.tensor)
+        lies_plain = stored is not None and stored.dtype in WEIGHT_DTYPES
+        return None if lies_plain and not self.quantization.at_load else scheme
 
     def expected(self, needed: Iterable[Needed]) -> dict[str, Expected]:
         """{tensor: shapes and types} of all that files must have for these weights, or may have."""
@@ -142,7 +137,8 @@ def held_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    return sum(x.numel() * x.element_size() for x in held_tensors(model).values())
+    opaque = sum(layer.method.opaque_bytes for layer in codes_of(model).values())
+    return opaque + sum(x.numel() * x.element_size() for x in held_tensors(model).values())
 
 
 def refuse_codes(model: nn.Module, what: str) -> None:

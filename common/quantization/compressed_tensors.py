@@ -9,28 +9,33 @@
     int-quantized, float-quantized, naive-quantized
       weight            [out, in] I8 or F8_E4M3
       weight_zero_point as weight_scale, I8                only if not symmetric
+    mxfp4-pack-quantized
+      weight_packed     [out, in / 2] U8                   as MXFP4's blocks (mxfp4.py), with weight_scale [out, in / 32] U8
     input_scale         [] or [1]                          x's, if it is static
 
     value = (q - zero) * scale;  packed zero points have 2^(b-1) added as well, so that there it cancels
 
 The library takes 1 to 8 bits; 2, 4 and 8 are read here, since older versions of it did not let 3, 5, 6 and 7 cross words.
-Source: compressed-tensors 0.20, compressors/pack_quantized/base.py and helpers.py, compressors/naive_quantized/base.py.
+Source: compressed-tensors 0.20, compressors/ pack_quantized/base.py and helpers.py, naive_quantized/base.py, mxfp4/base.py.
 """
 
 from collections.abc import Mapping
 
 import torch
 
+from common.quantization import mxfp4
 from common.quantization.codes import Codes, groups_of, one_group, unsigned
 from common.quantization.packing import pack, unpack, word_count, words_around
 from common.quantization.scheme import Expected, Scheme
 
 SCALES = ("F32", "BF16", "F16")
-PACKED, ONE = "pack-quantized", ((1,), ())
+PACKED, MX, ONE = "pack-quantized", "mxfp4-pack-quantized", ((1,), ())
 
 
 def tensors(scheme: Scheme, out: int, in_: int) -> dict[str, Expected]:
     shared = _shapes(scheme, out, in_)
+    if scheme.format == MX:
+        return {".weight_packed": Expected(((out, -(-in_ // 2)),), ("U8",)), ".weight_scale": Expected(shared, ("U8",))}
     found = {".weight_scale": Expected(shared, SCALES)}
     if scheme.format == PACKED:
         found[".weight_packed"] = Expected(((out, word_count(in_, scheme.bits)),), ("I32",))
@@ -70,6 +75,12 @@ def codes(
     (out, in_), bits = shape, scheme.bits
     n, m = rows.stop - rows.start, columns.stop - columns.start
     half = 2 ** (bits - 1)
+    if scheme.format == MX:
+        groups, group = groups_of(columns, mxfp4.GROUP)
+        first = groups.start * mxfp4.GROUP
+        q = mxfp4.numbers(parts[".weight_packed"][rows, first // 2 : -(-columns.stop // 2)])
+        scale = mxfp4.power(parts[".weight_scale"][rows, groups])
+        return Codes(q[:, columns.start - first : columns.stop - first], scale, None, group)
     if scheme.format == PACKED:
         if (said := parts[".weight_shape"][:].tolist()) != [out, in_]:
             raise ValueError(f"weight_shape is {said}, and the model needs {[out, in_]}; use one checkpoint's files")
@@ -120,6 +131,8 @@ def _of_rows(scheme: Scheme, shared: torch.Tensor, rows: slice, groups: slice) -
 
 def encode(scheme: Scheme, codes: Codes) -> dict[str, torch.Tensor]:
     """A static input_scale is left to whoever has seen activations."""
+    if scheme.format == MX:
+        return {".weight_packed": mxfp4.octets_of(codes.q), ".weight_scale": mxfp4.exponents(codes.scale)}
     found = {".weight_scale": _shared(scheme, codes.scale).to(torch.bfloat16)}
     half = 2 ** (scheme.bits - 1)
     q, zero = codes.q, codes.zero

@@ -24,17 +24,20 @@ class Inputs:
 
     def add(self, x: torch.Tensor) -> None:
         """x [.., in]."""
-        x = x.reshape(-1, x.shape[-1]).double()
+        x = x.reshape(-1, x.shape[-1]).float()
         self.hessian *= self.rows / (self.rows + len(x))
         self.rows += len(x)
         self.hessian += x.T @ x * (2 / self.rows)
 
 
 @torch.no_grad()
-def gptq(weight: torch.Tensor, hessian: torch.Tensor, scheme: Scheme, damp: float = 0.01) -> Codes:
+def gptq(
+    weight: torch.Tensor, hessian: torch.Tensor, scheme: Scheme, stored: torch.dtype = torch.float32, damp: float = 0.01
+) -> Codes:
     """weight [n, m], hessian [m, m] of its inputs -> codes whose outputs are nearer to W's than those of rounding alone.
 
-    damp: share of H's mean diagonal that is added to it, so that directions which no input had can be inverted.
+    stored: the type in which a file will hold the scales. damp: share of H's mean diagonal that is added to it, so that directions
+    which no input had can be inverted.
     scheme.act_order: columns with the largest inputs first, while there are many left to make up for them; a group is then no
     run of columns, and the codes say which one each column is in (GPTQ's g_idx).
     """
@@ -50,14 +53,14 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, scheme: Scheme, damp: floa
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     q, grids = [], []
     step = (
-        min(size, BLOCK) if size == m else size
-    )  # columns of one group feed each other one by one, those behind it at its end
+        size if size < m else min(m, BLOCK)
+    )  # within it columns move each other one by one, those behind it at its end
     for start in range(0, m, step):
         stop = min(start + step, m)
         if start % size == 0:
             span = w[:, start : start + size].float()
             low, high = span.amin(1, keepdim=True).clamp(max=0), span.amax(1, keepdim=True).clamp(min=0)
-            grids.append(scales(low, high, scheme))
+            grids.append(scales(low, high, scheme, stored))
         scale, zero = grids[-1]
         errors = torch.zeros(len(w), stop - start, dtype=w.dtype)
         for i in range(start, stop):

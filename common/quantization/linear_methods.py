@@ -2,31 +2,42 @@
 
 import torch
 
+from common.quantization.cpu_methods import SMALLEST, HalfCodes, Int8OfHalves, RoundedInFloats
 from common.quantization.gpu_methods import RoundedActivations, WeightOnlyKernels
 from common.quantization.method import LinearMethod
 from common.quantization.scheme import Scheme
 
 LINEAR_METHODS: dict[str, tuple[type[LinearMethod], ...]] = {  # by --quantized-compute, the first that takes a scheme
-    "weight_only": (WeightOnlyKernels,),  # codes are widened as they are multiplied; x keeps its dtype
-    "activations": (RoundedActivations,),  # x is rounded too, and small numbers are multiplied
+    "weight_only": (WeightOnlyKernels, HalfCodes),  # codes are widened as they are multiplied; x keeps its dtype
+    "activations": (
+        RoundedActivations,
+        Int8OfHalves,
+        RoundedInFloats,
+    ),  # x is rounded too, and small numbers are multiplied
 }
 
 
 def pick_linear_method(scheme: Scheme, device: torch.device, dtype: torch.dtype, compute: str) -> LinearMethod | None:
     """None: the weights are dequantised while they are read, and the layer is a plain one.
 
-    auto: on a GPU activations for a scheme that rounds them, else weight_only; on a CPU dequantise. Raises ValueError if `compute`
+    auto: on a GPU activations for a scheme that rounds them, else weight_only; on a CPU weight_only where that is faster than
+    dequantised weights (cpu_methods.py). Raises ValueError if `compute`
     was asked for and no method takes the scheme.
     """
     order = () if compute == "dequantise" else (compute,)
     if compute == "auto" and device.type == "cuda":
         order = ("activations", "weight_only") if scheme.activations else ("weight_only",)
     elif compute == "auto":
-        order = ()
+        order = ("weight_only",)
     kinds = [kind for name in order for kind in LINEAR_METHODS[name] if kind.takes(scheme, device, dtype)]
     if order and not kinds and compute != "auto":
         raise ValueError(
             f"quantized_compute={compute}: nothing here multiplies {str(dtype).removeprefix('torch.')} by {scheme} so on "
             f"{device.type}; use auto or dequantise"
         )
-    return kinds[0](scheme) if kinds else None
+    if not kinds:
+        return None
+    method = kinds[0](scheme)
+    if compute == "auto" and device.type == "cpu":
+        method.smallest = SMALLEST
+    return method

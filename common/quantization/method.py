@@ -30,6 +30,8 @@ class LinearMethod:
     """
 
     name = ""  # as reports say it
+    smallest = 0  # a matrix of fewer numbers is dequantised
+    opaque_bytes = 0  # of what pack() made that is no tensor
 
     @classmethod
     def takes(cls, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> bool:

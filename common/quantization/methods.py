@@ -30,18 +30,19 @@ class Format(NamedTuple):
     tensors: Callable[[Scheme, int, int], dict[str, Expected]]
     codes: Callable[[Scheme, Mapping[str, torch.Tensor], tuple[int, int], slice, slice], Codes]
     encode: Callable[[Scheme, Codes], dict[str, torch.Tensor]]
+    stored: torch.dtype  # in which encode() writes scales; codes are to be chosen for scales that it holds exactly
 
 
 METHODS = {
-    name: Format(of.tensors, of.codes, of.encode)
-    for name, of in {
-        "fp8": fp8,
-        "w8a8_fp8": fp8,
-        "w8a8_int8": w8a8_int8,
-        "compressed-tensors": compressed_tensors,
-        "gptq": gptq,
-        "awq": awq,
-        "mxfp4": mxfp4,
-        "w4afp8": w4afp8,
+    name: Format(of.tensors, of.codes, of.encode, stored)
+    for name, (of, stored) in {
+        "fp8": (fp8, torch.float32),
+        "w8a8_fp8": (fp8, torch.float32),
+        "w8a8_int8": (w8a8_int8, torch.float32),
+        "compressed-tensors": (compressed_tensors, torch.bfloat16),
+        "gptq": (gptq, torch.float16),
+        "awq": (awq, torch.float16),
+        "mxfp4": (mxfp4, torch.float32),  # powers of two
+        "w4afp8": (w4afp8, torch.float32),
     }.items()
 }

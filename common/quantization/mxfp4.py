@@ -54,13 +54,17 @@ def power(stored: torch.Tensor) -> torch.Tensor:
 
 def encode(scheme: Scheme, codes: Codes) -> dict[str, torch.Tensor]:
     octets = octets_of(torch.nn.functional.pad(codes.q.view(torch.uint8), (0, -codes.q.shape[1] % GROUP)))
-    stored = codes.scale.log2().to(torch.int32) + 127
-    return {"_blocks": octets.unflatten(-1, (-1, GROUP // 2)), "_scales": stored.to(torch.uint8)}
+    return {"_blocks": octets.unflatten(-1, (-1, GROUP // 2)), "_scales": exponents(codes.scale)}
 
 
 def octets_of(q: torch.Tensor) -> torch.Tensor:
-    """The inverse of numbers(): q [.., 2 B], the bytes of float8_e4m3fn -> [.., B] U8."""
+    """The inverse of numbers(): [.., 2 B] float8_e4m3fn, or its bytes -> [.., B] U8."""
     nibbles = torch.zeros(256, dtype=torch.uint8)
     nibbles[E2M1.to(torch.float8_e4m3fn).view(torch.uint8).int()] = torch.arange(16, dtype=torch.uint8)
-    nibbles = nibbles[q.int()].unflatten(-1, (-1, 2))
+    nibbles = nibbles[q.view(torch.uint8).int()].unflatten(-1, (-1, 2))
     return nibbles[..., 0] | nibbles[..., 1] << 4
+
+
+def exponents(scale: torch.Tensor) -> torch.Tensor:
+    """The inverse of power()."""
+    return (scale.log2().to(torch.int32) + 127).to(torch.uint8)

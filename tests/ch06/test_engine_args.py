@@ -64,9 +64,11 @@ def test_half_and_float_are_vllm_s_other_names_of_dtypes(checkpoint):
     for name, dtype in (("half", "torch.float16"), ("float", "torch.float32"), ("auto", "torch.float32")):
         engine = LLMEngine(str(checkpoint("qwen2")), dtype=name, kv_cache_dtype=name, **SMALL)
         assert (str(engine.runner.dtype), str(engine.runner.kv_dtype)) == (dtype, dtype)
-    for name in ("dtype", "kv_cache_dtype"):
-        with pytest.raises(ValueError, match=rf"^{name}='int8' is unknown; use auto, float32, bfloat16, float16$"):
-            LLMEngine(**{name: "int8"}, **SMALL)
+    for name, more in (("dtype", ""), ("kv_cache_dtype", ", fp8_e4m3, fp8_e5m2, int8, int4")):
+        with pytest.raises(
+            ValueError, match=rf"^{name}='int3' is unknown; use auto, float32, bfloat16, float16{more}$"
+        ):
+            LLMEngine(**{name: "int3"}, **SMALL)
 
 
 def test_no_memory_is_said_in_the_chapter_s_words():

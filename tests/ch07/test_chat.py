@@ -150,12 +150,12 @@ class Serving(threading.Thread):
 
     def __enter__(self):
         self.start()
-        self._ready.wait(10)
+        self._ready.wait(100)
         return self.server
 
     def __exit__(self, *exc):
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self.join(10)
+        self.join(100)
 
 
 def test_a_server_is_asked_as_a_chat_with_all_turns():

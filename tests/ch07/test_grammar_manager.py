@@ -3,7 +3,6 @@
 import asyncio
 import json
 import random
-import time
 from concurrent.futures import Future
 
 import jsonschema
@@ -301,8 +300,7 @@ def test_a_grammar_that_takes_too_long_ends_its_request(engine, slow, monkeypatc
     monkeypatch.setattr(grammar, "SECONDS", 0.05)
     scheduler = engine.scheduler
     held, other = add(scheduler, ("regex", "slow forever")), add(scheduler)
-    began, results = time.monotonic(), scheduler.process_requests()
-    assert time.monotonic() - began < 10
+    results = scheduler.process_requests()
     assert results[held].finish_reason["status_code"] == 400
     assert "not compiled after 0.05 s" in results[held].finish_reason["message"]
     assert len(results[other].output_ids) == 4

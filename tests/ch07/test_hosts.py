@@ -15,7 +15,7 @@ from tests.hosts import TwoHosts
 from tests.oracle import greedy
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals")
-IN_TIME_S = 20  # a death is seen at once; the rest is for processes to end on a busy machine
+IN_TIME_S = 100  # a death is seen at once; the rest is for processes to end on a busy machine
 ENGINE = """
 import sys
 from ch07_sglang_radix import Engine
@@ -23,7 +23,7 @@ from common.distributed.launch import run_main
 def main():
     rank, address, size, prompt, tokens, *model = sys.argv[1:]
     engine = Engine(*model, tp_size=int(size), nnodes=2, node_rank=int(rank), dist_init_addr=address, device="cpu",
-                    dist_timeout=30)
+                    dist_timeout=120)
     print("ready", [pid for _, pid in engine.scheduler.tp.peers], flush=True)
     if rank == "0":
         params = {"max_new_tokens": int(tokens), "ignore_eos": True}
@@ -59,7 +59,7 @@ def engines(hosts):
     return start
 
 
-def ends(process: subprocess.Popen, within_s: float = 90) -> tuple[int, str, list[str]]:
+def ends(process: subprocess.Popen, within_s: float = 250) -> tuple[int, str, list[str]]:
     """Exit code, standard output, and the lines of standard error that are ours."""
     out, err = process.communicate(timeout=within_s)
     return process.returncode, out, [line for line in err.splitlines() if line.startswith(("error", "stopped"))]
@@ -173,7 +173,7 @@ def test_other_code_is_refused_on_both_by_its_file(hosts, engines):
 def server(hosts: TwoHosts, *flags: str) -> tuple[list[subprocess.Popen], int]:
     address, port = f"{hosts.address}:{hosts.free_port()}", hosts.free_port()
     argv = ["-m", "ch07_sglang_radix.launch_server", "--tp-size", "2", "--nnodes", "2", "--dist-init-addr", address,
-            "--device", "cpu", "--port", str(port), "--dist-timeout", "30", *flags]  # fmt: skip
+            "--device", "cpu", "--port", str(port), "--dist-timeout", "120", *flags]  # fmt: skip
     return [hosts.start(i, *argv, "--node-rank", str(i)) for i in range(2)], port
 
 
@@ -233,8 +233,8 @@ def torchrun(hosts: TwoHosts, *argv: str) -> list[subprocess.Popen]:
 
 def test_the_book_s_demo_under_torchrun_on_two_hosts_says_what_transformers_says(hosts, tmp_path):
     a, b = torchrun(hosts, "ch07_sglang_radix/demo_tp_radix.py", "--force-cpu", "--json", str(tmp_path / "report.json"))
-    out, err = a.communicate(timeout=200)
-    assert (a.returncode, b.wait(60)) == (0, 0), err
+    out, err = a.communicate(timeout=400)
+    assert (a.returncode, b.wait(200)) == (0, 0), err
     assert out.count("as the formula says") == 2
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert report["world_size"] == 2
@@ -262,7 +262,7 @@ def test_a_rank_that_dies_under_torchrun_is_named_with_its_host(hosts, tmp_path,
     assert [process.stdout.readline() for process in both] == ["talking\n"] * 2
     (victim,) = psutil.Process(both[rank].pid).children()
     victim.kill()
-    _, _, errors = ends(both[1 - rank], 60)
+    _, _, errors = ends(both[1 - rank], 200)
     died = rf"rank {rank} \(pid {victim.pid}\) on host {re.escape(hosts.names[rank])} has died"
     assert len(errors) == 1
     assert re.search(died, errors[0]), errors

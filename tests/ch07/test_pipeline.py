@@ -177,7 +177,7 @@ def hold_back(gate, prompt, chunk):
     execute = wrapper.execute_prefill_task
 
     def held(task):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 200
         while wrapper.parallel.pp.rank == 1 and not gate.exists():
             assert time.monotonic() < deadline, "the first stage waits for the second one"
             time.sleep(0.01)

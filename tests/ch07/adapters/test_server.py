@@ -116,7 +116,7 @@ def test_unloading_is_answered_when_the_last_user_has_ended(server):
         assert "ended" not in told
     status, said = call(server, "/unload_lora_adapter", {"lora_name": "brief"}, "boss")
     gone = time.monotonic()
-    asking.join(60)
+    asking.join(200)
     assert (status, sorted(said["loaded_adapters"])) == (200, ["pirate", "terse"])
     assert told["answer"][0] == 200
     assert gone > told["ended"] - 1.0  # the two answers leave together
@@ -125,7 +125,7 @@ def test_unloading_is_answered_when_the_last_user_has_ended(server):
 
 def test_metrics_say_how_many_slots_are_taken(server):
     answer(server, text=[QUESTION] * 2, lora_path=list(NAMES))
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 100
     while time.monotonic() < deadline:
         text = server.raw("/metrics")[1]
         values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("sglang:lora_pool"))

@@ -55,9 +55,9 @@ def test_delays_and_tokens_of_the_server_are_found(backend):
 
 
 def test_as_many_at_once_as_allowed():
-    *_, server = run(prompts(9), at_once=3, first_s=0.03)
+    *_, server = run(prompts(9), at_once=3, first_s=0.1)
     assert server.most_at_once == 3
-    *_, server = run(prompts(9), first_s=0.2)
+    *_, server = run(prompts(9), first_s=2.0)
     assert server.most_at_once == 9
 
 

@@ -30,7 +30,7 @@ def settled(half: RunningServer) -> None:
     """No room is on its way, and conservation holds."""
     import time  # noqa: PLC0415
 
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 100
     while (info := half.info()) and (queues := info["disaggregation_queues"]):
         left = {name: n for name, n in queues.items() if n and name != "failed"}
         if not left and not info["running"] and not info["waiting"]:

@@ -77,17 +77,11 @@ SHARED: dict[bytes, torch.Tensor] = {}
 def pair():
     made = []
 
-    def make(decode_memory, **prefill):
-        made.append(
-            Pair(
-                prefill={
-                    "chunked_prefill_size": 8,
-                    "transport": lambda h: CudaIpcTransport(h, Dictionary()),
-                    **prefill,
-                },
-                decode={"transport": lambda h: CudaIpcTransport(h, decode_memory)},
-            )
-        )
+    def make(decode_memory, kv_cache_dtype="auto"):
+        both = {"kv_cache_dtype": kv_cache_dtype}
+        prefill = both | {"chunked_prefill_size": 8, "transport": lambda h: CudaIpcTransport(h, Dictionary())}
+        decode = both | {"transport": lambda h: CudaIpcTransport(h, decode_memory)}
+        made.append(Pair(prefill=prefill, decode=decode))
         return made[-1]
 
     yield make
@@ -245,7 +239,8 @@ def test_an_answer_from_codes_is_that_of_one_engine(pair, transport):
     with Engine(device="cpu", page_size=4, max_total_tokens=512, **options) as engine:
         right = engine.generate(input_ids=PROMPT, sampling_params={"max_new_tokens": 6, "ignore_eos": True})
     both = pair(Dictionary("no" if transport == "bytes" else ""), **options)
-    assert both.answer(both.ask(PROMPT)).output_ids == right["output_ids"]
+    answer = both.answer(both.ask(PROMPT))
+    assert (answer.output_ids, answer.finish_reason["type"]) == (right["output_ids"], "length"), answer.finish_reason
     assert both.at_rest()
 
 

@@ -56,7 +56,7 @@ def test_tokens_equal_transformers_and_every_page_comes_back(prefill, decode, pa
         assert len(events) > 1
         gone = Client(front, stream=True, input_ids=prompts[2]).started()
         gone.hang_up()
-        assert wait_until(lambda: not halves.decode.info()["running"], 10)
+        assert wait_until(lambda: not halves.decode.info()["running"], 100)
         halves.at_rest()
         assert front.generate(input_ids=prompts[2], sampling_params=sampling())["output_ids"] == right[2]
         halves.at_rest()

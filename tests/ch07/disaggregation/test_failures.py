@@ -209,7 +209,7 @@ def test_an_abort_on_either_side_at_any_moment_reaches_the_other(pair, half, sta
         ours.step()
         other = both.decode if half == "prefill" else both.prefill
         if stage == "waiting" and half == "decode":  # the other side hears of it before it is done
-            assert wait_until(lambda: other.manager.rooms()[0].why, 10)
+            assert wait_until(lambda: other.manager.rooms()[0].why, 100)
         both.gate.set()
         both.until(lambda: all(number in both.halves[name].results for name, number in numbers.items()))
         if stage == "waiting":

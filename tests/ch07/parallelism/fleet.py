@@ -138,7 +138,7 @@ class Fleet:
         assert not any(worker.breaker._testing for worker in self.router.workers.all.values())
 
 
-async def until(true, seconds: float = 5.0) -> None:
+async def until(true, seconds: float = 60.0) -> None:
     async def wait() -> None:
         while not true():
             await asyncio.sleep(0.005)
@@ -167,7 +167,7 @@ async def a_fleet(count: int = 2, models=None, dead=(), **args):
     finally:
         await router.workers.close()
         http.should_exit = True
-        await asyncio.wait([serving], timeout=5)
+        await asyncio.wait([serving], timeout=60)
         for worker in workers:
             await worker.die()
 

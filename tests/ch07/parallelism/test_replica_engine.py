@@ -21,7 +21,7 @@ RIGHT = [greedy(TINY_QWEN_PATH, ids, 6) for ids in IDS]
 def engine():
     with Engine(device="cpu", dp_size=2, max_total_tokens=4096, check=True) as engine:
         yield engine
-        assert wait_until(lambda: engine.get_server_info()["running"] == 0, 5)
+        assert wait_until(lambda: engine.get_server_info()["running"] == 0, 100)
         info = engine.get_server_info()
         assert info["free_tokens"] + info["evictable_tokens"] == info["max_total_num_tokens"] == 8192
         assert info["lost_replicas"] == {}
@@ -45,7 +45,7 @@ def test_a_stream_grows_and_who_leaves_it_ends_what_runs(engine):
         next(stream)
         leave(stream)
         del stream
-        assert wait_until(lambda: engine.get_server_info()["running"] == 0, 5)
+        assert wait_until(lambda: engine.get_server_info()["running"] == 0, 100)
 
 
 def test_many_callers_at_once_and_one_that_is_cancelled(engine):
@@ -59,7 +59,7 @@ def test_many_callers_at_once_and_one_that_is_cancelled(engine):
         assert last["output_ids"] == RIGHT[1]
 
     asyncio.run(go())
-    assert wait_until(lambda: engine.get_server_info()["running"] == 0, 5)
+    assert wait_until(lambda: engine.get_server_info()["running"] == 0, 100)
 
 
 def test_what_cannot_run_is_refused_in_the_engine_s_words(engine):
@@ -103,7 +103,7 @@ def test_a_replica_that_dies_takes_its_requests_and_the_last_one_the_engine():
     assert [one["output_ids"] for one in engine.generate(input_ids=IDS, sampling_params=PARAMS)] == RIGHT
     assert list(engine.get_server_info()["lost_replicas"]) == [0]
     children["scheduler_1"].kill()
-    assert wait_until(lambda: engine._manager.state == "failed", 5)
+    assert wait_until(lambda: engine._manager.state == "failed", 100)
     with pytest.raises(RuntimeError, match="no replica is left: scheduler_1"):
         engine.generate(input_ids=[5], sampling_params=PARAMS)
     engine.shutdown()

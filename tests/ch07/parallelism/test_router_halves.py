@@ -85,7 +85,7 @@ async def the_halves(prefill=2, decode=2, **args):
     finally:
         await router.close()
         http.should_exit = True
-        await asyncio.wait([serving], timeout=5)
+        await asyncio.wait([serving], timeout=60)
         for worker in [*sides["prefill"], *sides["decode"]]:
             await worker.die()
 

@@ -243,3 +243,29 @@ def test_what_the_host_has_behind_a_node_that_is_lost_goes_with_it(any_length):
     tiers.tree.evict(99)
     tiers.check()
     assert sum(len(node.key) for node in tiers.tree.nodes()) <= 2
+
+
+def _on_its_way(ids: list[int]) -> Tiers:
+    """A tree that has begun to load `ids`, while others run."""
+    tiers = Tiers("write_through", 20, idle=lambda: False)
+    tiers.request(ids)
+    tiers.tree.evict(99)
+    match = tiers.tree.match_prefix(ids)
+    tiers.tree.inc_lock_ref(match.last_node)
+    assert not tiers.tree.load_back(match, NO_REQUEST)
+    return tiers
+
+
+def test_whoever_computes_what_is_on_its_way_comes_after_it(any_length):
+    ids = [1, 2, 3, 4]
+    tiers = _on_its_way(ids)
+    own = tiers.pool.alloc(2)
+    tiers.compute(own[::PAGE] // PAGE, ids, 0, None)
+    assert tiers.tree.insert(ids, own) == 4
+    tiers.read(tiers.tree.match_prefix(ids).slots, ids, None)
+
+
+def test_a_part_of_what_is_on_its_way_is_waited_for_too(any_length):
+    tiers = _on_its_way([1, 2, 3, 4])
+    tiers.tree.match_prefix([1, 2])  # splits the node
+    assert not tiers.tree.is_there(SimpleNamespace(matchable_ids=[1, 2], extra_key=None))

@@ -24,7 +24,7 @@ from ch07_sglang_radix.serving.http_client import Client
 from ch07_sglang_radix.serving.load_test import conservation
 from ch07_sglang_radix.serving.served import served
 
-ANSWER_S = 60.0
+ANSWER_S = 120.0
 DEEP = 5  # schemas may contain themselves
 FLAGS = ("--device", "cpu", "--dtype", "float32", "--enable-metrics", "--max-total-tokens", "4096")
 

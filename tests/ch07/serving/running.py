@@ -24,7 +24,7 @@ from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
 from common.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[3]
-START_S = 120
+START_S = 300
 TINY = ("--device", "cpu", "--max-total-tokens", "4096", "--check")
 
 
@@ -78,7 +78,7 @@ class RunningServer:
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, headers or {}, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=200) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -99,7 +99,7 @@ class RunningServer:
     def info(self) -> dict[str, Any]:
         return self.call("/server_info")[1]
 
-    def at_rest(self, timeout_s: float = 10) -> dict[str, Any]:
+    def at_rest(self, timeout_s: float = 100) -> dict[str, Any]:
         """Waits until nothing runs; all pages must be free or in the tree then."""
         deadline = time.monotonic() + timeout_s
         while (info := self.info())["running"] or info["waiting"]:
@@ -117,7 +117,7 @@ class RunningServer:
         if self.process.poll() is None:
             self.process.terminate()
         try:
-            return self.process.wait(20)
+            return self.process.wait(100)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise

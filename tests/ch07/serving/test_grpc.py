@@ -40,7 +40,7 @@ def call(address, name, request, key="k"):
     with grpc.insecure_channel(address) as channel:
         kind = channel.unary_stream if name == "Generate" else channel.unary_unary
         method = kind(f"/{SERVICE}/{name}", type(request).SerializeToString, response.FromString)
-        answer = method(request, metadata=metadata, timeout=60)
+        answer = method(request, metadata=metadata, timeout=200)
         return list(answer) if name == "Generate" else answer
 
 

@@ -22,13 +22,13 @@ def port():
 
 @pytest.mark.parametrize("path", [*ROUTES, "/health?x=1"])
 def test_who_follows_is_well(port, path):
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=60) as answer:
         assert (answer.status, json.load(answer)) == (200, {"status": "following node 0"})
 
 
 def test_all_else_is_node_0_s(port):
     with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/generate", timeout=5)
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/generate", timeout=60)
     assert error.value.code == 404
     assert "node 0 answers" in error.value.read().decode()
 

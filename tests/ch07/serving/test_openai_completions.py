@@ -126,7 +126,7 @@ def test_a_client_that_leaves_has_its_answer_closed(manager, client):
     next(stream)
     assert manager.running == 1
     stream.close()
-    wait_until(lambda: manager.running == 0, 1)
+    wait_until(lambda: manager.running == 0, 100)
 
 
 # --- errors

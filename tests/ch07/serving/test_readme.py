@@ -83,7 +83,7 @@ def environment():
 @pytest.mark.parametrize("line", re.findall(r"^curl .+$", part("examples"), re.MULTILINE))
 def test_curl_is_answered(server, line):
     command = [*shlex.split(line.replace(ADDRESS, server.url)), "--silent", "--show-error", "--fail-with-body"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "/health" in line or "{" in done.stdout
 

@@ -334,7 +334,7 @@ def test_a_session_that_nobody_continues_gives_its_pages_back(here):
         while (await here.manager.server_info())["held_tokens"]:
             await asyncio.sleep(0.02)
 
-    here.run(asyncio.wait_for(main(), 20))
+    here.run(asyncio.wait_for(main(), 100))
     at_rest(here)
 
 

@@ -29,7 +29,7 @@ def test_a_process_that_dies_is_named_once(sleeper):
     time.sleep(3 * LOOK_EVERY_S)
     assert said == []
     sleeper.kill()
-    assert wait_until(lambda: bool(said), 5)
+    assert wait_until(lambda: bool(said), 100)
     time.sleep(3 * LOOK_EVERY_S)
     assert said == [f"scheduler (pid {sleeper.pid}) has died"]
 
@@ -42,19 +42,19 @@ def test_a_process_may_be_stopped_for_a_while(sleeper):
     os.kill(sleeper.pid, signal.SIGCONT)
     time.sleep(2 * LOOK_EVERY_S)
     os.kill(sleeper.pid, signal.SIGSTOP)
-    assert wait_until(lambda: bool(said), 10)
+    assert wait_until(lambda: bool(said), 100)
     assert said == [f"detokenizer (pid {sleeper.pid}) is stopped, for 1 s now (--watchdog-timeout)"]
 
 
 def test_a_step_that_takes_too_long_is_named_and_many_short_ones_are_not():
     step = [0]
-    said, _ = watching({}, 0.5, step=lambda: step[0])
+    said, _ = watching({}, 2.0, step=lambda: step[0])
     for _ in range(8):
         time.sleep(LOOK_EVERY_S)
         step[0] += 1
     assert said == []
-    assert wait_until(lambda: bool(said), 10)
-    assert said == [f"step {step[0]} takes more than 0.5 s (--watchdog-timeout)"]
+    assert wait_until(lambda: bool(said), 100)
+    assert said == [f"step {step[0]} takes more than 2 s (--watchdog-timeout)"]
 
 
 def test_an_idle_scheduler_is_no_step_that_takes_too_long():

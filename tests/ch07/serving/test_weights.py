@@ -37,7 +37,7 @@ class Client:
     def __call__(self, path: str, body: dict | None = None) -> tuple[int, object]:
         data = None if body is None else json.dumps(body).encode()
         try:
-            with urllib.request.urlopen(urllib.request.Request(self.url + path, data), timeout=100) as answer:
+            with urllib.request.urlopen(urllib.request.Request(self.url + path, data), timeout=200) as answer:
                 return answer.status, json.loads(answer.read() or "null")
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read() or "null")
@@ -173,7 +173,7 @@ def test_requests_run_while_weights_change(client, folder, mode):
     told = client("/update_weights_from_disk", {"model_path": str(folder), "weight_version": mode})[1]
     assert told["num_paused_requests"] == (mode != "abort")
     client("/continue_generation", {})
-    asked.join(100)
+    asked.join(200)
     reason = {"abort": "abort", "retract": "length", "in_place": "length"}[mode]
     assert answer["meta_info"]["finish_reason"]["type"] == reason
     assert answer["meta_info"]["weight_version"] == ("default" if mode == "abort" else mode)

@@ -16,7 +16,7 @@ BODY = {"text": "What is a radix cache?", "sampling_params": {"max_new_tokens": 
 
 
 def ask(url, **more):
-    with urllib.request.urlopen(f"{url}/generate", json.dumps(BODY | more).encode(), timeout=60) as answer:
+    with urllib.request.urlopen(f"{url}/generate", json.dumps(BODY | more).encode(), timeout=200) as answer:
         return answer.read()
 
 

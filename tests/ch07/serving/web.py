@@ -53,10 +53,10 @@ def client_of_an_engine(**args):
 
 
 def openai_client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=200)
 
 
-def wait_until(true, seconds: float = 10.0) -> None:
+def wait_until(true, seconds: float = 100.0) -> None:
     end = monotonic() + seconds
     while not true():
         assert monotonic() < end, f"not true within {seconds} s"

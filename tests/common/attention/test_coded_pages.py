@@ -6,7 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.attention.kv_cache import PagedKVCache
+from common.attention.latent import LatentNativeAttention
 from common.attention.torch_native import TorchNativeAttention
+from tests.common.attention.garbage import garbage
+from tests.common.attention.test_window import Trees
+from tests.common.kernels import test_latent_attention as latent
 from tests.common.kernels.test_kernels import step
 from tests.common.kernels.where import DEVICE, TOLERANCE, kernel, relative_error
 
@@ -26,14 +30,6 @@ def triton():
 
 BACKENDS = {"torch_native": lambda: TorchNativeAttention, "triton": triton}
 every_backend = pytest.mark.parametrize("backend", ["torch_native", pytest.param("triton", marks=kernel)])
-
-
-def garbage(cache: PagedKVCache) -> PagedKVCache:
-    """What last owners may have left: NaN, in codes or scales."""
-    cache.tensors[0].fill_(255 if cache.tensors[0].dtype == torch.uint8 else -1)
-    if cache.row_scales is not None:
-        cache.row_scales.fill_(torch.nan)
-    return cache
 
 
 def in_codes(plain: PagedKVCache, dtype: torch.dtype) -> tuple[PagedKVCache, PagedKVCache]:
@@ -85,3 +81,32 @@ def test_in_16_bits(name, dtype):
 def test_any_step(lengths, page_size, kv_heads, group, half, dtype, seed):
     queries, cached = zip(*lengths, strict=True)
     check("torch_native", queries, cached, page_size, (kv_heads * group, kv_heads), 2 * half, dtype, seed=seed)
+
+
+@coded
+@every_backend
+@pytest.mark.parametrize("rows", ["K and V", "latent"])
+def test_trees(rows, backend, dtype):
+    Trees([0, 9, 33], 6, latent=rows == "latent", kept=dtype).check(backend)
+
+
+@coded
+@every_backend
+@pytest.mark.parametrize("queries", [[1, 1, 1], [1, 5, 3]], ids=["decode", "several"])
+def test_latent_rows(queries, backend, dtype):
+    plain, meta, q, row, kv_b = latent.step(queries, [0, 20, 150], 16, 3, 24, 8, torch.float32)
+    shape, known = (
+        (1, plain.num_pages, 16, 1, 32),
+        plain.k[0].flatten(0, 1).isfinite().all(-1).all(-1).nonzero().squeeze(-1),
+    )
+    cache = garbage(PagedKVCache(*shape, dtype, DEVICE, planes=1, scales=SCALES))
+    cache.write(0, known, *plain.read(0, known))
+    twin = PagedKVCache(*shape, device=DEVICE, planes=1)
+    twin.write(0, known, *cache.read(0, known))
+    (rounded,) = cache.rounded(0, row.unsqueeze(1))
+    want = LatentNativeAttention(twin, meta)(0, q, rounded.squeeze(1), kv_b, 0.2)
+    attention = LatentNativeAttention
+    if backend == "triton":
+        from common.kernels.latent_attention import TritonLatentAttention as attention  # noqa: PLC0415
+    assert relative_error(attention(cache, meta)(0, q, row, kv_b, 0.2), want) < 2 * TOLERANCE[torch.float32]
+    assert torch.equal(cache.read(0, meta.slot_mapping)[0], rounded)

@@ -10,6 +10,7 @@ from common.attention.backends import pick_attention
 from common.attention.kv_cache import PagedKVCache
 from common.attention.sequence_table import SequenceTable
 from common.draft_tree import DraftTree
+from tests.common.attention.garbage import garbage
 from tests.common.kernels.where import DEVICE, GPU, kernel
 
 KV_HEADS, GROUP, D = 2, 3, 8
@@ -35,18 +36,23 @@ every_backend = pytest.mark.parametrize("backend", ["torch_native", pytest.param
 class Trees:
     """Sequences with random K and V (or latent rows) in scattered pages of a pool full of NaN, and a random tree for each."""
 
-    def __init__(self, cached, nodes, page_size=4, shared=0, latent=False, seed=0, parents=None, dtype=torch.float32):
+    def __init__(self, cached, nodes, page_size=4, shared=0, latent=False, seed=0, parents=None, dtype=torch.float32,
+                 kept=None):  # fmt: skip
         rng = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         self.cached, self.nodes, self.latent = cached, nodes, latent
         pages = [-(-(n + nodes) // page_size) for n in cached]
         row = (1, LATENT + TURNED) if latent else (KV_HEADS, D)
-        self.cache = PagedKVCache(1, sum(pages) + 1, page_size, *row, dtype, DEVICE, planes=1 if latent else 2)
-        self.cache.kv.fill_(torch.nan)
+        planes = 1 if latent else 2
+        self.cache = garbage(
+            PagedKVCache(1, sum(pages) + 1, page_size, *row, kept or dtype, DEVICE, planes, scales=[(0.25, 0.031)])
+        )
         order = torch.randperm(sum(pages) + 1, generator=rng).tolist()
         self.table = SequenceTable(len(cached), max(pages), page_size, DEVICE, last_position=max(cached) + 3)
         self.known = torch.randn(len(cached), max(cached) + nodes, self.cache.kv.shape[1], *row, device=DEVICE)
         self.known = self.known.to(dtype)
+        if kept:  # what codes stand for is encoded without loss
+            self.known = torch.stack([*map(self._rounded, self.known)])
         first = None
         for b, n in enumerate(cached):
             own, order = order[: pages[b]], order[pages[b] :]
@@ -63,6 +69,9 @@ class Trees:
             parents = [[-1] + [int(torch.randint(0, i, (1,), generator=rng)) for i in range(1, nodes)] for _ in cached]
         parents = torch.tensor(parents, device=DEVICE)
         self.tree = DraftTree(torch.randint(0, 9, parents.shape, generator=rng).to(DEVICE), parents)
+
+    def _rounded(self, known):
+        return torch.stack(self.cache.rounded(0, *known.unbind(1)), dim=1)
 
     def slots(self, b, n):
         at, size = torch.arange(n, device=DEVICE), self.cache.page_size

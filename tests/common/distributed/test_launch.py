@@ -41,20 +41,20 @@ def test_torchrun_s_ranks_start_and_shut_down_again(times):
     "name", ["rank_1_shuts_down_and_goes_on", "rank_1_comes_to_its_end", "rank_1_ends_itself_in_its_engine"]
 )
 def test_a_rank_that_makes_fewer_calls_is_named_and_not_called_dead(name):
-    _, err = script(name, torchrun=True).communicate(timeout=60)
+    _, err = script(name, torchrun=True).communicate(timeout=200)
     said = [line for line in err.splitlines() if line.startswith("error: ")]
     left = "rank 1 has left and makes no such call; every rank must make the same calls"
     assert said == [f"error: rank 0: all_reduce 'y' [4] failed: {left}"], err
 
 
 def test_a_rank_that_leaves_its_engine_by_an_exception_is_named_with_it():
-    _, err = script("rank_1_fails_in_its_engine", torchrun=True).communicate(timeout=60)
+    _, err = script("rank_1_fails_in_its_engine", torchrun=True).communicate(timeout=200)
     said = [line for line in err.splitlines() if line.startswith("error: ")]
     assert said == ["error: rank 0: all_reduce 'y' [4] failed: rank 1 has left with KeyError: 'of rank 1'"], err
 
 
 def test_a_rank_that_ends_with_an_exception_has_died():
-    _, err = script("rank_1_fails", torchrun=True).communicate(timeout=60)
+    _, err = script("rank_1_fails", torchrun=True).communicate(timeout=200)
     said = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(said) == 1
     assert re.search(r"^error: rank 0.* rank 1 \(pid \d+\) has died$", said[0]), err
@@ -67,7 +67,7 @@ def test_a_signal_to_torchrun_is_one_line_a_rank(name):
     process = script("talk_for_ever", torchrun=True)
     assert [process.stdout.readline() for _ in range(2)] == ["talking\n"] * 2
     process.send_signal(signal.Signals[name])
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=200)
     ours, _, torchruns = err.partition("Traceback (most recent call last):\n")
     ours = sorted(line for line in ours.splitlines() if "torch/distributed/elastic" not in line and line.strip())
     assert out == ""
@@ -95,7 +95,7 @@ def test_a_script_of_another_clone_than_the_one_that_is_imported_says_so(tmp_pat
         (place / "demo.py").write_text(demo, encoding="utf-8")
         env = os.environ | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(
-            [sys.executable, place / "demo.py"], env=env, capture_output=True, text=True, timeout=60, check=False
+            [sys.executable, place / "demo.py"], env=env, capture_output=True, text=True, timeout=200, check=False
         )
         said.append((done.returncode, done.stdout, done.stderr))
     clone, root = (re.escape(str(folder)) for folder in ((tmp_path / "clone").resolve(), ROOT))
@@ -112,7 +112,7 @@ def test_a_script_of_another_clone_than_the_one_that_is_imported_says_so(tmp_pat
 def test_a_full_standard_output_is_named(name, unbuffered):
     with open("/dev/full", "w", encoding="utf-8") as full:
         process = script(name, torchrun=False, stdout=full, unbuffered=unbuffered)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=200)
     assert (process.returncode, err) == (1, "error: standard output: No space left on device\n")
 
 
@@ -121,4 +121,4 @@ def test_a_reader_that_closes_the_pipe_is_no_error():
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == ""
-    process.wait(timeout=60)
+    process.wait(timeout=200)

@@ -17,7 +17,7 @@ class Stranger:
 
     def __init__(self, port: int):
         self.link = socket.create_connection(("127.0.0.1", port))
-        self.link.settimeout(20)
+        self.link.settimeout(60)
         self.unread = b""
 
     def joins(self, number: int, size: int, name: str) -> "Stranger":
@@ -58,7 +58,7 @@ def first():
 
 
 def join(port: int, number: int, size: int, name: str) -> Membership:
-    return Membership.join("127.0.0.1", port, number, size, name, 5.0, f"host {name}")
+    return Membership.join("127.0.0.1", port, number, size, name, 60.0, f"host {name}")
 
 
 def within(seconds: float, true) -> bool:
@@ -83,7 +83,7 @@ def test_a_closed_connection_is_a_death_and_everybody_gives_the_same_name(first)
     a, port = first(3)
     b, c = join(port, 1, 3, "b"), Stranger(port).joins(2, 3, "c")
     c.link.close()
-    assert within(5, lambda: a.lost and b.lost)
+    assert within(60, lambda: a.lost and b.lost)
     assert (a.lost, b.lost) == ("c has died", "c has died")
     b.leave()
 
@@ -92,7 +92,7 @@ def test_the_first_who_died_keeps_the_blame(first):
     a, port = first(3)
     b, c = Stranger(port).joins(1, 3, "b"), Stranger(port).joins(2, 3, "c")
     c.link.close()
-    assert within(5, lambda: a.lost)
+    assert within(60, lambda: a.lost)
     b.link.close()
     assert not within(0.3, lambda: a.lost != "c has died")
 
@@ -109,7 +109,7 @@ def test_the_death_of_member_0_is_seen_by_all():
     link, b = together([member_0, lambda: join(listener.getsockname()[1], 1, 2, "b")])
     assert b.lost is None
     link.close()
-    assert within(5, lambda: b.lost)
+    assert within(60, lambda: b.lost)
     assert b.lost == "a has died"
 
 
@@ -117,7 +117,7 @@ def test_who_says_bye_has_not_died(first):
     a, port = first(2)
     b = join(port, 1, 2, "b")
     b.leave()
-    assert within(5, lambda: a.left == {1: "b"})
+    assert within(60, lambda: a.left == {1: "b"})
     assert not within(0.3, lambda: a.lost)
 
 
@@ -125,7 +125,7 @@ def test_who_leaves_because_of_another_names_it(first):
     a, port = first(3)
     b, c = join(port, 1, 3, "b"), join(port, 2, 3, "c")
     b.leave(because="rank 3 (pid 7) on host b has died")
-    assert within(5, lambda: a.lost and c.lost)
+    assert within(60, lambda: a.lost and c.lost)
     assert a.lost == c.lost == "rank 3 (pid 7) on host b has died"
     c.leave()
 
@@ -145,7 +145,7 @@ def test_a_host_that_says_nothing_any_more_is_lost_after_some_beats(first, monke
     monkeypatch.setattr(membership, "BEAT_S", 0.02)
     a, port = first(2)
     silent = Stranger(port).joins(1, 2, "b")
-    assert within(10, lambda: a.lost)
+    assert within(60, lambda: a.lost)
     assert a.lost == f"b has not been heard of for {SILENT_BEATS * 0.02:g} s"
     silent.link.close()
 
@@ -213,5 +213,5 @@ def test_leaving_twice_is_leaving_once(first):
     b = join(port, 1, 2, "b")
     b.leave()
     b.leave(because="nobody hears this")
-    assert within(5, lambda: a.left)
+    assert within(60, lambda: a.left)
     assert a.lost is None

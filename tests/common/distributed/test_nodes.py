@@ -113,7 +113,7 @@ def test_other_code_is_named_by_its_file(monkeypatch):
 
 def test_another_number_of_nodes_is_refused_on_both():
     port = free_port()
-    first, second = met(node(0, port, timeout_s=5), node(1, port, nnodes=3))
+    first, second = met(node(0, port, timeout_s=60), node(1, port, nnodes=3))
     for error in (first, second):
         assert "node 1 (host " in str(error)
         assert "is one of 3, but node 0 (host " in str(error)

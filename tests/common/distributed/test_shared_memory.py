@@ -217,7 +217,7 @@ def test_ranks_that_were_started_add_up_and_one_that_dies_is_named(no_torchrun):
 
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
 def test_a_rank_that_is_stopped_is_named_when_its_time_is_up(no_torchrun):
-    tp = start(2, timeout_s=2, all_reduce="shm")
+    tp = start(2, timeout_s=10, all_reduce="shm")
     pid = tp.peers[1][1]
     os.kill(pid, signal.SIGSTOP)
     said = rf"^rank 0: all_reduce 'total' \[1\] failed: rank 1 \(pid {pid}\) is stopped \(SIGSTOP\)$"

@@ -45,7 +45,7 @@ def pids(tp: TPGroup) -> list[int]:
     return [pid for _, pid in tp.peers[1:]]
 
 
-def gone(processes: list[int], within_s: float = 10.0) -> bool:
+def gone(processes: list[int], within_s: float = 60.0) -> bool:
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         if not any(psutil.pid_exists(pid) for pid in processes):
@@ -121,7 +121,7 @@ def test_start_and_shut_down_ten_times():
         assert total([i, 1], tp) == [3 * i, 3]
         children = pids(tp)
         shutdown_tensor_parallel()
-        assert gone(children, within_s=1)
+        assert gone(children, within_s=60)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -141,7 +141,7 @@ def test_all_ranks_follow():
 
 def test_a_second_start_ends_the_ranks_of_the_first():
     first, second = start(2), start(2)
-    assert gone(pids(first), within_s=1)
+    assert gone(pids(first), within_s=60)
     with pytest.raises(RankFailure, match="rank 0: broadcast 'task': the other ranks have ended; make a new engine"):
         total([1], first)
     shutdown_tensor_parallel(first)  # its owner lets go of it late: the second goes on
@@ -157,8 +157,8 @@ def test_one_rank_beside_them_disturbs_nobody():
 
 
 def test_a_follower_waits_longer_than_a_collective_may_take():
-    tp = start(2, timeout_s=1)
-    time.sleep(2.5)
+    tp = start(2, timeout_s=5)  # to meet, too
+    time.sleep(7)
     assert total([2], tp) == [6]
 
 
@@ -218,7 +218,7 @@ def test_a_rank_that_dies_is_named_in_the_call_that_misses_it():
     ):
         total([1], tp)
     shutdown_tensor_parallel()
-    assert gone(pids(tp), within_s=1)
+    assert gone(pids(tp), within_s=60)
 
 
 def test_what_a_rank_says_before_it_dies_is_part_of_the_error(capfd):
@@ -241,11 +241,11 @@ def test_a_rank_that_cannot_start_is_named(target, words):
 
 
 def test_a_rank_that_stays_away_is_ended_with_the_others(tmp_path):
-    tp = start(3, "stay away", timeout_s=1)
+    tp = start(3, "stay away", timeout_s=10)
     with pytest.raises(RankFailure, match="failed: no peer on this host is dead, so one is stuck or unreachable"):
         total([1], tp)
     shutdown_tensor_parallel()
-    assert gone(pids(tp), within_s=1)
+    assert gone(pids(tp), within_s=60)
     assert not list(tmp_path.glob("ranks-*"))
 
 
@@ -280,7 +280,7 @@ def test_ranks_end_with_a_rank_0_that_is_killed(tmp_path):
     process, children = working(tmp_path)
     assert len(children) == 2
     process.kill()
-    assert process.communicate(timeout=20) == ("", "")
+    assert process.communicate(timeout=100) == ("", "")
     assert gone(children)
     assert not list(tmp_path.glob("ranks-*"))
 
@@ -312,7 +312,7 @@ def test_ctrl_c_ends_all_in_one_line(name, to, tmp_path):
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=100)
     assert (process.returncode, out, err) == (1, "", f"stopped ({name})\n")
     assert gone(children)
     assert not list(tmp_path.glob("ranks-*"))

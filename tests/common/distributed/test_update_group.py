@@ -49,7 +49,7 @@ def test_when_one_leaves_everybody_who_waits_hears_of_it():
         thread.start()
     groups[0].leave()
     for thread in threads:
-        thread.join(20)
+        thread.join(100)
     assert len(said) == SIZE - 1
     assert not any("\n" in one for one in said)
     with pytest.raises(ValueError, match="is gone; join a new one"):

@@ -12,7 +12,7 @@ from common.parallel_state import all_reduce, broadcast, initialize_tensor_paral
 def start_and_shut_down() -> None:
     times = int(sys.argv[2])
     for i in range(times):
-        tp = initialize_tensor_parallel(2, device="cpu", timeout_s=30)
+        tp = initialize_tensor_parallel(2, device="cpu", timeout_s=120)
         summed = all_reduce(torch.full((3,), float(tp.rank + i)), tp, "x").tolist()
         told = broadcast(torch.tensor([i if tp.rank == 0 else -1]), tp, "b").tolist()
         if (summed, told) != ([2 * i + 1] * 3, [i]):

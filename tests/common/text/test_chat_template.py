@@ -245,7 +245,7 @@ def test_the_process_ends_with_the_program(end):
     if end == "kill":
         program.kill()
     program.communicate("\n")
-    process.wait(timeout=20)
+    process.wait(timeout=100)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no such signal on Windows")

@@ -133,7 +133,7 @@ def test_the_entry_becomes_the_server():
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=200,
     )
     assert done.returncode == 1
     assert re.match(r"error: unknown flag '--no-such-flag'", done.stderr), done.stderr

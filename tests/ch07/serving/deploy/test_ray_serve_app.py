@@ -46,7 +46,7 @@ def address(tmp_path_factory):
 
 def ask(url: str, body: dict | None = None) -> str:
     data = None if body is None else json.dumps(body).encode()
-    with urllib.request.urlopen(url, data, timeout=60) as answer:
+    with urllib.request.urlopen(url, data, timeout=200) as answer:
         return answer.read().decode()
 
 

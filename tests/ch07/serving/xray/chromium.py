@@ -16,7 +16,7 @@ from typing import Any
 from websocket import WebSocketTimeoutException, create_connection
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-WAIT_S = 30.0
+WAIT_S = 120.0
 
 
 def binary() -> str | None:
@@ -121,7 +121,7 @@ def chromium() -> Iterator[Tab]:
             yield Tab(_address(Path(folder) / "DevToolsActivePort", process))
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(100)
 
 
 def _address(told: Path, process: subprocess.Popen) -> str:

@@ -14,7 +14,7 @@ def test_the_stream_tells_of_the_engine_and_ends_with_the_server(flags):
     with a_server(*flags) as server:
         assert "<title>X-ray" in server.raw("/")[1], "the printed address leads to the page"
         assert server.call("/xray/source")[1]["kind"] == "live"
-        connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=30)
+        connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=200)
         connection.request("GET", "/xray/events")
         stream = connection.getresponse()
 

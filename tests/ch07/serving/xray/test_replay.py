@@ -35,14 +35,14 @@ def address():
     line = process.stdout.readline()
     yield re.search(r"http://\S+(?=/xray)", line).group()
     process.terminate()
-    process.wait(10)
+    process.wait(100)
     process.stdout.close()
     process.stderr.close()
 
 
 def test_the_command_serves_page_and_recording_without_an_engine(address):
     def get(path):
-        with urllib.request.urlopen(address + path, timeout=5) as response:
+        with urllib.request.urlopen(address + path, timeout=60) as response:
             return response.headers, response.read()
 
     headers, body = get("/xray")
@@ -61,7 +61,7 @@ def test_the_command_serves_page_and_recording_without_an_engine(address):
 @pytest.mark.parametrize("args", [["nowhere.jsonl"], [FOLDER / "page.py"], [RECORDING, "--port", "999999"]])
 def test_what_cannot_be_shown_is_one_line(args):
     process = start(*args)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=200)
     assert process.returncode == 1
     assert said.startswith("error: ")
     assert said.count("\n") == 1

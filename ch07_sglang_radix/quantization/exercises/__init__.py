@@ -1,0 +1,1 @@
+"""Exercises of the wing `quantization`; see README.md."""

@@ -1,0 +1,144 @@
+"""What rank 0 decides about the disk: which nodes are written, and for whom pages are fetched before it may enter.
+
+    a node gets a host copy     its pages are written to files, too
+    a request is queued         what no tier of the tree has of it: how many pages have files? They are read into host pages
+    it asks to enter            best_effort: with what has been read by now; wait_complete: when all has been; timeout: until
+                                1 s and 0.25 s for each 1024 tokens have gone by
+    pages have been read        they are nodes of the tree, with a host copy: from here on as if the host had never lost them
+
+Reading goes on while the request waits in the queue, and others run. Names and their order: common/storage/page_keys.py.
+SGLang 0.5.23: HiRadixCache.prefetch_from_storage, check_prefetch_progress.
+"""
+
+import time
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ch07_sglang_radix.quantization.cache_controller import HiCacheController
+from ch07_sglang_radix.quantization.hiradix_cache import HiRadixCache, TieredNode
+from ch07_sglang_radix.quantization.storage_controller import READ, SETTLE, WRITE, page_words
+from ch07_sglang_radix.request import Req
+from common.storage.page_keys import as_words, chain, first_key
+
+MAX_BACKLOG = 4096  # pages that wait to be written; more are not written, or the host would be full of them
+PREFETCH_S, PREFETCH_S_A_TOKEN = 1.0, 0.25 / 1024  # of the policy timeout; SGLang's
+
+
+@dataclass(eq=False)
+class Prefetch:
+    """ids[start : start + len(slots)] are being read into `slots` of the host. wanted: somebody could enter, and would not wait."""
+
+    ids: np.ndarray
+    extra_key: Hashable
+    start: int
+    slots: np.ndarray
+    ticket: int
+    deadline: float
+    first: bytes
+    rids: set[int] = field(default_factory=set)
+    wanted: bool = False
+    void: bool = False  # what it reads is nobody's any more
+
+
+class StoragePrefetch:
+    """namespace: what an extra_key is called on the disk, the same in every engine; None if it is this engine's alone."""
+
+    def __init__(
+        self, tree: HiRadixCache, controller: HiCacheController, policy: str, threshold: int,
+        namespace: Callable[[Hashable], str | None],
+    ):  # fmt: skip
+        self.tree, self.controller, self.storage = tree, controller, controller.storage
+        self.policy, self.threshold, self.namespace = policy, threshold, namespace
+        self.under_way: list[Prefetch] = []
+        self.fetched = 0  # tokens
+        tree.backed_up.append(self._write)
+        tree.dropped.append(self._give_up)
+        tree.more_host_owners.append(self._owners)
+
+    # --- down
+
+    def _write(self, node: TieredNode) -> None:
+        if self.namespace(node.extra_key) is None or self.storage.backlog > MAX_BACKLOG:
+            return
+        pages = node.host_value[:: self.tree.page_size] // self.tree.page_size
+        self.controller.order(WRITE, *page_words(pages, as_words(self._keys(node))))
+
+    def _keys(self, node: TieredNode) -> list[bytes]:
+        """Of a node's pages; a path is named from its beginning on."""
+        path = []
+        while node.parent is not None and node.hashes is None:
+            path.append(node)
+            node = node.parent
+        last = first_key(self.namespace(path[0].extra_key)) if path and node.parent is None else node.hashes[-1]
+        for one in reversed(path):
+            one.hashes = chain(last, one.key.reshape(-1, self.tree.page_size))
+            last = one.hashes[-1]
+        return path[0].hashes if path else node.hashes
+
+    # --- up
+
+    def begin(self, req: Req) -> None:
+        """It has just been queued."""
+        tree, P = self.tree, self.tree.page_size
+        name = self.namespace(req.extra_key)
+        if name is None or req.probe or req.session is not None:
+            return
+        key = tree.key(req.matchable_ids)
+        node, start = tree.deepest(key, req.extra_key)
+        if len(key) - start < self.threshold:
+            return
+        last = self._keys(node)[-1] if start else first_key(name)
+        keys = chain(last, key[start:].reshape(-1, P))
+        for other in self.under_way:
+            if (
+                other.first == keys[0] and not other.void
+            ):  # a second one with the same beginning waits for the same pages
+                other.rids.add(req.rid)
+                return
+        count = self.storage.store.leading(keys)
+        if count * P < self.threshold:
+            return
+        tree.inc_lock_ref(node)  # what it goes on from is not forgotten for it
+        slots = tree.take_host(count)
+        tree.dec_lock_ref(node)
+        if slots is None:
+            return
+        self.controller.newest += 1
+        deadline = time.monotonic() + PREFETCH_S + PREFETCH_S_A_TOKEN * len(slots)
+        one = Prefetch(key, req.extra_key, start, slots, self.controller.newest, deadline, keys[0], {req.rid})
+        self.under_way.append(one)
+        self.controller.order(READ, one.ticket, *page_words(slots[::P] // P, as_words(keys[:count])))
+
+    def may_enter(self, req: Req) -> bool:
+        for one in self.under_way:
+            if req.rid in one.rids:
+                one.wanted = True
+                return False
+        return True
+
+    def look(self) -> bool:
+        """Between two steps, orders sent: what has been read becomes the tree's. Is any still being read?"""
+        now = time.monotonic()
+        for one in list(self.under_way):
+            done = self.storage.done(one.ticket)
+            late = (self.policy == "best_effort" and one.wanted) or (self.policy == "timeout" and now > one.deadline)
+            if done or late or one.void:
+                self.under_way.remove(one)
+                good = self.controller.ask(SETTLE, one.ticket, int(done)) * self.tree.page_size
+                self.tree.host_pool.free(one.slots[good:])
+                if one.void:
+                    self.tree.host_pool.free(one.slots[:good])
+                else:
+                    self.fetched += good
+                    self.tree.insert_host(one.ids, one.start, one.slots[:good], one.extra_key)
+        return bool(self.under_way)
+
+    def _give_up(self) -> None:
+        for one in self.under_way:
+            one.void = True
+
+    def _owners(self) -> Iterator[tuple[str, np.ndarray]]:
+        for one in self.under_way:
+            yield f"prefetch {one.ticket}", one.slots[:: self.tree.page_size] // self.tree.page_size

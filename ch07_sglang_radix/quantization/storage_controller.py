@@ -1,0 +1,107 @@
+"""The disk below the host's memory, on one rank: threads that write and read its pages' files while steps go on.
+
+    rank 0                                                  every rank
+    WRITE n, host pages, keys                      ->       threads write, once the copy to the host is done
+    READ  ticket, n, host pages, keys              ->       threads read
+    SETTLE ticket, wait                            ->       how many pages are good, from the first one on?
+                                             <- all-gather [1] ->    the MINIMUM over all ranks counts
+
+A page is of use where all ranks have it: a rank whose file is missing, damaged or late says so, and rank 0 counts what is behind
+it as not there, for all of them. wait=0 gives up what has not been read yet. A host page that a thread still reads or writes is not
+written over: whoever wants to, waits for the thread, on this rank and without asking another. SGLang 0.5.23:
+srt/managers/cache_controller.py (prefetch_thread_func and its all_reduce of the minimum).
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import takewhile
+
+import numpy as np
+import torch
+
+from common.attention.host_pool import HostKVPool
+from common.parallel_state import TPGroup, all_gather
+from common.storage.page_keys import from_words
+from common.storage.page_store import PageStore
+
+WRITE, READ, SETTLE = 4, 5, 6
+THREADS = 16  # at most; checksums and files let Python's other threads run
+
+
+class StorageController:
+    """writes: whether this rank has to; of latent rows, which are alike on all ranks, rank 0's files serve everybody."""
+
+    def __init__(self, store: PageStore, pool: HostKVPool, group: TPGroup, writes: bool = True):
+        self.store, self.pool, self.group, self.writes = store, pool, group, writes
+        self._threads = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "hicache-storage")
+        self._writing: dict[int, Future] = {}  # by host page
+        self._reading: dict[int, list[Future]] = {}  # by ticket, a future for each page
+
+    @property
+    def backlog(self) -> int:
+        """Pages that are still to be written."""
+        self._writing = {page: one for page, one in self._writing.items() if not one.done()}
+        return len(self._writing)
+
+    def obey(self, kind: int, words: Sequence[int]) -> None:
+        if kind == SETTLE:
+            self.settle(*words)
+            return
+        ticket, words = (None, words) if kind == WRITE else (words[0], words[1:])
+        count = words[0]
+        pages, keys = words[1 : 1 + count], from_words(words[1 + count :])
+        copied = self.pool.last_copy()  # the host's memory is touched after all that is on its way to or from it
+        if kind == READ:
+            self.wait_for(pages)
+            self._reading[ticket] = [
+                self._threads.submit(self._read, copied, *one) for one in zip(pages, keys, strict=True)
+            ]
+        elif self.writes:
+            for page, key in zip(pages, keys, strict=True):
+                self._writing[page] = self._threads.submit(self._write, copied, page, key)
+
+    def wait_for(self, pages: Sequence[int]) -> None:
+        """Before these host pages are written over: whoever still writes them to a file is done."""
+        if self._writing:
+            for page in pages:
+                if one := self._writing.pop(page, None):
+                    one.result()
+
+    def done(self, ticket: int) -> bool:
+        return all(one.done() for one in self._reading[ticket])
+
+    def settle(self, ticket: int, wait: int) -> int:
+        """Pages that are good on every rank, from the first one on. All ranks call it."""
+        futures = self._reading.pop(ticket)
+        if not wait:
+            futures = [one for one in futures if not one.cancel()]
+        good = [one.result() for one in futures]  # what runs must end: it writes into pages that others will get
+        mine = torch.tensor([sum(takewhile(bool, good))])
+        counts = all_gather(
+            mine, self.group, "good pages"
+        )  # COMM all-gather [1]: pages of a prefix that each rank has read
+        return min(int(one) for one in counts)
+
+    def close(self) -> None:
+        """What is being written is written; reads are given up."""
+        for futures in self._reading.values():
+            for one in futures:
+                one.cancel()
+        self._threads.shutdown()
+
+    # --- in a thread
+
+    def _write(self, copied: "torch.cuda.Event | None", page: int, key: bytes) -> bool:
+        if copied is not None:
+            copied.synchronize()
+        return self.store.write(key, self.pool.page(page))
+
+    def _read(self, copied: "torch.cuda.Event | None", page: int, key: bytes) -> bool:
+        if copied is not None:
+            copied.synchronize()
+        return self.store.read(key, self.pool.page(page))
+
+
+def page_words(pages: np.ndarray, key_words: Sequence[int]) -> tuple[int, ...]:
+    return (len(pages), *pages.tolist(), *key_words)

@@ -1,0 +1,163 @@
+"""Pages in files: the tier below the host's memory. A file holds one page of one rank, and proves that it does.
+
+    "KVPG" version key (32 bytes) two lengths  |  text: the form of a page  |  payload  |  SHA-256 of all before
+
+Written under a name that nobody looks for, then renamed: a file has its name when it is whole, or never. Whoever is killed in the
+middle leaves a file that nobody reads, and that is removed later. A crash of the whole machine may leave a named file without its
+end, a disk may lose bits: the checksum finds both. What is not exactly what it should be is removed and counted, and counts as not
+there: its tokens are computed again, and never read from it.
+
+The folder holds `quota` bytes. When more has been written, the files that were used least recently go (a file's time is set when
+it is read). Several engines may use one folder: names tell what is inside (page_keys.py), so two that write the same page write the
+same bytes, and one that is gone is a miss. SGLang 0.5.23: HiCacheFile in srt/mem_cache/hicache_storage.py, files of bare payload.
+"""
+
+import os
+import struct
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from hashlib import sha256
+from itertools import count
+from pathlib import Path
+
+MAGIC, VERSION = b"KVPG", 1
+HEAD = struct.Struct("<4sI32sIQ")
+END, PART = ".kv", ".part"  # of a page's file, and of one that is being written
+ABANDONED_S = 600  # a file that has been written for so long is nobody's any more
+LEFT = 0.9  # of the quota, after files have gone: else the next page would be one too many
+LOOKS = 16  # the folder is looked through whenever a 16th of its quota was written
+
+
+class PageStore:
+    """The files of one rank. seed: see page_keys.py; form: says what a page is, for people and for a last check.
+
+    Threads may call it. Raises ValueError for a folder that cannot be made or written to.
+    """
+
+    def __init__(self, folder: str | Path, seed: bytes, form: str, quota: int):
+        self.folder, self.seed, self.form, self.quota = Path(folder), seed, form.encode(), quota
+        self.written = self.read_pages = self.damaged = self.removed = self.failed = 0  # pages since the beginning
+        self._lock, self._number, self._since = (
+            threading.Lock(),
+            count(),
+            quota,
+        )  # bytes since the folder was looked through
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self._part("probe")
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(f"hicache_storage_dir={folder} cannot be used ({error}); name another folder") from None
+        self._make_room(0)
+
+    def key(self, chained: bytes) -> bytes:
+        return sha256(self.seed + chained).digest()
+
+    def path(self, chained: bytes) -> Path:
+        return self.folder / (self.key(chained).hex() + END)
+
+    def leading(self, chained: Sequence[bytes]) -> int:
+        """How many of these pages, from the first one on, have a file."""
+        for i, one in enumerate(chained):
+            if not self.path(one).exists():
+                return i
+        return len(chained)
+
+    def write(self, chained: bytes, payload: Sequence[memoryview]) -> bool:
+        """False if it could not be written: then it is not there."""
+        path, key, length = self.path(chained), self.key(chained), sum(map(len, payload))
+        part = self._part(path.stem)
+        try:
+            if path.exists():
+                os.utime(path)
+                return True
+            digest = sha256()
+            with open(part, "xb") as file:
+                for piece in (HEAD.pack(MAGIC, VERSION, key, len(self.form), length), self.form, *payload):
+                    digest.update(piece)
+                    file.write(piece)
+                file.write(digest.digest())
+                size = file.tell()
+            os.replace(part, path)
+        except OSError:  # the disk is full, or another system holds the name for its reader
+            self._count("failed")
+            with suppress(OSError):
+                part.unlink()
+            return False
+        self._count("written")
+        self._make_room(size)
+        return True
+
+    def read(self, chained: bytes, into: Sequence[memoryview]) -> bool:
+        """Fill `into`; False if the page is not there, or not what it should be. Then `into` holds anything."""
+        path, wanted = (
+            self.path(chained),
+            HEAD.pack(MAGIC, VERSION, self.key(chained), len(self.form), sum(map(len, into))),
+        )
+        try:
+            with open(path, "rb", buffering=0) as file:
+                whole = _holds(file, wanted + self.form, into)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            whole = False
+        if not whole:
+            self._count("damaged")
+            with suppress(OSError):
+                path.unlink()
+            return False
+        with suppress(OSError):
+            os.utime(path)
+        self._count("read_pages")
+        return True
+
+    def _part(self, name: str) -> Path:
+        return self.folder / f"{name}.{os.getpid()}.{next(self._number)}{PART}"
+
+    def _count(self, what: str) -> None:
+        with self._lock:
+            setattr(self, what, getattr(self, what) + 1)
+
+    def _make_room(self, written: int) -> None:
+        """Every now and then, so that others who write here are seen too."""
+        with self._lock:
+            self._since += written
+            if self._since < self.quota / LOOKS:
+                return
+            self._since = 0
+        found = []
+        for entry in os.scandir(self.folder):
+            with suppress(OSError):  # somebody else has removed it
+                stat = entry.stat()
+                if entry.name.endswith(PART) and time.time() - stat.st_mtime > ABANDONED_S:
+                    os.unlink(entry.path)
+                elif entry.name.endswith(END):
+                    found.append((stat.st_mtime_ns, stat.st_size, entry.path))
+        total = sum(size for _, size, _ in found)
+        if total <= self.quota:
+            return
+        for _, size, path in sorted(found):
+            if total <= LEFT * self.quota:
+                break
+            with suppress(OSError):
+                os.unlink(path)
+                self._count("removed")
+            total -= size
+
+
+def _holds(file, head: bytes, into: Sequence[memoryview]) -> bool:
+    """Is this the head, as much payload as there is room for, and the checksum of both, and then the end?"""
+    if file.read(len(head)) != head:
+        return False
+    digest = sha256(head)
+    for buffer in into:
+        at = 0
+        while at < len(buffer):
+            if not (n := file.readinto(buffer[at:])):
+                return False
+            at += n
+        digest.update(buffer)
+    return file.read(33) == digest.digest()

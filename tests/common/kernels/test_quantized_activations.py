@@ -1,0 +1,121 @@
+"""FP8 times FP8 and INT8 times INT8, against the same codes in float64; on a CPU in Triton's interpreter."""
+
+import pytest
+import torch
+
+from common.kernels.quantized_layout import pack
+from common.quantization.cpu_methods import rounded as rounded_plain
+from common.quantization.gpu_methods import FEW, RoundedActivations
+from common.quantization.rounding import round_to_nearest
+from common.quantization.scheme import Activations, Scheme
+from tests.common.kernels.where import DEVICE, GPU, TOLERANCE, gpu, kernel, relative_error
+
+pytestmark = kernel
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+KINDS = {INT8: "int", FP8: "float"}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("rows", "width"), [(1, 70), (3, 300), (2, 5000)])
+def test_int8_codes_of_rows_are_those_of_torch(rows, width, dtype):
+    from common.kernels.quantized_activations import round_rows  # noqa: PLC0415
+
+    x = torch.randn(rows, width, device=DEVICE).to(dtype)
+    x[0] = 0.0
+    q, scale = round_rows(x, INT8)
+    want, want_scale = rounded_plain(x.float(), "int")
+    assert relative_error(scale, want_scale) < 1e-6
+    assert (q.float() - want).abs().max() <= 1  # a division may end on the other side of a half
+    assert (q.float() != want).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_fp8_codes_of_rows_are_those_of_torch(grouped):
+    """The interpreter rounds to float8 in a way of its own: half a step more."""
+    from common.kernels.quantized_activations import round_rows  # noqa: PLC0415
+
+    x = torch.randn(3, 300, device=DEVICE)
+    q, scale = round_rows(x, FP8, grouped)
+    assert scale.shape == (3, 3 if grouped else 1)
+    for g, part in enumerate(x.split(128, dim=1) if grouped else [x]):
+        want, want_scale = rounded_plain(part.contiguous(), "float")
+        assert relative_error(scale[:, g : g + 1], want_scale) < 1e-6
+        got = q[:, 128 * g : 128 * g + part.shape[1]].float()
+        step = torch.maximum(want.abs() / 8, torch.tensor(2.0**-9, device=DEVICE))
+        assert ((got - want).abs() <= (0 if GPU else step)).float().mean() > 0.995
+
+
+def test_a_given_scale_is_used_and_what_is_too_large_becomes_the_largest():
+    from common.kernels.quantized_activations import round_rows  # noqa: PLC0415
+
+    x = torch.tensor([[0.5, -3.0, 100.0, -100.0]], device=DEVICE)
+    q, scale = round_rows(x, INT8, scale=0.5)
+    assert q.tolist() == [[1, -6, 127, -127]]
+    assert scale.tolist() == [[0.5]]
+    q, _ = round_rows(x, FP8, scale=0.125)
+    assert q.float().tolist() == [[4.0, -24.0, 448.0, -448.0]]
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize(
+    ("rows", "out", "width", "grouped", "share"),
+    [(1, 70, 200, False, 1), (3, 130, 256, True, 64), (20, 70, 300, True, 1), (5, 64, 1024, False, 128), (150, 200, 300, False, 1),
+     (140, 130, 256, True, 128)],
+)  # fmt: skip
+def test_products(rows, out, width, grouped, share, dtype):
+    from common.kernels import quantized_activations as kernels  # noqa: PLC0415
+
+    groups = -(-width // 128) if grouped else 1
+    x, w = (40 * torch.randn(n, width, device=DEVICE) for n in (rows, out))
+    x, w = (one.clamp(-127, 127).round().to(dtype) for one in (x, w))
+    x_scale = torch.rand(rows, groups, device=DEVICE) + 0.1
+    w_scale = torch.rand(groups, -(-out // share), device=DEVICE) + 0.1
+    bias = torch.randn(out, device=DEVICE)
+
+    def numbers(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        scale = scale.repeat_interleave(128, dim=1)[:, :width] if grouped else scale
+        return q.double() * scale.double()
+
+    want = numbers(x, x_scale) @ numbers(w, w_scale.repeat_interleave(share, dim=1)[:, :out].t()).t() + bias
+    for multiply in (kernels.few_rows, kernels.many_rows):
+        got = multiply(x, x_scale, w, w_scale, share, torch.float32, bias)
+        assert relative_error(got, want) < (1e-3 if GPU and dtype == FP8 and not grouped else 2e-6)
+
+
+@pytest.mark.parametrize("scheme", [
+    Scheme("w8a8_int8", 8, "int", activations=Activations(8, "int")),
+    Scheme("fp8", 8, "float", activations=Activations(8, "float")),
+    Scheme("fp8", 8, "float", "block", block=(128, 128), activations=Activations(8, "float", strategy="group", group_size=128)),
+], ids=str)  # fmt: skip
+def test_a_layer_rounds_x_if_it_has_many_rows(scheme):
+    codes = round_to_nearest(torch.randn(130, 256), scheme)
+    codes = codes._replace(q=codes.q.to(DEVICE), scale=codes.scale.to(DEVICE), group=codes.group.to(DEVICE))
+    layer, method = torch.nn.Module(), RoundedActivations(scheme)
+    method.pack(layer, codes)
+    w = codes.dequantise(torch.float64)
+    for rows, limit in ((FEW, 2e-6), (FEW + 1, 0.05), (70, 0.05)):
+        x = torch.randn(rows, 256, device=DEVICE)
+        error = relative_error(method.apply(layer, x, None), x.double() @ w.t())
+        assert error < limit
+        assert error > 1e-3 or rows <= FEW  # x was rounded
+
+
+@gpu
+@pytest.mark.parametrize("kind", ["int", "float"])
+@pytest.mark.parametrize("rows", [64, 200])
+def test_real_sizes_in_a_graph(kind, rows):
+    scheme = Scheme("", 8, kind, activations=Activations(8, kind))
+    codes = round_to_nearest(torch.randn(4608, 3584), scheme)
+    codes = codes._replace(q=codes.q.cuda(), scale=codes.scale.cuda(), group=codes.group.cuda())
+    layer, method = torch.nn.Module(), RoundedActivations(scheme)
+    method.pack(layer, codes)
+    assert pack(codes, 8).bits == 8
+    x = torch.randn(rows, 3584, device="cuda", dtype=torch.bfloat16)
+    method.apply(layer, x, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = method.apply(layer, x, None)
+    for _ in range(2):
+        x.normal_()
+        graph.replay()
+        assert relative_error(y, x.double() @ codes.dequantise(torch.float64).t()) < 0.05
