@@ -8,8 +8,8 @@ import numpy as np
 class Copies:
     """A control plane and a rank's pages in one, for HiCacheController: `device` and `host`, page -> what lies there.
 
-    A copy runs when somebody is sent after it, or when `pass_time` says so, and never before: whoever should have been sent after it
-    and was not, finds the wrong pages.
+    A copy runs when somebody is sent after it, or when `pass_time` says so, and never before: whoever should have been sent after
+    it and was not, finds the wrong pages.
     """
 
     def __init__(self):
