@@ -78,9 +78,7 @@ class StorageController:
             futures = [one for one in futures if not one.cancel()]
         good = [one.result() for one in futures]  # what runs must end: it writes into pages that others will get
         mine = torch.tensor([sum(takewhile(bool, good))])
-        counts = all_gather(
-            mine, self.group, "good pages"
-        )  # COMM all-gather [1]: pages of a prefix that each rank has read
+        counts = all_gather(mine, self.group, "good pages")  # COMM all-gather [1]: pages that each rank has read
         return min(int(one) for one in counts)
 
     def close(self) -> None:
