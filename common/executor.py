@@ -60,6 +60,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 OTHER_NAMES = {"float": "float32", "half": "float16"}  # of vLLM and SGLang
 WARM_UP_TOKENS = 8192
 SCORED_ROWS = 256  # tokens of a prompt whose logits are there at a time
+SAID = 1024  # bytes of an error that travel
 NO_TOKENS = np.zeros(0, dtype=np.int64)
 
 
@@ -166,10 +167,15 @@ class Executor:
         )
         pp = self.parallel.pp
         self.stage = Stage(pp.rank, pp.size, layer_partition(pp_layer_partition) if pp.size > 1 else None)
-        self.model, self.load_report = load_model(
-            folder, self.tp, self.dtype, check_finite=check_finite, stage=self.stage, communicator=self.communicator,
-            moe=self.moe, quantization=quantization, quantized_compute=quantized_compute,
-        )  # fmt: skip
+        error = None
+        try:
+            self.model, self.load_report = load_model(
+                folder, self.tp, self.dtype, check_finite=check_finite, stage=self.stage, communicator=self.communicator,
+                moe=self.moe, quantization=quantization, quantized_compute=quantized_compute,
+            )  # fmt: skip
+        except (ValueError, FileNotFoundError) as one:
+            error = one
+        _refuse_together(error, self.parallel.replica)
         self.linear_forms = choose_forms(self.model)
         self.config: ModelConfig = self.model.config
         if lora and enable_two_batch_overlap:
@@ -590,6 +596,20 @@ class Executor:
         if wanted is not None and not 1 <= wanted <= most:
             raise ValueError(f"a context of {wanted} tokens is asked for, but the model has positions for {most}")
         return most if wanted is None else wanted
+
+
+def _refuse_together(error: Exception | None, group: TPGroup) -> None:
+    """Raises on every rank what one of them has found, and returns if none has: what is wrong in the part of a file that one rank
+    reads, the others do not see, and would wait for it."""
+    said = torch.frombuffer(bytearray(str(error or "").encode()[:SAID]) + bytes(1), dtype=torch.uint8)
+    mine = torch.zeros(SAID + 1, dtype=torch.uint8)
+    mine[: len(said)] = said
+    parts = all_gather(mine, group, "errors")  # COMM all-gather [1025]: what a rank could not load, in words
+    if error is not None:
+        raise error
+    for rank, part in enumerate(parts):
+        if part[0]:
+            raise ValueError(f"rank {rank}: {bytes(part.tolist()).rstrip(bytes(1)).decode(errors='replace')}")
 
 
 def _dtype(what: str, name: str | None) -> torch.dtype | None:

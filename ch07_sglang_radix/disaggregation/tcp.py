@@ -22,6 +22,7 @@ from ch07_sglang_radix.disaggregation.messages import (
     lengths,
 )
 from ch07_sglang_radix.disaggregation.transport import PING_S, SILENCE_S, Handler, Payload
+from common.distributed.reach import connect
 
 HOST = "127.0.0.1"
 CONNECT_S = 5.0
@@ -56,7 +57,7 @@ class TcpLink:
         try:
             if self._socket is None:
                 host, _, port = self.address.rpartition(":")
-                self._socket = socket.create_connection((host, int(port)), CONNECT_S)
+                self._socket = connect(host, int(port), CONNECT_S)
             self._socket.settimeout(SILENCE_S)
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             threading.Thread(target=self._write, name=f"{type(self).__name__} writer", daemon=True).start()

@@ -3,8 +3,8 @@
 Whoever sends a URL makes the SERVER ask for it, from inside its network: http://169.254.169.254/ is a cloud's credentials,
 http://127.0.0.1:6379/ somebody's database (server-side request forgery). So a name is looked up once, every address that it has
 must be one of the public net, and the connection goes to the address that was looked at, not to the name again, which may have
-changed its mind meanwhile. Each redirect is a new URL, and meets the same. Bytes and seconds are counted over all of it; only
-the lookup of a name takes as long as the system's resolver lets it.
+changed its mind meanwhile. Each redirect is a new URL, and meets the same. Bytes and seconds are counted over all of it, the
+lookups of names among it.
 """
 
 import http.client
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from urllib.parse import quote, urljoin, urlsplit
 
+from common.distributed.reach import lookup
 from common.values import shown
 
 TIMEOUT_S = 10.0  # for all of it
@@ -64,7 +65,7 @@ def _one(url: str, max_bytes: int, deadline: float, public: Callable[[str], bool
     if parts.username is not None:
         raise ValueError(f"{shown(parts.hostname)}: a URL with a user name in it is not fetched")
     port = port or PORTS[parts.scheme]
-    address = _address(host, port, public)
+    address = _address(host, port, public, _left(url, deadline))
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     more = {"context": ssl.create_default_context()} if parts.scheme == "https" else {}
     connection = kind(host, port, timeout=_left(url, deadline), **more)
@@ -98,10 +99,12 @@ def _one(url: str, max_bytes: int, deadline: float, public: Callable[[str], bool
         connection.close()
 
 
-def _address(host: str, port: int, public: Callable[[str], bool]) -> str:
+def _address(host: str, port: int, public: Callable[[str], bool], within_s: float) -> str:
     try:
-        found = {info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
-    except (OSError, UnicodeError):
+        found = {info[4][0] for info in lookup(host, port, within_s)}
+    except TimeoutError as error:
+        raise ValueError(f"{shown(host)} cannot be fetched from: {error}") from None
+    except OSError:
         raise ValueError(f"{shown(host)} has no address") from None
     if not all(map(public, found)):
         # which one is nobody's business who asks: it would be a map of the inside

@@ -5,6 +5,7 @@ where it is done: a long text is encoded in a thread, so that it delays its own 
 """
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from typing import Any
 
@@ -18,6 +19,8 @@ from common.request.intake import Intake
 from common.sampling.params import SamplingParams
 
 LONG_TEXT = 20_000  # characters, from which on encoding takes longer than other callers should wait
+# threads that open pictures, which may wait seconds for the net: others encode and render meanwhile
+LOOKERS = ThreadPoolExecutor(8, "pictures")
 _DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
 
 
@@ -40,7 +43,9 @@ class Preparation:
                 return self._continued(request)
             arguments = request.text, request.input_ids, request
             texts = [request.text] if isinstance(request.text, str) else request.text or []
-            if sum(map(len, texts)) > LONG_TEXT or request.image_data is not None:
+            if request.image_data is not None:
+                return await asyncio.get_running_loop().run_in_executor(LOOKERS, self._call, *arguments), None
+            if sum(map(len, texts)) > LONG_TEXT:
                 return await asyncio.to_thread(self._call, *arguments), None
             return self._call(*arguments), None
         except ValueError as error:

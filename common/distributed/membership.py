@@ -29,6 +29,7 @@ from contextlib import suppress
 from typing import Any
 
 from common.distributed.processes import RankFailure
+from common.distributed.reach import connect
 
 BEAT_S = 1.0
 SILENT_BEATS = 10  # counted, not timed: who was stopped itself has counted none
@@ -279,7 +280,7 @@ def _connect(host: str, port: int, timeout_s: float) -> _Link:
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            return _Link(socket.create_connection((host, port), timeout=max(1.0, min(A_REPLY_S, timeout_s))))
+            return _Link(connect(host, port, max(1.0, min(A_REPLY_S, timeout_s))))
         except OSError as error:
             if time.monotonic() > deadline:
                 why = error.strerror or str(error)

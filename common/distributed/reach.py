@@ -38,14 +38,20 @@ def in_time(call: Callable[[], Result], within_s: float, what: str) -> Result:
     return done.result()
 
 
-def lookup(host: str, port: int, within_s: float) -> list[tuple[Any, ...]]:
-    """As socket.getaddrinfo, of a stream. Raises OSError: TimeoutError, socket.gaierror, or of what cannot be a name at all."""
+def literal(host: str, port: int) -> list[tuple[Any, ...]]:
+    """The same of an address in digits, and of a name nothing; nobody is asked. Raises OSError for what is neither."""
     try:
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     except socket.gaierror:  # a name
-        pass
-    except (UnicodeError, ValueError):  # too long between two dots; a NUL
+        return []
+    except ValueError:  # a UnicodeError is one: too long between two dots, half a surrogate pair
         raise OSError(f"{shown(host)} is no name of a host") from None
+
+
+def lookup(host: str, port: int, within_s: float) -> list[tuple[Any, ...]]:
+    """As socket.getaddrinfo, of a stream. Raises OSError: TimeoutError, socket.gaierror, or of what cannot be a name at all."""
+    if at_once := literal(host, port):
+        return at_once
     free = _free
     if not free.acquire(timeout=within_s):
         raise TimeoutError(f"{LOOKUPS} names are being looked up, and none is found")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from common.distributed.launch import run_main
 from common.kernels import quantized_activations as rounded
 from common.kernels import quantized_linear as weight_only
-from common.kernels.launch import compile_ahead, num_processors, shared_memory
+from common.kernels.launch import compile_ahead, num_processors
 from common.kernels.quantized_layout import PackedCodes, multiply_plain, pack, unpack
 from common.kernels.timing import ROTATE_BYTES, copy_bandwidth, timed
 from common.layers.linear import multiply
@@ -30,7 +30,7 @@ from common.teaching.report import FIGURES, write_csv
 
 BF16 = torch.bfloat16
 SHAPES = {"qkv": (4608, 3584), "o": (3584, 3584), "gate_up": (37_888, 3584), "down": (3584, 18_944)}  # Qwen2.5-7B
-ROWS = (1, 8, 16, 64, 128, 256, 1024, 4096)
+ROWS = (1, 16, 64, 128, 256, 1024, 4096)
 FORMS = {
     "int4 group 128": Scheme("gptq", 4, "int", "group", 128),
     "int4 group 128, zeros": Scheme("awq", 4, "int", "group", 128, symmetric=False),
@@ -138,7 +138,7 @@ def error(got: torch.Tensor, x: torch.Tensor, packed: PackedCodes, way: str) -> 
 
 def tune(bandwidth: float) -> None:
     """The fastest tilings of the weight-only kernel for each shape, and the one that `tiling` takes."""
-    plans = list(itertools.product((64, 128), (1, 2, 3, 4, 6, 8), (4, 8), (3, 4, 6)))
+    plans = list(itertools.product((64, 128), (1, 2, 4, 8), (4, 8), (2, 3, 4)))
     for (shape, (out, width)), form in itertools.product(
         SHAPES.items(), ("int4 group 128", "fp8 block", "fp8 channel")
     ):
@@ -147,13 +147,12 @@ def tune(bandwidth: float) -> None:
         for count in (1, 16, 64):
             x = torch.randn(count, width, device="cuda", dtype=BF16)
             block = min(max(count, 16), 64)
-            room = shared_memory(x.device)
             fitting = [
                 weight_only.Tiling(block, n, parts, warps, stages)
                 for n, parts, warps, stages in plans
-                if stages * one.turn * (n * one.bits // 8 + 2 * block) <= room and (parts == 1 or count * parts <= 64)
+                if n * warps in (256, 1024)
             ]
-            taken = weight_only.tiling(count, one, 2, num_processors(x.device), room)
+            taken = weight_only.tiling(count, one, num_processors(x.device))
             with compile_ahead():
                 for plan in (taken, *fitting):
                     weight_only.few_rows(x, one, None, plan)

@@ -10,20 +10,21 @@ One group is a scale for a row of x and one for a row of W; they are then multip
 (DeepSeek-V3's blocks of 128 x 128) each group's products are summed apart and scaled, in float32. That is also more exact:
 Hopper's FP8 tensor cores keep some 14 bits of a running sum (DeepSeek-V3, section 3.3.2).
 
-Bytes: out * in and its scales, x once in 16 bits and written and read in 8 bits. A step of a few rows gains nothing from
-rounding x: W's bytes are the cost, and quantized_linear.py has them too, without a launch for x.
+Bytes: out * in and its scales, x once in 16 bits and written and read in 8 bits. Even one row is faster so than with x as it is
+(quantized_linear.py), rounding included: widening each byte of W costs more than a launch.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from common.kernels.launch import counters, launch, let_next_start, num_processors, shared_memory, wait_for_previous
+from common.kernels.launch import counters, launch, let_next_start, num_processors, wait_for_previous
+from common.kernels.quantized_linear import parts_of
 
 GROUP = 128  # columns that share a scale, if not all
 CHUNK = 4096  # columns that `round_rows` looks at in one go
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
-FEW = 64  # rows of x, up to which W's bytes are the cost
+TILE, FEW = 64, 128  # rows of x a program, and rows up to which W's bytes are the cost
 
 
 def round_rows(
@@ -92,19 +93,18 @@ def few_rows(x, x_scale, w, w_scale, share: int, dtype: torch.dtype, bias=None) 
     """As multiply; W is the left factor, and cut along `in` if it has few rows."""
     (rows, width), out = x.shape, len(w)
     y = torch.empty(rows, out, dtype=dtype, device=x.device)
-    block_m = min(max(triton.next_power_of_2(rows), 16), FEW)
-    block_n, warps = (128, 8) if out >= 8000 and block_m == FEW else (64, 4)
+    block_m = min(max(triton.next_power_of_2(rows), 16), TILE)
+    grouped = x_scale.shape[1] > 1 or len(w_scale) > 1
+    block_n, warps, stages = (128, 8, 4) if out >= 8000 and block_m == TILE and not grouped else (64, 4, 3)
     grid = triton.cdiv(out, block_n), triton.cdiv(rows, block_m)
     turns, processors = triton.cdiv(width, GROUP), num_processors(x.device)
-    wanted = min(4 * processors // (grid[0] * grid[1]), turns // 4, width // (32 * rows), 16)
-    turns_each = triton.cdiv(turns, max(wanted, 1))
+    turns_each = triton.cdiv(turns, parts_of(grid[0] * grid[1], turns, rows * out, processors))
     parts = triton.cdiv(turns, turns_each)
     part = torch.empty(parts, rows, out, dtype=torch.float32, device=x.device) if parts > 1 else y
-    stages = max(min(5, shared_memory(x.device) // ((block_m + block_n) * GROUP)), 1)
     launch(
         _few_rows, (*grid, parts), x, x_scale, w, w_scale, x if bias is None else bias, y, part, counters(x.device), rows, out,
         width, x_scale.shape[1], w_scale.shape[1], turns_each, BM=block_m, BN=block_n, BK=GROUP, SHARE=share,
-        GROUPED=x_scale.shape[1] > 1 or len(w_scale) > 1, X_GROUPED=x_scale.shape[1] > 1, CUT=parts > 1, BIAS=bias is not None,
+        GROUPED=grouped, X_GROUPED=x_scale.shape[1] > 1, CUT=parts > 1, BIAS=bias is not None,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y
@@ -166,11 +166,15 @@ def many_rows(x, x_scale, w, w_scale, share: int, dtype: torch.dtype, bias=None)
     """As multiply; tiles of y that read the same rows of W follow each other, so that W comes from the L2 cache."""
     (rows, width), out = x.shape, len(w)
     y = torch.empty(rows, out, dtype=dtype, device=x.device)
+    grouped = x_scale.shape[1] > 1 or len(w_scale) > 1
+    block_m, warps, stages = (
+        (64, 4, 3) if grouped else (128, 8, 4)
+    )  # grouped: two sums of each number, one of them of a group
     launch(
-        _many_rows, (triton.cdiv(rows, 128) * triton.cdiv(out, 128),), x, x_scale, w, w_scale, x if bias is None else bias, y,
-        rows, out, width, x_scale.shape[1], w_scale.shape[1], BM=128, BN=128, BK=GROUP, SHARE=share, BESIDE=8,
-        GROUPED=x_scale.shape[1] > 1 or len(w_scale) > 1, X_GROUPED=x_scale.shape[1] > 1, BIAS=bias is not None, num_warps=8,
-        num_stages=4,
+        _many_rows, (triton.cdiv(rows, block_m) * triton.cdiv(out, 128),), x, x_scale, w, w_scale, x if bias is None else bias, y,
+        rows, out, width, x_scale.shape[1], w_scale.shape[1], BM=block_m, BN=128, BK=GROUP, SHARE=share, BESIDE=8,
+        GROUPED=grouped, X_GROUPED=x_scale.shape[1] > 1, BIAS=bias is not None, num_warps=warps,
+        num_stages=stages,
     )  # fmt: skip
     return y
 

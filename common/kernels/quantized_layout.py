@@ -64,9 +64,9 @@ class PackedCodes:
 def pack(codes: Codes, bits: int) -> PackedCodes:
     """bits: of a code. Two of at most 4 bits are put in a byte."""
     out, in_features = codes.q.shape
-    q, order, group = _in_order(codes)
+    (q, scale, zero, _), order, group = _in_order(codes)
     e2m1 = bits <= 4 and q.is_floating_point()
-    scale, zero, offset = codes.scale, codes.zero, 0
+    offset = 0
     if e2m1:
         q, scale = _numbers_of_e2m1(q), scale / 2  # the kernel makes twice the number, which is an integer
     elif bits <= 4 and q.dtype == torch.int8:
@@ -111,28 +111,24 @@ def multiply_plain(x: torch.Tensor, packed: PackedCodes) -> torch.Tensor:
     return packed.ordered(x) @ unpack(packed).dequantise(x.dtype).t()
 
 
-def _in_order(codes: Codes) -> tuple[torch.Tensor, torch.Tensor | None, int]:
-    """(q with its columns in runs of equal length of one group, their order or None, that length; 0 if there is one group)."""
-    q, group, width = codes.q, codes.group, codes.q.shape[1]
-    if codes.scale.shape[1] == 1:
-        return q, None, 0
+def _in_order(codes: Codes) -> tuple[Codes, torch.Tensor | None, int]:
+    """(codes with the columns of each group in one run, all of one length; the order or None; that length, 0 if there is one group).
+    Groups whose scales are all 0, padding of a rank's slice, are left out."""
+    q, scale, zero, group = codes
+    width = q.shape[1]
+    if scale.shape[1] == 1:
+        return codes, None, 0
     size = int((group == 0).sum())
     runs = torch.arange(width, device=group.device) // max(size, 1)
     if size >= SMALLEST_TURN and size & (size - 1) == 0 and torch.equal(runs, group):
-        return q, None, size
-    used = codes.scale.any(dim=0)  # padding is a group of its own, with scales of 0
-    counts = torch.bincount(group, minlength=len(used)) * used
-    size = max(1 << (int(counts.max()) - 1).bit_length(), SMALLEST_TURN)
-    starts = torch.arange(len(counts), device=group.device) * size
-    by_group = torch.argsort(group, stable=True)
-    by_group = by_group[used[group[by_group]]]
-    first = torch.cumsum(counts, 0) - counts
-    place = starts[group[by_group]] + torch.arange(len(by_group), device=group.device) - first[group[by_group]]
-    order = torch.full((len(counts) * size,), width, dtype=torch.int64, device=group.device)
-    order[place] = by_group
-    blank = q.new_zeros(len(q), 1, dtype=torch.uint8).to(q.dtype)
-    bytes_ = torch.cat([q, blank], dim=1).view(torch.uint8)  # float8 has no index_select
-    return bytes_.index_select(1, order).view(q.dtype), order, size
+        return codes, None, size
+    used = scale.any(dim=0).nonzero()[:, 0] if scale.any() else torch.zeros_like(group[:1])
+    columns = [(group == g).nonzero()[:, 0] for g in used]
+    size = max(1 << (max(map(len, columns), default=1) - 1).bit_length(), SMALLEST_TURN)
+    order = torch.cat([F.pad(of_group, (0, size - len(of_group)), value=width) for of_group in columns])
+    octets = F.pad(q.view(torch.uint8), (0, 1)).index_select(1, order)  # float8 has no index_select
+    zero = None if zero is None else zero[:, used]
+    return Codes(octets.view(q.dtype), scale[:, used], zero, group), order, size
 
 
 def _tiles(q: torch.Tensor, turn: int) -> torch.Tensor:

@@ -7,7 +7,9 @@ rows it is cut along `in` too; the last program of a tile to end adds up the par
     for each turn of columns that shares a scale:    acc += scale * ((q - zero) x)
 
 q - zero is an integer of at most 9 bits, or a float8: exact in bfloat16 and float16, so no weight is rounded, and the sums are
-float32. Widening 4 bits is a matter of bits: 0x4300 | q is the bfloat16 128 + q, 0x6400 | q the float16 1024 + q.
+float32. Widening 4 bits is a matter of bits: 0x4300 | q is the bfloat16 128 + q, 0x6400 | q the float16 1024 + q, two of them in
+one instruction; 128 + zero is taken off afterwards, times the sum of x, which the tensor cores find with a matrix of ones. An
+instruction a weight is dear: at 3 TB/s a processor gets 26 codes of 4 bits a cycle, and can do 128 things with numbers.
 
 Bytes: out * in * bits / 8, the scales and zeros (quantized_layout.py), and x once for each BN rows of W, from cache. More than
 `MANY` rows of x are multiplied by the library, and W is dequantised before, which reads it once more and writes it as numbers.
@@ -20,10 +22,11 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from common.kernels.launch import counters, launch, let_next_start, num_processors, shared_memory, wait_for_previous
+from common.kernels.launch import INTERPRETED, counters, launch, let_next_start, num_processors, wait_for_previous
 from common.kernels.quantized_layout import ROWS, PackedCodes
 
 MANY = 128  # rows of x, from which on the library multiplies by dequantised weights
+PART_BYTES = 12 << 20  # of parts of y, at most
 NO_PART = 1 << 16  # tiles that `counters` has room for
 
 
@@ -38,17 +41,18 @@ class Tiling:
     stages: int
 
 
-def tiling(rows: int, packed: PackedCodes, itemsize: int, processors: int, room: int) -> Tiling:
-    """Some four programs a processor, so that one waits for memory while another multiplies; parts cost 8 bytes a number of y
-    each, and at most a quarter of what W has. processors and room (bytes a program may have): of the GPU."""
+def tiling(rows: int, packed: PackedCodes, processors: int) -> Tiling:
+    """Measured on an H100 (bench_quantized.py --part tune): small programs, many at a time, with few turns on their way each."""
     block_m = min(max(triton.next_power_of_2(rows), 16), ROWS)
-    wide = block_m == ROWS and packed.out >= 8000
-    block_n, warps = (2 * ROWS, 8) if wide else (ROWS, 4)
-    turns, tiles = triton.cdiv(packed.width, packed.turn), triton.cdiv(packed.out, block_n) * triton.cdiv(rows, block_m)
-    cheap = packed.width * packed.bits // (256 * rows)
-    parts = max(min(4 * processors // tiles, turns // 4, cheap, 16), 1)
-    stage = packed.turn * (block_n * packed.bits // 8 + block_m * itemsize)
-    return Tiling(block_m, block_n, parts, warps, max(min(5, room // stage), 1))
+    tiles = triton.cdiv(packed.out, ROWS) * triton.cdiv(rows, block_m)
+    parts = parts_of(tiles, triton.cdiv(packed.width, packed.turn), rows * packed.out, processors)
+    return Tiling(block_m, ROWS, parts, 4, 3)
+
+
+def parts_of(tiles: int, turns: int, numbers: int, processors: int) -> int:
+    """How many programs share each of `tiles` of y, which has `numbers`: until eight a processor have work, of four turns at least.
+    A part writes 4 bytes a number and reads them, into and from the L2 cache."""
+    return max(min(triton.cdiv(8 * processors, tiles), turns // 4, PART_BYTES // (8 * numbers), 8), 1)
 
 
 def linear(
@@ -67,7 +71,7 @@ def few_rows(
     """x [T, width], its columns in the order of the codes."""
     x = x if x.stride(1) == 1 else x.contiguous()
     rows, out = len(x), packed.out
-    plan = plan or tiling(rows, packed, x.element_size(), num_processors(x.device), shared_memory(x.device))
+    plan = plan or tiling(rows, packed, num_processors(x.device))
     y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
     grid = triton.cdiv(out, plan.out), triton.cdiv(rows, plan.rows)
     turns = triton.cdiv(packed.width, packed.turn)
@@ -79,7 +83,7 @@ def few_rows(
         x if bias is None else bias, y, part, counters(x.device), rows, out, packed.width, x.stride(0), share,
         triton.cdiv(out, packed.share), *_strides(packed), BM=plan.rows, BN=plan.out, TURN=packed.turn, GROUP=packed.group,
         SHARE=packed.share, BITS=packed.bits, OFFSET=packed.offset, ZERO=packed.zero is not None, E2M1=packed.e2m1,
-        CUT=parts > 1, BIAS=bias is not None, num_warps=plan.warps, num_stages=plan.stages,
+        CUT=parts > 1, BIAS=bias is not None, INTERPRETED=INTERPRETED, num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     return y
 
@@ -121,14 +125,46 @@ def _widened(
     code, zero, OFFSET: tl.constexpr, ZERO: tl.constexpr, BITS: tl.constexpr, E2M1: tl.constexpr, dtype: tl.constexpr
 ):
     """code [BN, n], zero [BN, 1] -> code - zero as a float of dtype."""
-    BY_BITS: tl.constexpr = BITS == 4 and not E2M1 and dtype != tl.float32
-    ABOVE: tl.constexpr = (128 if dtype == tl.bfloat16 else 1024) if BY_BITS else 0
-    ONES: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x6400
-    value = (code.to(tl.int16) | ONES).to(dtype, bitcast=True) if BY_BITS else _number(code, E2M1).to(dtype)
+    value = (_number(code, E2M1) if BITS == 4 else code).to(dtype)
     if ZERO:
-        value = value - (zero.to(tl.float32) + ABOVE).to(dtype)
-    elif OFFSET + ABOVE != 0:
-        value = value - tl.full([1, 1], OFFSET + ABOVE, tl.float32).to(dtype)
+        value = value - zero.to(dtype)
+    elif OFFSET != 0:
+        value = value - tl.full([1, 1], OFFSET, tl.float32).to(dtype)
+    return value
+
+
+# four bytes in a register -> the low (or, shifted, the high) half q of each below the bits of 128.0 or 1024.0
+LOW_BF16 = tl.constexpr(
+    "{ .reg .b32 t; and.b32 t, $2, 0x0F0F0F0F; prmt.b32 $0, t, 0x43434343, 0x4140; prmt.b32 $1, t, 0x43434343, 0x4342; }"
+)
+LOW_F16 = tl.constexpr(
+    "{ .reg .b32 t; and.b32 t, $2, 0x0F0F0F0F; prmt.b32 $0, t, 0x64646464, 0x4140; prmt.b32 $1, t, 0x64646464, 0x4342; }"
+)
+HIGH_BF16 = tl.constexpr(
+    "{ .reg .b32 t; shr.u32 t, $2, 4; and.b32 t, t, 0x0F0F0F0F; prmt.b32 $0, t, 0x43434343, 0x4140; "
+    "prmt.b32 $1, t, 0x43434343, 0x4342; }"
+)
+HIGH_F16 = tl.constexpr(
+    "{ .reg .b32 t; shr.u32 t, $2, 4; and.b32 t, t, 0x0F0F0F0F; prmt.b32 $0, t, 0x64646464, 0x4140; "
+    "prmt.b32 $1, t, 0x64646464, 0x4342; }"
+)
+
+
+@triton.jit
+def _above(code, HIGH: tl.constexpr, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """code [BN, n], two a byte -> 128 + q as bfloat16, or 1024 + q as float16."""
+    if INTERPRETED:
+        q = (code >> 4) if HIGH else (code & 15)
+        ones: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x6400
+        value = (q.to(tl.int16) | ones).to(dtype, bitcast=True)
+    elif dtype == tl.bfloat16:
+        value = tl.inline_asm_elementwise(
+            HIGH_BF16 if HIGH else LOW_BF16, "=r,=r,r", [code], tl.bfloat16, is_pure=True, pack=4
+        )
+    else:
+        value = tl.inline_asm_elementwise(
+            HIGH_F16 if HIGH else LOW_F16, "=r,=r,r", [code], tl.float16, is_pure=True, pack=4
+        )
     return value
 
 
@@ -137,11 +173,13 @@ def _few_rows(
     x, q, scale, zero, bias, y, part, arrived, rows, out, width, x_stride, share, scale_stride, tile_stride, row_stride,
     turn_stride, BM: tl.constexpr, BN: tl.constexpr, TURN: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr,
     BITS: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr, E2M1: tl.constexpr, CUT: tl.constexpr, BIAS: tl.constexpr,
-    PDL: tl.constexpr,
+    INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
     HALF: tl.constexpr = TURN * BITS // 8  # columns of a run of bytes: a turn, or the first half of one
     dtype: tl.constexpr = x.dtype.element_ty
+    BY_BITS: tl.constexpr = BITS == 4 and not E2M1 and dtype != tl.float32
+    ABOVE: tl.constexpr = 128 if dtype == tl.bfloat16 else 1024
     p, parts = tl.program_id(2), tl.num_programs(2)
     n, m = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
     k = tl.arange(0, HALF)
@@ -155,6 +193,7 @@ def _few_rows(
     s = tl.load(scale_at + g * scale_stride, mask=live_n, other=0.0)
     z = tl.load(zero_at + g * scale_stride, mask=live_n, other=0) if ZERO else tl.zeros([BN], tl.int8)
     wait_for_previous(PDL)
+    ones = tl.full([BN, HALF], 1.0, dtype)
     acc = tl.zeros([BN, BM], tl.float32)
     for turn in range(first, last):
         column = turn * TURN
@@ -171,13 +210,15 @@ def _few_rows(
             g = (tl.minimum(turn + 1, turns - 1) * TURN // GROUP).to(tl.int64)
             coming = tl.load(scale_at + g * scale_stride, mask=live_n, other=0.0)
             coming_zero = tl.load(zero_at + g * scale_stride, mask=live_n, other=0) if ZERO else z
-        if BITS == 4:
-            part_sum = tl.dot(
-                _widened(code & 15, z[:, None], OFFSET, ZERO, BITS, E2M1, dtype), low, input_precision="ieee"
-            )
-            part_sum = tl.dot(
-                _widened(code >> 4, z[:, None], OFFSET, ZERO, BITS, E2M1, dtype), high, part_sum, input_precision="ieee"
-            )
+        if BY_BITS:  # (q + ABOVE) x, less (ABOVE + zero) times the sum of x, which is one more product
+            part_sum = tl.dot(_above(code, False, dtype, INTERPRETED), low)
+            part_sum = tl.dot(_above(code, True, dtype, INTERPRETED), high, part_sum)
+            sum_x = tl.dot(ones, high, tl.dot(ones, low))
+            part_sum -= (z.to(tl.float32) + (ABOVE if ZERO else ABOVE + OFFSET))[:, None] * sum_x
+        elif BITS == 4:
+            low_w = _widened(code & 15, z[:, None], OFFSET, ZERO, BITS, E2M1, dtype)
+            high_w = _widened(code >> 4, z[:, None], OFFSET, ZERO, BITS, E2M1, dtype)
+            part_sum = tl.dot(high_w, high, tl.dot(low_w, low, input_precision="ieee"), input_precision="ieee")
         else:
             part_sum = tl.dot(_widened(code, z[:, None], OFFSET, ZERO, BITS, E2M1, dtype), low, input_precision="ieee")
         if GROUP:

@@ -1,8 +1,8 @@
 """Between the weights that a model needs and the tensors that a quantized checkpoint has.
 
 A weight is one tensor, or several: codes, scales, zeros, under the name of its module (common/quantization/methods.py). Which, say
-the config's rules and the files together. A matrix that lies there as a plain tensor is plain, whatever the config says: most configs
-do not speak of the LM head, the router or the embedding, which are plain in their files.
+the config's rules and the files together. A matrix that lies there as a plain tensor is plain, whatever the config says: most
+configs do not speak of the LM head, the router or the embedding, which are plain in their files.
 """
 
 from collections import Counter

@@ -111,7 +111,8 @@ def load_model(
     has; quantized_compute: whether quantized weights are kept so (common/quantization/linear_methods.py).
     Raises FileNotFoundError (no config, no weights, a shard missing) and ValueError (damaged file, or missing,
     unexpected, wrongly shaped and wrongly typed tensors, all by name), the same on every rank, before memory is taken
-    and weights are read (but for a tied LM head that is stored: it is compared with the embedding first).
+    and weights are read (but for a tied LM head that is stored: it is compared with the embedding first). What is wrong in the
+    numbers of a quantized matrix (a scale that is none, groups that are not there), only a rank that reads them can tell.
     """
     config = with_quantization(ModelConfig.from_folder(folder), quantization, str(folder))
     layers, report = (stage or Stage()).layers(config.num_layers), LoadReport()

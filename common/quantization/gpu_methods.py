@@ -17,7 +17,6 @@ except ImportError:
 
 GROUP = 128  # columns that share a scale where both factors are rounded
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-FEW = 16  # rows of x: up to there W's bytes are the cost, rounding x would only add a launch, and x stays as it is
 
 
 class WeightOnlyKernels(LinearMethod):
@@ -41,8 +40,8 @@ class WeightOnlyKernels(LinearMethod):
 
 
 class RoundedActivations(WeightOnlyKernels):
-    """FP8 or INT8 weights of a scheme that rounds x as well, in more than FEW rows of x: by the row, or by groups of 128 columns
-    where W's blocks have as many; by the checkpoint's scale where it has one.
+    """FP8 or INT8 weights of a scheme that rounds x as well: by the row, or by groups of 128 columns where W's blocks have as
+    many; or by the checkpoint's scale where it has one.
 
     A scale for all of x (strategy tensor) that is found as x comes is found by the row here: a finer one, and no request's numbers
     depend on who else is in the step.
@@ -77,8 +76,6 @@ class RoundedActivations(WeightOnlyKernels):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         packed = self.packed
-        if len(x) <= FEW:
-            return weight_only.linear(x, packed, bias)
         x, dtype = packed.ordered(x), x.dtype
         q, scale = rounded.round_rows(x, packed.q.dtype, bool(packed.group), self.static)
         in_blocks_of_16 = packed.out % 16 == 0 and packed.width % 16 == 0

@@ -49,7 +49,10 @@ def unpack(words: torch.Tensor, bits: int, count: int, skip: int = 0) -> torch.T
     octets = words.clone(memory_format=torch.contiguous_format).view(
         torch.uint8
     )  # also where a size of 1 has any stride
-    if bits < 8:
+    if 8 % bits == 0:  # no code lies in two bytes
+        codes = [octets >> at & (1 << bits) - 1 for at in range(0, 8, bits)]
+        octets = torch.stack(codes, dim=-1).flatten(-2)
+    else:
         octets = torch.nn.functional.pad(octets, (0, -octets.shape[-1] % bits)).unflatten(-1, (-1, bits))
         eight = sum(octets[..., k].long() << 8 * k for k in range(bits))  # [.., W * 32 / (8 * bits)], 8 codes in each
         mask = (1 << bits) - 1

@@ -4,7 +4,8 @@ What a scale covers (Scheme.strategy) is scaled so that its largest number becom
 
     float8_e4m3fn   scale = max|w| / 448                   q = w / scale, rounded to the nearest float8
     E2M1            scale = 2^(floor(log2 max|w|) - 2)     q = the nearest of +-{0, .5, 1, 1.5, 2, 3, 4, 6}
-    int, symmetric  scale = max|w| / (2^(bits-1) - 1)      q = round(w / scale), -(2^(bits-1) - 1) .. 2^(bits-1) - 1
+    int8, symmetric scale = max|w| / 127                   q = round(w / scale), -127 .. 127: w and -w are rounded alike
+    int, symmetric  scale = max|w| / (2^bits - 1) * 2      q = round(w / scale), -2^(bits-1) .. 2^(bits-1) - 1: of few codes, all
     int, with zero  scale = (max - min) / (2^bits - 1)     q = round(w / scale) + zero, 0 .. 2^bits - 1; zero = round(-min / scale)
 
 All in float32. Where all numbers are 0, the scale is 1. E2M1's is a power of two, and what is beyond 6 becomes 6 (OCP Microscaling
@@ -47,7 +48,8 @@ def scales(
     if scheme.kind == "float" and scheme.bits == 4:
         return torch.where(largest == 0, 1.0, torch.exp2(largest.log2().floor() - 2)), None
     if scheme.symmetric:
-        scale = largest / (E4M3 if scheme.kind == "float" else 2 ** (scheme.bits - 1) - 1)
+        half = E4M3 if scheme.kind == "float" else 127 if scheme.bits == 8 else (2**scheme.bits - 1) / 2
+        scale = largest / half
         return _as_stored(scale, stored), None
     scale = _as_stored((high - low) / (2**scheme.bits - 1), stored)
     least = 1 if scheme.method == "gptq" and scheme.format != "gptq_v2" else 0  # a file holds zero - 1, and no -1
@@ -70,7 +72,7 @@ def codes_of(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, sc
         return value.clamp(-E4M3, E4M3).to(torch.float8_e4m3fn)
     if zero is None:
         most = 2 ** (scheme.bits - 1) - 1
-        return value.round().clamp(-most, most).to(torch.int8)
+        return value.round().clamp(-most - (scheme.bits < 8), most).to(torch.int8)
     return (value.round() + zero).clamp(0, 2**scheme.bits - 1).to(torch.uint8)
 
 

@@ -1,4 +1,12 @@
-"""Which modules a sentence of a quantization config speaks of."""
+"""Which modules a sentence of a quantization config speaks of.
+
+    lm_head, mlp.gate, self_attn        that module, or all that is below it, wherever in a name it stands between dots
+    model.layers.*.mlp.router           the same; a star is any text without a dot
+    re:.*self_attn.*                    a regular expression, matched from the beginning
+    Linear                              all matrices of linear layers
+
+A name of matrices that engines merge (qkv_proj, gate_up_proj) means each of them.
+"""
 
 import re
 from typing import NamedTuple
@@ -30,7 +38,8 @@ def _matches(name: str, module: str) -> bool:
     own, _, last = module.rpartition(".")
     merged = next((ours for ours, theirs in MERGED.items() if last in theirs), last)
     alike = (module, f"{own}.{merged}")
-    return name == ALL or name in alike or any(one.startswith(f"{name}.") or one.endswith(f".{name}") for one in alike)
+    between_dots = rf"(?:^|\.){re.escape(name).replace(re.escape('*'), '[^.]*')}(?:\.|$)"
+    return name == ALL or any(re.search(between_dots, one) for one in alike)
 
 
 def readable(names: tuple[str, ...], where: str) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from ch07_sglang_radix.serving.openai.answering import (
 from ch07_sglang_radix.serving.openai.chat_prompt import Tools, chosen_tools, constraint, pictures_of, prompt_of
 from ch07_sglang_radix.serving.openai.errors import APIError
 from ch07_sglang_radix.serving.openai.protocol import TO_SGLANG, ChatBody, namespace, read, sampling_params
+from ch07_sglang_radix.serving.prepare import LOOKERS
 from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
 from common.text.reasoning import ReasoningParser, Split, opens_thought
 from common.text.tokenizer import Tokenizer
@@ -64,7 +65,7 @@ async def opened_pictures(manager: TokenizerManager, urls: dict[str, str]) -> li
     for where, url in urls.items():
         room_for(manager, [0], None)  # is the server ready?
         try:
-            pictures += await asyncio.to_thread(manager.intake.opened, [url])
+            pictures += await asyncio.get_running_loop().run_in_executor(LOOKERS, manager.intake.opened, [url])
         except ValueError as error:
             raise APIError(f"{where}: {error}", where) from None
     return pictures

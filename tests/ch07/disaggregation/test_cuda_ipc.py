@@ -24,6 +24,7 @@ from ch07_sglang_radix.disaggregation.messages import (
     Block,
     Done,
     Fail,
+    Kept,
     Metadata,
     Part,
     Pool,
@@ -157,6 +158,31 @@ def test_a_closed_room_reads_nothing_more():
     obey(decode, (orders.CLOSE, (ROOM, 1, *orders.as_words("over"))))
     decode.take(links["a"], Write(ROOM, [7]), PeerPages([as_words(torch.ones_like(kv))], [3]))
     assert not kv.any()
+
+
+def test_a_page_that_nobody_reserved_is_not_written():
+    decode, links, kv, _ = a_rank("decode")
+    reserve(decode, "a", pages=(7,))
+    links["a"].peer = hello("prefill", 0, 1)
+    decode.take(links["a"], Write(ROOM, [7, 9]), PeerPages([as_words(torch.ones_like(kv))], [3, 4]))
+    assert not kv.any()
+
+
+def test_kept_is_said_of_a_room_that_is_this_peer_s_and_has_not_failed():
+    prefill, _, _, _ = a_rank("prefill")
+    back, other = Link(hello("decode", 0, 2)), Link(hello("decode", 1, 2))
+    prefill.take(back, Reserve(ROOM, SLOT, 0, [7]), None)
+    prefill.take(other, Done(ROOM, read=True), None)
+    assert not other.said, "it has reserved nothing"
+    prefill.take(back, Done(ROOM), None)
+    assert not back.said, "it got bytes, and asks nothing"
+    prefill.take(back, Done(ROOM, read=True), None)
+    assert back.said == [Kept(ROOM)]
+    prefill.states([ROOM])
+    prefill.lost(other, "closed")
+    prefill.take(back, Fail(ROOM, "aborted"), None)
+    prefill.take(back, Done(ROOM, read=True), None)
+    assert back.said == [Kept(ROOM)], "once it has failed its pages may go at any moment"
 
 
 # --- the plan of copies

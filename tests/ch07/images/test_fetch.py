@@ -1,6 +1,7 @@
 """Pictures from the net: never from inside, never for long, never large."""
 
 import http.server
+import socket
 import threading
 import time
 
@@ -104,6 +105,22 @@ def test_what_is_too_large_missing_or_slow_is_one_line(url, monkeypatch):
         fetch(f"{url}/b.png", 2000, public=anybody)
     with pytest.raises(ValueError, match="takes longer than"):
         fetch(f"{url}/slow", 2000, timeout_s=0.5, public=anybody)
+
+
+def test_a_name_server_that_does_not_answer_is_not_waited_for(monkeypatch):
+    over, real = threading.Event(), module.socket.getaddrinfo
+
+    def getaddrinfo(host, *place, flags=0, **more):
+        if not flags & socket.AI_NUMERICHOST:
+            over.wait(60)
+        return real(host, *place, flags=flags, **more)
+
+    monkeypatch.setattr(module.socket, "getaddrinfo", getaddrinfo)
+    with pytest.raises(
+        ValueError, match=r"^'example\.test' cannot be fetched from: the lookup of [^\n]* takes longer than 0\.\d+ s$"
+    ):
+        fetch("http://example.test/a.png", 2000, timeout_s=0.3)
+    over.set()
 
 
 def test_the_address_that_was_looked_at_is_the_one_that_is_asked(url, monkeypatch):

@@ -2,6 +2,8 @@
 
 import asyncio
 import re
+import socket
+import threading
 from contextlib import aclosing
 
 import pytest
@@ -151,3 +153,31 @@ def test_what_does_not_speak_http_is_said_to(greeting):
 def test_a_url_that_is_none_is_refused(url):
     with pytest.raises(ValueError, match="must be like http://127"):
         Client(url)
+
+
+def test_a_name_that_nobody_looks_up_is_given_up(monkeypatch):
+    """With a name server that does not answer; the loop's own threads are free for others."""
+    over, real = threading.Event(), socket.getaddrinfo
+
+    def getaddrinfo(host, *place, flags=0, **more):
+        if not flags & socket.AI_NUMERICHOST:
+            over.wait(60)
+        return real(host, *place, flags=flags, **more)
+
+    async def ask():
+        async with Client("http://worker.local:30000", connect_timeout=0.3) as client:
+            with pytest.raises(TimeoutError, match=re.escape("no connection within 0.3 s")):
+                await client.call("GET", "/health")
+        return await asyncio.to_thread(int, "7")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    assert asyncio.run(ask()) == 7
+    over.set()
+
+
+def test_a_name_leads_to_its_server():
+    async def check():
+        async with FakeServer() as server, Client(server.url.replace("127.0.0.1", "localhost")) as client:
+            return await client.call("GET", "/v1/models")
+
+    assert asyncio.run(check())[0] == 200

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from common.kernels.quantized_layout import pack
+from common.quantization.codes import Codes
+from common.quantization.cpu_methods import RoundedInFloats
 from common.quantization.cpu_methods import rounded as rounded_plain
-from common.quantization.gpu_methods import FEW, RoundedActivations
+from common.quantization.gpu_methods import RoundedActivations
 from common.quantization.rounding import round_to_nearest
 from common.quantization.scheme import Activations, Scheme
 from tests.common.kernels.where import DEVICE, GPU, TOLERANCE, gpu, kernel, relative_error
@@ -29,9 +31,9 @@ def test_int8_codes_of_rows_are_those_of_torch(rows, width, dtype):
     assert (q.float() != want).float().mean() < 0.01
 
 
+@gpu  # Triton 3.6's interpreter rounds to float8 in a way of its own
 @pytest.mark.parametrize("grouped", [False, True])
 def test_fp8_codes_of_rows_are_those_of_torch(grouped):
-    """The interpreter rounds to float8 in a way of its own: half a step more."""
     from common.kernels.quantized_activations import round_rows  # noqa: PLC0415
 
     x = torch.randn(3, 300, device=DEVICE)
@@ -40,9 +42,7 @@ def test_fp8_codes_of_rows_are_those_of_torch(grouped):
     for g, part in enumerate(x.split(128, dim=1) if grouped else [x]):
         want, want_scale = rounded_plain(part.contiguous(), "float")
         assert relative_error(scale[:, g : g + 1], want_scale) < 1e-6
-        got = q[:, 128 * g : 128 * g + part.shape[1]].float()
-        step = torch.maximum(want.abs() / 8, torch.tensor(2.0**-9, device=DEVICE))
-        assert ((got - want).abs() <= (0 if GPU else step)).float().mean() > 0.995
+        assert (q[:, 128 * g : 128 * g + part.shape[1]].float() == want).float().mean() > 0.99
 
 
 def test_a_given_scale_is_used_and_what_is_too_large_becomes_the_largest():
@@ -84,20 +84,25 @@ def test_products(rows, out, width, grouped, share, dtype):
 
 @pytest.mark.parametrize("scheme", [
     Scheme("w8a8_int8", 8, "int", activations=Activations(8, "int")),
-    Scheme("fp8", 8, "float", activations=Activations(8, "float")),
-    Scheme("fp8", 8, "float", "block", block=(128, 128), activations=Activations(8, "float", strategy="group", group_size=128)),
+    pytest.param(Scheme("fp8", 8, "float", activations=Activations(8, "float")), marks=gpu),
+    pytest.param(
+        Scheme("fp8", 8, "float", "block", block=(128, 128), activations=Activations(8, "float", strategy="group", group_size=128)),
+        marks=gpu,
+    ),
 ], ids=str)  # fmt: skip
-def test_a_layer_rounds_x_if_it_has_many_rows(scheme):
+def test_a_layer_computes_what_rounding_in_floats_does(scheme):
     codes = round_to_nearest(torch.randn(130, 256), scheme)
-    codes = codes._replace(q=codes.q.to(DEVICE), scale=codes.scale.to(DEVICE), group=codes.group.to(DEVICE))
-    layer, method = torch.nn.Module(), RoundedActivations(scheme)
-    method.pack(layer, codes)
-    w = codes.dequantise(torch.float64)
-    for rows, limit in ((FEW, 2e-6), (FEW + 1, 0.05), (70, 0.05)):
+    codes = Codes(*(None if x is None else x.to(DEVICE) for x in codes))
+    made = []
+    for kind in (RoundedActivations, RoundedInFloats):
+        layer, method = torch.nn.Module(), kind(scheme)
+        layer.dtype = torch.float32
+        method.pack(layer, codes)
+        made.append((layer, method))
+    for rows in (1, 70, 130):
         x = torch.randn(rows, 256, device=DEVICE)
-        error = relative_error(method.apply(layer, x, None), x.double() @ w.t())
-        assert error < limit
-        assert error > 1e-3 or rows <= FEW  # x was rounded
+        got, want = (method.apply(layer, x, None) for layer, method in made)
+        assert relative_error(got, want) < 3e-3  # a number may be rounded the other way
 
 
 @gpu
