@@ -34,7 +34,7 @@ from common.executor import Executor
 from common.kernels.timing import copy_bandwidth, timed
 from common.layers.adapter_rows import AdapterBlocks
 from common.layers.communicator import LayerCommunicator
-from common.layers.linear import LinearBase
+from common.layers.linear import LinearBase, multiply
 from common.layers.lora import LoRASlots, Thin, give_slots
 from common.models.config import ModelConfig
 from common.models.decoder import DecoderLayer
@@ -131,7 +131,7 @@ def kernels(model: str, batches: list[int]) -> list[dict]:
             x, y = torch.randn(batch, width, device=device), torch.zeros(batch, out, device=device)
             ranks = RANK * len(alike[0].lora.sizes)
             moved = 2 * (present * (ranks * width + RANK * out) + batch * (width + 2 * out))
-            base = timed([lambda linear=linear: linear.product(x) for linear in alike])  # noqa: B023
+            base = timed([lambda linear=linear: multiply(x, linear.weight) for linear in alike])  # noqa: B023
             added = timed([lambda linear=linear: blocks.add(y, x, linear.lora) for linear in alike])  # noqa: B023
             rows.append({
                 "model": model, "layer": name, "sequences": batch, "W_us": round(base, 2), "adapters_us": round(added, 2),

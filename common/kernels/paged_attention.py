@@ -242,7 +242,9 @@ def _prefix(
 def _slots(page_table_row, n, length, P: tl.constexpr):
     """Positions n -> slots; 0 behind the end (loaded under a mask anyway)."""
     page = tl.load(page_table_row + n // P, mask=n < length, other=0)
-    return page * P + n % P
+    # Triton 3.6 takes each sum for a multiple of 16, since both summands begin with one: rows of 30 floats were read 16 bytes at a
+    # time, from addresses that are no multiples of 16
+    return tl.multiple_of(page * P + n % P, 1)
 
 
 @triton.jit(do_not_specialize=VARYING)
