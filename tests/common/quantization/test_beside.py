@@ -41,7 +41,7 @@ def test_adapters_add_to_quantized_layers_what_they_add_to_plain_ones(folders, c
     quantized, plain = folders
     monkeypatch.setattr(Kept, "takes", classmethod(lambda cls, *_: codes))
     monkeypatch.setitem(linear_methods.LINEAR_METHODS, "weight_only", (Kept,))
-    adapter = save_adapter(plain, tmp_path / "one", {"r": 4, "lora_alpha": 8}, 1)
+    adapter = save_adapter(plain, tmp_path / "one")
     prompts = prompts_of(9, 21)
     out, _ = answer(1, 1, quantized, [adapter], prompts, [1, 0], 16)
     assert out[0] == greedy_with(plain, adapter, prompts[0], NEW)
