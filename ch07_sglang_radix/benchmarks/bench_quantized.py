@@ -6,8 +6,8 @@
 D and A64 are those of bench_gpu.py. Random weights, rounded to nearest; embedding and LM head stay bfloat16. The floor of D is the
 time in which the weights that a token needs can be read (all but the embedding), at the speed of a large copy on this GPU.
 
-On a CPU: one rank, one thread, greedy, one request of 16 new tokens after 32, and 8 of them together (best of 3). float32 and bfloat16 are full
-precision; a form in codes is what `--quantized-compute auto` makes of it, or dequantised to float32.
+On a CPU: one rank, one thread, greedy, one request of 16 new tokens after 32, and 8 of them together, best of 3.
+float32 and bfloat16 are full precision; a form in codes is what `--quantized-compute` makes of it.
 
 Writes figures/bench_quantized_gpu.csv (several calls add up), figures/bench_quantized_cpu.csv.
 """

@@ -112,8 +112,8 @@ def multiply_plain(x: torch.Tensor, packed: PackedCodes) -> torch.Tensor:
 
 
 def _in_order(codes: Codes) -> tuple[Codes, torch.Tensor | None, int]:
-    """(codes with the columns of each group in one run, all of one length; the order or None; that length, 0 if there is one
-    group). Groups whose scales are all 0, padding of a rank's slice, are left out."""
+    """(codes with the columns of each group in one run, all of one length; the order or None; that length, 0 for one group).
+    Groups whose scales are all 0, padding of a rank's slice, are left out."""
     q, scale, zero, group = codes
     width = q.shape[1]
     if scale.shape[1] == 1:

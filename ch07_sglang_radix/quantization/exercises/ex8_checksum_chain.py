@@ -9,9 +9,9 @@ but its bytes to tell whether they are right: the writer may have been killed, t
 renamed it.
 
 `names(namespace, pages)`: pages is a list of lists of token ids, those of a prompt in order. Returns a name, bytes, for each. What
-a page holds depends on all tokens up to its end and on the namespace, so two names are equal if, and only if, all of these are. Page
-sizes may differ: [[1, 2], [3]] and [[1], [2, 3]] share no name. A name is the same whenever and wherever it is asked for, and
-has 32 bytes at most.
+a page holds depends on all tokens up to its end and on the namespace: two names are equal if, and only if, all of these are. Page
+sizes may differ: [[1, 2], [3]] and [[1], [2, 3]] share no name. A name is the same whenever and wherever it is asked for, and has
+32 bytes at most.
 
 `seal(name, payload)`: the bytes of the file.
 

@@ -14,10 +14,11 @@ NAME, PAYLOAD = b"a page of this name", bytes(range(90))
 
 def check(m: ModuleType) -> None:
     _names(m)
+    expect("seal returns bytes", type(ask(m.seal, NAME, PAYLOAD)), bytes)
     for payload in (PAYLOAD, b"", b"\0" * 40):
         file = ask(m.seal, NAME, payload)
         expect(f"unseal of what seal has made of {len(payload)} bytes", ask(m.unseal, NAME, file), payload)
-    file = bytes(ask(m.seal, NAME, PAYLOAD))
+    file = ask(m.seal, NAME, PAYLOAD)
     for other in (b"another page's name", NAME + b"!", b""):
         expect(f"unseal({other!r}, a file of {NAME!r})", m.unseal(other, file), None)
     for length in (0, 1, 31, 32, 33, len(file) // 2, len(file) - 32, len(file) - 1):
@@ -33,9 +34,13 @@ def check(m: ModuleType) -> None:
 def _names(m: ModuleType) -> None:
     named = {}
     for namespace, pages in PROMPTS:
-        told = ask(m.names, namespace, pages)
+        told = ask(m.names, namespace, pages, several=True)
         expect(f"names({namespace!r}, {pages}): how many", len(told), len(pages))
-        expect(f"names({namespace!r}, {pages}), asked again", list(ask(m.names, namespace, pages)), list(told))
+        expect(
+            f"names({namespace!r}, {pages}), asked again",
+            ask(m.names, namespace, pages, several=True),
+            told,
+        )
         for i, name in enumerate(told):
             begins = namespace, tuple(map(tuple, pages[: i + 1]))
             where = f"names({namespace!r}, {pages})[{i}]"
