@@ -29,6 +29,8 @@ disaggregation.svg    <- disaggregation.csv    python -m ch07_sglang_radix.bench
                          disaggregation_gpu    the same on two GPUs, --device cuda; left out while the CSV is not there
 speculation.svg       <- speculation.csv       python ch07_sglang_radix/speculative/demo_5_who_guesses.py --batches 1 4 16 64
                                                    --rounds 3 --csv figures/speculation.csv
+quantization.svg      <- quantization.csv      python ch07_sglang_radix/quantization/demo_4_same_question.py --questions 360
+                                                   --csv figures/quantization.csv
 quantization_kv.svg   <- quantization_kv.csv   python ch07_sglang_radix/quantization/demo_5_kv_bits.py --questions 360
                                                    --csv figures/quantization_kv.csv
 """
@@ -695,10 +697,35 @@ def quantization_kv():
     return figure
 
 
+def quantization():
+    """What the files of the bundled model weigh in each format, and how far its distributions and answers move."""
+    rows = [row for row in read("quantization.csv") if row["name"] != "float32"]
+    names = [row["name"] for row in rows]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    sizes = [int(row["file_bytes"]) / 1e6 for row in rows]
+    axes[0].bar_label(axes[0].barh(names, sizes, color=BLUE), fmt=" {:.2f}", fontsize=8)
+    axes[0].set_xlim(0, 1.15 * max(sizes))
+    axes[0].set_title("MB of files; 1.6 of them are the embedding", fontsize=10)
+    off = [float(row["kl_mean"]) for row in rows]
+    axes[1].barh(names, off, color=ORANGE)
+    for y, (row, far) in enumerate(zip(rows, off, strict=True)):
+        axes[1].text(far, y, f" {far:.1e}, {row['exact']} of {row['asked']} answers exact", va="center", fontsize=8)
+    axes[1].set_xscale("log")
+    axes[1].set_xlim(min(off) / 3, 1e3 * max(off))
+    axes[1].set_yticks([])
+    axes[1].set_title("KL(float32 || this), nats a token of the answers", fontsize=10)
+    for axis in axes:
+        axis.invert_yaxis()
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"the bundled model, {rows[0]['device']}, {rows[0]['date']}", fontsize=8)
+    return figure
+
+
 FIGURES: tuple[Callable, ...] = (
     toy_split, parallel_layers, heads, two_ways, loading, kv_cache, blocks, batching, messages,
     overlap_gaps, prefix, load_balance, control_plane, all_reduce_cpu, experts_forms, links, pipeline, disaggregation, speculation,
-    quantization_kv,
+    quantization, quantization_kv,
     *((disaggregation_gpu,) if (HERE / "disaggregation_gpu.csv").exists() else ()),
 )  # fmt: skip
 

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from ch07_sglang_radix import Engine
+from common.distributed.launch import run_main
 from common.models.published_configs import shared_random_weights
 from common.parallel_state import TPGroup
 from common.teaching.report import FIGURES, write_csv
@@ -121,4 +122,4 @@ def ask(engine: Engine, prompt: list[int]) -> tuple[float, int, dict[str, int]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

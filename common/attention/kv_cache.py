@@ -101,6 +101,10 @@ class PagedKVCache:
 
     def write(self, layer: int, slots: torch.Tensor, *new: torch.Tensor) -> None:
         """Put k, v (of one plane: the rows) [T, Hkv/R, d] at `slots` [T]."""
+        if not self.format.coded:  # the short way, for the steps of small models
+            for (plane,), values in zip(self._slots[layer], new, strict=True):
+                plane.index_copy_(0, slots, values.to(plane.dtype))
+            return
         for plane, values, scale in zip(self._slots[layer], new, self._scale_of[layer], strict=True):
             for there, part in zip(plane, self.format.encode(values, scale), strict=True):
                 there.index_copy_(0, slots, part)

@@ -112,7 +112,7 @@ def multiply_plain(x: torch.Tensor, packed: PackedCodes) -> torch.Tensor:
 
 
 def _in_order(codes: Codes) -> tuple[Codes, torch.Tensor | None, int]:
-    """(codes with the columns of each group in one run, all of one length; the order or None; that length, 0 if there is one group).
+    """(codes with the columns of each group in one run, all of one length; the order or None; that length, 0 for one group).
     Groups whose scales are all 0, padding of a rank's slice, are left out."""
     q, scale, zero, group = codes
     width = q.shape[1]
@@ -122,7 +122,7 @@ def _in_order(codes: Codes) -> tuple[Codes, torch.Tensor | None, int]:
     runs = torch.arange(width, device=group.device) // max(size, 1)
     if size >= SMALLEST_TURN and size & (size - 1) == 0 and torch.equal(runs, group):
         return codes, None, size
-    used = scale.any(dim=0).nonzero()[:, 0]
+    used = scale.any(dim=0).nonzero()[:, 0] if scale.any() else torch.zeros_like(group[:1])
     columns = [(group == g).nonzero()[:, 0] for g in used]
     size = max(1 << (max(map(len, columns), default=1) - 1).bit_length(), SMALLEST_TURN)
     order = torch.cat([F.pad(of_group, (0, size - len(of_group)), value=width) for of_group in columns])

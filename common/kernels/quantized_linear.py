@@ -8,8 +8,8 @@ rows it is cut along `in` too; the last program of a tile to end adds up the par
 
 q - zero is an integer of at most 9 bits, or a float8: exact in bfloat16 and float16, so no weight is rounded, and the sums are
 float32. Widening 4 bits is a matter of bits: 0x4300 | q is the bfloat16 128 + q, 0x6400 | q the float16 1024 + q, two of them in
-one instruction; 128 + zero is taken off afterwards, times the sum of x, which the tensor cores find with a matrix of ones. An
-instruction a weight is dear: at 3 TB/s a processor gets 26 codes of 4 bits a cycle, and can do 128 things with numbers.
+one instruction. 128 and the zero point are subtracted again; where each group has a zero of its own, after the product, times the
+sum of x, which the tensor cores find with a matrix of ones.
 
 Bytes: out * in * bits / 8, the scales and zeros (quantized_layout.py), and x once for each BN rows of W, from cache. More than
 `MANY` rows of x are multiplied by the library, and W is dequantised before, which reads it once more and writes it as numbers.
@@ -194,6 +194,7 @@ def _few_rows(
     z = tl.load(zero_at + g * scale_stride, mask=live_n, other=0) if ZERO else tl.zeros([BN], tl.int8)
     wait_for_previous(PDL)
     ones = tl.full([BN, HALF], 1.0, dtype)
+    above = tl.full([1, 1], ABOVE + OFFSET, tl.float32).to(dtype)
     acc = tl.zeros([BN, BM], tl.float32)
     for turn in range(first, last):
         column = turn * TURN
@@ -210,11 +211,14 @@ def _few_rows(
             g = (tl.minimum(turn + 1, turns - 1) * TURN // GROUP).to(tl.int64)
             coming = tl.load(scale_at + g * scale_stride, mask=live_n, other=0.0)
             coming_zero = tl.load(zero_at + g * scale_stride, mask=live_n, other=0) if ZERO else z
-        if BY_BITS:  # (q + ABOVE) x, less (ABOVE + zero) times the sum of x, which is one more product
+        if BY_BITS and ZERO:  # (ABOVE + q) x, less (ABOVE + zero) times the sum of x, which is one more product
             part_sum = tl.dot(_above(code, False, dtype, INTERPRETED), low)
             part_sum = tl.dot(_above(code, True, dtype, INTERPRETED), high, part_sum)
             sum_x = tl.dot(ones, high, tl.dot(ones, low))
-            part_sum -= (z.to(tl.float32) + (ABOVE if ZERO else ABOVE + OFFSET))[:, None] * sum_x
+            part_sum -= (z.to(tl.float32) + ABOVE)[:, None] * sum_x
+        elif BY_BITS:
+            part_sum = tl.dot(_above(code, False, dtype, INTERPRETED) - above, low)
+            part_sum = tl.dot(_above(code, True, dtype, INTERPRETED) - above, high, part_sum)
         elif BITS == 4:
             low_w = _widened(code & 15, z[:, None], OFFSET, ZERO, BITS, E2M1, dtype)
             high_w = _widened(code >> 4, z[:, None], OFFSET, ZERO, BITS, E2M1, dtype)

@@ -44,7 +44,8 @@ class RoundedActivations(WeightOnlyKernels):
     many; or by the checkpoint's scale where it has one.
 
     A scale for all of x (strategy tensor) that is found as x comes is found by the row here: a finer one, and no request's numbers
-    depend on who else is in the step.
+    depend on who else is in the step. Where W is in blocks, many rows of x stay as they are and W is dequantised: no kernel here
+    multiplies so many rows by blocks as fast as the library multiplies 16-bit floats.
     """
 
     name = "FP8 and INT8 kernels"
@@ -76,9 +77,11 @@ class RoundedActivations(WeightOnlyKernels):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         packed = self.packed
+        if packed.group and len(x) > weight_only.MANY:
+            return weight_only.linear(x, packed, bias)
         x, dtype = packed.ordered(x), x.dtype
         q, scale = rounded.round_rows(x, packed.q.dtype, bool(packed.group), self.static)
         in_blocks_of_16 = packed.out % 16 == 0 and packed.width % 16 == 0
-        if len(x) > rounded.FEW and self.row_scale is not None and dtype == torch.bfloat16 and in_blocks_of_16:
+        if len(x) > rounded.TILE and self.row_scale is not None and dtype == torch.bfloat16 and in_blocks_of_16:
             return torch._scaled_mm(q, packed.q.t(), scale, self.row_scale, bias, out_dtype=dtype, use_fast_accum=True)
         return rounded.multiply(q, scale, packed.q, packed.scale, packed.share, dtype, bias)

@@ -23,6 +23,7 @@ written last: a folder without it is no checkpoint.
 """
 
 import argparse
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -42,7 +43,6 @@ from common.quantization.config import KEYS, QuantizationConfig
 from common.quantization.methods import METHODS
 from common.quantization.rounding import round_to_nearest
 from common.quantization.scheme import Scheme
-from common.teaching.report import write_json
 from common.tiny_qwen import TINY_QWEN_PATH
 
 MATRIX = re.compile(r"(.*\.layers\.\d+\..*_proj)\.weight")
@@ -177,14 +177,18 @@ def make(
             save_file(tensors, out / path.name, {"format": "pt"})
         index |= dict.fromkeys(tensors, path.name)
     if len(files) > 1 or files[0].name != WHOLE:
-        write_json({"metadata": {"total_size": after}, "weight_map": index}, out / INDEX)
+        _write_json({"metadata": {"total_size": after}, "weight_map": index}, out / INDEX)
     for pattern in BESIDE:
         for path in model.glob(pattern):
             if path.name not in (CONFIG, INDEX):
                 shutil.copyfile(path, out / path.name)
-    write_json(config | {KEYS[0]: said}, out / CONFIG)
+    _write_json(config | {KEYS[0]: said}, out / CONFIG)
     rounded = f"{len(chosen)} by GPTQ, {len(schemes) - len(chosen)} to nearest" if chosen else "to nearest"
     return f"{len(schemes)} matrices rounded, {rounded}; {before / 1e6:.2f} MB of tensors are now {after / 1e6:.2f} MB"
+
+
+def _write_json(value: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _schemes(files: list[Path], quantization: QuantizationConfig) -> dict[str, Scheme]:

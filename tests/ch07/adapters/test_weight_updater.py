@@ -301,8 +301,8 @@ def test_names_types_and_shapes_go_together(engine):
 
 def test_a_trainer_that_does_not_come_is_one_line(engine, monkeypatch):
     store = open_store()
-    monkeypatch.setattr(update_group.UpdateGroup.__init__, "__defaults__", ("weight_update_group", 0.5, None))
-    with pytest.raises(ValueError, match=f"not all 2 members have come to 127.0.0.1:{store.port} within 0.5 s"):
+    monkeypatch.setattr(update_group.UpdateGroup.__init__, "__defaults__", ("weight_update_group", 3.0, None))
+    with pytest.raises(ValueError, match=f"not all 2 members have come to 127.0.0.1:{store.port} within 3 s"):
         engine.init_weights_update_group("127.0.0.1", store.port, 1, 2)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tests.ch07.serving.running import ROOT, RunningServer
 
-KEPT = ("--disaggregation-timeout", "20", "--watchdog-timeout", "30", "--drain-timeout", "1")
+KEPT = ("--disaggregation-timeout", "100", "--watchdog-timeout", "100", "--drain-timeout", "1")
 
 
 class Halves(NamedTuple):

@@ -11,7 +11,7 @@ from ch07_sglang_radix.serving.http_client import Client
 from ch07_sglang_radix.serving.http_life import Http
 
 QUICK = {
-    "health_check_interval_secs": 0.05, "health_check_timeout_secs": 0.5, "connect_timeout_secs": 0.5,
+    "health_check_interval_secs": 0.05, "health_check_timeout_secs": 5, "connect_timeout_secs": 5,
     "retry_initial_backoff_ms": 1, "log_level": "critical",
 }  # fmt: skip
 

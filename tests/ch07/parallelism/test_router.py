@@ -279,7 +279,7 @@ def test_an_open_breaker_spares_everybody_the_worker_that_hangs():
         metrics = (await fleet.client.call("GET", "/metrics"))[1]
         assert f'smg_worker_cb_state{{worker="{first.url}"}} 1.0' in metrics
 
-    with_fleet(check, request_timeout_secs=0.2, cb_failure_threshold=2, health_check_interval_secs=100)
+    with_fleet(check, request_timeout_secs=1, cb_failure_threshold=2, health_check_interval_secs=100)
 
 
 def test_a_half_open_breaker_closes_by_health_checks_even_if_the_policy_asks_others():

@@ -137,7 +137,7 @@ def test_a_node_that_does_not_come_is_named_with_its_command():
 
 def test_the_others_hear_who_has_not_come():
     port = free_port()
-    errors = met(node(0, port, nnodes=3, timeout_s=2), node(2, port, nnodes=3, timeout_s=2))
+    errors = met(node(0, port, nnodes=3, timeout_s=6), node(2, port, nnodes=3, timeout_s=6))
     assert all("node 1 of 3 has not come" in str(error) for error in errors), errors
 
 

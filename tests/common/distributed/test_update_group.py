@@ -57,7 +57,7 @@ def test_when_one_leaves_everybody_who_waits_hears_of_it():
 
 
 def test_a_trainer_that_sends_nothing_is_given_up():
-    groups = join_all(2, timeout_s=0.5)
+    groups = join_all(2, timeout_s=3)
     with pytest.raises(ValueError, match="has lost a member"):
         groups[1].broadcast(torch.empty(3))
     groups[0].leave()
@@ -65,8 +65,8 @@ def test_a_trainer_that_sends_nothing_is_given_up():
 
 def test_who_waits_for_others_in_vain_is_told_how_long():
     store = open_store()
-    with pytest.raises(ValueError, match=f"not all 3 members have come to 127.0.0.1:{store.port} within 0.3 s"):
-        UpdateGroup("127.0.0.1", store.port, 1, 3, timeout_s=0.3)
+    with pytest.raises(ValueError, match=f"not all 3 members have come to 127.0.0.1:{store.port} within 3 s"):
+        UpdateGroup("127.0.0.1", store.port, 1, 3, timeout_s=3)
 
 
 def test_nobody_at_that_port_is_one_line():
@@ -99,7 +99,7 @@ def test_who_listens_and_is_no_store_is_one_line(word):
         with pytest.raises(
             ValueError, match=rf"^who listens at {where} is no trainer's store \([^\n]+\); give the port"
         ):
-            UpdateGroup("127.0.0.1", int(where.rpartition(":")[2]), 1, 2, timeout_s=1)
+            UpdateGroup("127.0.0.1", int(where.rpartition(":")[2]), 1, 2, timeout_s=2)
     for link in taken:
         link.close()
 
