@@ -13,8 +13,9 @@ srt/managers/cache_controller.py (prefetch_thread_func and its all_reduce of the
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as futures_wait
 from itertools import takewhile
 
 import numpy as np
@@ -29,14 +30,42 @@ WRITE, READ, SETTLE = 4, 5, 6
 THREADS = 16  # at most; checksums and files let Python's other threads run
 
 
+class Reading:
+    """Pages on their way from files. Thread i of n reads pages i, i + n, ...: those in front come first, and a thread is begun once
+    and not for each page. good: of each page, once it is known."""
+
+    def __init__(self, count: int):
+        self.good: list[bool | None] = [None] * count
+        self.given_up = False
+        self.threads: list[Future] = []
+
+    def read(self, one: Callable[[int], bool], first: int, step: int) -> None:
+        for i in range(first, len(self.good), step):
+            if self.given_up:
+                return
+            self.good[i] = one(i)
+
+    @property
+    def done(self) -> bool:
+        return all(thread.done() for thread in self.threads)
+
+    def end(self) -> int:
+        """Wait for what runs: it writes into pages that others will get. Good pages, from the first one on."""
+        for thread in self.threads:
+            if not thread.cancel():
+                thread.result()
+        return sum(takewhile(bool, self.good))
+
+
 class StorageController:
     """writes: whether this rank has to; of latent rows, which are alike on all ranks, rank 0's files serve everybody."""
 
     def __init__(self, store: PageStore, pool: HostKVPool, group: TPGroup, writes: bool = True):
         self.store, self.pool, self.group, self.writes = store, pool, group, writes
-        self._threads = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "hicache-storage")
+        self._size = min(THREADS, os.cpu_count() or 1)
+        self._threads = ThreadPoolExecutor(self._size, "hicache-storage")
         self._writing: dict[int, Future] = {}  # by host page
-        self._reading: dict[int, list[Future]] = {}  # by ticket, a future for each page
+        self._reading: dict[int, Reading] = {}  # by ticket
 
     @property
     def backlog(self) -> int:
@@ -54,9 +83,7 @@ class StorageController:
         copied = self.pool.last_copy()  # the host's memory is touched after all that is on its way to or from it
         if kind == READ:
             self.wait_for(pages)
-            self._reading[ticket] = [
-                self._threads.submit(self._read, copied, *one) for one in zip(pages, keys, strict=True)
-            ]
+            self._reading[ticket] = self._begin(copied, pages, keys)
         elif self.writes:
             for page, key in zip(pages, keys, strict=True):
                 self._writing[page] = self._threads.submit(self._write, copied, page, key)
@@ -69,24 +96,34 @@ class StorageController:
                     one.result()
 
     def done(self, ticket: int) -> bool:
-        return all(one.done() for one in self._reading[ticket])
+        return self._reading[ticket].done
 
     def settle(self, ticket: int, wait: int) -> int:
         """Pages that are good on every rank, from the first one on. All ranks call it."""
-        futures = self._reading.pop(ticket)
-        if not wait:
-            futures = [one for one in futures if not one.cancel()]
-        good = [one.result() for one in futures]  # what runs must end: it writes into pages that others will get
-        mine = torch.tensor([sum(takewhile(bool, good))])
+        reading = self._reading.pop(ticket)
+        if wait:
+            futures_wait(reading.threads)
+        reading.given_up = True
+        mine = torch.tensor([reading.end()])
         counts = all_gather(mine, self.group, "good pages")  # COMM all-gather [1]: pages that each rank has read
         return min(int(one) for one in counts)
 
     def close(self) -> None:
         """What is being written is written; reads are given up."""
-        for futures in self._reading.values():
-            for one in futures:
-                one.cancel()
+        for reading in self._reading.values():
+            reading.given_up = True
         self._threads.shutdown()
+
+    def _begin(self, copied: "torch.cuda.Event | None", pages: Sequence[int], keys: Sequence[bytes]) -> Reading:
+        reading, step = Reading(len(pages)), min(self._size, len(pages))
+
+        def one(i: int) -> bool:
+            if copied is not None:
+                copied.synchronize()
+            return self.store.read(keys[i], self.pool.page(pages[i]))
+
+        reading.threads = [self._threads.submit(reading.read, one, i, step) for i in range(step)]
+        return reading
 
     # --- in a thread
 
@@ -94,11 +131,6 @@ class StorageController:
         if copied is not None:
             copied.synchronize()
         return self.store.write(key, self.pool.page(page))
-
-    def _read(self, copied: "torch.cuda.Event | None", page: int, key: bytes) -> bool:
-        if copied is not None:
-            copied.synchronize()
-        return self.store.read(key, self.pool.page(page))
 
 
 def page_words(pages: np.ndarray, key_words: Sequence[int]) -> tuple[int, ...]:

@@ -34,6 +34,7 @@ class HostKVPool:
     def __init__(self, cache: PagedKVCache, num_pages: int):
         self.cache, self.num_pages, self.device = cache, num_pages, cache.kv.device
         self.parts = [torch.empty(num_pages, x.nbytes // cache.num_pages, dtype=torch.uint8) for x in cache.tensors]
+        self._rows = [part.numpy() for part in self.parts]  # the same memory
         self.page_bytes = sum(part.shape[1] for part in self.parts)
         self._stream: torch.cuda.Stream | None = None
         self._events: deque[tuple[int, torch.cuda.Event]] = deque()  # of copies that may not be done, the oldest first
@@ -53,7 +54,7 @@ class HostKVPool:
             self._stream.synchronize()
             for part in self.parts:
                 torch.cuda.cudart().cudaHostUnregister(part.data_ptr())
-        self.parts, self._stream = [], None
+        self.parts, self._rows, self._stream = [], [], None
         self._events.clear()
 
     # --- copies
@@ -100,7 +101,7 @@ class HostKVPool:
 
     def page(self, page: int) -> list[memoryview]:
         """Its bytes, to read and to write, of each tensor."""
-        return [memoryview(part[page].numpy()) for part in self.parts]
+        return [memoryview(rows[page]) for rows in self._rows]
 
     @contextmanager
     def _copying(self, ticket: int) -> Iterator[None]:

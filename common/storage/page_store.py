@@ -8,8 +8,9 @@ end, a disk may lose bits: the checksum finds both. What is not exactly what it 
 there: its tokens are computed again, and never read from it.
 
 The folder holds `quota` bytes. When more has been written, the files that were used least recently go (a file's time is set when
-it is read). Several engines may use one folder: names tell what is inside (page_keys.py), so two that write the same page write the
-same bytes, and one that is gone is a miss. SGLang 0.5.23: HiCacheFile in srt/mem_cache/hicache_storage.py, files of bare payload.
+it is read, to the minute). Several engines may use one folder: names tell what is inside (page_keys.py), so two that write the
+same page write the same bytes, and one that is gone is a miss. SGLang 0.5.23: HiCacheFile in srt/mem_cache/hicache_storage.py,
+files of bare payload.
 """
 
 import os
@@ -27,6 +28,7 @@ HEAD = struct.Struct("<4sI32sIQ")
 END, PART = ".kv", ".part"  # of a page's file, and of one that is being written
 ABANDONED_S = 600  # a file that has been written for so long is nobody's any more
 LEFT = 0.9  # of the quota, after files have gone: else the next page would be one too many
+FRESH_S = 60  # a file that was used since then need not be told that it is used
 LOOKS = 16  # the folder is looked through whenever a 16th of its quota was written
 
 
@@ -38,6 +40,7 @@ class PageStore:
 
     def __init__(self, folder: str | Path, seed: bytes, form: str, quota: int):
         self.folder, self.seed, self.form, self.quota = Path(folder), seed, form.encode(), quota
+        self._folder = os.path.join(self.folder, "")
         self.written = self.read_pages = self.damaged = self.removed = self.failed = 0  # pages since the beginning
         self._lock, self._number, self._since = (
             threading.Lock(),
@@ -57,12 +60,16 @@ class PageStore:
         return sha256(self.seed + chained).digest()
 
     def path(self, chained: bytes) -> Path:
-        return self.folder / (self.key(chained).hex() + END)
+        return Path(self._at(self.key(chained)))
+
+    def _at(self, key: bytes) -> str:
+        """A text and no Path: a prompt has a thousand of them."""
+        return f"{self._folder}{key.hex()}{END}"
 
     def leading(self, chained: Sequence[bytes]) -> int:
         """How many of these pages, from the first one on, have a file."""
         for i, one in enumerate(chained):
-            if not self.path(one).exists():
+            if not os.path.exists(self._at(self.key(one))):
                 return i
         return len(chained)
 
@@ -93,13 +100,12 @@ class PageStore:
 
     def read(self, chained: bytes, into: Sequence[memoryview]) -> bool:
         """Fill `into`; False if the page is not there, or not what it should be. Then `into` holds anything."""
-        path, wanted = (
-            self.path(chained),
-            HEAD.pack(MAGIC, VERSION, self.key(chained), len(self.form), sum(map(len, into))),
-        )
+        key = self.key(chained)
+        path, wanted = self._at(key), HEAD.pack(MAGIC, VERSION, key, len(self.form), sum(map(len, into)))
         try:
             with open(path, "rb", buffering=0) as file:
                 whole = _holds(file, wanted + self.form, into)
+                old = time.time() - os.fstat(file.fileno()).st_mtime > FRESH_S
         except FileNotFoundError:
             return False
         except OSError:
@@ -107,10 +113,11 @@ class PageStore:
         if not whole:
             self._count("damaged")
             with suppress(OSError):
-                path.unlink()
+                os.unlink(path)
             return False
-        with suppress(OSError):
-            os.utime(path)
+        if old:
+            with suppress(OSError):
+                os.utime(path)
         self._count("read_pages")
         return True
 
