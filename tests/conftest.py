@@ -60,6 +60,8 @@ THOROUGH = {
     "tests/ch07/test_expert_parallel.py::test_replicas_have_experts_of_their_own": 0,
     "tests/common/layers/test_dispatch.py::test_every_choice_comes_home_from_its_expert": 3,
     "tests/common/test_experts_over_ranks.py": 4,
+    "tests/common/quantization/test_checkpoints.py::test_a_rank_holds_what_the_codes_stand_for": 3,
+    "tests/common/quantization/test_checkpoints.py::test_a_rank_may_keep_the_codes": 3,
     "tests/common/models/test_adapter_files.py::test_a_damaged_folder_gives_what_peft_computes_or_one_line": 4,
     "tests/common/test_lora.py::test_each_request_gets_the_tokens_that_its_adapter_gives_in_transformers": 5,
     "tests/common/planner/test_mixtures.py::test_a_step_sends_what_the_ledger_records": 5,

@@ -35,7 +35,7 @@ VOCABULARY = 3584  # of the bundled model
 MADE_UP = 20  # values for each argument, besides the listed ones
 CHECK_EVERY = 40  # calls
 
-pytestmark = pytest.mark.timeout(100)  # for one argument with all values; as a rule one takes less than a second
+pytestmark = pytest.mark.timeout(300)  # for one argument with all values; as a rule one takes less than a second
 
 
 def fuzz(

@@ -1,10 +1,11 @@
 """Every set of exercises: its solutions pass, its contracts look alike, and a fresh clone is green.
 
-A chapter or wing has one as soon as it has exercises/check.py. Which wrong answers its checks find is tested beside the
-tests of the chapter or wing, in a test_exercises.py there.
+A chapter or wing has one as soon as it has exercises/check.py. Which wrong answers its checks find is told beside the tests of
+the chapter or wing: in wrong_answers/, a file an exercise, or by a test_exercises.py of its own.
 """
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,14 @@ CHECKERS = {
 }
 SETS = {
     str(home): importlib.import_module(".".join([*home.parts, "exercises", "check"])).EXERCISES for home in CHECKERS
+}
+PLACES = {home: "tests." + home.replace("ch07_sglang_radix/", "ch07.") + ".wrong_answers" for home in SETS}
+WRONG = {
+    home: {
+        number: importlib.import_module(f"{place}.{SETS[home].name_of(number)}").WRONG for number in SETS[home].numbers
+    }
+    for home, place in PLACES.items()
+    if anatomy.ROOT.joinpath(*place.split(".")).is_dir()
 }
 each_set = pytest.mark.parametrize("home", SETS)
 each_exercise = pytest.mark.parametrize(("home", "number"), [(home, n) for home in SETS for n in SETS[home].numbers])
@@ -44,6 +53,26 @@ def test_who_returns_nothing_is_told_what_was_wanted(home, number):
     anatomy.check_nothing_returned(SETS[home], number)
 
 
+@pytest.mark.parametrize(
+    ("home", "number", "instead", "words"),
+    [(home, number, *one) for home, of in WRONG.items() for number, some in of.items() for one in some],
+)
+def test_a_plausible_wrong_answer_is_caught(home, number, instead, words):
+    right = vars(SETS[home].module_of(number, solutions=True))
+    answer = {name: of for name, of in right.items() if callable(of)} | instead
+    said = SETS[home].outcome(number, SimpleNamespace(**answer))
+    assert said.startswith("not yet: ")
+    assert words in said
+    assert "wanted " in said
+    assert "got " in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("home", WRONG)
+def test_every_exercise_has_wrong_answers_that_are_caught(home):
+    assert all(len(some) >= 5 for some in WRONG[home].values())
+
+
 @each_set
 def test_the_table_of_the_exercises_is_what_the_files_say(home):
     anatomy.check_table(SETS[home])
@@ -69,3 +98,5 @@ def test_every_assertion_of_a_check_says_what_was_got_and_what_was_wanted(home):
 def test_every_chapter_and_wing_with_exercises_is_here():
     assert {"ch06_tp_vllm", "ch07_sglang_radix"} <= {home.split("/")[0] for home in SETS}
     assert len(SETS) >= 4
+    wings = {path.parent.name for path in anatomy.ROOT.glob("tests/ch07/*/wrong_answers")}
+    assert wings == {home.split("/")[1] for home in WRONG}

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 from ch07_sglang_radix.serving.http_client import Client
 
-START_S, LEAVE_S = 120.0, 60.0
+START_S, LEAVE_S = 300.0, 200.0
 LAST_WORDS = 3  # lines of its log that an error repeats
 
 

@@ -4,7 +4,7 @@
 of a layer in one process (`TPGroup(rank, size)` without process groups) and add up the partial sums by hand. The groups of
 all other kinds (pipeline, context, ...: layout.py) are of the same class; it is named after the first.
 
-Collectives, each recorded by the process's ledger under a label:
+Collectives, all in one file so that none passes by the process's ledger, which records each under a label:
 
     all_reduce        partial sums -> the full sum on every rank          start_all_reduce: while something else is computed
                                                                           all_reduce_add_norm: and the norm that follows it

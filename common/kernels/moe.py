@@ -42,7 +42,7 @@ class Gemm:
 
 @dataclass(frozen=True)
 class Tiles:
-    """block: pairs a program. gate_up: rows of gate and as many of up. Not measured yet: bench_experts.py --part tune."""
+    """block: pairs a program. gate_up: rows of gate and as many of up. Measured: NOTES.md; others: bench_experts.py --part tune."""
 
     block: int
     gate_up: Gemm

@@ -15,7 +15,6 @@ def test_the_readme_leads_to_exercises_and_projects():
     assert {"exercises/README.md", "projects/README.md"} <= links(CHAPTER)
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("command", "shown"), blocks(CHAPTER), ids=short_names(CHAPTER))
 def test_the_command_prints_what_is_shown(command, shown):
     run(command, shown)

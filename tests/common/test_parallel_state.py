@@ -390,7 +390,7 @@ def test_a_rank_that_stays_away_is_not_called_dead(three_ranks, tmp_path):
 
 def reduce_beside_a_dying_rank(folder, victim, started):
     """The victim kills itself while its peers wait in an all-reduce; they write down what they were told."""
-    tp = initialize_tensor_parallel(3, device="cpu", timeout_s=60)
+    tp = initialize_tensor_parallel(3, device="cpu", timeout_s=300)
     all_reduce(torch.ones(1), tp, "warm-up")
     if tp.rank == victim:
         time.sleep(0.3)
@@ -404,7 +404,7 @@ def reduce_beside_a_dying_rank(folder, victim, started):
         Path(folder, str(tp.rank)).write_text(f"{tp.peers[victim][1]} {error}")
 
 
-@pytest.mark.timeout(55)  # a death is noticed at once, not after the 60 s that a slow peer would get
+@pytest.mark.timeout(250)  # a death is noticed at once, not after the 300 s that a slow peer would get
 @pytest.mark.parametrize("started", [False, True])
 def test_the_survivors_of_a_killed_rank_are_told_which_one_it_was(three_ranks, tmp_path, started):
     pool, victim = three_ranks(), 2

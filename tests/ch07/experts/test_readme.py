@@ -15,7 +15,6 @@ def test_the_readme_has_a_command_for_every_demo():
     assert demos_without_a_command(WING) == []
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("command", "shown"), blocks(WING), ids=short_names(WING))
 def test_the_command_prints_what_is_shown(command, shown):
     run(command, shown)

@@ -34,7 +34,8 @@ class RunningServer:
 
     def __init__(self, *flags: str, wait: bool = True, variables: Mapping[str, str] | None = None):
         self.folder = Path(tempfile.mkdtemp(prefix="t-"))
-        environment = os.environ | {"TMPDIR": str(self.folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # packages may lie elsewhere
+        environment = os.environ | {"TMPDIR": str(self.folder), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
         environment |= variables or {}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "ch07_sglang_radix.launch_server", "--port", "0", *TINY, *flags],

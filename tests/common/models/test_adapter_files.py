@@ -80,7 +80,7 @@ def assert_alike(adapter, theirs) -> None:
         )
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ADAPTER_DAMAGES)
 def test_a_damaged_folder_gives_what_peft_computes_or_one_line(adapter, base, name):

@@ -80,7 +80,7 @@ def load(folder):
             return None, error
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(200)
 @pytest.mark.parametrize(("base", "name"), CASES)
 def test_a_damaged_folder_gives_the_right_model_or_one_line(damaged, base, name):
     folder = damaged(base, name)

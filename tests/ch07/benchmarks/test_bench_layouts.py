@@ -1,0 +1,46 @@
+"""bench_layouts without GPUs: the planner beside a file, what is refused, and that every layout of two ranks runs and agrees."""
+
+import csv
+
+import pytest
+
+from ch07_sglang_radix.benchmarks import bench_layouts
+from ch07_sglang_radix.benchmarks.bench_layouts import OPTIONS, _others, _planned, planned
+from common.teaching.torchrun import torchrun
+
+MODULE = "ch07_sglang_radix.benchmarks.bench_layouts"
+
+
+def test_the_winner_of_each_workload_is_compared_with_the_planner_s(tmp_path, capsys):
+    path = tmp_path / "bench_layouts.csv"
+    rows = [("tp4", "D", 2.3), ("dp4", "D", 5.3), ("tp4", "32k", 1.0), ("dp4", "32k", 0.4), ("tp4", "start", 9.0)]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        out = csv.writer(file)
+        out.writerow(("model", "gpus", "layout", "workload", "value"))
+        out.writerows(("Qwen2.5-7B", 4, *row) for row in rows)
+    planned(path)
+    assert "The planner names the winner in 1 of 2 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ranks", OPTIONS)
+def test_the_planner_knows_every_layout(ranks):
+    for layout in OPTIONS[ranks]:
+        model = "Qwen3-30B-A3B, 24 layers" if "ep" in layout else "Qwen2.5-7B"
+        for row in bench_layouts.ROWS:
+            assert _planned(model, layout, row) > 0, (layout, row)
+
+
+def test_rows_of_the_same_layout_are_replaced_and_others_kept(tmp_path):
+    path = tmp_path / "bench_layouts.csv"
+    path.write_text("model,layout,value\na,tp4,1\na,dp4,2\nb,tp4,3\n", encoding="utf-8")
+    assert [row["value"] for row in _others(path, {"model": "a", "layout": "tp4"})] == ["2", "3"]
+    assert _others(tmp_path / "none.csv", {}) == []
+
+
+def test_two_ranks_agree_under_every_layout():
+    torchrun(2, MODULE, "--check")  # it ends with another code if one differs
+
+
+def test_a_layout_that_is_not_there_is_refused():
+    with pytest.raises(RuntimeError, match="--layouts tp3: on 2 ranks there are tp2, pp2"):
+        torchrun(2, MODULE, "--layouts", "tp3")

@@ -1,0 +1,89 @@
+"""Quantized weights beside what else a model has: adapters, new weights, stages of a pipeline, sums of what it holds."""
+
+import pytest
+import torch
+
+from common.layers.moe import AUTO
+from common.models.held_weights import checksums, whole_tensor
+from common.models.new_weights import stage_checkpoint, stage_tensors
+from common.models.quantized_tensors import codes_of
+from common.models.stages import Stage
+from common.models.weights import load_model
+from common.parallel_state import TPGroup
+from common.quantization import linear_methods
+from tests.adapters import greedy_with, save_adapter
+from tests.common.quantization.checkpoints import FORMATS, quantise_folder
+from tests.common.quantization.test_checkpoints import Kept, check
+from tests.common.test_executor import prompts_of
+from tests.common.test_lora import NEW, answer
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def folders(checkpoint, tmp_path_factory):
+    return quantise_folder(checkpoint("qwen2"), tmp_path_factory.mktemp("quantized") / "qwen2", FORMATS["fp8 block"])
+
+
+@pytest.fixture
+def keeps_codes(monkeypatch):
+    """What a GPU does: layers keep their codes."""
+    monkeypatch.setitem(linear_methods.LINEAR_METHODS, "weight_only", (Kept,))
+
+
+def kept(folder, **more):
+    return load_model(folder, TPGroup(), quantized_compute="weight_only", **more)[0]
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_adapters_add_to_quantized_layers_what_they_add_to_plain_ones(folders, codes, monkeypatch, tmp_path):
+    quantized, plain = folders
+    monkeypatch.setattr(Kept, "takes", classmethod(lambda cls, *_: codes))
+    monkeypatch.setitem(linear_methods.LINEAR_METHODS, "weight_only", (Kept,))
+    adapter = save_adapter(plain, tmp_path / "one")
+    prompts = prompts_of(9, 21)
+    out, _ = answer(1, 1, quantized, [adapter], prompts, [1, 0], 16)
+    assert out[0] == greedy_with(plain, adapter, prompts[0], NEW)
+
+
+def test_every_stage_of_a_pipeline_has_its_own_codes(folders, keeps_codes):
+    quantized, plain = folders
+    for rank in range(2):
+        stage = Stage(rank, 2, None)
+        got, want = kept(quantized, stage=stage), load_model(plain, TPGroup(), stage=stage)[0]
+        assert codes_of(got)
+        for name, layer in codes_of(got).items():
+            assert torch.equal(layer.method.codes.dequantise(), want.get_parameter(f"{name}.weight"))
+
+
+def test_dequantised_weights_may_be_replaced_and_codes_may_not(folders, keeps_codes):
+    quantized, plain = folders
+    model, _ = load_model(quantized, TPGroup())
+    new = {Q: torch.ones(112, 112)}
+    stage_tensors(model, new, torch.float32, AUTO, "here").write()
+    assert model.get_parameter(Q.replace("q_proj", "qkv_proj"))[:112].eq(1).all()
+    stage_checkpoint(model, quantized, torch.float32, Stage(), AUTO).write()  # the same checkpoint again
+    check(model, load_model(plain, TPGroup())[0])
+    for refused in (kept(quantized), load_model(plain, TPGroup(), quantization="fp8")[0]):
+        for stage in (lambda m: stage_tensors(m, new, torch.float32, AUTO, "here"),
+                      lambda m: stage_checkpoint(m, quantized, torch.float32, Stage(), AUTO)):  # fmt: skip
+            with pytest.raises(
+                ValueError, match="start the engine without quantization, or with quantized_compute=dequantise"
+            ):
+                stage(refused)
+
+
+def test_what_a_rank_holds_is_summed_and_told(folders, keeps_codes):
+    quantized, plain = folders
+    one, other = kept(quantized), kept(quantized)
+    sums = checksums(one)
+    assert sums == checksums(other)
+    assert "model.layers.0.self_attn.qkv_proj.codes_q" in sums
+    other.model.layers[0].self_attn.qkv_proj.codes_scale.mul_(2)
+    assert sums != checksums(other)
+    with pytest.raises(ValueError, match="kept as codes"):
+        whole_tensor(one, Q, (112, 112), AUTO, TPGroup())
+    model, _ = load_model(quantized, TPGroup())
+    assert torch.equal(whole_tensor(model, Q, (112, 112), AUTO, TPGroup()), load_model(plain, TPGroup())[0].get_parameter(
+        Q.replace("q_proj", "qkv_proj"))[:112])  # fmt: skip
