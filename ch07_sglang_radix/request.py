@@ -189,8 +189,8 @@ class RequestOutput:
     logprobs: list[TokenLogprobs]
     prompt_logprobs: list[TokenLogprobs]
     drafts: dict[str, int] | None = None  # Req.drafts
-    cached_tokens_details: dict[str, int] | None = None  # Req.cached_tokens_details
     weight_version: str = "default"  # of the weights that gave its newest token
+    cached_tokens_details: dict[str, int] | None = None  # Req.cached_tokens_details
 
     def to_json(self) -> dict[str, Any]:
         told = {name: [asdict(one) for one in getattr(self, name)] for name in ("logprobs", "prompt_logprobs")}

@@ -49,6 +49,7 @@ class DetokenizerManager:
         return BatchStr(
             batch.step, batch.tickets, texts, batch.new_ids, batch.finished, batch.cached_tokens, batch.logprobs,
             batch.prompt_logprobs, batch.dp_rank, batch.drafts, batch.weight_version,
+            batch.cached_details,
         )  # fmt: skip
 
     def _new_text(self, ticket: int, begin: Begin | None, new_ids: list[int], finished: dict | None) -> str:

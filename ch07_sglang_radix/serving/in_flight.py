@@ -72,6 +72,7 @@ class InFlight:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     cached_tokens: int = 0
+    cached_details: dict[str, int] | None = None  # in which tier they were, if there are several
     drafts: dict[str, int] | None = None
     dp_rank: int | None = None  # of the replica that answers, if there are several
     weight_version: str = "default"  # of the weights that gave the newest token
@@ -92,6 +93,7 @@ class InFlight:
         if self.thought:
             self.thought.take(map(self.call.tokenizer.token_bytes, batch.new_ids[i]))
         self.cached_tokens = batch.cached_tokens[i]
+        self.cached_details = batch.cached_details[i] if batch.cached_details else None
         self.drafts = batch.drafts[i] if batch.drafts else None
         if self.call.logprobs.wanted:
             self.logprobs += _told(batch.logprobs[i])
@@ -109,7 +111,7 @@ class InFlight:
         request = self.call.requests[self.index]
         output = RequestOutput(
             self.rid, None, request.ids, self.text, list(self.output_ids), self.cached_tokens, self.finish_reason,
-            self.logprobs, self.prompt_logprobs, self.drafts, self.weight_version,
+            self.logprobs, self.prompt_logprobs, self.drafts, self.weight_version, self.cached_details,
         )  # fmt: skip
         answer = self.call.result(output, self.index) | {"index": self.index}
         if self.dp_rank is not None:

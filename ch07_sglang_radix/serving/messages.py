@@ -23,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-VERSION = 4  # of this file: processes of two checkouts would misread each other, so the first message tells it
+VERSION = 5  # of this file: processes of two checkouts would misread each other, so the first message tells it
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -115,6 +115,7 @@ class BatchTokenIDs(Message):
     dp_rank: int | None = None
     drafts: list[dict[str, int] | None] = []  # RequestOutput.drafts; empty if nobody has any
     weight_version: str = "default"  # of the weights that computed the step
+    cached_details: list[dict[str, int] | None] = []  # Req.cached_tokens_details; empty if nobody has any
 
 
 class BatchStr(Message):
@@ -131,6 +132,7 @@ class BatchStr(Message):
     dp_rank: int | None = None
     drafts: list[dict[str, int] | None] = []
     weight_version: str = "default"  # of the weights that computed the step
+    cached_details: list[dict[str, int] | None] = []
 
 
 class Event(Message):

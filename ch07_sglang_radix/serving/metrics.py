@@ -246,7 +246,8 @@ class Metrics:
         self._requests.labels(self._model, streams, reason).inc()
         self._prompt.labels(self._model, streams).inc(len(one.call.requests[one.index].ids))
         self._new.labels(self._model, streams).inc(len(one.output_ids))
-        self._cached.labels(self._model, "device").inc(one.cached_tokens)
+        for tier, tokens in (one.cached_details or {"device": one.cached_tokens}).items():
+            self._cached.labels(self._model, tier).inc(tokens)
         if reason == "abort":
             self._aborted.inc()
         else:

@@ -207,10 +207,11 @@ class SchedulerProcess:
         if not news:
             return
         drafts = [req.drafts for _, req in news]
+        details = [req.cached_tokens_details for _, req in news]
         rows = map(list, zip(*(self._news(*one) for one in news), strict=True))
         batch = BatchTokenIDs(
             scheduler.step_number, *rows, dp_rank=self.dp_rank, drafts=drafts if any(drafts) else [],
-            weight_version=scheduler.weight_version,
+            weight_version=scheduler.weight_version, cached_details=details if any(details) else [],
         )  # fmt: skip
         if self.texts:
             self.texts.send(batch)
@@ -278,6 +279,7 @@ def without_text(batch: BatchTokenIDs) -> BatchStr:
     return BatchStr(
         batch.step, batch.tickets, [""] * len(batch.tickets), batch.new_ids, batch.finished, batch.cached_tokens,
         batch.logprobs, batch.prompt_logprobs, batch.dp_rank, batch.drafts, batch.weight_version,
+        batch.cached_details,
     )  # fmt: skip
 
 
