@@ -79,6 +79,10 @@ class EvictionLine:
         self._number = count()
         self._most = 64
 
+    def __len__(self) -> int:
+        """Entries, the stale ones too."""
+        return len(self._heap)
+
     def offer(self, node: TreeNode) -> None:
         """Put it in line at its present rank, if it may go."""
         if not self._may_go(node):
