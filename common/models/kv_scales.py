@@ -22,8 +22,8 @@ NAME = re.compile(
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def take_kv_scales(found: dict[str, Stored], layers: int, where: str) -> list[KVScales]:
-    """(k_scale, v_scale) of each layer; their tensors leave `found`, and all others stay.
+def take_kv_scales(found: dict[str, Stored], layers: int, where: str) -> dict[int, KVScales]:
+    """(k_scale, v_scale) of each layer that has some; their tensors leave `found`, and all others stay.
 
     Raises ValueError for one that is not a single, finite number above zero, or that two names give differently.
     """
@@ -36,10 +36,10 @@ def take_kv_scales(found: dict[str, Stored], layers: int, where: str) -> list[KV
                     raise ValueError(
                         f"{where}: {name} is {scale}, and another name says {told[int(match[1]), which]}; keep one of them"
                     )
-    return [
-        (told.get((i, "k"), told.get((i, "v"), 1.0)), told.get((i, "v"), told.get((i, "k"), 1.0)))
-        for i in range(layers)
-    ]
+    return {
+        layer: (told.get((layer, "k"), told.get((layer, "v"))), told.get((layer, "v"), told.get((layer, "k"))))
+        for layer, _ in told
+    }
 
 
 def _number(stored: Stored, where: str) -> float:
