@@ -56,8 +56,9 @@ class PageStore:
             raise ValueError(f"hicache_storage_dir={folder} cannot be used ({error}); name another folder") from None
         self._make_room(0)
 
-    def key(self, chained: bytes) -> bytes:
-        return sha256(self.seed + chained).digest()
+    def key(self, chained: bytes, seed: bytes | None = None) -> bytes:
+        """Of the seed that the store has now, or of the one that it had when something was ordered."""
+        return sha256((seed or self.seed) + chained).digest()
 
     def path(self, chained: bytes) -> Path:
         return Path(self._at(self.key(chained)))
@@ -73,9 +74,10 @@ class PageStore:
                 return i
         return len(chained)
 
-    def write(self, chained: bytes, payload: Sequence[memoryview]) -> bool:
+    def write(self, chained: bytes, payload: Sequence[memoryview], seed: bytes | None = None) -> bool:
         """False if it could not be written: then it is not there."""
-        path, key, length = self.path(chained), self.key(chained), sum(map(len, payload))
+        key, length = self.key(chained, seed), sum(map(len, payload))
+        path = Path(self._at(key))
         part = self._part(path.stem)
         try:
             if path.exists():
@@ -98,9 +100,9 @@ class PageStore:
         self._make_room(size)
         return True
 
-    def read(self, chained: bytes, into: Sequence[memoryview]) -> bool:
+    def read(self, chained: bytes, into: Sequence[memoryview], seed: bytes | None = None) -> bool:
         """Fill `into`; False if the page is not there, or not what it should be. Then `into` holds anything."""
-        key = self.key(chained)
+        key = self.key(chained, seed)
         path, wanted = self._at(key), HEAD.pack(MAGIC, VERSION, key, len(self.form), sum(map(len, into)))
         try:
             with open(path, "rb", buffering=0) as file:
@@ -136,7 +138,11 @@ class PageStore:
                 return
             self._since = 0
         found = []
-        for entry in os.scandir(self.folder):
+        try:
+            entries = list(os.scandir(self.folder))
+        except OSError:  # the folder is gone, or must not be listed: nothing can be removed then
+            return
+        for entry in entries:
             with suppress(OSError):  # somebody else has removed it
                 stat = entry.stat()
                 if entry.name.endswith(PART) and time.time() - stat.st_mtime > ABANDONED_S:
