@@ -29,6 +29,8 @@ END, PART = ".kv", ".part"  # of a page's file, and of one that is being written
 ABANDONED_S = 600  # a file that has been written for so long is nobody's any more
 LEFT = 0.9  # of the quota, after files have gone: else the next page would be one too many
 FRESH_S = 60  # a file that was used since then need not be told that it is used
+# nobody waits for a pipe's other end, and no byte is changed; each where the system has it
+READ_AT_ONCE = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 LOOKS = 16  # the folder is looked through whenever a 16th of its quota was written
 
 
@@ -105,11 +107,13 @@ class PageStore:
         key = self.key(chained, seed)
         path, wanted = self._at(key), HEAD.pack(MAGIC, VERSION, key, len(self.form), sum(map(len, into)))
         try:
-            with open(path, "rb", buffering=0) as file:
+            descriptor = os.open(path, READ_AT_ONCE)
+        except OSError:  # not there; or this process may open no more files, a reason to compute, and none to remove it
+            return False
+        try:
+            with open(descriptor, "rb", buffering=0) as file:
                 whole = _holds(file, wanted + self.form, into)
                 old = time.time() - os.fstat(file.fileno()).st_mtime > FRESH_S
-        except FileNotFoundError:
-            return False
         except OSError:
             whole = False
         if not whole:

@@ -204,3 +204,27 @@ def test_what_was_ordered_with_one_seed_is_written_with_it(tmp_path):
     assert read(store, b"k") is None
     assert store.read(b"k", views(), old)
     assert read(a_store(tmp_path), b"k") == PARTS
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes among its files")
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):
+    store = a_store(tmp_path)
+    os.mkfifo(store.path(b"k"))
+    assert read(store, b"k") is None
+    assert store.damaged == 1
+    assert not store.path(b"k").exists()
+
+
+def test_a_good_page_survives_a_process_that_may_open_no_more_files(tmp_path, monkeypatch):
+    store = a_store(tmp_path)
+    store.write(b"k", views())
+    opened = os.open
+
+    def none_left(path, *more):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(os, "open", none_left)
+    assert read(store, b"k") is None
+    monkeypatch.setattr(os, "open", opened)
+    assert read(store, b"k") == PARTS
+    assert store.damaged == 0
