@@ -128,7 +128,8 @@ class ControlPlane:
         """To all ranks. Over several stages rank 0 waits only at a stop, for everybody to get there."""
         self.wrapper.together.check()
         if not self.staged:
-            send(encode(task), self.replica, "task")
+            if self.replica.size > 1:
+                send(encode(task), self.replica, "task")
             return
         if self._torn:
             raise RankFailure("a step was broken off and the stages are out of step; make a new engine")

@@ -19,7 +19,7 @@ class Outcome:
         """Append a step's tokens (QueuedStep.take), and end who has come to an end."""
         s, ended = self.state, False
         for req, token, told in taken:
-            if req.ended:
+            if req.finish_reason is not None:
                 continue  # the rest of a run, behind its end
             if token < 0:
                 s.running.remove(req)

@@ -108,13 +108,10 @@ class SchedulerState:
 
         # decoding
         self.running: list[Req] = []
-        self.lane = 0  # whose turn it is, of num_lanes: micro-batches that are on their way at once
+        self.num_lanes = num_lanes  # micro-batches that are on their way at once
+        self.lane = 0  # whose turn it is
         self.max_lane_size = max_lane_size
         self.batches = [self.empty_batch() for _ in range(num_lanes)]  # of each lane's newest decode step
-
-    @property
-    def num_lanes(self) -> int:
-        return len(self.batches)
 
     @property
     def batch(self) -> ScheduleBatch:

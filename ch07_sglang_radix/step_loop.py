@@ -23,7 +23,6 @@ empty part: its ranks still compute their columns of the MLP for the rows of the
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -45,26 +44,18 @@ from common.sampling.batch import SamplingBatch
 HELD_S = 0.002  # between two looks at closed gates, while nothing else is to be done
 
 
-@dataclass(frozen=True)
 class Flight:
-    """A step that all ranks have been told to do: what each data rank wanted, and its logits if they are there already."""
+    """A step that all ranks have been told to do: what each data rank wanted, and its logits if they are there already.
 
-    lane: int
-    plans: Sequence[StepPlan | None]
-    logits: torch.Tensor | None
+    emitting: who gets a token out of it, or a run of tokens if it `verifies`; it has one plan then.
+    """
 
-    @property
-    def plans_there(self) -> list[StepPlan]:
-        return [plan for plan in self.plans if plan]
-
-    @property
-    def emitting(self) -> list[Req]:
-        return [req for plan in self.plans_there for req in plan.emitting]
-
-    @property
-    def verifies(self) -> bool:
-        """Do its requests get runs of tokens? It has one plan then."""
-        return any(isinstance(plan.task, VerifyTask) for plan in self.plans_there)
+    def __init__(self, lane: int, plans: Sequence[StepPlan | None], logits: torch.Tensor | None):
+        self.lane, self.plans, self.logits = lane, plans, logits
+        self.plans_there = [plan for plan in plans if plan]
+        self.emitting = [req for plan in self.plans_there for req in plan.emitting]
+        kinds = [type(plan.task) for plan in self.plans_there]
+        self.prefills, self.verifies = PrefillTask in kinds, VerifyTask in kinds
 
 
 class StepLoop(DataRank):
@@ -223,18 +214,18 @@ class StepLoop(DataRank):
                 raise  # the other ranks are somewhere in the middle of it; or somebody wants us to stop
             return Flight(self.lane, (), None)
         flight = Flight(self.lane, plans, logits)
-        if scoring := [plan for plan in flight.plans_there if plan.task.scores]:
+        if flight.prefills and (scoring := [plan for plan in flight.plans_there if plan.task.scores]):
             score_prompts(self.control, scoring)  # now: the other ranks have come to it
-        emitting, prefill = flight.emitting, any(isinstance(plan.task, PrefillTask) for plan in flight.plans_there)
+        emitting, prefill = flight.emitting, flight.prefills
         self.steps["prefill" if prefill else "decode"] += 1
-        self.work["tokens"] += self._rows_of(flight, prefill)
+        self.work["tokens"] += self._rows_of(flight)
         self.work["inputs"] += sum(plan.task.num_tokens for plan in flight.plans_there)
         self.work["samplings"] += bool(emitting)
         if not flight.verifies:
-            self.work["sampled"] += sum(not req.probe for req in emitting)
-            for req in emitting:
+            for req in emitting:  # 64 of them in every step: no generator, no property
                 req.pending += 1
                 req.wanted -= 1
+                self.work["sampled"] += not req.probe
         for rank, plan in zip(self.data_ranks, plans, strict=True):
             if plan:
                 plan.launched()
@@ -248,9 +239,9 @@ class StepLoop(DataRank):
             return plans[0].task
         return ParallelTask(self.step_number, tuple(plan and plan.task for plan in plans))
 
-    def _rows_of(self, flight: Flight, prefill: bool) -> int:
+    def _rows_of(self, flight: Flight) -> int:
         """Rows that the model is fed with, over all data ranks; in a plain decode step each has as many as the largest."""
-        if prefill or flight.verifies:
+        if flight.prefills or flight.verifies:
             return sum(plan.task.num_tokens for plan in flight.plans_there)
         alike = any(plan.task.alike for plan in flight.plans_there)
         most = max(len(plan.task.rows) for plan in flight.plans_there)
@@ -263,7 +254,7 @@ class StepLoop(DataRank):
             logits = self.control.finish()
         if not emitting:
             return QueuedStep()
-        if any(req.grammar or req.params.needs_last_token for req in emitting):
+        if any([req.grammar or req.params.needs_last_token for req in emitting]):
             self._settle()  # a grammar or a penalty must know every token before the one it is for
         if len(self.data_ranks) == 1:
             sampling = flight.plans[0].sampling()
@@ -279,6 +270,9 @@ class StepLoop(DataRank):
         step, self._queued = self._queued, None
         if step:
             taken = step.take()
+            if len(self.data_ranks) == 1:
+                self.outcome.take(taken)
+                return
             for number, rank in enumerate(self.data_ranks):
                 rank.outcome.take([one for one in taken if one[0].data_rank == number])
 

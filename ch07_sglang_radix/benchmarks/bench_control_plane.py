@@ -122,7 +122,7 @@ class Stopwatch:
     def __enter__(self) -> "Stopwatch":
         self._saved = control_plane.encode, control_plane.send, control_plane.decode, replicated.share_requests
         encode, send, decode, share_requests = self._saved
-        step, queue, scheduler = self.scheduler.step, self.scheduler._queue, self.scheduler
+        step, launch, scheduler = self.scheduler.step, self.scheduler._launch, self.scheduler
 
         def timed_step() -> bool:
             self._began, before = time.perf_counter(), scheduler.steps["decode"]
@@ -131,11 +131,11 @@ class Stopwatch:
                 self._note("step", self._began)
             return more
 
-        def timed_queue(task, *args):
-            self._decodes = isinstance(task, DecodeTask)
+        def timed_launch(plans):
+            self._decodes = isinstance(plans[0].task, DecodeTask)
             if self._decodes:
                 self._note("build", self._began)
-            return queue(task, *args)
+            return launch(plans)
 
         def timed_encode(task):
             start = time.perf_counter()
@@ -165,7 +165,7 @@ class Stopwatch:
                 self._note("decode", start)
             return task
 
-        scheduler.step, scheduler._queue = timed_step, timed_queue
+        scheduler.step, scheduler._launch = timed_step, timed_launch
         control_plane.encode, control_plane.send, control_plane.decode = timed_encode, timed_send, timed_decode
         replicated.share_requests = timed_requests
         return self

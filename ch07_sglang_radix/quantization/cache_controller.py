@@ -64,6 +64,10 @@ class HiCacheController:
         """Done on every rank before the next step."""
         self._orders.append(words)
 
+    def forget(self, *kinds: int) -> None:
+        """Orders of these kinds that have not been sent are not done: what they would copy is nobody's any more."""
+        self._orders = [words for words in self._orders if words[0] not in kinds]
+
     def send(self) -> None:
         """Between two steps: what was ordered is done."""
         orders, self._orders = self._orders, []
@@ -77,14 +81,13 @@ class HiCacheController:
         self.control.send_task(WingTask(0, WING, (kind, *words)))
         return self.storage.settle(*words)
 
-    def look(self, idle: bool) -> bool:
-        """Before a step: join the loads that are done here, or all if nobody would wait for them. Is any still on its way?"""
+    def look(self, idle: bool) -> None:
+        """Before a step: join the loads that are done here, or all if nobody would wait for them."""
         self.send()
         if self.loading:
             done = self.newest if idle else self.pool.done()
             if ready := [ticket for ticket in self.loading if ticket <= done]:
                 self.join(ready[-1])
-        return bool(self.loading)
 
     # --- every rank
 

@@ -58,16 +58,15 @@ class HiCache:
     def _storage(self, args: ServerArgs, pool: HostKVPool) -> StorageController | None:
         if not args.hicache_storage_backend:
             return None
-        s, cache = self.scheduler, self.scheduler.wrapper.kv_cache
-        form = f"{cache.fingerprint()} {[(*x.shape[:2], *x.shape[3:]) for x in cache.tensors]}"
-        quota = int(args.hicache_storage_quota * 1e9)
-        seed = self._seed()
+        s, quota, seed = self.scheduler, int(args.hicache_storage_quota * 1e9), self._seed()
         store, wrong = agree(
-            lambda: PageStore(args.hicache_storage_dir, seed, form, quota), s.replica, "has another storage folder"
+            lambda: PageStore(args.hicache_storage_dir, seed, self._form, quota),
+            s.replica,
+            "has another storage folder",
         )
         if wrong:
             raise ValueError(wrong)
-        s.at_new_weights.append(lambda: setattr(store, "seed", self._seed()))
+        s.at_new_weights.append(self._at_new_weights)
         return StorageController(store, pool, s.replica, writes=not self._alike or s.replica.rank == 0)
 
     @property
@@ -75,13 +74,26 @@ class HiCache:
         """Is a page the same on every rank? Latent rows are."""
         return self.scheduler.wrapper.config.latent is not None
 
+    @property
+    def _form(self) -> str:
+        """What a page is made of: engines that keep pages of different forms in one folder do not meet."""
+        cache = self.scheduler.wrapper.kv_cache
+        return f"{cache.fingerprint()} {[(*x.shape[:2], *x.shape[3:]) for x in cache.tensors]}"
+
+    def _at_new_weights(self) -> None:
+        self.controller.storage.store.seed = self._seed()
+        if self.prefetch:
+            s = self.scheduler
+            self.prefetch.at_new_weights([*self.tree.nodes(), *s.admitted, *s.memory.sessions.slots.values()])
+
     def _seed(self) -> bytes:
-        """Who computes: all ranks' weights, what config.json says of them, and which heads this rank has. All ranks call it."""
+        """Who computes, and what: all ranks' weights, what config.json says of them, which heads this rank has, and the form of a
+        page. All ranks call it."""
         wrapper, ranks = self.scheduler.wrapper, self.scheduler.replica
         weights = share_all(weights_digest(wrapper.model).hex(), ranks)
         config = (wrapper.folder / "config.json").read_text(encoding="utf-8")
         which = "all" if self._alike else f"{ranks.rank} of {ranks.size}"
-        return sha256("\0".join([*weights, config, which, str(wrapper.page_size)]).encode()).digest()
+        return sha256("\0".join([*weights, config, which, self._form]).encode()).digest()
 
     def namespace(self, extra_key: Hashable) -> str | None:
         """As other engines call it: an adapter by what its files hold. None for what the tree has set apart."""
@@ -93,9 +105,12 @@ class HiCache:
         return content and f"adapter {content} {'base' if salt is None else f'salt {salt}'}"
 
     def _before_step(self) -> bool:
-        loading = self.controller.look(not self.scheduler.running)
-        reading = self.prefetch is not None and self.prefetch.look()
-        return loading or reading
+        """Nothing keeps the engine busy here: who waits for pages is held at the gate, and what nobody waits for any more is
+        looked at when somebody comes, or forgotten with a flush."""
+        self.controller.look(not self.scheduler.running)
+        if self.prefetch:
+            self.prefetch.look()
+        return False
 
     def _may_enter(self, req: Req, matched: int) -> bool:
         return (self.prefetch is None or self.prefetch.may_enter(req)) and self.tree.is_there(req)

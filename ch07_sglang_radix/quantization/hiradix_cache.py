@@ -25,7 +25,7 @@ import numpy as np
 
 from ch07_sglang_radix.eviction import EvictionLine
 from ch07_sglang_radix.memory_pool import TokenToKVPool
-from ch07_sglang_radix.quantization.cache_controller import HiCacheController
+from ch07_sglang_radix.quantization.cache_controller import LOAD, STORE, HiCacheController
 from ch07_sglang_radix.radix_cache import NO_SLOTS, MatchResult, RadixCache
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.tree_node import TreeNode
@@ -243,6 +243,9 @@ class HiRadixCache(RadixCache):
 
     def flush(self) -> None:
         self.drop_host()
+        self.controller.forget(
+            LOAD
+        )  # nobody is left who waits for it, and the device's pages may go (memory_occupation.py)
         super().flush()
 
     def set_apart(self, mark: Hashable) -> None:
@@ -250,7 +253,8 @@ class HiRadixCache(RadixCache):
         super().set_apart(mark)
 
     def drop_host(self) -> None:
-        """Every host copy is forgotten, and what has no other."""
+        """Every host copy is forgotten, also one that is only ordered, and what has no other."""
+        self.controller.forget(STORE)
         self._join(self.controller.newest)
         for call in self.dropped:
             call()

@@ -11,8 +11,9 @@ SGLang 0.5.23: HiRadixCache.prefetch_from_storage, check_prefetch_progress.
 """
 
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +53,7 @@ class StoragePrefetch:
         self.tree, self.controller, self.storage = tree, controller, controller.storage
         self.policy, self.threshold, self.namespace = policy, threshold, namespace
         self.under_way: list[Prefetch] = []
+        self.mixed = False  # may the tree hold what earlier weights have computed? Then nothing of it is written
         self.fetched = 0  # tokens
         tree.backed_up.append(self._write)
         tree.dropped.append(self._give_up)
@@ -60,7 +62,7 @@ class StoragePrefetch:
     # --- down
 
     def _write(self, node: TieredNode) -> None:
-        if self.namespace(node.extra_key) is None or self.storage.backlog > MAX_BACKLOG:
+        if self.mixed or self.namespace(node.extra_key) is None or self.storage.backlog > MAX_BACKLOG:
             return
         pages = node.host_value[:: self.tree.page_size] // self.tree.page_size
         self.controller.order(WRITE, *page_words(pages, as_words(self._keys(node))))
@@ -118,7 +120,7 @@ class StoragePrefetch:
                 return False
         return True
 
-    def look(self) -> bool:
+    def look(self) -> None:
         """Between two steps, orders sent: what has been read becomes the tree's. Is any still being read?"""
         now = time.monotonic()
         for one in list(self.under_way):
@@ -133,9 +135,16 @@ class StoragePrefetch:
                 else:
                     self.fetched += good
                     self.tree.insert_host(one.ids, one.start, one.slots[:good], one.extra_key)
-        return bool(self.under_way)
+
+    def at_new_weights(self, holders: Iterable[Any]) -> None:
+        """holders: of what is cached. Where the old weights' pages may still be found, since nobody has flushed the tree, they and
+        all that is computed behind them would get names of the new weights."""
+        self._give_up()
+        self.mixed = any(self.namespace(one.extra_key) is not None for one in holders)
 
     def _give_up(self) -> None:
+        self.controller.forget(WRITE)
+        self.mixed = False
         for one in self.under_way:
             one.void = True
 

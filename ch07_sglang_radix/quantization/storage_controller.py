@@ -81,12 +81,13 @@ class StorageController:
         count = words[0]
         pages, keys = words[1 : 1 + count], from_words(words[1 + count :])
         copied = self.pool.last_copy()  # the host's memory is touched after all that is on its way to or from it
+        seed = self.store.seed  # of now: weights may change while a thread waits for its turn
         if kind == READ:
             self.wait_for(pages)
-            self._reading[ticket] = self._begin(copied, pages, keys)
+            self._reading[ticket] = self._begin(copied, pages, keys, seed)
         elif self.writes:
             for page, key in zip(pages, keys, strict=True):
-                self._writing[page] = self._threads.submit(self._write, copied, page, key)
+                self._writing[page] = self._threads.submit(self._write, copied, page, key, seed)
 
     def wait_for(self, pages: Sequence[int]) -> None:
         """Before these host pages are written over: whoever still writes them to a file is done."""
@@ -114,23 +115,25 @@ class StorageController:
             reading.given_up = True
         self._threads.shutdown()
 
-    def _begin(self, copied: "torch.cuda.Event | None", pages: Sequence[int], keys: Sequence[bytes]) -> Reading:
+    def _begin(
+        self, copied: "torch.cuda.Event | None", pages: Sequence[int], keys: Sequence[bytes], seed: bytes
+    ) -> Reading:
         reading, step = Reading(len(pages)), min(self._size, len(pages))
 
         def one(i: int) -> bool:
             if copied is not None:
                 copied.synchronize()
-            return self.store.read(keys[i], self.pool.page(pages[i]))
+            return self.store.read(keys[i], self.pool.page(pages[i]), seed)
 
         reading.threads = [self._threads.submit(reading.read, one, i, step) for i in range(step)]
         return reading
 
     # --- in a thread
 
-    def _write(self, copied: "torch.cuda.Event | None", page: int, key: bytes) -> bool:
+    def _write(self, copied: "torch.cuda.Event | None", page: int, key: bytes, seed: bytes) -> bool:
         if copied is not None:
             copied.synchronize()
-        return self.store.write(key, self.pool.page(page))
+        return self.store.write(key, self.pool.page(page), seed)
 
 
 def page_words(pages: np.ndarray, key_words: Sequence[int]) -> tuple[int, ...]:

@@ -29,6 +29,8 @@ END, PART = ".kv", ".part"  # of a page's file, and of one that is being written
 ABANDONED_S = 600  # a file that has been written for so long is nobody's any more
 LEFT = 0.9  # of the quota, after files have gone: else the next page would be one too many
 FRESH_S = 60  # a file that was used since then need not be told that it is used
+# nobody waits for a pipe's other end, and no byte is changed; each where the system has it
+READ_AT_ONCE = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 LOOKS = 16  # the folder is looked through whenever a 16th of its quota was written
 
 
@@ -56,8 +58,9 @@ class PageStore:
             raise ValueError(f"hicache_storage_dir={folder} cannot be used ({error}); name another folder") from None
         self._make_room(0)
 
-    def key(self, chained: bytes) -> bytes:
-        return sha256(self.seed + chained).digest()
+    def key(self, chained: bytes, seed: bytes | None = None) -> bytes:
+        """Of the seed that the store has now, or of the one that it had when something was ordered."""
+        return sha256((seed or self.seed) + chained).digest()
 
     def path(self, chained: bytes) -> Path:
         return Path(self._at(self.key(chained)))
@@ -73,9 +76,10 @@ class PageStore:
                 return i
         return len(chained)
 
-    def write(self, chained: bytes, payload: Sequence[memoryview]) -> bool:
+    def write(self, chained: bytes, payload: Sequence[memoryview], seed: bytes | None = None) -> bool:
         """False if it could not be written: then it is not there."""
-        path, key, length = self.path(chained), self.key(chained), sum(map(len, payload))
+        key, length = self.key(chained, seed), sum(map(len, payload))
+        path = Path(self._at(key))
         part = self._part(path.stem)
         try:
             if path.exists():
@@ -98,16 +102,18 @@ class PageStore:
         self._make_room(size)
         return True
 
-    def read(self, chained: bytes, into: Sequence[memoryview]) -> bool:
+    def read(self, chained: bytes, into: Sequence[memoryview], seed: bytes | None = None) -> bool:
         """Fill `into`; False if the page is not there, or not what it should be. Then `into` holds anything."""
-        key = self.key(chained)
+        key = self.key(chained, seed)
         path, wanted = self._at(key), HEAD.pack(MAGIC, VERSION, key, len(self.form), sum(map(len, into)))
         try:
-            with open(path, "rb", buffering=0) as file:
+            descriptor = os.open(path, READ_AT_ONCE)
+        except OSError:  # not there; or this process may open no more files, a reason to compute, and none to remove it
+            return False
+        try:
+            with open(descriptor, "rb", buffering=0) as file:
                 whole = _holds(file, wanted + self.form, into)
                 old = time.time() - os.fstat(file.fileno()).st_mtime > FRESH_S
-        except FileNotFoundError:
-            return False
         except OSError:
             whole = False
         if not whole:
@@ -136,7 +142,11 @@ class PageStore:
                 return
             self._since = 0
         found = []
-        for entry in os.scandir(self.folder):
+        try:
+            entries = list(os.scandir(self.folder))
+        except OSError:  # the folder is gone, or must not be listed: nothing can be removed then
+            return
+        for entry in entries:
             with suppress(OSError):  # somebody else has removed it
                 stat = entry.stat()
                 if entry.name.endswith(PART) and time.time() - stat.st_mtime > ABANDONED_S:

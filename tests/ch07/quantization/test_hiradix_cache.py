@@ -212,9 +212,10 @@ def test_what_is_on_its_way_is_waited_for(any_length):
     assert not tiers.tree.load_back(match, NO_REQUEST)
     asked = SimpleNamespace(matchable_ids=[1, 2, 3, 4], extra_key=None)
     assert not tiers.tree.is_there(asked)
-    assert tiers.controller.look(idle=False)  # nothing is done yet
+    tiers.controller.look(idle=False)
+    assert not tiers.tree.is_there(asked), "nothing is done yet"
     tiers.copies.join(tiers.copies.newest)
-    assert not tiers.controller.look(idle=False)
+    tiers.controller.look(idle=False)
     assert tiers.tree.is_there(asked)
     tiers.read(tiers.tree.match_prefix([1, 2, 3, 4]).slots, [1, 2, 3, 4], None)
 

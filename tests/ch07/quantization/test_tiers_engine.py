@@ -1,6 +1,7 @@
 """Engines with lower tiers: the same answers, and pages from where they should come."""
 
 import random
+from threading import Event
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from ch07_sglang_radix import Engine
 from ch07_sglang_radix.invariants import InvariantError
 from ch07_sglang_radix.quantization.hicache import check_host
 from ch07_sglang_radix.server_args import ServerArgs
+from common.sampling.params import SamplingParams
 from common.tiny_qwen import ADAPTERS_PATH, TINY_QWEN_PATH
 
 DRAW = random.Random(0)
@@ -143,6 +145,82 @@ def test_new_weights_do_not_find_the_pages_of_the_old_ones(tmp_path):
         engine.update_weights_from_disk(str(TINY_QWEN_PATH))
         back = ask(engine, PROMPTS[0])
     assert back["meta_info"]["cached_tokens_details"]["storage"] == 48, "the same weights have the same names"
+
+
+def broken_off(engine: Engine) -> None:
+    """A request that ends between two steps: its last pages are the tree's, and their copies are only ordered."""
+    engine.scheduler.add_request(
+        input_ids=PROMPTS[0], sampling_params=SamplingParams(**GREEDY | {"max_new_tokens": 30})
+    )
+    for _ in range(20):
+        engine.scheduler.step()
+    engine.pause_generation("abort")
+
+
+def test_what_was_ordered_is_forgotten_with_the_pages_that_it_would_copy(plain, tmp_path):
+    """The device's pages are given back and come back empty: nobody may find that under the name of what they had."""
+    with Engine(**on_disk(tmp_path, max_total_tokens=256)) as engine:
+        broken_off(engine)
+        engine.release_memory_occupation()
+        engine.resume_memory_occupation()
+        engine.continue_generation()
+        ask(engine, PROMPTS[1])
+    with Engine(device="cpu", skip_tokenizer_init=True) as engine:
+        longer = (
+            PROMPTS[0]
+            + engine.generate(input_ids=PROMPTS[0], sampling_params=GREEDY | {"max_new_tokens": 16})["output_ids"]
+        )
+        right = ask(engine, longer)["output_ids"]
+    with Engine(**on_disk(tmp_path, max_total_tokens=256)) as engine:
+        answer = ask(engine, longer)
+    assert answer["output_ids"] == right
+    assert answer["meta_info"]["cached_tokens_details"]["storage"] == 48, "what had been written before"
+
+
+def test_pages_that_outlive_their_weights_are_not_written(plain, tmp_path):
+    """flush_cache=False keeps them for this engine; under the new weights' names they would be everybody's, for good."""
+    with Engine(**on_disk(tmp_path, hicache_write_policy="write_through_selective")) as engine:
+        shape = engine.wrapper.model.model.norm.weight.shape
+        name = "model.layers.0.input_layernorm.weight"
+        engine.update_weights_from_tensor({name: torch.full(shape, 0.3)})
+        ask(engine, PROMPTS[0])
+        engine.update_weights_from_disk(str(TINY_QWEN_PATH), flush_cache=False)
+        ask(engine, PROMPTS[0])
+        assert not list(tmp_path.glob("*.kv"))
+        engine.flush_cache()
+        ask(engine, PROMPTS[0])
+        assert ask(engine, PROMPTS[0])["output_ids"] == plain[0]
+    with Engine(**on_disk(tmp_path)) as engine:
+        again = ask(engine, PROMPTS[0])
+    assert again["output_ids"] == plain[0]
+    assert again["meta_info"]["cached_tokens_details"]["storage"] == 48
+
+
+def test_engines_with_pages_of_different_forms_share_a_folder(tmp_path):
+    for turn in range(2):
+        for form in ("auto", "int8"):
+            with Engine(**on_disk(tmp_path, kv_cache_dtype=form)) as engine:
+                details = ask(engine, PROMPTS[0])["meta_info"].get("cached_tokens_details")
+                assert engine.get_server_info()["storage_damaged_pages"] == 0
+            assert (details or {}).get("storage") == (48 if turn else None)
+
+
+def test_pages_on_their_way_for_nobody_keep_no_engine_awake(plain, tmp_path, monkeypatch):
+    with Engine(**on_disk(tmp_path)) as engine:
+        ask(engine, PROMPTS[0])
+    with Engine(**on_disk(tmp_path)) as engine:
+        held, store = Event(), engine.scheduler.tiers.controller.storage.store
+        monkeypatch.setattr(store, "read", lambda *_: held.wait() and False)
+        engine.scheduler.add_request(input_ids=PROMPTS[0], sampling_params=SamplingParams(**GREEDY))
+        engine.scheduler.step()
+        assert engine.pause_generation("abort") == 1
+        assert engine.flush_cache()
+        engine.release_memory_occupation()
+        engine.resume_memory_occupation()
+        engine.continue_generation()
+        held.set()
+        monkeypatch.undo()
+        assert ask(engine, PROMPTS[0])["output_ids"] == plain[0]
 
 
 def test_codes_and_their_scales_move_together():

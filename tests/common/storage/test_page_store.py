@@ -1,6 +1,7 @@
 """Files of pages: whole or not there."""
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -176,3 +177,54 @@ def test_a_folder_that_cannot_be_used_is_refused(tmp_path):
     file.write_text("no folder", encoding="utf-8")
     with pytest.raises(ValueError, match=r"hicache_storage_dir=.*file cannot be used .*; name another folder"):
         a_store(Path(file))
+
+
+def test_a_folder_that_goes_while_it_is_used_costs_its_pages_alone(tmp_path, monkeypatch):
+    folder = tmp_path / "pages"
+    store = a_store(folder, quota=1)
+
+    def gone(_):
+        monkeypatch.undo()
+        shutil.rmtree(folder)
+        return os.scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", gone)
+    assert store.write(b"k", views()), "it was written, and went afterwards"
+    assert not store.write(b"l", views())
+    assert store.leading([b"k"]) == 0
+    assert read(store, b"k") is None
+    assert (store.failed, store.damaged) == (1, 0)
+
+
+def test_what_was_ordered_with_one_seed_is_written_with_it(tmp_path):
+    """Weights change while a thread waits for its turn."""
+    store = a_store(tmp_path)
+    store.seed, old = b"new weights", store.seed
+    store.write(b"k", views(), old)
+    assert read(store, b"k") is None
+    assert store.read(b"k", views(), old)
+    assert read(a_store(tmp_path), b"k") == PARTS
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes among its files")
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):
+    store = a_store(tmp_path)
+    os.mkfifo(store.path(b"k"))
+    assert read(store, b"k") is None
+    assert store.damaged == 1
+    assert not store.path(b"k").exists()
+
+
+def test_a_good_page_survives_a_process_that_may_open_no_more_files(tmp_path, monkeypatch):
+    store = a_store(tmp_path)
+    store.write(b"k", views())
+    opened = os.open
+
+    def none_left(path, *more):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(os, "open", none_left)
+    assert read(store, b"k") is None
+    monkeypatch.setattr(os, "open", opened)
+    assert read(store, b"k") == PARTS
+    assert store.damaged == 0
