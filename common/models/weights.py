@@ -122,11 +122,11 @@ def load_model(
         others = left_alone(folder, files)
         if others:
             report.notes.append(f"{folder}: {names_shown(others)} left alone; not part of this checkpoint")
-        kv_scales = take_kv_scales(found, config.num_layers, where=str(folder))
-        report.kv_scales = [kv_scales[layer] for layer in layers]
         weights = CheckpointWeights(found, config.quantization, str(folder))
         config = _settle_the_head(config, weights, report, where=str(folder))
         refuse_sizes_beyond_the_files(config, found, where=str(folder))
+        kv_scales = take_kv_scales(found, config.num_layers, where=str(folder))
+        report.kv_scales = [kv_scales[layer] for layer in layers]
         with torch.device("meta"):  # shapes without memory, of all stages
             whole = CausalLM(config, tp)
         needed = needed_of(whole, weights)
