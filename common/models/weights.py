@@ -265,7 +265,8 @@ def _refuse_what_is_not_finite(found: dict[str, Stored], dtype: torch.dtype, rep
         for window in stored.windows():
             _count(report, window.nbytes)
             digest.update(window.contiguous().reshape(-1).view(torch.uint8).numpy())
-            count += int((~window.to(dtype).isfinite()).sum())
+            if window.is_floating_point():  # words of codes are no numbers
+                count += int((~window.to(dtype).isfinite()).sum())
         if count:
             bad.append(f"{name} ({count} of {math.prod(stored.shape)})")
     report.digest = digest.hexdigest()

@@ -45,7 +45,8 @@ class RoundedActivations(WeightOnlyKernels):
 
     A scale for all of x (strategy tensor) that is found as x comes is found by the row here: a finer one, and no request's numbers
     depend on who else is in the step. Where W is in blocks, many rows of x stay as they are and W is dequantised: no kernel here
-    multiplies so many rows by blocks as fast as the library multiplies 16-bit floats.
+    multiplies so many rows by blocks as fast as the library multiplies 16-bit floats. So it is where a rank's columns are cut into
+    shorter runs than 128 each (heads of 64 that do not lie side by side).
     """
 
     name = "FP8 and INT8 kernels"
@@ -77,7 +78,7 @@ class RoundedActivations(WeightOnlyKernels):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         packed = self.packed
-        if packed.group and len(x) > weight_only.MANY:
+        if packed.group not in (0, GROUP) or (packed.group and len(x) > weight_only.MANY):
             return weight_only.linear(x, packed, bias)
         x, dtype = packed.ordered(x), x.dtype
         q, scale = rounded.round_rows(x, packed.q.dtype, bool(packed.group), self.static)

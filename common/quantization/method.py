@@ -65,7 +65,13 @@ class LinearMethod:
             if codes is not None:
                 found.append(codes)
                 at = dst + codes.q.shape[dim]
-        return stack_rows(found) if dim == 0 else stack_columns(found)
+        if dim == 0:
+            return stack_rows(found)
+        codes, scales = stack_columns(found), [part.scale for _, part in parts]
+        whole_rows = scales and scales[0].shape[1] == 1 and all(torch.equal(scale, scales[0]) for scale in scales)
+        if whole_rows and codes.zero is None:  # then a kernel may count on one scale a row, padding or not
+            return codes._replace(scale=scales[0], group=one_group(shape[1]))
+        return codes
 
     def dequantised(self, dim: int, shape: tuple[int, int]) -> torch.Tensor:
         """The same as numbers, float32."""

@@ -6,6 +6,7 @@
 Both give codes of any rectangle, for a layer that keeps them, and the numbers that the codes stand for, for one that does not.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,8 +30,15 @@ class QuantizedTensor:
 
     @property
     def input_scale(self) -> float | None:
-        """x's, if the checkpoint has one."""
-        return float(self.parts[".input_scale"][...]) if ".input_scale" in self.parts else None
+        """x's, if the checkpoint has one. Raises ValueError, with the module's name, unless it is finite and above zero."""
+        if ".input_scale" not in self.parts:
+            return None
+        value = float(self.parts[".input_scale"][...])
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(
+                f"{self.name}: input_scale is {value}; a scale is finite and above zero, fetch the files again"
+            )
+        return value
 
     def codes(self, rows: slice, columns: slice, matrix: int | None = None) -> Codes:
         """Raises ValueError, with the module's name, for scales that are not finite numbers."""

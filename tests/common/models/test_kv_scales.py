@@ -1,5 +1,6 @@
 """The scales of fp8 pages in a checkpoint: found under every name, refused by name, and used."""
 
+import json
 import shutil
 
 import pytest
@@ -90,3 +91,12 @@ def test_the_pages_are_divided_by_them(with_scales):
         assert (k.unique().item(), v.unique().item()) == want
     plain = Executor(str(folder), "cpu", kv_cache_dtype="bf16", max_total_tokens=64, tp=TPGroup(0, 1)).kv_cache
     assert set(plain.scales) == {(1.0, 1.0)}
+
+
+def test_no_scales_are_made_for_layers_that_the_files_have_not(with_scales):
+    folder = with_scales({})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"num_hidden_layers": 10**30, "layer_types": None}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"num_hidden_layers=10+, but the weight files have 4 layers"):
+        scales_of(folder)

@@ -4,9 +4,15 @@ import pytest
 import torch
 from torch import nn
 
+from common.kernels.quantized_layout import pack
+from common.layers.heads import HeadLayout
+from common.layers.linear import RowParallelLinear
+from common.models.weights import TensorSource
+from common.parallel_state import TPGroup
 from common.quantization.codes import Codes, one_group
 from common.quantization.cpu_methods import SMALLEST, HalfCodes, Int8OfHalves, RoundedInFloats, rounded
 from common.quantization.linear_methods import pick_linear_method
+from common.quantization.reader import RoundedTensor
 from common.quantization.rounding import round_to_nearest
 from common.quantization.scheme import Activations, Scheme
 
@@ -37,6 +43,37 @@ def test_codes_in_float16_are_exact(scheme):
     x, bias = torch.randn(9, 300), torch.randn(70)
     got, want = layer_of(HalfCodes, codes, scheme)(x, bias), x.double() @ codes.dequantise(torch.float64).t() + bias
     assert (got - want).norm() / want.norm() < 2e-6
+
+
+@half_codes
+@pytest.mark.parametrize("heads", [(8, 2), (16, 8), (14, 2)])
+@pytest.mark.parametrize("rank", range(3))
+def test_heads_that_a_rank_pads_take_no_scale_from_the_others(heads, rank):
+    """8 heads of 2 groups over 3 ranks: what rank 1 holds begins with two heads of zeros."""
+    layout, tp = HeadLayout.of(*heads, rank, 3), TPGroup(rank, 3)
+    w = torch.randn(24, heads[0] * 4)
+    source, held = RoundedTensor(FP8, TensorSource(w), "o_proj", tuple(w.shape)), (layout.num_q * 4, layout.q_pieces(4))
+    layers = [
+        RowParallelLinear(heads[0] * 4, 24, tp, pieces=held, reduce_results=False, method=method)
+        for method in (HalfCodes(FP8), RoundedInFloats(FP8), None)
+    ]
+    for layer in layers:
+        layer.weight.weight_loader(source)
+    codes, rounded_, plain = layers
+    x = torch.randn(5, layout.num_q * 4)
+    assert torch.allclose(codes(x), plain(x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(rounded_.plain, plain.weight)
+
+
+@pytest.mark.parametrize("first", [0, 8])
+def test_a_padded_matrix_with_a_scale_a_row_stays_one(first):
+    """GPU kernels that round x multiply by one scale a row, or by one for each 128 columns."""
+    method, codes = HalfCodes(FP8), round_to_nearest(torch.randn(16, 40), FP8)
+    method.parts = {None: [(first, codes.cut(columns=slice(0, 24))), (first + 32, codes.cut(columns=slice(24, 40)))]}
+    together = method.together(1, (16, 60))
+    packed = pack(together, 8)
+    assert (packed.group, packed.order) == (0, None)
+    assert torch.equal(together.dequantise(), method.dequantised(1, (16, 60)))
 
 
 @int8

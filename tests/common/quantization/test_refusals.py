@@ -124,3 +124,19 @@ def test_an_argument_that_does_not_fit_is_one_line(folder, more, words):
 
 def test_a_plain_checkpoint_keeps_no_codes(checkpoint):
     refused(checkpoint("qwen2"), "is not quantized: quantized_compute=weight_only", quantized_compute="weight_only")
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, 0.0, -0.5])
+def test_a_scale_of_activations_is_finite_and_above_zero(folder, number):
+    path = folder("fp8 tensor static")
+    change(path, f"{Q}.input_scale", lambda x: torch.tensor(number))
+    refused(path, f"{Q}: input_scale is {number}; ", ranks=2, quantized_compute="activations")
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "int8", "mxfp4"])
+def test_words_of_codes_are_not_looked_at_as_numbers(checkpoint, tmp_path, name):
+    """A word of eight codes is beyond what float16 holds."""
+    path, _ = quantise_folder(checkpoint("llama"), tmp_path, FORMATS[name])
+    load_model(path, TPGroup(), torch.float16, check_finite=True)
+    rewrite(path, lambda x: x["model.norm.weight"][:1].fill_(math.nan))
+    refused(path, "NaN or infinity as float16 in 1 tensors: model.norm.weight", dtype=torch.float16, check_finite=True)
