@@ -4,7 +4,7 @@ from unittest.mock import patch
 from ch07_sglang_radix import admission
 from ch07_sglang_radix.exercises.checks.engines import an_engine, answers, nothing_held, same, some_prompts
 from ch07_sglang_radix.exercises.checks.trees import a_req, memory_of
-from ch07_sglang_radix.prefill_adder import PrefillAdder
+from ch07_sglang_radix.prefill_adder import Answer, PrefillAdder
 from common.teaching.expect import ask, expect
 
 PREFIX, OTHER = list(range(8)), list(range(100, 106))
@@ -22,7 +22,7 @@ def check(m: ModuleType) -> None:
 
     class Adder(PrefillAdder):
         def _reserve(self, req, match):
-            return m.reserve(self.memory, req, match, self.promised)
+            return Answer.ADDED if m.reserve(self.memory, req, match, self.promised) else Answer.FULL
 
     prompts = some_prompts(8, 16)
     want = answers(an_engine(), prompts, 12)
