@@ -5,12 +5,12 @@
       weight_packed     [out, ceil(in * b / 32)] I32       a word has codes of consecutive inputs: value + 2^(b-1), never negative
       weight_shape      [2] I64                            [out, in], which the words do not tell
       weight_zero_point [ceil(out * b / 32), G] I32        only if not symmetric; packed down the OUTPUTS
-      weight_g_idx      [in] I32                           the group of each input, where they are no runs (actorder "group")
     int-quantized, float-quantized, naive-quantized
       weight            [out, in] I8 or F8_E4M3
       weight_zero_point as weight_scale, I8                only if not symmetric
     mxfp4-pack-quantized
       weight_packed     [out, in / 2] U8                   as MXFP4's blocks (mxfp4.py), with weight_scale [out, in / 32] U8
+    weight_g_idx        [in] I32                           the group of each input, where they are no runs (actorder "group")
     input_scale         [] or [1]                          x's, if it is static
 
     value = (q - zero) * scale;  packed zero points have 2^(b-1) added as well, so that there it cancels
@@ -40,10 +40,10 @@ def tensors(scheme: Scheme, out: int, in_: int) -> dict[str, Expected]:
     if scheme.format == PACKED:
         found[".weight_packed"] = Expected(((out, word_count(in_, scheme.bits)),), ("I32",))
         found[".weight_shape"] = Expected(((2,),), ("I64", "I32"))
-        if scheme.act_order:
-            found[".weight_g_idx"] = Expected(((in_,),), ("I32", "I64"))
     else:
         found[".weight"] = Expected(((out, in_),), ("F8_E4M3" if scheme.kind == "float" else "I8",))
+    if scheme.act_order:
+        found[".weight_g_idx"] = Expected(((in_,),), ("I32", "I64"))
     if not scheme.symmetric:
         if _zeros_are_packed(scheme):
             groups = shared[0][1]
@@ -141,10 +141,10 @@ def encode(scheme: Scheme, codes: Codes) -> dict[str, torch.Tensor]:
     if scheme.format == PACKED:
         found[".weight_packed"] = pack(q, scheme.bits)
         found[".weight_shape"] = torch.tensor(q.shape)
-        if scheme.act_order:
-            found[".weight_g_idx"] = codes.group.to(torch.int32)
     else:
         found[".weight"] = q if scheme.kind == "float" else (q.to(torch.int16) - half).to(torch.int8)
+    if scheme.act_order:
+        found[".weight_g_idx"] = codes.group.to(torch.int32)
     if not scheme.symmetric:
         if _zeros_are_packed(scheme):
             found[".weight_zero_point"] = pack(zero.T, scheme.bits).T.contiguous()

@@ -23,6 +23,7 @@ WHOLE = {
     "format": one_of(*FORMATS, "mixed-precision", "dense", None, default=None),
     "config_groups": json_object(),
     "ignore": texts(None),
+    "sparsity_config": json_object(),
     "transform_config": empty("is not supported; weights would have to be turned back"),
 }
 GROUP = {
@@ -46,7 +47,7 @@ ARGUMENTS = {
 
 def rules_of_compressed_tensors(raw: dict[str, Any], where: str) -> list[Rule]:
     read = read_fields(raw, WHOLE, where, "compressed-tensors")
-    sparse = (raw.get("sparsity_config") or {}).get("format", "dense")
+    sparse = (read["sparsity_config"] or {}).get("format", "dense")
     if sparse != "dense":
         raise ValueError(f"{where}: sparsity_config: format={json_shown(sparse)} is not supported; supported: dense")
     ignored = readable(tuple(read["ignore"] or ()), f"{where}: ignore")
@@ -90,6 +91,11 @@ def _scheme(group: dict[str, Any], format_: str | None, where: str) -> Scheme | 
     bits, kind = weights["num_bits"], weights["type"]
     _refuse_a_misfit(format_, kind, bits, strategy, size, where)
     order = weights["actorder"] in (True, "group", "dynamic")  # weight, static: columns lie in groups again
+    if order and (strategy != "group" or format_ == MXFP4):
+        raise ValueError(
+            f"{where}: weights: actorder={json_shown(weights['actorder'])} with strategy={strategy!r} in format={format_} is "
+            f"not supported; supported: strategy 'group' of integers and FP8"
+        )
     return Scheme(
         "compressed-tensors", bits, kind, strategy, size if strategy == "group" else None,
         tuple(weights["block_structure"] or (128, 128)) if strategy == "block" else None, weights["symmetric"], order, format_,

@@ -98,15 +98,19 @@ def _gptq(raw: dict[str, Any], where: str) -> list[Rule]:
     read = read_fields(raw, GPTQ, where, "gptq")
     version = read["checkpoint_format"] or "gptq"
     scheme = Scheme(
-        "gptq", read["bits"], "int", "group", _group_size(read["group_size"], where), symmetric=read["sym"],
+        "gptq", int(read["bits"]), "int", "group", _group_size(read["group_size"], where), symmetric=read["sym"],
         act_order=read["desc_act"], format=version,
     )  # fmt: skip
     rules = []  # gptqmodel: {"+:regex": {what is different there}, "-:regex": {}}, in this order
     for pattern, changes in (read["dynamic"] or {}).items():
+        if changes and not isinstance(changes, dict):
+            raise ValueError(
+                f"{where}: dynamic {json_shown(pattern)}: {json_shown(changes)} must be an object, or null"
+            )
         names = readable((REGEX + pattern.removeprefix("+:").removeprefix("-:"),), f"{where}: dynamic")
         other = read_fields({**raw, **(changes or {})}, GPTQ, f"{where}: dynamic {json_shown(pattern)}", "gptq")
         one = replace(
-            scheme, bits=other["bits"], group_size=_group_size(other["group_size"], where), symmetric=other["sym"],
+            scheme, bits=int(other["bits"]), group_size=_group_size(other["group_size"], where), symmetric=other["sym"],
             act_order=other["desc_act"],
         )  # fmt: skip
         rules.append(Rule(names, None if pattern.startswith("-:") else one))

@@ -50,6 +50,7 @@ FORMATS = {  # groups and blocks that no cut over ranks respects
     "pack 8": grouped({**INT4, "num_bits": 8, "symmetric": True}),
     "pack 4 actorder": grouped({**INT4, "actorder": "group"}),
     "int-quantized": grouped(INT8, BY_TOKEN, "int-quantized"),
+    "int-quantized actorder": grouped({**INT4, "num_bits": 8, "actorder": "group"}, BY_TOKEN, "int-quantized"),
     "float-quantized": grouped({**INT8, "type": "float"}, {**BY_TOKEN, "type": "float"}, "float-quantized"),
     "mixed": grouped(INT4) | {"format": "mixed-precision", "config_groups": {
         "a": {"targets": ["Linear"], "weights": INT4, "format": "pack-quantized"},
