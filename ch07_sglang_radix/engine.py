@@ -32,7 +32,6 @@ from ch07_sglang_radix.generate_request import GenerateCall, GenerateRequest, ch
 from ch07_sglang_radix.lora_calls import LoRACalls, lora_options
 from ch07_sglang_radix.node import node_of
 from ch07_sglang_radix.profiler import RankProfiler, StepsLeft, profile_name
-from ch07_sglang_radix.radix_cache import RadixCache
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.server_args import DEFAULT_PAGE, ServerArgs
 from ch07_sglang_radix.server_info import as_it_stands, what_it_is
@@ -106,7 +105,7 @@ class Engine(GenerateCalls, EngineWeights, LoRACalls):
             num_lanes=args.pp_size + args.pp_async_batch_depth, max_lane_size=args.pp_max_micro_batch_size,
             enable_dynamic_chunking=args.enable_dynamic_chunking,
             radix_bigram=args.speculative_algorithm in ("EAGLE", "EAGLE3"),
-            tree=tiers.tree_class if tiers else RadixCache,
+            tree=tiers.tree_class if tiers else None,
         )  # fmt: skip
         if args.speculative_algorithm:
             import_module(SPECULATIVE).attach(self._scheduler, args)

@@ -82,7 +82,7 @@ class TPScheduler(StepLoop):
         check: bool = False, trace: str | Path | None = None, num_lanes: int | None = None,
         max_lane_size: int | None = None, load_balance_method: str = LOAD_BALANCE_METHODS[0], tp_size: int | None = None,
         pp_size: int | None = None, dp_size: int | None = None, attn_dp_size: int | None = None, cp_size: int | None = None,
-        enable_dynamic_chunking: bool = False, tree: type[RadixCache] = RadixCache,
+        enable_dynamic_chunking: bool = False, tree: type[RadixCache] | None = None,
     ):  # fmt: skip
         sizes = {"tp": tp_size, "pp": pp_size, "dp": dp_size, "attn_dp": attn_dp_size, "cp": cp_size}
         _refuse_other_sizes(wrapper.parallel.layout, sizes)

@@ -43,7 +43,7 @@ class SchedulerState:
         self, wrapper: TPRadixAttentionModelWrapper, *, schedule_policy: str = "fcfs", disable_radix_cache: bool = False,
         radix_eviction_policy: str = "lru", radix_bigram: bool = False, seed: int = 0,
         schedule_conservativeness: float = 1.0, num_lanes: int | None = None, max_lane_size: int | None = None,
-        front: "SchedulerState | None" = None, number: int = 0, tree: type[RadixCache] = RadixCache,
+        front: "SchedulerState | None" = None, number: int = 0, tree: type[RadixCache] | None = None,
     ):  # fmt: skip
         # rank 0 alone uses them, and all refuse them: whoever went on would wait for a rank that has left
         check_policy(schedule_policy, disable_radix_cache)
@@ -87,7 +87,9 @@ class SchedulerState:
         self.pool = TokenToKVPool(wrapper.num_pages, wrapper.page_size)
         nodes = wrapper.verifier.options.nodes if wrapper.verifier else 0
         self.req_to_token = ReqToTokenPool(wrapper.max_running_requests, wrapper.max_context + nodes + self.page_size)
-        self.tree = tree(self.pool, self.req_to_token, disable_radix_cache, radix_eviction_policy, radix_bigram)
+        self.tree = (tree or RadixCache)(
+            self.pool, self.req_to_token, disable_radix_cache, radix_eviction_policy, radix_bigram
+        )
         self.memory = RequestMemory(self.pool, self.req_to_token, self.tree)
         # of pages, besides the free list, the requests and the tree
         self.more_owners: list[Callable[[], Owners]] = [self.memory.sessions.owners]
