@@ -28,6 +28,8 @@ from ch07_sglang_radix.serving.logs import log, set_up_logging
 from ch07_sglang_radix.serving.processes import LEAVE_S, Processes, Threads
 from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
 from common.models.hub import resolve_model
+from common.models.json_file import read_json
+from common.quantization.config import QuantizationConfig
 from common.text.tokenizer import Tokenizer
 from common.tiny_qwen import TINY_QWEN_PATH
 
@@ -50,6 +52,7 @@ class Server:
 
     async def _run(self) -> int:
         folder = tokenizer_folder(self.args)
+        refuse_another_quantization(self.args)
         self.loop, self.ended = asyncio.get_running_loop(), asyncio.Event()
         self.workers = (
             Threads(self.args, folder) if self.args.single_process else Processes(self.args, folder, self.begun)
@@ -173,3 +176,11 @@ def tokenizer_folder(args: HttpArgs) -> str | None:
         return None
     folder = resolve_model(engine.tokenizer_path) if engine.tokenizer_path else model
     return str(folder) if engine.tokenizer_path or Tokenizer.lies_in(folder) else None
+
+
+def refuse_another_quantization(args: HttpArgs) -> None:
+    """Before a process loads anything. Raises ValueError."""
+    if asked := args.engine.quantization:
+        folder = resolve_model(args.engine.model_path or TINY_QWEN_PATH)
+        own = QuantizationConfig.from_checkpoint(read_json(folder / "config.json"), str(folder))
+        QuantizationConfig.settled(own, asked, str(folder))

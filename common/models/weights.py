@@ -114,7 +114,8 @@ def load_model(
     and weights are read (but for a tied LM head that is stored: it is compared with the embedding first). What is wrong in the
     numbers of a quantized matrix (a scale that is none, groups that are not there), only a rank that reads them can tell.
     """
-    config = with_quantization(ModelConfig.from_folder(folder), quantization, str(folder))
+    config = ModelConfig.from_folder(folder)
+    config = replace(config, quantization=QuantizationConfig.settled(config.quantization, quantization, str(folder)))
     layers, report = (stage or Stage()).layers(config.num_layers), LoadReport()
     with ExitStack() as stack:
         files = checkpoint_files(folder)
@@ -182,18 +183,6 @@ def _build(
             return CausalLM(config, tp, layers, communicator, moe, methods).eval()
     finally:
         torch.set_default_dtype(previous)
-
-
-def with_quantization(config: ModelConfig, quantization: str | None, where: str) -> ModelConfig:
-    """The config with what was asked for, which must not be another method than the checkpoint's own."""
-    own = config.quantization
-    if quantization is None or (own and own.method == quantization):
-        return config
-    if own:
-        raise ValueError(
-            f"quantization={quantization!r}, but {where} is quantized with {own.method}; leave the argument out"
-        )
-    return replace(config, quantization=QuantizationConfig.named(quantization))
 
 
 def _settle_the_head(config: ModelConfig, weights: CheckpointWeights, report: LoadReport, where: str) -> ModelConfig:

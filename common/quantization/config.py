@@ -68,6 +68,17 @@ class QuantizationConfig:
         rules = (Rule(STAYS_PLAIN, None), Rule((ALL,), AT_LOAD[quantization]))
         return QuantizationConfig(quantization, rules, at_load=True)
 
+    @staticmethod
+    def settled(own: "QuantizationConfig | None", asked: str | None, where: str) -> "QuantizationConfig | None":
+        """What a checkpoint's own config and --quantization come to. Raises ValueError if they are two methods."""
+        if asked is None or (own and own.method == asked):
+            return own
+        if own:
+            raise ValueError(
+                f"quantization={asked!r}, but {where} is quantized with {own.method}; leave the argument out"
+            )
+        return QuantizationConfig.named(asked)
+
     def scheme_of(self, module: str) -> Scheme | None:
         """module: as the checkpoint names it, "model.layers.0.self_attn.q_proj"; None: its weight is plain."""
         return next((rule.scheme for rule in self.rules if rule.speaks_of(module)), None)

@@ -183,6 +183,7 @@ def test_everything_in_one_process():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
+        (["--quantization", "awq"], "quantization='awq' needs a checkpoint that was made with it"),
         (["--load-format", "pt"], "flag --load-format is not here: "),
         (["--model-path", "/nowhere"], "/nowhere"),
         (["--port", "PORT"], "Address already in use"),
