@@ -1,6 +1,6 @@
 """A model in full precision and in the formats of quantized checkpoints: what bytes saved are worth in tokens.
 
-    python -m ch07_sglang_radix.benchmarks.bench_quantized --part gpu [--forms bf16,awq]    Qwen2.5-7B: D and A64, one GPU
+    python -m ch07_sglang_radix.benchmarks.bench_quantized --part gpu [--forms "bf16;awq"]  Qwen2.5-7B: D and A64, one GPU
     python -m ch07_sglang_radix.benchmarks.bench_quantized --part cpu                       the bundled model, Qwen2.5-0.5B's shape
 
 D and A64 are those of bench_gpu.py. Random weights, rounded to nearest; embedding and LM head stay bfloat16. The floor of D is the
@@ -15,38 +15,23 @@ Writes figures/bench_quantized_gpu.csv (several calls add up), figures/bench_qua
 import argparse
 import csv
 import gc
-import re
 import shutil
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from ch07_sglang_radix.benchmarks.gpu_workloads import Workloads
 from ch07_sglang_radix.engine import Engine
 from common.distributed.launch import run_main
-from common.models.checkpoint import INDEX, checkpoint_files, open_tensors
-from common.models.json_file import read_json
 from common.models.published_configs import save_random_weights, weights_folder
 from common.models.quantized_tensors import held_tensors, weight_bytes
-from common.quantization.config import KEYS, QuantizationConfig
-from common.quantization.methods import METHODS
-from common.quantization.rounding import round_to_nearest
-from common.teaching.report import FIGURES, write_csv, write_json
+from common.quantization.make import CONFIG, config_of, make
+from common.teaching.report import FIGURES, write_csv
 from common.tiny_qwen import TINY_QWEN_PATH
 
 NEW = 16  # tokens of a request on a CPU
-CONFIG, MATRIX = "config.json", re.compile(r"(.*\.layers\.\d+\..*_proj)\.weight")
-CONFIGS = {  # quantization_config of a checkpoint
-    "w8a8_fp8": {"quant_method": "w8a8_fp8"},
-    "fp8-block": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
-    "w8a8_int8": {"quant_method": "w8a8_int8"},
-    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
-    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False},
-}
-FORMS = {  # name: (a key of CONFIGS, quantized_compute)
+FORMS = {  # name: (a format of make.py, quantized_compute)
     "bf16": (None, "auto"),
     "fp8 channel": ("w8a8_fp8", "auto"),
     "fp8 channel, weight-only": ("w8a8_fp8", "weight_only"),
@@ -85,36 +70,13 @@ def main() -> None:
 
 
 def quantized_copy(source: Path, name: str | None, device: str) -> Path:
-    """The checkpoint in that format, beside it, as common/quantization/make.py writes it; rounded on `device`, which is faster."""
+    """The checkpoint in that format, beside it; rounded on `device`, which is faster."""
     if name is None:
         return source
     out = source.with_name(f"{source.name}-{name}")
-    if (out / CONFIG).exists():
-        return out
-    out.mkdir(parents=True, exist_ok=True)
-    said, index = CONFIGS[name], {}
-    config = QuantizationConfig.from_checkpoint({KEYS[0]: said}, str(out))
-    for path in checkpoint_files(source):
-        tensors = {}
-        with ExitStack() as stack:
-            for tensor, found in open_tensors([path], stack).items():
-                value, match = found.file.get_tensor(tensor), MATRIX.fullmatch(tensor)
-                scheme = config.scheme_of(match[1]) if match else None
-                if scheme is None:
-                    tensors[tensor] = value
-                    continue
-                stored = torch.float16 if scheme.bits == 4 else torch.float32  # of scales
-                with torch.device(device):
-                    codes = round_to_nearest(value.to(device), scheme, stored)
-                    parts = METHODS[scheme.method].encode(scheme, codes)
-                tensors |= {match[1] + suffix: part.contiguous().cpu() for suffix, part in parts.items()}
-        save_file(tensors, out / path.name, {"format": "pt"})
-        index |= dict.fromkeys(tensors, path.name)
-    write_json({"metadata": {}, "weight_map": index}, out / INDEX)
-    for path in source.glob("*.json"):
-        if path.name not in (CONFIG, INDEX):
-            shutil.copyfile(path, out / path.name)
-    write_json(read_json(source / CONFIG) | {KEYS[0]: said}, out / CONFIG)
+    if not (out / CONFIG).exists():  # it is written last
+        shutil.rmtree(out, ignore_errors=True)
+        make(source, out, config_of(name), device=device)
     return out
 
 

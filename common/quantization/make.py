@@ -23,7 +23,6 @@ written last: a folder without it is no checkpoint.
 """
 
 import argparse
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -43,6 +42,7 @@ from common.quantization.config import KEYS, QuantizationConfig
 from common.quantization.methods import METHODS
 from common.quantization.rounding import round_to_nearest
 from common.quantization.scheme import Scheme
+from common.teaching.report import write_json
 from common.tiny_qwen import TINY_QWEN_PATH
 
 MATRIX = re.compile(r"(.*\.layers\.\d+\..*_proj)\.weight")
@@ -145,10 +145,11 @@ CONFIGS: dict[str, tuple[Callable[..., dict[str, Any]], tuple[str, ...]]] = {  #
 
 
 def make(
-    model: Path, out: Path, said: dict[str, Any], algorithm: str = "nearest", calibration: Path | None = None
-) -> str:
-    """said: a quantization_config. Returns a line on what was written. Raises ValueError for a model that is quantized already, for
-    a folder that holds something, and for what the format cannot hold."""
+    model: Path, out: Path, said: dict[str, Any], algorithm: str = "nearest", calibration: Path | None = None,
+    device: str = "cpu",
+) -> str:  # fmt: skip
+    """said: a quantization_config. device: where numbers are rounded to nearest. Returns a line on what was written. Raises
+    ValueError for a model that is quantized already, for a folder that holds something, and for what the format cannot hold."""
     config = read_json(model / CONFIG)
     if there := [key for key in KEYS if config.get(key)]:
         raise ValueError(f"{model} has a {there[0]}: it is quantized already; take the full-precision checkpoint")
@@ -170,25 +171,21 @@ def make(
                 module = name.removesuffix(".weight")
                 parts = {name: plain}
                 if module in schemes:
-                    parts = _encoded(module, plain, schemes[module], chosen.get(module))
+                    parts = _encoded(module, plain, schemes[module], chosen.get(module), device)
                 before += plain.nbytes
                 after += sum(part.nbytes for part in parts.values())
                 tensors |= parts
             save_file(tensors, out / path.name, {"format": "pt"})
         index |= dict.fromkeys(tensors, path.name)
     if len(files) > 1 or files[0].name != WHOLE:
-        _write_json({"metadata": {"total_size": after}, "weight_map": index}, out / INDEX)
+        write_json({"metadata": {"total_size": after}, "weight_map": index}, out / INDEX)
     for pattern in BESIDE:
         for path in model.glob(pattern):
             if path.name not in (CONFIG, INDEX):
                 shutil.copyfile(path, out / path.name)
-    _write_json(config | {KEYS[0]: said}, out / CONFIG)
+    write_json(config | {KEYS[0]: said}, out / CONFIG)
     rounded = f"{len(chosen)} by GPTQ, {len(schemes) - len(chosen)} to nearest" if chosen else "to nearest"
     return f"{len(schemes)} matrices rounded, {rounded}; {before / 1e6:.2f} MB of tensors are now {after / 1e6:.2f} MB"
-
-
-def _write_json(value: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _schemes(files: list[Path], quantization: QuantizationConfig) -> dict[str, Scheme]:
@@ -198,16 +195,18 @@ def _schemes(files: list[Path], quantization: QuantizationConfig) -> dict[str, S
     return {module: scheme for module in modules if (scheme := quantization.scheme_of(module)) is not None}
 
 
-def _encoded(module: str, weight: torch.Tensor, scheme: Scheme, codes: Codes | None) -> dict[str, torch.Tensor]:
+def _encoded(
+    module: str, weight: torch.Tensor, scheme: Scheme, codes: Codes | None, device: str
+) -> dict[str, torch.Tensor]:
     """The tensors in place of a weight [out, in], by name."""
     of = METHODS[scheme.method]
-    if codes is None:
-        codes = round_to_nearest(weight, scheme, of.stored)
     try:
-        parts = of.encode(scheme, codes)
+        with torch.device(device if codes is None else "cpu"):
+            codes = codes or round_to_nearest(weight.to(device), scheme, of.stored)
+            parts = of.encode(scheme, codes)
     except ValueError as error:
         raise ValueError(f"{module}: {error}") from None
-    return {module + suffix: part.contiguous() for suffix, part in parts.items()}
+    return {module + suffix: part.contiguous().cpu() for suffix, part in parts.items()}
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def test_every_program_writes_its_files_here():
         "common/teaching/scripted_checkpoint.py", "common/tiny_qwen/upcycle.py", "common/tiny_qwen/train_medusa.py",
         "common/tiny_qwen/train_eagle.py", "common/tiny_qwen/train_adapters.py", "common/tiny_qwen/train_vision.py",
         "common/tiny_qwen/tiny_vision.py", "ch07_sglang_radix/benchmarks/bench_speculation.py",
-            "common/quantization/make.py", "ch07_sglang_radix/quantization/demo_2_zero_points.py",  # checkpoints
+            "ch07_sglang_radix/quantization/demo_2_zero_points.py",  # checkpoints
             "common/storage/page_store.py", "ch07_sglang_radix/quantization/demo_6_comes_back.py",  # pages, whole or not at all
     }  # fmt: skip
     writers = set()
