@@ -144,8 +144,12 @@ def weight_bytes(model: nn.Module) -> int:
 def refuse_codes(model: nn.Module, what: str) -> None:
     """ValueError for what needs plain weights, or such as are rounded by nobody."""
     quantization = model.config.quantization
-    if codes_of(model) or (quantization and quantization.at_load):
+    if quantization and quantization.at_load:
         raise ValueError(
-            f"{what}: this model's weights are {'kept as codes' if codes_of(model) else 'rounded at load'} "
-            f"({quantization.method}); start the engine without quantization, or with quantized_compute=dequantise"
+            f"{what}: this model's weights are rounded at load ({quantization.method}); start the engine without quantization"
+        )
+    if codes_of(model):
+        raise ValueError(
+            f"{what}: this model's weights are kept as codes ({quantization.method}); start the engine with "
+            "quantized_compute=dequantise"
         )
