@@ -165,7 +165,7 @@ def other_seed(scheduler: ReplicatedScheduler) -> None:
 
 
 def newest_first(scheduler: ReplicatedScheduler) -> None:
-    scheduler.tree._rank = lambda node: -node.last_access_time
+    scheduler.tree.leaves.rank = lambda node: -node.last_access_time
 
 
 def one_page_less(scheduler: ReplicatedScheduler) -> None:

@@ -74,7 +74,7 @@ class EvictionLine:
         may_go: Callable[[TreeNode], bool],
         nodes: Callable[[], Iterable[TreeNode]],
     ):
-        self._rank, self._may_go, self._nodes = rank, may_go, nodes
+        self.rank, self._may_go, self._nodes = rank, may_go, nodes
         self._heap: list[tuple[Any, int, TreeNode]] = []  # (rank, number, node)
         self._number = count()
         self._most = 64
@@ -87,9 +87,9 @@ class EvictionLine:
         """Put it in line at its present rank, if it may go."""
         if not self._may_go(node):
             return
-        heapq.heappush(self._heap, (self._rank(node), next(self._number), node))
+        heapq.heappush(self._heap, (self.rank(node), next(self._number), node))
         if len(self._heap) > self._most:  # mostly stale
-            self._heap = [(self._rank(node), next(self._number), node) for node in self._nodes() if self._may_go(node)]
+            self._heap = [(self.rank(node), next(self._number), node) for node in self._nodes() if self._may_go(node)]
             heapq.heapify(self._heap)
             self._most = 4 * len(self._heap) + 64
 
@@ -97,6 +97,6 @@ class EvictionLine:
         """Take out the first one; None if nobody may go."""
         while self._heap:
             rank, _, node = heapq.heappop(self._heap)
-            if self._may_go(node) and rank == self._rank(node):
+            if self._may_go(node) and rank == self.rank(node):
                 return node
         return None

@@ -74,7 +74,7 @@ class RadixCache:
         self.root = self.node_class(NO_SLOTS, NO_SLOTS, None, 0)
         self.evictable_size = 0
         self.protected_size = 0
-        self._leaves = EvictionLine(self._rank, self._evictable, self.nodes)
+        self.leaves = EvictionLine(self._rank, self._evictable, self.nodes)
 
     # --- the tree
 
@@ -183,7 +183,7 @@ class RadixCache:
         last child has gone. The last node may be larger than needed.
         """
         evicted = 0
-        while evicted < num_slots and (leaf := self._leaves.next()):
+        while evicted < num_slots and (leaf := self.leaves.next()):
             self.pool.free(leaf.value)
             evicted += len(leaf.value)
             parent = leaf.parent
@@ -331,4 +331,4 @@ class RadixCache:
         return node.parent is not None and not node.children and node.lock_ref == 0
 
     def _offer(self, node: TreeNode) -> None:
-        self._leaves.offer(node)
+        self.leaves.offer(node)

@@ -10,6 +10,6 @@ def test_the_line_of_leaves_stays_short_however_often_they_are_used():
     longest = 0
     for _ in range(300):
         tree.match_prefix([1, 2, 5])
-        longest = max(longest, len(tree._leaves))
+        longest = max(longest, len(tree.leaves))
     assert 64 < longest <= 4 * len(list(tree.nodes())) + 64
     assert [tree.evict(1) for _ in range(5)] == [1, 1, 1, 2, 0], "7, 8 and then 5 and 1 2"

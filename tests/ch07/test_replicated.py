@@ -62,7 +62,7 @@ def another_seed(scheduler):
 
 
 def newest_first(scheduler):
-    scheduler.tree._rank = lambda node: -node.last_access_time
+    scheduler.tree.leaves.rank = lambda node: -node.last_access_time
 
 
 def one_page_less(scheduler):
