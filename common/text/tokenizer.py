@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
 from common import values
 from common.text.chat_template import TemplateRenderer
 
@@ -23,6 +21,9 @@ class Tokenizer:
     def __init__(self, folder: str | Path):
         if not self.lies_in(folder):
             raise ValueError(f"{folder}: no usable tokenizer, neither tokenizer.json nor tokenizer_config.json")
+        # over a second, which a process without a tokenizer need not wait
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: PLC0415
+
         try:
             # said explicitly: left open, transformers asks on the terminal whether it may run the folder's code
             self.hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
