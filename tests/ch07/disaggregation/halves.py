@@ -10,10 +10,6 @@ from typing import NamedTuple
 from tests.ch07.serving.running import ROOT, RunningServer
 
 KEPT = ("--disaggregation-timeout", "100", "--watchdog-timeout", "100", "--drain-timeout", "1")
-LEAN = (
-    "--single-process",
-    "--skip-tokenizer-init",
-)  # a server of token ids in one process: it starts with a third of the work
 
 
 class Halves(NamedTuple):

@@ -7,8 +7,8 @@ import pytest
 
 from ch07_sglang_radix.serving.watch import wait_until
 from common.tiny_qwen import TINY_QWEN_PATH
-from tests.ch07.disaggregation.halves import KEPT, LEAN, a_front, settled, two_halves
-from tests.ch07.serving.running import RunningServer
+from tests.ch07.disaggregation.halves import KEPT, a_front, settled, two_halves
+from tests.ch07.serving.running import LEAN, RunningServer
 from tests.ch07.serving.test_life_and_death import Client
 from tests.oracle import greedy
 

@@ -3,15 +3,15 @@
 import pytest
 
 from ch07_sglang_radix import Engine
-from tests.ch07.disaggregation.halves import LEAN, a_front, settled, two_halves
-from tests.ch07.serving.running import a_server
+from tests.ch07.disaggregation.halves import a_front, settled, two_halves
+from tests.ch07.serving.running import LEAN, ONE_PROCESS, a_server
 
 TEXT = "What is a radix cache?"
 
 
 @pytest.fixture(scope="module")
 def halves():
-    with two_halves("--disaggregation-transfer-backend", "shm", prefill=("--single-process",)) as halves:
+    with two_halves("--disaggregation-transfer-backend", "shm", prefill=ONE_PROCESS) as halves:
         yield halves
 
 

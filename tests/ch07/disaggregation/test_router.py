@@ -5,9 +5,9 @@ from contextlib import ExitStack
 
 from ch07_sglang_radix.serving.watch import wait_until
 from common.tiny_qwen import TINY_QWEN_PATH
-from tests.ch07.disaggregation.halves import KEPT, LEAN, settled
+from tests.ch07.disaggregation.halves import KEPT, settled
 from tests.ch07.parallelism.test_router_process import a_router
-from tests.ch07.serving.running import RunningServer
+from tests.ch07.serving.running import LEAN, RunningServer
 from tests.ch07.serving.test_life_and_death import Client
 from tests.oracle import greedy
 
