@@ -10,9 +10,8 @@ from common import values
 from common.text.chat_template import TemplateRenderer
 from common.text.tokenizer_file import TokenizerFile, read_plain
 
-ONE_IMPORTS = (
-    Lock()
-)  # transformers fills itself as names are asked for: of two threads at once, one finds it half empty
+# transformers fills itself as names are asked for: of two threads that ask at once, one finds it half empty
+ONE_IMPORTS = Lock()
 OPEN_END = "\ue000the end\ue001"  # where the last message ends, if it is to go on; characters that no text has
 
 # how byte-level vocabularies write bytes: most as the letter of that number, the others, unprintable there, from 256 on
