@@ -54,6 +54,6 @@ def _script(args: list[str], folder: Path, out: Path, err: Path) -> None:
             runpy.run_module(args[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv, sys.path[:0] = args, [str((folder / args[0]).parent)]
-            runpy.run_path(args[0], run_name="__main__")
+            runpy.run_path(str(folder / args[0]), run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # multiprocessing leaves them out
