@@ -322,7 +322,8 @@ def _without_index(call: GenerateCall, last: dict[int, Answer]) -> Answer | list
 
 
 def follow_rank_0(**server_args) -> None:
-    """What a rank does that rank 0 has started: the same engine, and then whatever rank 0 says until it leaves."""
-    engine = Engine(**server_args)
+    """What a rank does that rank 0 has started: the same engine, and then whatever rank 0 says until it leaves. It hears token
+    ids alone, and starts over a second earlier without a tokenizer."""
+    engine = Engine(**server_args | {"skip_tokenizer_init": True})
     while True:
         engine.scheduler.control.follow()

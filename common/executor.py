@@ -168,11 +168,15 @@ class Executor:
         pp = self.parallel.pp
         self.stage = Stage(pp.rank, pp.size, layer_partition(pp_layer_partition) if pp.size > 1 else None)
         error = None
+        self.tokenizer = None  # token ids work without one
+        other = resolve_model(tokenizer_path) if tokenizer_path else folder
         try:
             self.model, self.load_report = load_model(
                 folder, self.tp, self.dtype, check_finite=check_finite, stage=self.stage, communicator=self.communicator,
                 moe=self.moe, quantization=quantization, quantized_compute=quantized_compute,
             )  # fmt: skip
+            if not skip_tokenizer_init and (tokenizer_path or Tokenizer.lies_in(other)):
+                self.tokenizer = Tokenizer(other)
         except (ValueError, FileNotFoundError) as one:
             error = one
         _refuse_together(error, self.parallel.replica)
@@ -183,10 +187,6 @@ class Executor:
         self.lora = LoRAManager(self.model, lora, folder) if lora else None
         self.links = StageLinks(self.parallel, self.config, self.dtype)
         self._refuse_layers_apart()
-        self.tokenizer = None  # token ids work without one
-        other = resolve_model(tokenizer_path) if tokenizer_path else folder
-        if not skip_tokenizer_init and (tokenizer_path or Tokenizer.lies_in(other)):
-            self.tokenizer = Tokenizer(other)
         self.context_length = self._context_length(context_length)
         self.page_size, self.max_running_requests = page_size, max_running_requests
 
