@@ -17,17 +17,18 @@ class Outcome:
 
     def take(self, taken: Iterable[tuple[Req, int, TokenLogprobs | None]]) -> None:
         """Append a step's tokens (QueuedStep.take), and end who has come to an end."""
-        s, ended = self.state, False
+        s, ended, grown = self.state, False, self.state.front.grown
         for req, token, told in taken:
-            if req.finish_reason is not None:
+            if req.ended:
                 continue  # the rest of a run, behind its end
             if token < 0:
                 s.running.remove(req)
                 self._fail(req, (req.grammar and req.grammar.error) or problem(token))
                 continue
-            req.take_token(token, told)
-            s.front.grown[req.rid] = req
-            if req.finish_reason is not None:
+            req.answer.take(token, told)
+            grown[req.rid] = req
+            if req.answer.end:
+                req.finish(req.answer.end)
                 ended = True
                 self.end(req)
         if ended:

@@ -52,9 +52,9 @@ class Flight:
 
     def __init__(self, lane: int, plans: Sequence[StepPlan | None], logits: torch.Tensor | None):
         self.lane, self.plans, self.logits = lane, plans, logits
-        self.plans_there = [plan for plan in plans if plan]
-        self.emitting = [req for plan in self.plans_there for req in plan.emitting]
-        kinds = [type(plan.task) for plan in self.plans_there]
+        self.plans_there = there = [plan for plan in plans if plan]
+        self.emitting = there[0].emitting if len(there) == 1 else [req for plan in there for req in plan.emitting]
+        kinds = [type(plan.task) for plan in there]
         self.prefills, self.verifies = PrefillTask in kinds, VerifyTask in kinds
 
 
@@ -216,16 +216,12 @@ class StepLoop(DataRank):
         flight = Flight(self.lane, plans, logits)
         if flight.prefills and (scoring := [plan for plan in flight.plans_there if plan.task.scores]):
             score_prompts(self.control, scoring)  # now: the other ranks have come to it
-        emitting, prefill = flight.emitting, flight.prefills
+        prefill = flight.prefills
         self.steps["prefill" if prefill else "decode"] += 1
         self.work["tokens"] += self._rows_of(flight)
         self.work["inputs"] += sum(plan.task.num_tokens for plan in flight.plans_there)
-        self.work["samplings"] += bool(emitting)
-        if not flight.verifies:
-            for req in emitting:  # 64 of them in every step: no generator, no property
-                req.pending += 1
-                req.wanted -= 1
-                self.work["sampled"] += not req.probe
+        self.work["samplings"] += bool(flight.emitting)
+        self.work["sampled"] += sum([plan.counted for plan in flight.plans_there])
         for rank, plan in zip(self.data_ranks, plans, strict=True):
             if plan:
                 plan.launched()
@@ -254,7 +250,7 @@ class StepLoop(DataRank):
             logits = self.control.finish()
         if not emitting:
             return QueuedStep()
-        if any([req.grammar or req.params.needs_last_token for req in emitting]):
+        if any([plan.needs_last_token for plan in flight.plans_there]):
             self._settle()  # a grammar or a penalty must know every token before the one it is for
         if len(self.data_ranks) == 1:
             sampling = flight.plans[0].sampling()
