@@ -47,12 +47,13 @@ class DataRank(SchedulerState):
 
     def plan(self) -> StepPlan | None:
         """The next step of the lane whose turn it is; None if there is nothing to do."""
-        decoding = self._somebody_decodes()
+        running = self.in_lane
+        decoding = self.batch.is_of(running) or any(req.wanted for req in running)
         prefill = None if decoding and self._owes_decode[self.lane] else self.admission.next_prefill()
         if prefill:
             self._owes_decode[self.lane] = not self.admission.enable_mixed_chunk
             return self.step_tasks.prefill(prefill)
-        if not decoding or not self._somebody_decodes():
+        if not decoding:
             return None
         self._owes_decode[self.lane] = False
         if self.speculation and (plan := self.step_tasks.verify(self.speculation)):
@@ -61,12 +62,8 @@ class DataRank(SchedulerState):
         batch, running = self.batch, self.in_lane
         if not batch.is_of(running):
             batch.become([req for req in running if req.wanted], running)
-        # none: room was made by looking at the last step's tokens, and they were the last
+        # none: room was made by looking at the last steps' tokens, and they were the last
         return self.step_tasks.decode(batch) if batch.reqs else None
-
-    def _somebody_decodes(self) -> bool:
-        """Does somebody in the lane whose turn it is want another token?"""
-        return self.batch.is_of(self.in_lane) or any(req.wanted for req in self.in_lane)
 
     def make_room(self) -> None:
         """Before a plain decode step. What is kept for guesses goes first: nobody waits, or goes back to the queue, for these."""

@@ -79,7 +79,7 @@ class Speculation:
         """A verify step of all who want more tokens; None if a plain one is due. best, columns, launched: StepTasks'."""
         s, memory = self.state, self.state.memory
         reqs = [req for req in s.in_lane if req.wanted]
-        if self.rule and not self.rule.verifies(len(reqs)):
+        if not reqs or (self.rule and not self.rule.verifies(len(reqs))):
             return None
         if self.guesser:  # it reads every token
             self.settle()
