@@ -104,7 +104,7 @@ class Engine(GenerateCalls, EngineWeights, LoRACalls):
             radix_eviction_policy=args.radix_eviction_policy, overlap=overlap, gather_best=args.gather_best,
             seed=seed(args), schedule_conservativeness=args.schedule_conservativeness, check=args.check, trace=args.trace,
             num_lanes=args.pp_size + args.pp_async_batch_depth, max_lane_size=args.pp_max_micro_batch_size,
-            enable_dynamic_chunking=args.enable_dynamic_chunking,
+            enable_dynamic_chunking=args.enable_dynamic_chunking, num_continuous_decode_steps=args.num_continuous_decode_steps,
             radix_bigram=args.speculative_algorithm in ("EAGLE", "EAGLE3"),
             tree=tiers.tree_class if tiers else None,
         )  # fmt: skip

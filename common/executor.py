@@ -418,7 +418,6 @@ class Executor:
         """Rows that a decode step of `batch` sequences computes: CUDA graphs pad it to a captured size."""
         return self.graphs.padded(batch, alike) if self.graphs else batch
 
-    @torch.inference_mode()
     def receive_tokens(self, tokens: torch.Tensor) -> None:
         """Remember the tokens [B] of the oldest step that waits for some, as rank 0 chose them: decode goes on from there. Of a
         verify step they are those of all nodes [B * N]."""
