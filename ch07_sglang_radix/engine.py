@@ -93,6 +93,7 @@ class Engine(GenerateCalls, EngineWeights, LoRACalls):
             enable_two_batch_overlap=args.enable_two_batch_overlap, moe_runner=args.moe_runner, ep_dispatch=args.ep_dispatch,
             ep_num_redundant_experts=args.ep_num_redundant_experts, ep_dispatch_algorithm=args.ep_dispatch_algorithm,
             speculative=draft_options(args), lora=lora_options(args),
+            enable_deterministic_inference=args.enable_deterministic_inference,
         )  # fmt: skip
         tiers = import_module(HICACHE) if args.enable_hierarchical_cache else None
         overlap = None if args.disable_overlap_schedule is None else not args.disable_overlap_schedule
