@@ -72,8 +72,8 @@ class ServerArgs:
     disaggregation_timeout: seconds that a request waits for the other side; num_reserved_decode_tokens: free for each answer before
     another prompt may come. speculative_algorithm: NGRAM, STANDALONE, MEDUSA, EAGLE or EAGLE3 guesses several tokens, which a step
     verifies: the same text, sooner (speculative_args.py has all that goes with it). enable_deterministic_inference: what a request
-    gets does not depend on what runs beside it, on the tree and on chunks (common/layers/batch_invariant.py). allow_image_urls: pictures may come from the
-    net (images/fetch.py). enable_lora, lora_paths and the others about LoRA: checked_lora in lora.py. enable_hierarchical_cache and
+    gets does not depend on what runs beside it, on the tree and on chunks (common/layers/batch_invariant.py). allow_image_urls:
+    pictures may come from the net (images/fetch.py). enable_lora, lora_paths and the others about LoRA: checked_lora in lora.py. enable_hierarchical_cache and
     the others about lower tiers of the tree: check_hicache in hicache_args.py. All others are those of
     TPRadixAttentionModelWrapper and TPScheduler. Raises ValueError for a value of a wrong kind or outside its range.
     """
@@ -319,7 +319,8 @@ class ServerArgs:
     def _about_deterministic_inference(self) -> None:
         """What adds up in an order that depends on the batch; an executor knows the rest."""
         for name in (
-            "speculative_algorithm", "enable_lora", "enable_layernorm_sp", "enable_two_batch_overlap", "enable_all_reduce_fusion",
+            "speculative_algorithm", "enable_lora", "enable_layernorm_sp", "enable_two_batch_overlap",
+            "enable_all_reduce_fusion",
         ):  # fmt: skip
             if self.enable_deterministic_inference and getattr(self, name):
                 raise ValueError(
@@ -328,8 +329,8 @@ class ServerArgs:
         for name in ("attn_dp_size", "cp_size", "ep_size"):
             if self.enable_deterministic_inference and getattr(self, name) > 1:
                 raise ValueError(
-                    f"enable_deterministic_inference with {name}={getattr(self, name)}: its sums depend on the batch; use tp_size=2, "
-                    f"pp_size or dp_size"
+                    f"enable_deterministic_inference with {name}={getattr(self, name)}: its sums depend on the batch; "
+                    f"use tp_size=2, pp_size or dp_size"
                 )
 
     @property

@@ -551,8 +551,8 @@ class Executor:
             )
         if self.tp.size > 2 and (self.tp.device.type == "cuda" or self.tp.fast_all_reduce is None):
             raise ValueError(
-                f"enable_deterministic_inference with tp_size={self.tp.size}: the order of a sum of more than two depends on the size "
-                f'of the message; use tp_size=2, or all_reduce="shm" on a CPU'
+                f"enable_deterministic_inference with tp_size={self.tp.size}: the order of a sum of more than two depends on the "
+                f'size of the message; use tp_size=2, or all_reduce="shm" on a CPU'
             )
 
     def _as_target(self) -> Target:
