@@ -79,8 +79,9 @@ class ServerArgs:
     disaggregation_transfer_backend: tcp, shm between processes of one host, cuda_ipc between its GPUs;
     disaggregation_timeout: seconds that a request waits for the other side; num_reserved_decode_tokens: free for each answer before
     another prompt may come. speculative_algorithm: NGRAM, STANDALONE, MEDUSA, EAGLE or EAGLE3 guesses several tokens, which a step
-    verifies: the same text, sooner (speculative_args.py has all that goes with it). allow_image_urls: pictures may come from the
-    net (images/fetch.py). enable_lora, lora_paths and the others about LoRA: checked_lora in lora.py. enable_hierarchical_cache and
+    verifies: the same text, sooner (speculative_args.py has all that goes with it). enable_deterministic_inference: what a request
+    gets does not depend on what runs beside it, on the tree and on chunks (common/layers/batch_invariant.py). allow_image_urls:
+    pictures may come from the net (images/fetch.py). enable_lora, lora_paths and the others about LoRA: checked_lora in lora.py. enable_hierarchical_cache and
     the others about lower tiers of the tree: check_hicache in hicache_args.py. All others are those of
     TPRadixAttentionModelWrapper and TPScheduler. Raises ValueError for a value of a wrong kind or outside its range.
     """
@@ -124,6 +125,7 @@ class ServerArgs:
     max_prefill_tokens: int | None = None
     num_continuous_decode_steps: int = 1
     enable_mixed_chunk: bool = False
+    enable_deterministic_inference: bool = False
     small_request_share: float = 0.0
     schedule_policy: str = "fcfs"
     schedule_conservativeness: float = 1.0
@@ -214,6 +216,7 @@ class ServerArgs:
             "enable_torch_compile",
             "disable_custom_all_reduce", "check_finite", "check", "enable_layernorm_sp",
             "enable_all_reduce_fusion", "enable_two_batch_overlap", "enable_dynamic_chunking", "enable_eplb", "allow_image_urls",
+            "enable_deterministic_inference",
         )  # fmt: skip
         for name in switches:
             self._set(name, flag(name, getattr(self, name)))
@@ -244,6 +247,7 @@ class ServerArgs:
         self._about_experts()
         vars(self).update(speculative_args.check_speculative(self))
         vars(self).update(hicache_args.check_hicache(self))
+        self._about_deterministic_inference()
         check_policy(self.schedule_policy, self.disable_radix_cache)  # now, and not when the model is there
         pick_strategy(self.radix_eviction_policy)
         self._set("dtype", text("dtype", self.dtype, none=True))
@@ -326,6 +330,23 @@ class ServerArgs:
                 raise ValueError(
                     f"{name}={getattr(self, name)} with disaggregation_mode={mode}: a half has tp_size ranks of one host "
                     "and nothing else; leave one of the two out"
+                )
+
+    def _about_deterministic_inference(self) -> None:
+        """What adds up in an order that depends on the batch; an executor knows the rest."""
+        for name in (
+            "speculative_algorithm", "enable_lora", "enable_layernorm_sp", "enable_two_batch_overlap",
+            "enable_all_reduce_fusion", "enable_torch_compile",
+        ):  # fmt: skip
+            if self.enable_deterministic_inference and getattr(self, name):
+                raise ValueError(
+                    f"enable_deterministic_inference with {name}: its sums depend on the batch; leave one of the two out"
+                )
+        for name in ("attn_dp_size", "cp_size", "ep_size"):
+            if self.enable_deterministic_inference and getattr(self, name) > 1:
+                raise ValueError(
+                    f"enable_deterministic_inference with {name}={getattr(self, name)}: its sums depend on the batch; "
+                    f"use tp_size=2, pp_size or dp_size"
                 )
 
     @property
