@@ -17,7 +17,7 @@ from common.models.checkpoint import Stored
 from common.models.tensor_names import EMBEDDING, Needed
 from common.quantization.config import QuantizationConfig
 from common.quantization.linear_methods import pick_linear_method
-from common.quantization.method import PLAIN, LayerMethods, LinearMethod
+from common.quantization.method import PLAIN, Hardware, LayerMethods, LinearMethod
 from common.quantization.methods import METHODS
 from common.quantization.reader import QuantizedTensor, RoundedTensor
 from common.quantization.scheme import QUANTIZED_COMPUTE, Expected, Scheme
@@ -105,7 +105,7 @@ class CheckpointWeights:
         def pick(name: str) -> LinearMethod | None:
             alike = schemes.get(name, set())
             scheme = next(iter(alike)) if len(alike) == 1 else None
-            return None if scheme is None else pick_linear_method(scheme, device, dtype, compute)
+            return None if scheme is None else pick_linear_method(scheme, Hardware.of(device), dtype, compute)
 
         return LayerMethods(pick)
 

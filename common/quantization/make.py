@@ -45,7 +45,7 @@ from common.quantization.scheme import Scheme
 from common.teaching.report import write_json
 from common.tiny_qwen import TINY_QWEN_PATH
 
-MATRIX = re.compile(r"(.*\.layers\.\d+\..*_proj)\.weight")
+MATRIX = re.compile(r"(.*\.layers\.\d+\..*_proj(?:_with_mqa)?)\.weight")
 CONFIG = "config.json"
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")  # tokenizer, chat template, how to sample
 

@@ -99,4 +99,4 @@ def rounded(w: torch.Tensor, scheme: Scheme, seed: int) -> Codes:
 
 
 def is_linear(name: str) -> bool:
-    return name.endswith(("_proj.weight", "w1.weight", "w2.weight", "w3.weight"))
+    return name.endswith(("_proj.weight", "_proj_with_mqa.weight", "w1.weight", "w2.weight", "w3.weight"))
