@@ -54,6 +54,14 @@ class CheckpointWeights:
         lies_plain = stored is not None and stored.dtype in WEIGHT_DTYPES
         return None if lies_plain and not self.quantization.at_load else scheme
 
+    def says_nothing(self, name: str) -> bool:
+        """A bias of zeros for a layer that has none, as some GPTQ files have with every matrix."""
+        module, _, last = name.rpartition(".")
+        of_gptq = self.quantization is not None and self.quantization.method == "gptq"
+        if not of_gptq or last != "bias" or f"{module}.qweight" not in self.found:
+            return False
+        return not any(window.any() for window in self.found[name].windows())
+
     def expected(self, needed: Iterable[Needed]) -> dict[str, Expected]:
         """{tensor: shapes and types} of all that files must have for these weights, or may have."""
         tensors = {}

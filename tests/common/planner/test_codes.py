@@ -106,6 +106,11 @@ def clear():
     codes._saved_by_matrix.cache_clear()
 
 
+def test_a_head_of_codes_lies_with_the_last_stage(monkeypatch, checkpoint, tmp_path):
+    make(checkpoint("llama"), tmp_path / "head", config_of("gptq", group_size=32, lm_head=True))
+    compare(monkeypatch, tmp_path / "head", None, H100, torch.bfloat16, 3, 2)
+
+
 def test_a_config_may_leave_some_layers_plain(monkeypatch, tmp_path):
     said = config_of("w4a16", group_size=32)
     said["ignore"] += ["re:.*layers.0.*", "model.layers.1.mlp.down_proj"]

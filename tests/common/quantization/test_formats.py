@@ -23,7 +23,11 @@ SCHEMES = [
     replace(GPTQ, strategy="channel", group_size=None),
     replace(GPTQ, group_size=48),  # the last group has 16 columns
     Scheme("awq", 4, "int", "group", 32, symmetric=False),
-    *(replace(PACKED, bits=bits, symmetric=symmetric) for bits in (2, 4, 8) for symmetric in (True, False)),
+    *(
+        replace(PACKED, bits=bits, symmetric=symmetric)
+        for bits in (1, 2, 3, 4, 5, 6, 7, 8)
+        for symmetric in (True, False)
+    ),
     replace(PACKED, strategy="channel", group_size=None, symmetric=False),
     replace(PACKED, strategy="tensor", group_size=None, symmetric=False),
     INT8,
