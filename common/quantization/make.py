@@ -6,9 +6,9 @@
     python -m common.quantization.make --format w4a16 --group-size 32 --zero-points --model FOLDER --out FOLDER
 
 The matrices of the layers are quantized, those of experts too; embedding, norms and routers stay as they are, and so does the LM
-head unless --lm-head asks for it in a format whose config can say so; a head that is the embedding has no codes. Numbers are rounded
-to nearest, or by GPTQ (gptq_algorithm.py), which looks at what the layers are asked for by some text. config.json is written last: a
-folder without it is no checkpoint.
+head unless --lm-head asks for it in a format whose config can say so; a head that is the embedding has no codes. Numbers are
+rounded to nearest, or by GPTQ (gptq_algorithm.py), which looks at what the layers are asked for by some text. config.json is
+written last: a folder without it is no checkpoint.
 
     format     quant_method         what it writes                                                    options
     fp8        fp8                  FP8, one scale a matrix

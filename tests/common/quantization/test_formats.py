@@ -91,7 +91,9 @@ def error_bound(scheme, codes):
     """Half a step; with 4 bits of FP4 or 8 of FP8 that of the largest numbers, and what lies beyond the largest code."""
     steps = 0.5 if scheme.kind == "int" else (2.0 if scheme.bits == 4 else 16.0)
     zeros = 0.5 * (not scheme.symmetric)  # the zero point is rounded, too
-    return 1.02 * codes.scale.max() * (steps + zeros)
+    # the largest number lies half a step beyond the largest of these codes, and a bfloat16 scale is off by 2^-8 of that
+    edge = 2.0 ** (scheme.bits - 1 - 8) if scheme.symmetric and scheme.kind == "int" and 4 < scheme.bits < 8 else 0.0
+    return 1.02 * codes.scale.max() * (steps + zeros + edge)
 
 
 @each_scheme
