@@ -25,6 +25,7 @@ import json
 import os
 import random
 import time
+from itertools import islice
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is made here
@@ -35,18 +36,18 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from common.distributed.launch import run_main
-from common.tiny_qwen import TINY_QWEN_PATH, evaluate
+from common.tiny_qwen import LATENT_PATH, TINY_QWEN_PATH, evaluate
 from common.tiny_qwen.corpus import ConversationSampler, load_glossary
-from common.tiny_qwen.train import batches, fit, save_model
+from common.tiny_qwen.train import batch_loss, batches, fit, save_model
 from common.tiny_qwen.upcycle import save_checkpoint
 
 SEED = 20
-LATENT_PATH = TINY_QWEN_PATH / "latent"
 KV_RANK = 32  # c, the anchor among them
 Q_RANK = 80  # as many weights as the dense model's queries have, nearly
 ANCHOR = 64.0  # the other numbers are about 1 each, so the norm's divisor changes by half a percent
 BATCHES = 24  # of about 800 tokens, over which matrices are factored
 STEPS = 600
+QUESTIONS = 342  # of the 3,420 of the evaluation: a tenth
 PEAK_LR = 1e-3
 QWEN_ALONE = ("layer_types", "max_window_layers", "sliding_window", "use_sliding_window")
 
@@ -109,7 +110,9 @@ def factor(w: torch.Tensor, x: torch.Tensor, rank: int, weight: torch.Tensor) ->
     return {"down": torch.cat((down, anchor)), "norm": norm, "up": up}
 
 
-def latent_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, x: torch.Tensor) -> dict[str, torch.Tensor]:
+def latent_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, x: torch.Tensor, kv_rank: int, q_rank: int
+) -> dict[str, torch.Tensor]:
     """Of a layer q [Hq, d, D + 1], k and v [Hkv, d, D + 1], inputs x [N, D + 1] -> tensors under DeepSeek-V2's names."""
     heads, groups, d = len(q), len(k), q.shape[1]
     q_turned, k_turned, q_plain, k_plain = turn_apart(q, k, x)
@@ -117,14 +120,14 @@ def latent_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, x: torch
     size = lambda w: (x @ w.T).square().mean(0).sqrt()  # noqa: E731, of each output
     q = torch.cat((q_plain, q_turned), dim=1) * groups**0.5  # scores are divided by (Hkv d)^0.5 now, not by d^0.5
     seen = size(torch.cat((k_plain, k_turned))).repeat(heads)  # what an error of a query meets
-    queries = factor(q.flatten(0, 1), x, Q_RANK, seen)
+    queries = factor(q.flatten(0, 1), x, q_rank, seen)
 
     # an error of a key counts as much as its queries are large; and keys as much as values, on the whole
     asked = torch.stack([size(one) for one in q_plain]).square().mean(0).sqrt()
     v = v.flatten(0, 1)
     spread = lambda w: (x @ w.T).std(0).square().sum().sqrt()  # noqa: E731
     weight = torch.cat((asked / spread(k_plain * asked.unsqueeze(1)), torch.ones(len(v)) / spread(v)))
-    rows = factor(torch.cat((k_plain, v)), x, KV_RANK, weight)
+    rows = factor(torch.cat((k_plain, v)), x, kv_rank, weight)
     keys, values = rows["up"].split((len(k_plain), len(v)))
     of_head = values.unflatten(0, (groups, d)).repeat_interleave(heads // groups, dim=0)  # [Hq, d, c]
     kv_a = torch.cat((rows["down"], k_turned))
@@ -148,12 +151,12 @@ def inputs_of_attention(tokenizer: Tokenizer) -> list[torch.Tensor]:
     for layer, rows in zip(model.model.layers, seen, strict=True):
         layer.input_layernorm.register_forward_hook(lambda _, __, y, rows=rows: rows.append(y.flatten(0, 1)))
     stream = batches(ConversationSampler(load_glossary(), random.Random(SEED)), tokenizer)
-    for _ in range(BATCHES):
-        model.model(next(stream)[1])
+    for _, ids, _ in islice(stream, BATCHES):
+        model.model(ids)
     return [torch.nn.functional.pad(torch.cat(rows), (0, 1), value=1.0) for rows in seen]
 
 
-def convert(folder: Path) -> None:
+def convert(folder: Path, kv_rank: int, q_rank: int) -> None:
     """Writes the converted checkpoint, not yet trained: weights, config, tokenizer."""
     config = json.loads((TINY_QWEN_PATH / "config.json").read_text(encoding="utf-8"))
     heads, groups, hidden = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
@@ -164,7 +167,7 @@ def convert(folder: Path) -> None:
         prefix = f"model.layers.{i}.self_attn"
         layer = {name: tensor.float() for name, tensor in dense.items() if name.startswith(prefix)}
         q, k, v = (affine(layer, f"{prefix}.{name}_proj").unflatten(0, (-1, d)) for name in "qkv")
-        made = latent_attention(q, k, v, x)
+        made = latent_attention(q, k, v, x, kv_rank, q_rank)
         made |= {"o_proj.weight": layer[f"{prefix}.o_proj.weight"], "o_proj.bias": torch.zeros(hidden)}
         tensors |= {f"{prefix}.{name}": tensor.to(torch.bfloat16).contiguous() for name, tensor in made.items()}
     for key in QWEN_ALONE:
@@ -174,8 +177,8 @@ def convert(folder: Path) -> None:
         "model_type": "deepseek_v2",
         "attention_bias": True,
         "num_key_value_heads": heads,  # of a latent all heads make their own
-        "q_lora_rank": Q_RANK,
-        "kv_lora_rank": KV_RANK,
+        "q_lora_rank": q_rank,
+        "kv_lora_rank": kv_rank,
         "qk_rope_head_dim": d,
         "qk_nope_head_dim": (groups - 1) * d,
         "v_head_dim": d,
@@ -195,22 +198,35 @@ def train(folder: Path, steps: int) -> None:
     save_model(model, folder)
 
 
+@torch.inference_mode()
+def loss(folder: Path) -> float:
+    """Mean cross-entropy of a token of an answer, in conversations that are not those of the training."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    stream = batches(ConversationSampler(load_glossary(), random.Random(SEED + 1)), tokenizer)
+    some = [batch_loss(model, None, ids, learned) for _, ids, learned in islice(stream, BATCHES)]
+    return sum(map(float, some)) / len(some)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS, help="0: converted only")
+    parser.add_argument("--kv-rank", type=int, default=KV_RANK, help="c; 49 lose nothing of keys and values")
+    parser.add_argument("--q-rank", type=int, default=Q_RANK, help="225 lose nothing of the queries")
+    parser.add_argument("--questions", type=int, default=QUESTIONS, help="asked in the evaluation, of 3,420")
     parser.add_argument("--out", type=Path, default=LATENT_PATH, help="folder of the checkpoint")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     start = time.perf_counter()
-    convert(args.out)
+    convert(args.out, args.kv_rank, args.q_rank)
     converted = time.perf_counter()
+    print(f"conversion {converted - start:.0f} s; loss {loss(TINY_QWEN_PATH):.4f} before, {loss(args.out):.4f} after")
     if args.steps:
+        start = time.perf_counter()
         train(args.out, args.steps)
-    trained = time.perf_counter()
-    evaluate.run(args.out, ["float32", "bfloat16"])
-    done = time.perf_counter()
-    print(f"conversion {converted - start:.0f} s, training {trained - converted:.0f} s, evaluation {done - trained:.0f} s")
+        print(f"training {time.perf_counter() - start:.0f} s, {time.process_time():.0f} s of CPU time so far; loss {loss(args.out):.4f}")
+    evaluate.run(args.out, ["float32", "bfloat16"], sample=args.questions)
 
 
 if __name__ == "__main__":
