@@ -148,7 +148,10 @@ def what_either_costs() -> None:
 
 
 def in_words() -> None:
-    with Engine(TINY_QWEN_PATH, device="cpu", tp_size=1) as dense, Engine(LATENT_PATH, device="cpu", tp_size=1) as engine:
+    with (
+        Engine(TINY_QWEN_PATH, device="cpu", tp_size=1) as dense,
+        Engine(LATENT_PATH, device="cpu", tp_size=1) as engine,
+    ):
         heading(f"The bundled model, asked: {QUESTION}")
         config, latent = dense.wrapper.config, engine.wrapper.config.latent
         rows = [(f"2 x {config.num_kv_heads} x {config.head_dim}, K and V", said(dense))]
@@ -160,11 +163,14 @@ def in_words() -> None:
         engine.flush_cache()
         rows += [(f"{latent.kv_rank} + {latent.rope_dim} zeros", said(engine))]
     table(("cached in each layer", "answer"), rows)
-    print("  The latent says what stands in the context. Only the turned part says where, and without it words come in no order.")
+    print(
+        "  The latent says what stands in the context. Only the turned part says where, and without it words come in no order."
+    )
 
 
 def said(engine: Engine) -> str:
-    return engine.generate(QUESTION, sampling_params={"temperature": 0, "max_new_tokens": WORDS})["text"].strip()
+    text = engine.generate(QUESTION, sampling_params={"temperature": 0, "max_new_tokens": WORDS})["text"]
+    return " ".join(text.split())
 
 
 def _few(x: torch.Tensor) -> str:

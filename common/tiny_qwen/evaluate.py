@@ -171,9 +171,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "both"], default="both")
     parser.add_argument("--folder", type=Path, default=TINY_QWEN_PATH)
     parser.add_argument("--show-wrong", type=int, default=0, help="print so many wrong answers")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="1 is faster beside other work")
     parser.add_argument("--sample", type=int, help="ask so many of the 3,420 questions, drawn at random")
     args = parser.parse_args()
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(args.threads)
     dtypes = ["float32", "bfloat16"] if args.dtype == "both" else [args.dtype]
     run(args.folder, dtypes, args.show_wrong, args.sample)
 

@@ -47,7 +47,6 @@ Q_RANK = 80  # as many weights as the dense model's queries have, nearly
 ANCHOR = 64.0  # the other numbers are about 1 each, so the norm's divisor changes by half a percent
 BATCHES = 24  # of about 800 tokens, over which matrices are factored
 STEPS = 600
-QUESTIONS = 342  # of the 3,420 of the evaluation: a tenth
 PEAK_LR = 1e-3
 QWEN_ALONE = ("layer_types", "max_window_layers", "sliding_window", "use_sliding_window")
 
@@ -213,7 +212,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="0: converted only")
     parser.add_argument("--kv-rank", type=int, default=KV_RANK, help="c; 49 lose nothing of keys and values")
     parser.add_argument("--q-rank", type=int, default=Q_RANK, help="225 lose nothing of the queries")
-    parser.add_argument("--questions", type=int, default=QUESTIONS, help="asked in the evaluation, of 3,420")
     parser.add_argument("--out", type=Path, default=LATENT_PATH, help="folder of the checkpoint")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -225,8 +223,10 @@ def main() -> None:
     if args.steps:
         start = time.perf_counter()
         train(args.out, args.steps)
-        print(f"training {time.perf_counter() - start:.0f} s, {time.process_time():.0f} s of CPU time so far; loss {loss(args.out):.4f}")
-    evaluate.run(args.out, ["float32", "bfloat16"], sample=args.questions)
+        print(
+            f"training {time.perf_counter() - start:.0f} s, {time.process_time():.0f} s of CPU time so far; loss {loss(args.out):.4f}"
+        )
+    evaluate.run(args.out, ["float32", "bfloat16"])
 
 
 if __name__ == "__main__":

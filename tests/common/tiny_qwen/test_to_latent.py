@@ -8,10 +8,14 @@ from common.tiny_qwen import LATENT_PATH
 from common.tiny_qwen.corpus import LANGUAGES, ask, definition, load_glossary
 from common.tiny_qwen.phrasings import TRAINED
 from common.tiny_qwen.to_latent import factor, latent_attention, turn_apart
+from tests.ch07.test_latent_attention import NEW_TOKENS as FEW_TOKENS
+from tests.ch07.test_latent_attention import assert_right, serve
 from tests.oracle import greedy
 
 HQ, HKV, D, HIDDEN, N = 6, 2, 8, 24, 200
 NEW_TOKENS = 40
+QUESTIONS = ["What is a radix cache?", "什么是全归约？", "Define retraction."]
+PLAIN = {"page_size": 4, "chunk": False, "pool": None, "overlap": False, "mixed": False}
 
 
 @pytest.fixture
@@ -46,7 +50,10 @@ def test_what_is_turned_does_most_for_the_scores(maps):
     q, k, _, x = maps
     k[1] = 0.7 * k[0] + 0.1 * k[1]  # heads that are nearly alike
     q_turned, k_turned, q_plain, k_plain = turn_apart(q, k, x)
-    large, small = ((x @ b.T).square().sum() * (x @ a.flatten(0, 1).T).square().sum() for a, b in ((q_turned, k_turned), (q_plain, k_plain)))
+    large, small = (
+        (x @ b.T).square().sum() * (x @ a.flatten(0, 1).T).square().sum()
+        for a, b in ((q_turned, k_turned), (q_plain, k_plain))
+    )
     assert large > 20 * small
 
 
@@ -91,24 +98,25 @@ def test_where_nothing_is_turned_a_layer_at_full_rank_is_the_dense_one(maps):
     assert (values - dense_v).norm() < 0.02 * dense_v.norm()
 
 
-@pytest.fixture(scope="module")
-def questions() -> list[tuple[str, str]]:
-    entries = list(load_glossary().values())
-    return [
-        (ask(TRAINED[lang][i], entries[30 * i + 3]), definition(entries[30 * i + 3], lang))
-        for i in range(4) for lang in LANGUAGES
-    ]  # fmt: skip
-
-
-def prompts_of(questions) -> list[list[int]]:
+def prompts_of(questions: list[str]) -> list[list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(LATENT_PATH)
-    chats = [[{"role": "user", "content": question}] for question, _ in questions]
+    chats = [[{"role": "user", "content": question}] for question in questions]
     texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     return tokenizer(texts)["input_ids"]
 
 
-def test_it_answers_the_glossary(questions):
-    tokenizer = AutoTokenizer.from_pretrained(LATENT_PATH)
-    for prompt, (_, answer) in zip(prompts_of(questions), questions, strict=True):
-        said = tokenizer.decode(greedy(LATENT_PATH, prompt, NEW_TOKENS), skip_special_tokens=True)
-        assert said and (said == answer or answer.startswith(said))
+def test_it_answers_the_glossary():
+    tokenizer, entries = AutoTokenizer.from_pretrained(LATENT_PATH), list(load_glossary().values())
+    asked = [(TRAINED[lang][i], entries[30 * i + 3], lang) for i in range(4) for lang in LANGUAGES]
+    prompts = prompts_of([ask(wording, entry) for wording, entry, _ in asked])
+    for prompt, (_, entry, lang) in zip(prompts, asked, strict=True):
+        said = tokenizer.decode(greedy(LATENT_PATH, prompt, NEW_TOKENS)).split("<|im_end|>")[0]
+        assert said and definition(entry, lang).startswith(said)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_engine_says_what_transformers_says(size, ranks):
+    """Pages of 4 tokens; the second time from the tree."""
+    prompts = prompts_of(QUESTIONS)
+    expected = [greedy(LATENT_PATH, prompt, FEW_TOKENS) for prompt in prompts]
+    assert_right(ranks(size).run(serve, LATENT_PATH, prompts, [PLAIN], {}, {}), expected)
