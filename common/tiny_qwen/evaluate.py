@@ -141,7 +141,10 @@ def count_exact(dtype: str, cases: list[Case], texts: list[str]) -> list[dict]:
 
 
 def run(folder: Path, dtypes: list[str], show_wrong: int = 0, sample: int | None = None) -> list[dict]:
-    """Evaluate the checkpoint in a folder, print the counts and write evaluation.csv. sample: so many questions, drawn at random."""
+    """Evaluate the checkpoint in a folder, print the counts and write evaluation.csv.
+
+    sample: so many of the questions, drawn at random.
+    """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")

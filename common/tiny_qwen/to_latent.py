@@ -11,9 +11,9 @@ a turned part of r = 16 (layers/mla.py). Three steps, each a factoring of matric
                 stays as it is, unturned: this is what the conversion loses.
     factor      The 16 numbers that are left of the keys, and the 32 of the values, are nearly 31 numbers: down with
                 kv_a_proj_with_mqa, up again with kv_b_proj. Queries likewise, over 79 numbers.
-    anchor      Between down and up stands a norm, and the dense model has none; it has biases, and `up` has none. One more number of
-                the latent is the same for all tokens and so large that the norm divides by it alone: then the norm
-                changes nothing, and what `up` makes of this number is the bias. It needs a bias in `down`, hence attention_bias.
+    anchor      Between down and up stands a norm, and the dense model has none; it has biases, and `up` has none. One more
+                number of the latent is the same for all tokens and so large that the norm divides by it alone: then the norm
+                changes nothing, and what `up` makes of this number is the bias. It needs a bias in `down`: attention_bias.
 
 Then all weights are trained on. The layout is DeepSeek-V2's, with MLPs in place of experts. The way is that of TransMLA
 (Meng et al. 2025, arXiv 2502.07864: mix heads before the turn, factor over activations) and MHA2MLA (Ji et al. 2025, arXiv
@@ -223,9 +223,7 @@ def main() -> None:
     if args.steps:
         start = time.perf_counter()
         train(args.out, args.steps)
-        print(
-            f"training {time.perf_counter() - start:.0f} s, {time.process_time():.0f} s of CPU time so far; loss {loss(args.out):.4f}"
-        )
+        print(f"training {time.perf_counter() - start:.0f} s; loss {loss(args.out):.4f}")
     evaluate.run(args.out, ["float32", "bfloat16"])
 
 

@@ -32,6 +32,6 @@ def test_what_has_arrived_was_waited_for_at_once(monkeypatch):
 
 def test_a_row_has_every_part_and_a_gain_between_its_quartiles():
     row = measure(TPGroup(), 6, rounds=3, shrink=SHRINK)
-    assert row["ranks"] == 1 and row["tokens"] == 6
+    assert (row["ranks"], row["tokens"]) == (1, 6)
     assert all(row[f"{name} ms"] > 0 for name in ("meanwhile", "afterwards", "way", "shared"))
     assert row["gain, 1st quartile"] <= row["gain"] <= row["gain, 3rd quartile"]
