@@ -93,6 +93,7 @@ class Engine(GenerateCalls, EngineWeights, LoRACalls):
             enable_two_batch_overlap=args.enable_two_batch_overlap, moe_runner=args.moe_runner, ep_dispatch=args.ep_dispatch,
             ep_num_redundant_experts=args.ep_num_redundant_experts, ep_dispatch_algorithm=args.ep_dispatch_algorithm,
             speculative=draft_options(args), lora=lora_options(args),
+            torch_compile_max_bs=args.torch_compile_max_bs if args.enable_torch_compile else None,
         )  # fmt: skip
         tiers = import_module(HICACHE) if args.enable_hierarchical_cache else None
         overlap = None if args.disable_overlap_schedule is None else not args.disable_overlap_schedule
@@ -322,7 +323,8 @@ def _without_index(call: GenerateCall, last: dict[int, Answer]) -> Answer | list
 
 
 def follow_rank_0(**server_args) -> None:
-    """What a rank does that rank 0 has started: the same engine, and then whatever rank 0 says until it leaves."""
-    engine = Engine(**server_args)
+    """What a rank does that rank 0 has started: the same engine, and then whatever rank 0 says until it leaves. It hears token
+    ids alone: the tokenizer, which transformers may take two seconds to load, is rank 0's."""
+    engine = Engine(**server_args | {"skip_tokenizer_init": True})
     while True:
         engine.scheduler.control.follow()

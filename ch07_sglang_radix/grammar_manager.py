@@ -25,7 +25,7 @@ class GrammarManager:
 
     def __init__(self, wrapper: TPRadixAttentionModelWrapper):
         config, tokenizer = wrapper.config, wrapper.tokenizer
-        self.compiler = tokenizer and GrammarCompiler(tokenizer.hf, config.vocab_size, config.eos_token_ids)
+        self.compiler = tokenizer and GrammarCompiler(tokenizer.inner, config.vocab_size, config.eos_token_ids)
         self._compiling: dict[Req, tuple[Future[LLMatcher], float]] = {}  # until when
 
     @property

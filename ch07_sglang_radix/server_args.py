@@ -58,6 +58,7 @@ class ServerArgs:
     ep_num_redundant_experts: so many experts lie twice; ep_dispatch_algorithm: static or dynamic, which copy computes a row.
     nnodes, node_rank: this is one of several hosts, with the same arguments on each; tp_size is the total, dist_init_addr HOST:PORT
     of node 0, dist_timeout the seconds that they wait for each other (common/distributed/nodes.py).
+    enable_torch_compile: in steps of at most torch_compile_max_bs tokens the small layers are compiled (common/layers/compiled.py).
     context_length: tokens of a request at most. random_seed: None draws one. log_level: of this project's loggers, and
     whether a bar shows that weights are read (info and debug). dp_size: replicas, each of tp_size ranks and with a tree
     and a pool of its own; load_balance_method says which of them a request goes to. schedule_conservativeness: more than 1 admits
@@ -123,6 +124,8 @@ class ServerArgs:
     disable_overlap_schedule: bool | None = None
     gather_best: bool = False
     disable_cuda_graph: bool = False
+    enable_torch_compile: bool = False
+    torch_compile_max_bs: int = 32
     disable_custom_all_reduce: bool = False
     all_reduce: str = "auto"
     attention_backend: str = "auto"
@@ -197,8 +200,10 @@ class ServerArgs:
             )
         most = MAX_RUNNING if self.max_running_requests is None else self.max_running_requests
         self._set("max_running_requests", whole("max_running_requests", most, 1))
+        self._set("torch_compile_max_bs", whole("torch_compile_max_bs", self.torch_compile_max_bs, 1))
         switches = (
             "skip_tokenizer_init", "enable_mixed_chunk", "disable_radix_cache", "gather_best", "disable_cuda_graph",
+            "enable_torch_compile",
             "disable_custom_all_reduce", "check_finite", "check", "enable_layernorm_sp",
             "enable_all_reduce_fusion", "enable_two_batch_overlap", "enable_dynamic_chunking", "enable_eplb", "allow_image_urls",
         )  # fmt: skip
