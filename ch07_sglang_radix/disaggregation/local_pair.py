@@ -1,12 +1,15 @@
 """Both halves in one process, one rank each, stepped in turn over a real TCP link: for demos and tests, which look inside.
 
 `gate` holds the bytes of pages back while it is closed; the messages between them wait with them, as on a slow wire.
+`bytes_per_s` makes the wire slow: a link's thread carries one payload after another, and holds each back for as long as its
+bytes take. So it is this host's real connection, slowed; without that a host has one speed, that of its memory.
 """
 
 import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
+from math import inf
 from typing import Any
 
 from ch07_sglang_radix.disaggregation.attach import Disaggregation
@@ -37,15 +40,19 @@ def _wrapper(mode: str, page_size: int, pool: int, kv_cache_dtype: str) -> TPRad
 
 class Half:
     """One engine. Conservation is checked after each of its steps. reserved: num_reserved_decode_tokens. transport: another one,
-    which has no gate. options: TPScheduler's."""
+    which has no gate and no slow wire. options: TPScheduler's."""
 
     def __init__(
         self, mode: str, gate: threading.Event, page_size: int = 4, pool: int = 512, timeout: float = 20.0,
         reserved: int = 8, kv_cache_dtype: str = "auto", transport: Callable[[Handler], Transport] | None = None, **options: Any,
     ):  # fmt: skip
+        half = self
+        self.bytes_per_s = inf  # of the wire by which its pages leave
+
         class Link(TcpLink):
             def _give_payload(self, payload: memoryview) -> None:
                 gate.wait(PATIENCE_S)
+                time.sleep(payload.nbytes / half.bytes_per_s)
                 super()._give_payload(payload)
 
         class Gated(TcpTransport):
