@@ -1,8 +1,9 @@
-"""What one engine with chunks and two engines that share the work make of long prompts: a model of it, from four measured numbers.
+"""What one engine with chunks and two engines that share the work make of long prompts: a model of it, from measured times.
 
-One engine   a decode step follows each chunk: who runs waits for a chunk and a step, the prompt for its chunks and the steps between.
-Two engines  who runs waits for a step. The prompt's pages leave chunk by chunk, in line: behind its last chunk it waits for that
-             chunk's pages alone if the wire is as fast as the computing, else for those that queue before them.
+    one engine   a decode step follows each chunk: who runs waits for a chunk and a step, the prompt for its chunks and the steps
+                 between them
+    two engines  who runs waits for a step. The prompt's pages leave chunk by chunk, in line: behind its last chunk it waits for
+                 that chunk's pages alone if the wire is as fast as the computing, else for those that queue before them
 
 Prompts that come every so many seconds wait for each other as soon as one takes longer than that: `Arrivals`. What the model leaves
 out: cores that two processes share, the meeting of the two sides, and attention, by which a later chunk takes longer than a first.
@@ -15,8 +16,8 @@ from math import inf
 @dataclass(frozen=True)
 class Felt:
     """chunks: of the prompt. gap_s: seconds between two tokens of those who run, if a chunk of it comes between them; step_s: if
-    none does. first_s: until the prompt's first token, if nobody waits before it. busy_s: for which what is slowest, the engine that
-    computes it or the wire, has no time for another."""
+    none does. first_s: until the prompt's first token, if nobody waits before it. busy_s: for which the slower of the two, the
+    engine that computes it and the wire, has no time for another."""
 
     chunks: int
     gap_s: float

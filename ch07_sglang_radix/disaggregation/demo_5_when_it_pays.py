@@ -21,7 +21,10 @@ from common.teaching.show import check, heading, mistake, table
 CHUNK, RUNNING, REPEATS = 128, 4, 5
 PROMPTS = (128, 512, 2048, 8192)
 WIRES = (1e9, 1e8, 1e7, 1e6)  # bytes a second
-SENT = ((256, 1024), (1e8, 3e6, 1e6))  # prompts and wires that are measured: faster than the computing, about as fast, slower
+SENT = (
+    (256, 1024),
+    (1e8, 3e6, 1e6),
+)  # prompts and wires that are measured: faster than the computing, about as fast, slower
 
 
 def main() -> None:
@@ -93,10 +96,8 @@ def sweep(times: Times) -> None:
     together, slow = times.together(PROMPTS[-1]), times.apart(PROMPTS[-1], WIRES[-1])
     check("apart nobody who runs waits for a chunk", slow.gap_s < together.gap_s)
     check("on a slow wire it is the long prompt that pays", slow.first_s > together.first_s)
-    print(
-        f"  a wire of {times.even_wire:,.0f} bytes/s is as fast as this machine computes: from there on only the last chunk's pages "
-        "are seen"
-    )
+    even = f"{times.even_wire:,.0f} bytes/s"
+    print(f"  a wire of {even} is as fast as this machine computes: from there on only the last chunk's pages are seen")
 
 
 def over_wires(both: Pair, times: Times, draw: random.Random) -> None:
