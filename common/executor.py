@@ -158,7 +158,11 @@ class Executor:
         latent = config.latent is not None
         if enable_deterministic_inference:
             self._refuse_other_orders(
-                config, enable_all_reduce_fusion, speculative=speculative, enable_lora=lora, enable_torch_compile=torch_compile_max_bs
+                config,
+                enable_all_reduce_fusion,
+                speculative=speculative,
+                enable_lora=lora,
+                enable_torch_compile=torch_compile_max_bs,
             )
         self.attention = pick_attention(
             self.tp.device, attention_backend, self.parallel.cp.size, latent, enable_deterministic_inference
