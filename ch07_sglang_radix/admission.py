@@ -84,7 +84,10 @@ class Admission:
             return [], budget
         self.make_room()  # decodes of the step come first
         decodes = [req for req in s.in_lane if req.wanted]
-        s.memory.grow_by_a_page([req for req in decodes if req.kv_len == req.allocated_len])
+        full = [req for req in decodes if req.kv_len == req.allocated_len]
+        if full:
+            s.memory.grow_by_a_page(full)
+            s.forget_batches()  # even if nobody can start, and they decode by themselves: its pages have moved on without it
         return decodes, max(budget - len(decodes), s.page_size)
 
     def _leave_the_queue(self, added: set[Req]) -> None:

@@ -5,6 +5,7 @@ free + cached (evictable + protected) + owned by requests = all pages
 
 import numpy as np
 
+from ch07_sglang_radix.schedule_batch import ScheduleBatch
 from ch07_sglang_radix.scheduler_state import SchedulerState
 
 
@@ -27,6 +28,8 @@ def check_invariants(state: SchedulerState) -> None:
     for req in state.admitted:
         _check_prefix(req, state.tree, state.req_to_token.req_to_token)
     _check_rows(state, state.admitted)
+    for batch in state.batches:
+        _check_batch(batch)
 
 
 def _check_nodes(state: SchedulerState) -> None:
@@ -81,6 +84,21 @@ def _check_prefix(req, tree, rows) -> None:
         raise InvariantError(
             f"request {req.rid}: position {wrong[0]} points at slot {rows[req.row, wrong[0]]}, the tree has it at {slots[wrong[0]]}"
         )
+
+
+def _check_batch(batch: ScheduleBatch) -> None:
+    """The arrays of a decode batch say what its requests say; of those that have ended nobody asks it any more."""
+    for i, req in enumerate(batch.reqs):
+        told = tuple(x[i] for x in (batch.rows, batch.positions, batch.ends))
+        if not req.ended and told != (req.row, req.kv_len, req.allocated_len):
+            raise InvariantError(
+                f"request {req.rid}: its batch has row, position and end of its pages {told}, it has "
+                f"{(req.row, req.kv_len, req.allocated_len)}"
+            )
+        if not req.ended and req.wanted < batch.steps_left:
+            raise InvariantError(
+                f"request {req.rid} wants {req.wanted} tokens more, its batch believes {batch.steps_left} of all"
+            )
 
 
 def _check_rows(state: SchedulerState, active: list) -> None:

@@ -181,10 +181,10 @@ class StepLoop(DataRank):
 
     def _most_unseen(self, flight: Flight) -> int:
         """How many steps may be queued whose tokens nobody has looked at, beside this one if steps overlap."""
+        goes_on = flight.emitting is self.batch.reqs and self.batch.steps_left > 0
         same = not self._queued or self._queued[0].requests is flight.emitting
-        if same and self.num_continuous_decode_steps > 1 and flight.emitting is self.batch.reqs:
-            if self.batch.steps_left and not (self.waiting or self.chunked or self.elsewhere):
-                return self.num_continuous_decode_steps
+        if goes_on and same and not (self.waiting or self.chunked or self.elsewhere):
+            return self.num_continuous_decode_steps
         return 1
 
     def _plan_next(self) -> list[StepPlan | None]:

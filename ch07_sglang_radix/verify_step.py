@@ -99,9 +99,9 @@ class Speculation:
             s.front.step_number, memory.page_updates(reqs), rows, positions, self.nodes, guesses, parents, best(reqs),
             columns(reqs),
         )  # fmt: skip
-        needs_last_token = any(req.needs_last_token for req in reqs)
         return StepPlan(
-            task, reqs, reqs, 0, needs_last_token, launched, lambda: node_batch([req.sampling_row(0) for req in reqs], self.tree, self.acceptance)
+            task, reqs, reqs, 0, any(req.needs_last_token for req in reqs), launched,
+            lambda: node_batch([req.sampling_row(0) for req in reqs], self.tree, self.acceptance),
         )  # fmt: skip
 
     def give_back(self) -> None:

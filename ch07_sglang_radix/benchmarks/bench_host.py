@@ -50,24 +50,33 @@ def main() -> None:
     parser.add_argument("--label", default="now", help="which code this is, such as its commit")
     parser.add_argument("--add", action="store_true", help="keep the rows of other labels that the file has")
     parser.add_argument("--out", type=Path, default=FIGURES / "host_step.csv")
+    parser.add_argument("--num-continuous-decode-steps", type=int, default=1, help="looked at together (default 1)")
     args = parser.parse_args()
-    if min(*args.running, args.rounds) < 1:
-        raise ValueError(f"running={args.running} and rounds={args.rounds} must be at least 1")
+    if min(*args.running, args.rounds, args.num_continuous_decode_steps) < 1:
+        raise ValueError(
+            f"running={args.running}, rounds={args.rounds} and num_continuous_decode_steps={args.num_continuous_decode_steps} "
+            "must be at least 1"
+        )
     torch.set_num_threads(1)
     tp = initialize_tensor_parallel(device="cpu")
     per_request = PROMPT + WARM_UP + COUNTED + 2 * args.rounds * STEPS + 32
     wrapper = TPRadixAttentionModelWrapper(
         None, "cpu", 16, max_total_tokens=max(args.running) * per_request, max_running_requests=max(args.running), tp=tp
     )
-    rows = [{"label": args.label, "running": n} | measure(wrapper, n, args.rounds) for n in args.running]
+    more = (
+        {"num_continuous_decode_steps": args.num_continuous_decode_steps}
+        if args.num_continuous_decode_steps > 1
+        else {}
+    )
+    rows = [{"label": args.label, "running": n} | measure(wrapper, n, args.rounds, **more) for n in args.running]
     heading("A decode step without its forward, microseconds of rank 0's thread")
     table(tuple(rows[0]), [tuple(row.values()) for row in rows])
     write_csv([*(_others(args.out, args.label) if args.add else ()), *rows], args.out)
 
 
-def measure(wrapper: TPRadixAttentionModelWrapper, running: int, rounds: int) -> dict[str, Any]:
-    """Calls and microseconds of a step with so many requests."""
-    scheduler = TPScheduler(wrapper, chunked_prefill_size=-1, overlap=True)
+def measure(wrapper: TPRadixAttentionModelWrapper, running: int, rounds: int, **options: int) -> dict[str, Any]:
+    """Calls and microseconds of a step with so many requests. options: TPScheduler's."""
+    scheduler = TPScheduler(wrapper, chunked_prefill_size=-1, overlap=True, **options)
     params = SamplingParams(max_new_tokens=WARM_UP + COUNTED + 2 * rounds * STEPS + 8, ignore_eos=True)
     for i in range(running):
         ids = [(7 * i + j) % 1000 for j in range(PROMPT)]
