@@ -26,7 +26,7 @@ from common.text.tokenizer import Tokenizer
 ROOT = Path(__file__).parents[3]
 START_S = 300
 TINY = ("--device", "cpu", "--max-total-tokens", "4096", "--check")
-# Where not the processes are tested but what a server answers: it starts with a third of the work, without text with a fourth.
+# Where not the processes are tested but what a server answers: one starts with 5 CPU seconds, three with 10.
 ONE_PROCESS = ("--single-process",)
 LEAN = (*ONE_PROCESS, "--skip-tokenizer-init")
 

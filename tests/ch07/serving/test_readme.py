@@ -13,7 +13,7 @@ import pytest
 
 from ch07_sglang_radix.serving.http_args import OURS, HttpArgs
 from tests import anatomy
-from tests.ch07.serving.running import a_server
+from tests.ch07.serving.running import ONE_PROCESS, a_server
 from tests.readme import ROOT, blocks, demos_without_a_command, run, short_names
 
 WING = "ch07_sglang_radix/serving"
@@ -70,7 +70,7 @@ def test_the_table_of_flags_is_the_code_s():
 
 @pytest.fixture(scope="module")
 def server():
-    with a_server() as server:
+    with a_server(*ONE_PROCESS) as server:
         yield server
 
 
