@@ -9,7 +9,9 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -31,6 +33,19 @@ def script(args: list[str], folder: Path, env: dict[str, str], out: Path, err: P
     return process(_script, args, folder, out, err, env=env)
 
 
+def run(args: list[str], folder: Path, timeout_s: float = 300) -> subprocess.CompletedProcess:
+    """`script` to its end, in this environment, as subprocess.run tells it; a negative status is a signal."""
+    with tempfile.TemporaryDirectory() as place:
+        out, err = Path(place, "out"), Path(place, "err")
+        one = script(args, folder, dict(os.environ), out, err)
+        one.start()
+        one.join(timeout_s)
+        one.kill()  # if it has not ended
+        one.join()
+        printed = [path.read_text(encoding="utf-8") for path in (out, err)]
+        return subprocess.CompletedProcess(args, one.exitcode, *printed)
+
+
 def _in_environment(env: dict[str, str], target: Callable, args: tuple) -> None:
     os.environ.clear()  # the server's own, and that may be of long ago
     os.environ.update(env)
@@ -45,9 +60,8 @@ def _script(args: list[str], folder: Path, out: Path, err: Path) -> None:
         with path.open("wb") as file:
             os.dup2(file.fileno(), number)
         setattr(sys, name, open(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False))  # noqa: SIM115
-    torch.set_num_threads(
-        int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
-    )  # who imports it now reads that
+    threads = os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())  # who imports it now reads that
+    torch.set_num_threads(int(threads))
     try:
         if args[0] == "-m":
             sys.argv, sys.path[:0] = args[1:], [str(folder)]

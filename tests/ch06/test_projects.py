@@ -2,14 +2,13 @@
 
 import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from ch06_tp_vllm.projects.grade import FOLDER, PROJECTS
 from common.teaching.grading import load, stubs_of
+from tests import warm
 
 ROOT = Path(__file__).parents[2]
 PROJECT = {project.name: project for project in PROJECTS}
@@ -33,8 +32,7 @@ def test_the_points_are_a_hundred(project):
 
 @pytest.mark.parametrize("project", PROJECTS, ids=names)
 def test_the_untouched_starter_gets_0_and_hears_what_to_write(project):
-    argv = [sys.executable, "-m", "ch06_tp_vllm.projects.grade", project.name, "--file", str(project.file())]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    done = warm.run(["-m", "ch06_tp_vllm.projects.grade", project.name, "--file", str(project.file())], ROOT)
     if not stubs_of(project.file()):
         pytest.skip("the reader has begun")
     assert done.returncode == 1

@@ -5,13 +5,12 @@ import csv
 import errno
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from common.teaching.report import output_file, write_csv, write_json
+from tests import warm
 
 ROOT = Path(__file__).parents[3]
 FULL = Path("/dev/full")
@@ -50,8 +49,7 @@ def test_what_is_written_is_read_back(tmp_path):
 @DISK_IS_FULL
 @pytest.mark.parametrize("script", ["demo_1_toy_split.py", "demo_3_heads.py"])
 def test_a_demo_that_cannot_write_its_csv_says_so_in_one_line(script):
-    argv = [sys.executable, f"ch06_tp_vllm/{script}", "--csv", str(FULL)]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    done = warm.run([f"ch06_tp_vllm/{script}", "--csv", str(FULL)], ROOT)
     assert (done.returncode, done.stderr) == (1, "error: [Errno 28] No space left on device: '/dev/full'\n")
 
 
