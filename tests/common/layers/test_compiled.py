@@ -65,7 +65,9 @@ def test_larger_steps_run_as_ever():
 
 def test_no_compiler_is_said_in_a_line(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ValueError, match="there is no compiler no-such-compiler; install it, name another one in the variable CXX"):
+    with pytest.raises(
+        ValueError, match="there is no compiler no-such-compiler; install it, name another one in the variable CXX"
+    ):
         Engine(device="cpu", enable_torch_compile=True)
     CompiledPieces(CPU, backend="eager")
 

@@ -16,7 +16,14 @@ from tests.common.text.kinds import TEXTS, byte_level, llama, metaspace, word_pi
 QWEN_TOKENS = [  # as Qwen2.5's tokenizer_config.json tells them: ids, and tokens that are added and yet text
     ("<|endoftext|>", True), ("<|im_start|>", True), ("<|im_end|>", True), ("<tool_call>", False), ("→tool", False),
 ]  # fmt: skip
-TEXTS_AND_MARKS = [*TEXTS.values(), "", " ", "<|im_start|>user\nthe<|im_end|>\n", "a<|endoftext|><|endoftext|>", "１２３ it's I'LL"]
+TEXTS_AND_MARKS = [
+    *TEXTS.values(),
+    "",
+    " ",
+    "<|im_start|>user\nthe<|im_end|>\n",
+    "a<|endoftext|><|endoftext|>",
+    "１２３ it's I'LL",
+]
 
 
 def copy_of_tiny(folder, tokenizer_changes=None, config_changes=None, model_type="qwen2", without=()):
@@ -33,7 +40,7 @@ def copy_of_tiny(folder, tokenizer_changes=None, config_changes=None, model_type
 
 
 def like_qwen(folder, **config):
-    """As the published checkpoints have it: all added tokens in both files, a ByteLevel that moves offsets, explicit add_bos_token."""
+    """As the published checkpoints: all added tokens in both files, a ByteLevel that moves offsets, an explicit add_bos_token."""
     rust = RustTokenizer.from_file(str(TINY_QWEN_PATH / "tokenizer.json"))
     rust.add_tokens([text for text, special in QWEN_TOKENS if not special])
     made = json.loads(rust.to_str())
@@ -41,7 +48,8 @@ def like_qwen(folder, **config):
         token["normalized"] = False
     byte_level_offsets = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     decoder = {
-        str(token["id"]): {name: value for name, value in token.items() if name != "id"} for token in made["added_tokens"]
+        str(token["id"]): {name: value for name, value in token.items() if name != "id"}
+        for token in made["added_tokens"]
     }
     said = {
         "added_tokens_decoder": decoder, "add_bos_token": False, "errors": "replace", "split_special_tokens": False, **config,
