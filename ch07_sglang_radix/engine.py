@@ -324,7 +324,7 @@ def _without_index(call: GenerateCall, last: dict[int, Answer]) -> Answer | list
 
 def follow_rank_0(**server_args) -> None:
     """What a rank does that rank 0 has started: the same engine, and then whatever rank 0 says until it leaves. It hears token
-    ids alone, and starts over a second earlier without a tokenizer."""
+    ids alone: the tokenizer, which transformers may take two seconds to load, is rank 0's."""
     engine = Engine(**server_args | {"skip_tokenizer_init": True})
     while True:
         engine.scheduler.control.follow()

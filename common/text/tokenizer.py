@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from common import values
 from common.text.chat_template import TemplateRenderer
 from common.text.tokenizer_file import TokenizerFile, read_plain
 
+# transformers fills itself as names are asked for: of two threads that ask at once, one finds it half empty
+ONE_IMPORTS = Lock()
 OPEN_END = "\ue000the end\ue001"  # where the last message ends, if it is to go on; characters that no text has
 
 # how byte-level vocabularies write bytes: most as the letter of that number, the others, unprintable there, from 256 on
@@ -38,7 +41,8 @@ class Tokenizer:
     @cached_property
     def hf(self) -> Any:
         """transformers' tokenizer of the folder. Raises ValueError, in one line, for one that it cannot read."""
-        from transformers import AutoTokenizer  # noqa: PLC0415, two seconds that most checkpoints need not wait
+        with ONE_IMPORTS:
+            from transformers import AutoTokenizer  # noqa: PLC0415, two seconds that most checkpoints need not wait
 
         try:
             # said explicitly: left open, transformers asks on the terminal whether it may run the folder's code
