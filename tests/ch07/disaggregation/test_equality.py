@@ -2,6 +2,8 @@
 
 import pytest
 
+from ch07_sglang_radix import Engine
+from ch07_sglang_radix.disaggregation.local_pair import Pair
 from ch07_sglang_radix.serving.watch import wait_until
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.ch07.disaggregation.halves import two_halves
@@ -75,3 +77,22 @@ def test_latent_pages_are_whole_on_every_rank_and_the_tokens_transformers_too(pr
             answers = halves.front.generate(input_ids=prompts, sampling_params=sampling())
             assert [one["output_ids"] for one in answers] == [greedy(folder, prompt, NEW) for prompt in prompts]
             halves.at_rest()
+
+
+@pytest.mark.parametrize(("dtype", "a_token"), [("fp8_e4m3", 256), ("int8", 288), ("int4", 160)])
+def test_codes_travel_with_their_scales_and_the_tokens_are_those_of_one_engine(dtype, a_token):
+    """Over a real link between two schedulers: raw bytes of pages, the scales of rows in a second tensor."""
+    prompts = [*some_prompts(500, 4, shared=20, longest=24), list(range(5, 5 + 50))]
+    with Engine(device="cpu", skip_tokenizer_init=True, page_size=4, kv_cache_dtype=dtype) as engine:
+        answers = engine.generate(input_ids=prompts, sampling_params=sampling())
+    right = [one["output_ids"] for one in answers]
+    both = {"kv_cache_dtype": dtype}
+    pair = Pair(prefill=both | {"chunked_prefill_size": 16}, decode=both)
+    try:
+        for _ in range(2):  # the second time what both trees have does not travel
+            asked = [pair.ask(prompt, max_new_tokens=NEW) for prompt in prompts]
+            assert [pair.answer(one).output_ids for one in asked] == right
+            assert pair.at_rest()
+        assert pair.prefill.scheduler.wrapper.kv_cache.nbytes == a_token * pair.prefill.scheduler.pool.size
+    finally:
+        pair.close()
