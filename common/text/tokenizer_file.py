@@ -4,7 +4,7 @@
 For a Qwen checkpoint it then finds that the class Qwen2Tokenizer is to be used, which takes vocabulary and merges out of
 tokenizer.json and writes all else down once more (models/qwen2/tokenization_qwen2.py). Where the file says the same as
 that class, the Rust library `tokenizers` can read it as it stands. `read_plain` looks whether that is so. It lets through only what
-it knows, key by key; a checkpoint with anything else goes the long way, and what it is and what is wrong with it, transformers says.
+it knows, key by key; a checkpoint with anything else goes the long way, and what is wrong with one, transformers says.
 """
 
 import json
