@@ -17,7 +17,8 @@ class ReqToTokenPool:
     """One row of slots for each running request: req_to_token [max_running_requests, max_context].
 
     A row is as long as the longest request may be, 8 bytes a token; the system hands out its memory as it is written, a page of
-    512 tokens at a time. 1,024 rows of 131,072 tokens are 1 GiB of addresses, and of memory what their longest requests have needed.
+    512 tokens at a time. 1,024 rows of 131,072 tokens are 1 GiB of addresses, and of memory what the longest request that each
+    of them had has needed.
     """
 
     def __init__(self, max_running_requests: int, max_context: int):

@@ -4,6 +4,7 @@
     python -m ch07_sglang_radix.benchmarks.bench_gpu --part large        Qwen2.5-7B: A64, D
     torchrun --nproc_per_node=2 -m ch07_sglang_radix.benchmarks.bench_gpu --part large        the same over two GPUs
     python -m ch07_sglang_radix.benchmarks.bench_gpu --part kv           Qwen3-0.6B: A and D with pages of 16, 8 and 4 bits
+    python -m ch07_sglang_radix.benchmarks.bench_gpu --part compile      Qwen2.5-0.5B: start, A and D with torch.compile and without
     python -m ch07_sglang_radix.benchmarks.bench_gpu --part layouts      Qwen2.5-7B: D, A64, C, first token of a long prompt
     torchrun --nproc_per_node=2 -m ch07_sglang_radix.benchmarks.bench_gpu --part layouts [--pp-size 2]
 
@@ -39,7 +40,7 @@ KV_DTYPES_HERE = ("bfloat16", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", required=True, choices=("small", "large", "kv", "layouts"))
+    parser.add_argument("--part", required=True, choices=("small", "large", "kv", "compile", "layouts"))
     parser.add_argument("--pp-size", type=int, default=1, help="stages; the other ranks share each layer")
     parser.add_argument("--dp-size", type=int, default=1, help="replicas, each of the other ranks")
     parser.add_argument("--out", type=Path, default=FIGURES, help="folder for the CSV")
@@ -50,6 +51,8 @@ def main() -> None:
     names = ["Qwen2.5-0.5B", "Qwen3-0.6B"] if args.part == "small" else ["Qwen2.5-7B"]
     if args.part == "kv":
         rows = measure_kv("Qwen3-0.6B", parallel)
+    elif args.part == "compile":
+        rows = measure_compile("Qwen2.5-0.5B", parallel)
     else:
         rows = [row for name in names for row in measure_model(name, parallel, args.part)]
     if parallel.world.rank == 0:
@@ -123,6 +126,29 @@ def measure_kv(name: str, parallel: ParallelState) -> list[dict]:
         engine = work = None  # the next one needs the room
         gc.collect()
         torch.cuda.empty_cache()
+    return rows
+
+
+def measure_compile(name: str, parallel: ParallelState) -> list[dict]:
+    """Seconds to ready, A and D of one model with the Triton kernels of this repository and with inductor's in their place, in
+    turn and twice: the second start finds the caches filled."""
+    folder, rows = shared_random_weights(name, parallel.world), []
+    for run in (1, 2):
+        for compiles in (False, True):
+            began = time.perf_counter()
+            engine = Engine(str(folder), device="cuda", enable_torch_compile=compiles, torch_compile_max_bs=256)
+            told = {"seconds to ready": time.perf_counter() - began}
+            work = Workloads(engine)
+            work.d(32)
+            told |= {"D ms per token": min(work.d() for _ in range(2)), "A tokens/s": work.a(256)}
+            for metric, value in told.items():
+                if parallel.world.rank == 0:
+                    how = "inductor" if compiles else "triton"
+                    rows.append({"model": name, "kernels": how, "run": run, "metric": metric, "value": round(value, 4)})
+                    print(f"{name:13s} {how:10s} run {run} {metric:24s} {value:12.3f}", flush=True)
+            engine = work = None  # the next one needs the room
+            gc.collect()
+            torch.cuda.empty_cache()
     return rows
 
 

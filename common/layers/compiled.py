@@ -1,9 +1,9 @@
 """The small layers by torch.compile, as an option: what lies between two matrix products in one loop instead of a dozen.
 
-In eager PyTorch a norm with the addition before it, the MLP's gate and the turning of q and k are 16 operators a layer, and each reads
-and writes all its rows. TorchDynamo follows the Python code once and hands on a graph; its backend, inductor, writes one loop for
-it, in C++ for a CPU and in Triton for a GPU, and a C++ compiler or Triton makes it a kernel. Before each call Dynamo looks whether the
-arguments are what the kernel was made for (guards): that costs Python time, and is paid a few times a layer in every step.
+In eager PyTorch a norm with the addition before it, the MLP's gate and the turning of q and k are some 20 operators a layer, and
+each reads and writes all its rows. TorchDynamo follows the Python code once and hands on a graph; its backend, inductor, writes a
+loop for it, in C++ for a CPU and in Triton for a GPU, and a C++ compiler or Triton makes it a kernel. Before each call Dynamo looks
+whether the arguments are what the kernel was made for (guards): that costs Python time, four times a layer in every step.
 
 What is compiled are four functions of tensors alone, and not the modules that call them: Dynamo's guards would hold for one
 layer, its number and its weights, and 24 layers would be compiled 24 times. Matrix products stay out: on a CPU they are oneDNN's,
@@ -51,8 +51,8 @@ class CompiledPieces:
         compiler = os.environ.get("CXX", CXX)
         if backend == "inductor" and device.type == "cpu" and shutil.which(compiler) is None:
             raise ValueError(
-                f"enable_torch_compile writes C++ for a CPU, and there is no compiler {compiler}; install it, name another one in the "
-                f"variable CXX, or leave it out"
+                f"enable_torch_compile writes C++ for a CPU, and there is no compiler {compiler}; install it, name another one in "
+                f"the variable CXX, or leave it out"
             )
         self.max_rows = max_rows
         self.norm, self.add_norm, self.gate, self.turn = (

@@ -30,8 +30,8 @@ from common.layers.adapter_rows import AdapterBlocks
 from common.models.decoder import CausalLM
 
 SMALL_SIZES = (1, 2, 4)
-# (up to, step): 8, 16, 24, ... have at most 7 padding rows; the larger a batch is, the less a few more of them weigh, and each size is
-# one recording more at the start. Beyond 8 these are SGLang's steps (server_args.py, _generate_decode_cuda_graph_batch_sizes).
+# (up to, step): 8, 16, 24, ... have at most 7 padding rows; the larger a batch is, the less a few more of them weigh, and each size
+# is one recording more at the start. Steps as SGLang's (server_args.py, _generate_decode_cuda_graph_batch_sizes).
 SIZE_STEPS = ((256, 8), (512, 16), (1 << 30, 32))
 ALIKE_STEP = 32  # steps with shared prefixes: 32, 64, ...
 

@@ -1,10 +1,10 @@
 """tokenizer.json read by the library that it is made for, without transformers: a start that is two seconds shorter.
 
-`AutoTokenizer` (transformers 5.23) imports some hundreds of modules and looks through its folder of models before it opens a file. It
-then finds for a Qwen checkpoint that the class Qwen2Tokenizer is to be used, which takes vocabulary and merges out of tokenizer.json and
-writes all else down once more (models/qwen2/tokenization_qwen2.py). Where the file says the same as that class, the Rust library
-`tokenizers` can read it as it stands. `read_plain` looks whether that is so. It lets through only what it knows, key by key; a
-checkpoint with anything else goes the long way, and what it is and what is wrong with it, transformers says.
+`AutoTokenizer` (transformers 5.23) imports some hundreds of modules and looks through its folder of models before it opens a file.
+For a Qwen checkpoint it then finds that the class Qwen2Tokenizer is to be used, which takes vocabulary and merges out of
+tokenizer.json and writes all else down once more (models/qwen2/tokenization_qwen2.py). Where the file says the same as
+that class, the Rust library `tokenizers` can read it as it stands. `read_plain` looks whether that is so. It lets through only what
+it knows, key by key; a checkpoint with anything else goes the long way, and what is wrong with one, transformers says.
 """
 
 import json

@@ -40,7 +40,7 @@ def copy_of_tiny(folder, tokenizer_changes=None, config_changes=None, model_type
 
 
 def like_qwen(folder, **config):
-    """As the published checkpoints have it: all added tokens in both files, a ByteLevel that moves offsets, explicit add_bos_token."""
+    """As the published checkpoints: all added tokens in both files, a ByteLevel that moves offsets, an explicit add_bos_token."""
     rust = RustTokenizer.from_file(str(TINY_QWEN_PATH / "tokenizer.json"))
     rust.add_tokens([text for text, special in QWEN_TOKENS if not special])
     made = json.loads(rust.to_str())
