@@ -2,9 +2,9 @@
 
     python ch07_sglang_radix/demo_14_same_text.py
 
-Eight prompts that the bundled model has no good answer to, so that its best two tokens often lie close together; bfloat16, greedy,
-14 tokens each. They are asked one by one, all at once, and all at once in chunks of 16 tokens. What is counted are log-probabilities
-of the tokens put out, bit for bit.
+Eight prompts that the bundled model has no good answer to, so that its best two tokens often lie close together; bfloat16,
+greedy, 14 tokens each. They are asked one by one, all at once, and all at once in chunks of 16 tokens. What is counted are
+log-probabilities of the tokens put out, bit for bit.
 """
 
 import torch
@@ -16,8 +16,8 @@ from common.layers.batch_invariant import agreeing_rows, in_blocks
 from common.teaching.show import check, heading, table
 
 PROMPTS = [
-    "The rank cannot", "The batch and then", "A rank does", "A rank and then", "A block and then", "What is a rank?", "A rank cannot",
-    "The page is",
+    "The rank cannot", "The batch and then", "A rank does", "A rank and then", "A block and then", "What is a rank?",
+    "A rank cannot", "The page is",
 ]  # fmt: skip
 PARAMS = {"max_new_tokens": 14, "temperature": 0.0, "ignore_eos": True}
 OUT, IN = 576, 1536  # a down_proj of SmolLM2-135M

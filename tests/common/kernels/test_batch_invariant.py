@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from common.attention.torch_native import TorchNativeAttention
-from tests.common.attention.test_batch_invariant import D, HKV, HQ
+from tests.common.attention.test_batch_invariant import HKV, HQ, D
 from tests.common.kernels.where import DEVICE, GPU, TOLERANCE, kernel, relative_error
 
 pytestmark = kernel
