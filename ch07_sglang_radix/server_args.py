@@ -16,7 +16,12 @@ from ch07_sglang_radix.arguments_not_here import ELSEWHERE, IDLE
 from ch07_sglang_radix.eviction import pick_strategy
 from ch07_sglang_radix.handoff import MODES
 from ch07_sglang_radix.lora import checked_lora
-from ch07_sglang_radix.policy_names import LOAD_BALANCE_METHODS, check_dynamic_chunking, check_policy
+from ch07_sglang_radix.policy_names import (
+    LOAD_BALANCE_METHODS,
+    check_continuous_decode,
+    check_dynamic_chunking,
+    check_policy,
+)
 from common.arguments import says_names
 from common.distributed.layout import EP_ALGORITHMS, EP_DISPATCHES, Layout
 from common.distributed.nodes import START_S, parse_address
@@ -58,10 +63,13 @@ class ServerArgs:
     ep_num_redundant_experts: so many experts lie twice; ep_dispatch_algorithm: static or dynamic, which copy computes a row.
     nnodes, node_rank: this is one of several hosts, with the same arguments on each; tp_size is the total, dist_init_addr HOST:PORT
     of node 0, dist_timeout the seconds that they wait for each other (common/distributed/nodes.py).
+    enable_torch_compile: in steps of at most torch_compile_max_bs tokens the small layers are compiled (common/layers/compiled.py).
     context_length: tokens of a request at most. random_seed: None draws one. log_level: of this project's loggers, and
     whether a bar shows that weights are read (info and debug). dp_size: replicas, each of tp_size ranks and with a tree
     and a pool of its own; load_balance_method says which of them a request goes to. schedule_conservativeness: more than 1 admits
     fewer requests at a time, and retracts fewer. max_prefill_tokens: of a step, if chunked_prefill_size allows more.
+    num_continuous_decode_steps: the tokens of so many decode steps are looked at together (step_loop.py): less work a token for
+    rank 0, a stream that tells of so many tokens at a time, and as many computed in vain behind a stop.
     enable_eplb: every eplb_rebalance_num_iterations steps experts go to the ranks where they make all alike busy (experts/eplb.py).
     expert_balancedness_report_mode: read after each step how busy they are, for the log (server_log), GET /metrics (prometheus) or
     both; that costs two small messages a step.
@@ -115,6 +123,7 @@ class ServerArgs:
     max_running_requests: int | None = MAX_RUNNING
     chunked_prefill_size: int | None = None
     max_prefill_tokens: int | None = None
+    num_continuous_decode_steps: int = 1
     enable_mixed_chunk: bool = False
     enable_deterministic_inference: bool = False
     small_request_share: float = 0.0
@@ -125,6 +134,8 @@ class ServerArgs:
     disable_overlap_schedule: bool | None = None
     gather_best: bool = False
     disable_cuda_graph: bool = False
+    enable_torch_compile: bool = False
+    torch_compile_max_bs: int = 32
     disable_custom_all_reduce: bool = False
     all_reduce: str = "auto"
     attention_backend: str = "auto"
@@ -199,8 +210,10 @@ class ServerArgs:
             )
         most = MAX_RUNNING if self.max_running_requests is None else self.max_running_requests
         self._set("max_running_requests", whole("max_running_requests", most, 1))
+        self._set("torch_compile_max_bs", whole("torch_compile_max_bs", self.torch_compile_max_bs, 1))
         switches = (
             "skip_tokenizer_init", "enable_mixed_chunk", "disable_radix_cache", "gather_best", "disable_cuda_graph",
+            "enable_torch_compile",
             "disable_custom_all_reduce", "check_finite", "check", "enable_layernorm_sp",
             "enable_all_reduce_fusion", "enable_two_batch_overlap", "enable_dynamic_chunking", "enable_eplb", "allow_image_urls",
             "enable_deterministic_inference",
@@ -209,6 +222,9 @@ class ServerArgs:
             self._set(name, flag(name, getattr(self, name)))
         if self.disable_overlap_schedule is not None:
             self._set("disable_overlap_schedule", flag("disable_overlap_schedule", self.disable_overlap_schedule))
+        together = whole("num_continuous_decode_steps", self.num_continuous_decode_steps, 1)
+        self._set("num_continuous_decode_steps", together)
+        check_continuous_decode(together, self.pp_size, self.attn_dp_size, self.speculative_algorithm is not None)
         if self.chunked_prefill_size is not None:
             self._set("chunked_prefill_size", whole("chunked_prefill_size", self.chunked_prefill_size, -1))
         for name in ("model_path", "tokenizer_path"):
@@ -320,7 +336,7 @@ class ServerArgs:
         """What adds up in an order that depends on the batch; an executor knows the rest."""
         for name in (
             "speculative_algorithm", "enable_lora", "enable_layernorm_sp", "enable_two_batch_overlap",
-            "enable_all_reduce_fusion",
+            "enable_all_reduce_fusion", "enable_torch_compile",
         ):  # fmt: skip
             if self.enable_deterministic_inference and getattr(self, name):
                 raise ValueError(

@@ -97,8 +97,10 @@ class Executor:
     which copy computes a row (common/layers/expert_placement.py). speculative: trees of guesses are verified, and what guesses, if
     it is not rank 0 (common/verify_step.py, common/models/drafters/). lora: room for LoRA adapters beside the weights; `self.lora`
     then loads them, and each step says which slot its sequences use (common/models/lora_manager.py). quantization,
-    quantized_compute: those of load_model (common/models/weights.py). enable_deterministic_inference: what a request gets does not
-    depend on what else runs, on what is cached and on how its prompt is cut (common/layers/batch_invariant.py).
+    quantized_compute: those of load_model (common/models/weights.py). torch_compile_max_bs: in steps of so many tokens at most the
+    small layers are those of torch.compile (common/layers/compiled.py); None: in none. enable_deterministic_inference: what a
+    request gets does not depend on what else runs, on what is cached and on how its prompt is cut
+    (common/layers/batch_invariant.py).
     Raises ValueError or FileNotFoundError, on every rank alike, for what cannot be run.
     """
 
@@ -112,7 +114,8 @@ class Executor:
         enable_layernorm_sp: bool = False, enable_all_reduce_fusion: bool = False, enable_two_batch_overlap: bool = False,
         moe_runner: str = "auto", ep_dispatch: str = "replicated", ep_num_redundant_experts: int = 0,
         ep_dispatch_algorithm: str = "static", speculative: DraftOptions | None = None, lora: LoRAOptions | None = None,
-        quantization: str | None = None, quantized_compute: str = "auto", enable_deterministic_inference: bool = False,
+        quantization: str | None = None, quantized_compute: str = "auto", torch_compile_max_bs: int | None = None,
+        enable_deterministic_inference: bool = False,
     ):  # fmt: skip
         self.parallel = parallel or (ParallelState.of(tp) if tp else get_parallel_state(device))
         self.tp = self.parallel.tp  # inside the stage
@@ -154,7 +157,13 @@ class Executor:
             )  # fmt: skip
         latent = config.latent is not None
         if enable_deterministic_inference:
-            self._refuse_other_orders(config, enable_all_reduce_fusion, speculative=speculative, enable_lora=lora)
+            self._refuse_other_orders(
+                config,
+                enable_all_reduce_fusion,
+                speculative=speculative,
+                enable_lora=lora,
+                enable_torch_compile=torch_compile_max_bs,
+            )
         self.attention = pick_attention(
             self.tp.device, attention_backend, self.parallel.cp.size, latent, enable_deterministic_inference
         )
@@ -173,12 +182,18 @@ class Executor:
         )
         pp = self.parallel.pp
         self.stage = Stage(pp.rank, pp.size, layer_partition(pp_layer_partition) if pp.size > 1 else None)
-        error = None
+        error = compiled = None
+        self.tokenizer = None  # token ids work without one
+        other = resolve_model(tokenizer_path) if tokenizer_path else folder
         try:
+            if torch_compile_max_bs:
+                compiled = self._compiled_pieces(torch_compile_max_bs, config)
             self.model, self.load_report = load_model(
                 folder, self.tp, self.dtype, check_finite=check_finite, stage=self.stage, communicator=self.communicator,
                 moe=self.moe, quantization=quantization, quantized_compute=quantized_compute,
             )  # fmt: skip
+            if not skip_tokenizer_init and (tokenizer_path or Tokenizer.lies_in(other)):
+                self.tokenizer = Tokenizer(other)
         except (ValueError, FileNotFoundError) as one:
             error = one
         _refuse_together(error, self.parallel.replica)
@@ -186,16 +201,15 @@ class Executor:
         self.linear_forms = choose_forms(self.model, "row-major" if enable_deterministic_inference else None)
         if enable_deterministic_inference:
             make_batch_invariant(self.model)
+        if compiled:
+            compiled.give_to(self.model.model)
+            compiled.warm_up(self.model, self.dtype)
         self.config: ModelConfig = self.model.config
         if lora and enable_two_batch_overlap:
             raise ValueError("enable_lora with enable_two_batch_overlap is not supported; use one of the two")
         self.lora = LoRAManager(self.model, lora, folder) if lora else None
         self.links = StageLinks(self.parallel, self.config, self.dtype)
         self._refuse_layers_apart()
-        self.tokenizer = None  # token ids work without one
-        other = resolve_model(tokenizer_path) if tokenizer_path else folder
-        if not skip_tokenizer_init and (tokenizer_path or Tokenizer.lies_in(other)):
-            self.tokenizer = Tokenizer(other)
         self.context_length = self._context_length(context_length)
         self.page_size, self.max_running_requests = page_size, max_running_requests
 
@@ -421,7 +435,6 @@ class Executor:
         """Rows that a decode step of `batch` sequences computes: CUDA graphs pad it to a captured size."""
         return self.graphs.padded(batch, alike) if self.graphs else batch
 
-    @torch.inference_mode()
     def receive_tokens(self, tokens: torch.Tensor) -> None:
         """Remember the tokens [B] of the oldest step that waits for some, as rank 0 chose them: decode goes on from there. Of a
         verify step they are those of all nodes [B * N]."""
@@ -617,6 +630,16 @@ class Executor:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.attention.dtypes)
             raise ValueError(f"dtype={name} is not for this attention_backend; use {known}, or another backend")
         return dtype
+
+    def _compiled_pieces(self, max_rows: int, config: ModelConfig):
+        from common.layers.compiled import CompiledPieces  # noqa: PLC0415, for those who want it alone
+
+        if config.latent or config.mixture:
+            raise ValueError(
+                f"enable_torch_compile is for models whose layers are attention with heads and an MLP, not {config.architecture}; "
+                f"leave it out"
+            )
+        return CompiledPieces(self.tp.device, max_rows)
 
     def _context_length(self, wanted: int | None) -> int:
         """Tokens that a request may have, prompt and answer."""

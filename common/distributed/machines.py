@@ -35,14 +35,15 @@ class GPU:
     flops: float
     nvlink: float | None
     pcie: float
+    capability: tuple[int, int]  # to compute, by NVIDIA's numbers
 
 
 GPUS = {
-    "H200": GPU(141_000_000_000, 4.8e12, 989e12, 450e9, 64e9),
-    "H100": GPU(80_000_000_000, 3.35e12, 989e12, 450e9, 64e9),
-    "A100": GPU(80_000_000_000, 2.039e12, 312e12, 300e9, 32e9),
-    "L40S": GPU(48_000_000_000, 0.864e12, 362e12, None, 32e9),
-    "L4": GPU(24_000_000_000, 0.3e12, 121e12, None, 32e9),
+    "H200": GPU(141_000_000_000, 4.8e12, 989e12, 450e9, 64e9, (9, 0)),
+    "H100": GPU(80_000_000_000, 3.35e12, 989e12, 450e9, 64e9, (9, 0)),
+    "A100": GPU(80_000_000_000, 2.039e12, 312e12, 300e9, 32e9, (8, 0)),
+    "L40S": GPU(48_000_000_000, 0.864e12, 362e12, None, 32e9, (8, 9)),
+    "L4": GPU(24_000_000_000, 0.3e12, 121e12, None, 32e9, (8, 9)),
 }
 
 
@@ -71,6 +72,7 @@ class Machine:
     between: Link
     ranks_a_host: int
     date: str = ""
+    capability: tuple[int, int] | None = None  # of a GPU; None: a CPU
 
     @classmethod
     def of_gpus(cls, name: str, interconnect: str | None = None, network: str = "infiniband") -> "Machine":
@@ -98,7 +100,7 @@ class Machine:
         flops = (Speed(1, 0, gpu.flops),)
         return cls(
             f"{name}, {interconnect}", gpu.memory, False, (Speed(1, 0, gpu.bytes_per_s),), {"bfloat16": flops, "float16": flops},
-            inside[interconnect], between, 1 if alone else GPUS_A_HOST,
+            inside[interconnect], between, 1 if alone else GPUS_A_HOST, capability=gpu.capability,
         )  # fmt: skip
 
     def with_hosts_of(self, ranks: int) -> "Machine":
@@ -155,6 +157,7 @@ def _parsed(raw: dict[str, Any]) -> dict[str, Any]:
         "flops": {dtype: tuple(Speed(**speed) for speed in speeds) for dtype, speeds in raw["flops"].items()},
         "inside": Link(**raw["inside"]),
         "between": Link(**raw["between"]),
+        "capability": tuple(raw["capability"]) if raw.get("capability") else None,
     }
 
 

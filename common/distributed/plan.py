@@ -1,6 +1,7 @@
 """Which layout for a model, some GPUs and a load: every legal one, what it holds, says and needs at least, and which to take.
 
     python -m common.distributed.plan --model Qwen2.5-72B --gpus 16 --gpu-memory 80GB --context 8192 --batch 64
+    python -m common.distributed.plan --model Qwen2.5-72B --gpus 2 --context 8192 --batch 64 --quantization awq --kv-dtype int8
     python -m common.distributed.plan --model SmolLM2-135M --gpus 2 --machine figures/machine.json --context 512 --batch 8
 
 Weights and pages are what a rank of this repository holds, to the byte (tests compare them with the real model). Times are lower
@@ -11,22 +12,28 @@ bounds: bytes over bandwidth, arithmetic over peak, and messages by the cost mod
 import argparse
 import re
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from common.attention.kv_format import KV_DTYPES, kv_dtype
+from common.attention.kv_format import KV_DTYPES, kv_dtype, kv_format, kv_name
 from common.distributed.launch import run_main
 from common.distributed.machines import GPUS, GPUS_A_HOST, NETWORKS, Machine
+from common.models.config import ModelConfig
 from common.models.published_configs import model_shape
 from common.planner.bounds import Bound
 from common.planner.choice import GB, MOST_GPUS, all_bounds, refuse_if_none_fits, room_of, why
 from common.planner.plan import Load
+from common.quantization.config import AT_LOAD, KEYS, QuantizationConfig
+from common.quantization.make import CONFIGS, config_of
+from common.quantization.method import Hardware
 from common.teaching.report import write_json
 from common.teaching.show import table
 from common.values import new_file
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+QUANTIZATIONS = tuple(dict.fromkeys((*AT_LOAD, *CONFIGS)))
 WIDTH = 120  # of a line of words
 UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -35,20 +42,23 @@ def main() -> None:
     args = arguments()
     machine = the_machine(args)
     dtype = DTYPES[args.dtype or ("float32" if "bfloat16" not in machine.flops else "bfloat16")]
-    config = model_shape(args.model)
+    config = quantized(model_shape(args.model), args.quantization, args.model)
     if args.context > config.max_position_embeddings:
         raise ValueError(
             f"--context {args.context}: {args.model} has positions for {config.max_position_embeddings} tokens"
         )
-    load = Load(args.context, args.batch, dtype, kv_dtype(args.kv_dtype) or dtype, args.page_size, args.chunk)
+    hardware = Hardware("cuda", machine.capability) if machine.capability else Hardware("cpu")
+    pages = kv_dtype(args.kv_cache_dtype) or dtype
+    load = Load(args.context, args.batch, dtype, pages, args.page_size, args.chunk, hardware)
     memory = bytes_of(args.gpu_memory)
     room = room_of(machine, args.gpus, memory, args.mem_fraction)
     bounds = all_bounds(config, args.gpus, load, machine, room)
     refuse_if_none_fits(bounds, config, args.model, args.gpus, load, machine, args.mem_fraction, memory)
     hosts = -(-args.gpus // machine.ranks_a_host)
     print(
-        f"{args.model}, {str(dtype).removeprefix('torch.')}, {args.gpus} x {machine.name}{f' on {hosts} hosts' * (hosts > 1)}, "
-        f"{args.batch} requests of {args.context:,} tokens; {room / GB:.1f} GB a rank to plan with"
+        f"{args.model}, {str(dtype).removeprefix('torch.')}, {said_of_codes(config, pages)}{args.gpus} x {machine.name}"
+        f"{f' on {hosts} hosts' * (hosts > 1)}, {args.batch} requests of {args.context:,} tokens; "
+        f"{room / GB:.1f} GB a rank to plan with"
     )
     show(bounds)
     reason = why(bounds, load, args.gpus)
@@ -77,8 +87,16 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, float32 on a CPU")
     parser.add_argument(
-        "--kv-dtype", choices=("auto", *KV_DTYPES), default="auto", help="of the pages; auto: as --dtype"
+        "--kv-cache-dtype",
+        "--kv-dtype",
+        choices=("auto", *KV_DTYPES),
+        default="auto",
+        help="of the pages; auto: as --dtype",
     )
+    parser.add_argument(
+        "--quantization", choices=QUANTIZATIONS,
+        help="of the weights, as at load or as make.py writes it; default: the checkpoint's own",
+    )  # fmt: skip
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--chunk", type=int, default=8192, help="prompt tokens of a step at most")
     parser.add_argument(
@@ -96,6 +114,19 @@ def arguments() -> argparse.Namespace:
     if not 0 < args.mem_fraction <= 1:
         raise ValueError(f"--mem-fraction {args.mem_fraction} must be in (0, 1]")
     return args
+
+
+def quantized(config: ModelConfig, asked: str | None, where: str) -> ModelConfig:
+    """Weights rounded at load, or in a checkpoint of that format. Raises ValueError for one that is quantized otherwise."""
+    if asked in AT_LOAD or asked is None or config.quantization:
+        return replace(config, quantization=QuantizationConfig.settled(config.quantization, asked, where))
+    return replace(config, quantization=QuantizationConfig.from_checkpoint({KEYS[0]: config_of(asked)}, asked))
+
+
+def said_of_codes(config: ModelConfig, pages: torch.dtype) -> str:
+    """Of weights and pages that hold codes, for the headline."""
+    weights = f"weights {config.quantization.method}, " if config.quantization else ""
+    return weights + (f"pages {kv_name(pages)}, " if kv_format(pages).coded else "")
 
 
 def the_machine(args: argparse.Namespace) -> Machine:

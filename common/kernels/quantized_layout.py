@@ -111,24 +111,47 @@ def multiply_plain(x: torch.Tensor, packed: PackedCodes) -> torch.Tensor:
     return packed.ordered(x) @ unpack(packed).dequantise(x.dtype).t()
 
 
+def packed_bytes(
+    rows: torch.Tensor, group: torch.Tensor, used: torch.Tensor, bits: int, scale_bytes: int, symmetric: bool
+) -> int:
+    """What pack() makes of codes without looking at their numbers. rows [out]: equal where two rows have the same scales; group
+    [in]; used: the groups that are no padding. Not symmetric: each group of a row has a zero point."""
+    groups, columns, size = 1, None, 0
+    if group.any():
+        columns, size = _runs_of(group, used)
+        groups = int(group.max()) + 1 if columns is None else len(columns)
+    width = len(group) if columns is None else size * len(columns)
+    turn = min(size or TURN, TURN)
+    q = len(rows) * width if bits > 4 else -(-len(rows) // ROWS) * ROWS * -(-width // turn) * turn // 2
+    scales = groups * -(-len(rows) // (_rows_that_share(rows.unsqueeze(1)) if symmetric else 1)) * scale_bytes
+    zeros = 0 if symmetric else groups * len(rows)  # int8
+    return q + scales + zeros + (0 if columns is None else width * torch.int64.itemsize)
+
+
 def _in_order(codes: Codes) -> tuple[Codes, torch.Tensor | None, int]:
     """(codes with the columns of each group in one run, all of one length; the order or None; that length, 0 for one group).
     Groups whose scales are all 0, padding of a rank's slice, are left out."""
     q, scale, zero, group = codes
-    width = q.shape[1]
     if scale.shape[1] == 1:
         return codes, None, 0
-    size = int((group == 0).sum())
-    runs = torch.arange(width, device=group.device) // max(size, 1)
-    if size >= SMALLEST_TURN and size & (size - 1) == 0 and torch.equal(runs, group):
-        return codes, None, size
     used = scale.any(dim=0).nonzero()[:, 0] if scale.any() else torch.zeros_like(group[:1])
-    columns = [(group == g).nonzero()[:, 0] for g in used]
-    size = max(1 << (max(map(len, columns), default=1) - 1).bit_length(), SMALLEST_TURN)
-    order = torch.cat([F.pad(of_group, (0, size - len(of_group)), value=width) for of_group in columns])
+    columns, size = _runs_of(group, used)
+    if columns is None:
+        return codes, None, size
+    order = torch.cat([F.pad(of_group, (0, size - len(of_group)), value=q.shape[1]) for of_group in columns])
     octets = F.pad(q.view(torch.uint8), (0, 1)).index_select(1, order)  # float8 has no index_select
     zero = None if zero is None else zero[:, used]
     return Codes(octets.view(q.dtype), scale[:, used], zero, group), order, size
+
+
+def _runs_of(group: torch.Tensor, used: torch.Tensor) -> tuple[list[torch.Tensor] | None, int]:
+    """group [m] -> (columns of each group in `used`, or None if they lie in runs as a kernel reads them; the length of a run)."""
+    size = int((group == 0).sum())
+    runs = torch.arange(len(group), device=group.device) // max(size, 1)
+    if size >= SMALLEST_TURN and size & (size - 1) == 0 and torch.equal(runs, group):
+        return None, size
+    columns = [(group == g).nonzero()[:, 0] for g in used]
+    return columns, max(1 << (max(map(len, columns), default=1) - 1).bit_length(), SMALLEST_TURN)
 
 
 def _tiles(q: torch.Tensor, turn: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from common.models.checkpoint import Stored
 from common.models.tensor_names import EMBEDDING, Needed
 from common.quantization.config import QuantizationConfig
 from common.quantization.linear_methods import pick_linear_method
-from common.quantization.method import PLAIN, LayerMethods, LinearMethod
+from common.quantization.method import PLAIN, Hardware, LayerMethods, LinearMethod
 from common.quantization.methods import METHODS
 from common.quantization.reader import QuantizedTensor, RoundedTensor
 from common.quantization.scheme import QUANTIZED_COMPUTE, Expected, Scheme
@@ -53,6 +53,14 @@ class CheckpointWeights:
         scheme, stored = self.quantization.scheme_of(one.tensor.removesuffix(WEIGHT)), self.found.get(one.tensor)
         lies_plain = stored is not None and stored.dtype in WEIGHT_DTYPES
         return None if lies_plain and not self.quantization.at_load else scheme
+
+    def says_nothing(self, name: str) -> bool:
+        """A bias of zeros for a layer that has none, as some GPTQ files have with every matrix."""
+        module, _, last = name.rpartition(".")
+        of_gptq = self.quantization is not None and self.quantization.method == "gptq"
+        if not of_gptq or last != "bias" or f"{module}.qweight" not in self.found:
+            return False
+        return not any(window.any() for window in self.found[name].windows())
 
     def expected(self, needed: Iterable[Needed]) -> dict[str, Expected]:
         """{tensor: shapes and types} of all that files must have for these weights, or may have."""
@@ -105,7 +113,7 @@ class CheckpointWeights:
         def pick(name: str) -> LinearMethod | None:
             alike = schemes.get(name, set())
             scheme = next(iter(alike)) if len(alike) == 1 else None
-            return None if scheme is None else pick_linear_method(scheme, device, dtype, compute)
+            return None if scheme is None else pick_linear_method(scheme, Hardware.of(device), dtype, compute)
 
         return LayerMethods(pick)
 

@@ -132,7 +132,10 @@ def load_model(
             whole = CausalLM(config, tp)
         needed = needed_of(whole, weights)
         what = f"{config.architecture} as config.json describes it"
-        refuse_a_misfit(weights.expected(needed), found, what, str(folder), lambda name: redundant(name, config))
+        refuse_a_misfit(
+            weights.expected(needed), found, what, str(folder),
+            lambda name: redundant(name, config) or weights.says_nothing(name),
+        )  # fmt: skip
         drafts = sorted(name for name in found if _only_guesses(name, config))
         if drafts:
             report.notes.append(f"{folder}: {names_shown(drafts)} left alone; layers that guess tokens ahead")

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from common.distributed.machines import Machine
 from common.models.config import ModelConfig
-from common.planner.holdings import Holdings, Stage, holdings, stages
-from common.planner.plan import Load, Way
+from common.planner.holdings import Holdings, holdings, stages
+from common.planner.plan import Load, Stage, Way
 from common.planner.work import Message, Step, Work, seconds_of_messages, wire_bytes_of, work
 
 

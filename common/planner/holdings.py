@@ -13,16 +13,8 @@ from common.layers.heads import HeadLayout, split_evenly
 from common.layers.moe import Mixture
 from common.models.config import ModelConfig
 from common.models.stages import stage_layers
-from common.planner.plan import Load, Way
-
-
-class Stage(NamedTuple):
-    """Consecutive layers; the first stage embeds, the last one has the final norm and the LM head."""
-
-    layers: int
-    first: bool
-    last: bool
-    sparse: int = 0  # of these layers, how many have experts in place of an MLP
+from common.planner.codes import saved_by_codes
+from common.planner.plan import Load, Stage, Way
 
 
 class Parameters(NamedTuple):
@@ -61,7 +53,12 @@ class Holdings(NamedTuple):
 def stages(config: ModelConfig, pp: int) -> list[Stage]:
     split = [stage_layers(config.num_layers, pp, rank) for rank in range(pp)]
     sparse = config.mixture.sparse if config.mixture else (False,) * config.num_layers
-    return [Stage(len(own), i == 0, i == pp - 1, sum(sparse[own.start : own.stop])) for i, own in enumerate(split)]
+    return [
+        Stage(
+            len(own), i == 0, i == pp - 1, sum(sparse[own.start : own.stop]), own.start if config.quantization else 0
+        )
+        for i, own in enumerate(split)
+    ]  # fmt: skip
 
 
 def parameters(config: ModelConfig, layout: Layout, stage: Stage, travels: bool = False) -> Parameters:
@@ -168,7 +165,8 @@ def of_stage(config: ModelConfig, way: Way, load: Load, stage: Stage) -> Holding
     """Of the rank of this stage with most requests."""
     pages = pages_held(load, way.layout)
     return Holdings(
-        parameters(config, way.layout, stage, way.travels).nbytes(load.dtype),
+        parameters(config, way.layout, stage, way.travels).nbytes(load.dtype)
+        - saved_by_codes(config, way, stage, load),
         pages * page_bytes(config, way.layout, stage, load),
         activations(config, way, stage, load),
     )

@@ -2,18 +2,23 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 from common.distributed.layout import EP_DISPATCHES, Layout, get_rank_mapping, layouts
 from common.models.config import ModelConfig
+from common.quantization.method import Hardware
+
+HOPPER = Hardware("cuda", (9, 0))
 
 
 @dataclass(frozen=True)
 class Load:
     """`batch` requests at once over all replicas, each `context` tokens long when it is longest.
 
-    chunk: prompt tokens of a step. dtype of weights and what is computed, kv_dtype of the pages.
+    chunk: prompt tokens of a step. dtype of weights and what is computed, kv_dtype of the pages. hardware: which weights of a
+    quantized checkpoint stay codes on it.
     """
 
     context: int
@@ -22,11 +27,22 @@ class Load:
     kv_dtype: torch.dtype = torch.bfloat16
     page_size: int = 16
     chunk: int = 8192
+    hardware: Hardware = HOPPER
 
     @property
     def pages(self) -> int:
         """Of a request."""
         return -(-self.context // self.page_size)
+
+
+class Stage(NamedTuple):
+    """Consecutive layers; the first stage embeds, the last one has the final norm and the LM head."""
+
+    layers: int
+    first: bool
+    last: bool
+    sparse: int = 0  # of these layers, how many have experts in place of an MLP
+    start: int = 0  # the first of them, where a quantized checkpoint's config may speak of each
 
 
 @dataclass(frozen=True)

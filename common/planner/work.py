@@ -11,8 +11,9 @@ from common.distributed.spawn import FRAME
 from common.layers.heads import split_evenly
 from common.layers.moe import Mixture
 from common.models.config import ModelConfig
-from common.planner.holdings import Stage, own_heads, page_bytes, parameters
-from common.planner.plan import Load, Way, members
+from common.planner.codes import saved_by_codes
+from common.planner.holdings import own_heads, page_bytes, parameters
+from common.planner.plan import Load, Stage, Way, members
 
 WORD = 8  # bytes of a number in a task, and of a token
 
@@ -71,7 +72,7 @@ def work(config: ModelConfig, way: Way, stage: Stage, load: Load, step: Step) ->
         flops += 2 * has.experts * step.rows * mixture.router.top_k // mixture.num_experts
     a_token = page_bytes(config, layout, stage, load) // load.page_size
     return Work(
-        read.nbytes(load.dtype),
+        read.nbytes(load.dtype) - saved_by_codes(config, way, stage, load),
         tokens_read * a_token,
         flops,
         tuple(messages(config, way, stage, load, step)),

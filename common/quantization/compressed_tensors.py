@@ -15,7 +15,8 @@
 
     value = (q - zero) * scale;  packed zero points have 2^(b-1) added as well, so that there it cancels
 
-The library takes 1 to 8 bits; 2, 4 and 8 are read here, since older versions of it did not let 3, 5, 6 and 7 cross words.
+Any number of bits from 1 to 8 is one string, cut into words. Older versions of the library did not let codes of 3, 5, 6 and 7 bits
+cross words, which took more of them: such files are refused, by the shape of weight_packed.
 Source: compressed-tensors 0.20, compressors/ pack_quantized/base.py and helpers.py, naive_quantized/base.py, mxfp4/base.py.
 """
 

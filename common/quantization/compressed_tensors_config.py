@@ -109,14 +109,14 @@ def _refuse_a_misfit(format_: str | None, kind: str, bits: int, strategy: str, s
         FLOAT: kind == "float" and bits == 8,
         NAIVE: bits == 8,
         INT: kind == "int" and bits == 8,
-        PACK: kind == "int" and bits in (4, 8),
+        PACK: kind == "int",
         MXFP4: kind == "float" and bits == 4 and strategy == "group" and size == 32,
     }
     if not fits.get(format_):
         raise ValueError(
             f"{where}: weights of type={kind!r}, num_bits={bits}, strategy={strategy!r}, group_size={json_shown(size)} in "
             f"format={json_shown(format_)} are not supported; supported: {FLOAT} and {NAIVE} (float 8), {INT} and {NAIVE} "
-            f"(int 8), {PACK} (int 4 and 8), {MXFP4} (float 4, groups of 32)"
+            f"(int 8), {PACK} (int 1 .. 8), {MXFP4} (float 4, groups of 32)"
         )
 
 

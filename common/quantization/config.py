@@ -79,6 +79,12 @@ class QuantizationConfig:
             )
         return QuantizationConfig.named(asked)
 
+    @property
+    def names_the_head(self) -> bool:
+        """Does a checkpoint of that method have an LM head of codes if its config speaks of it? The files of others have a plain
+        one, whatever the config says."""
+        return self.method in ("gptq", "compressed-tensors") and self.scheme_of("lm_head") is not None
+
     def scheme_of(self, module: str) -> Scheme | None:
         """module: as the checkpoint names it, "model.layers.0.self_attn.q_proj"; None: its weight is plain."""
         return next((rule.scheme for rule in self.rules if rule.speaks_of(module)), None)

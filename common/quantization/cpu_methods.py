@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 
 from common.quantization.codes import Codes
-from common.quantization.method import LinearMethod
+from common.quantization.method import Hardware, LinearMethod, Outline
 from common.quantization.scheme import Scheme
 
 SMALLEST = 1 << 19  # numbers
@@ -48,10 +48,10 @@ class PackedOnCpu(LinearMethod):
     bytes_each = 0  # a weight
 
     @classmethod
-    def takes(cls, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> bool:
+    def takes(cls, scheme: Scheme, on: Hardware, dtype: torch.dtype) -> bool:
         by_row = scheme.strategy in ("tensor", "channel") or (scheme.strategy == "group" and scheme.group_size is None)
         eight = scheme.bits == 8 and scheme.symmetric
-        return device.type == "cpu" and dtype == torch.float32 and by_row and eight and cls.works()
+        return on.type == "cpu" and dtype == torch.float32 and by_row and eight and cls.works()
 
     @classmethod
     def works(cls) -> bool:
@@ -71,6 +71,9 @@ class PackedOnCpu(LinearMethod):
         self.opaque_bytes = codes.q.numel() * self.bytes_each
         self.static = max(self.input_scales) if self.input_scales else None
 
+    def packed_bytes(self, outline: Outline, dtype: torch.dtype) -> int:
+        return outline.numel * self.bytes_each + len(outline.rows) * torch.float32.itemsize
+
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         y = self.multiply(x, self.matrix)
         return y if bias is None else y.add_(bias)
@@ -82,10 +85,10 @@ class Int8OfHalves(PackedOnCpu):
     name, bytes_each = "INT8 kernels", 1
 
     @classmethod
-    def takes(cls, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> bool:
+    def takes(cls, scheme: Scheme, on: Hardware, dtype: torch.dtype) -> bool:
         x = scheme.activations
         rounds = x is not None and x.bits == 8 and x.kind == "int" and x.strategy in ("tensor", "token")
-        return rounds and scheme.kind == "int" and super().takes(scheme, device, dtype)
+        return rounds and scheme.kind == "int" and super().takes(scheme, on, dtype)
 
     @classmethod
     def packed(cls, q: torch.Tensor, scale: torch.Tensor) -> Any:
@@ -125,12 +128,15 @@ class RoundedInFloats(LinearMethod):
     name = "x rounded, weights dequantised"
 
     @classmethod
-    def takes(cls, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> bool:
+    def takes(cls, scheme: Scheme, on: Hardware, dtype: torch.dtype) -> bool:
         return scheme.activations is not None and scheme.activations.bits == 8
 
     def pack(self, layer: Any, codes: Codes) -> None:
         layer.register_buffer("plain", codes.dequantise(layer.dtype), persistent=False)
         self.static = max(self.input_scales) if self.input_scales and not self.scheme.activations.dynamic else None
+
+    def packed_bytes(self, outline: Outline, dtype: torch.dtype) -> int:
+        return outline.numel * dtype.itemsize
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         how = self.scheme.activations

@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 
-from common.kernels.quantized_layout import PackedCodes, pack
+from common.kernels.quantized_layout import PackedCodes, pack, packed_bytes
 from common.quantization.codes import Codes
-from common.quantization.method import LinearMethod
+from common.quantization.method import Hardware, LinearMethod, Outline
+from common.quantization.methods import METHODS
 from common.quantization.scheme import Scheme
 
 try:  # a CPU build of torch comes without Triton
@@ -15,6 +16,7 @@ try:  # a CPU build of torch comes without Triton
 except ImportError:
     rounded = weight_only = None
 
+FP8_SINCE = (8, 9)  # compute capability
 GROUP = 128  # columns that share a scale where both factors are rounded
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -26,8 +28,8 @@ class WeightOnlyKernels(LinearMethod):
     packed: PackedCodes
 
     @classmethod
-    def takes(cls, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> bool:
-        return weight_only is not None and device.type == "cuda" and dtype in FLOATS and scheme.bits <= 8
+    def takes(cls, scheme: Scheme, on: Hardware, dtype: torch.dtype) -> bool:
+        return on.triton and on.type == "cuda" and dtype in FLOATS and scheme.bits <= 8
 
     def pack(self, layer: Any, codes: Codes) -> None:
         self.packed = pack(codes, self.scheme.bits)
@@ -35,8 +37,17 @@ class WeightOnlyKernels(LinearMethod):
             if (tensor := getattr(self.packed, name)) is not None:
                 layer.register_buffer(name, tensor, persistent=False)
 
+    def packed_bytes(self, outline: Outline, dtype: torch.dtype) -> int:
+        return packed_bytes(*outline, self.scheme.bits, scale_bytes(self.scheme), self.scheme.symmetric)
+
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return weight_only.linear(x, self.packed, bias)
+
+
+def scale_bytes(scheme: Scheme) -> int:
+    """Of a scale as codes are packed, if it came from a file as make.py writes it: 2 where 16 bits hold it exactly."""
+    power_of_two = scheme.kind == "float" and scheme.bits == 4
+    return 2 if power_of_two else METHODS[scheme.method].stored.itemsize
 
 
 class RoundedActivations(WeightOnlyKernels):
@@ -52,9 +63,9 @@ class RoundedActivations(WeightOnlyKernels):
     name = "FP8 and INT8 kernels"
 
     @classmethod
-    def takes(cls, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> bool:
+    def takes(cls, scheme: Scheme, on: Hardware, dtype: torch.dtype) -> bool:
         x = scheme.activations
-        if x is None or not super().takes(scheme, device, dtype):
+        if x is None or not super().takes(scheme, on, dtype):
             return False
         if not (scheme.bits == x.bits == 8 and scheme.kind == x.kind and scheme.symmetric):
             return False
@@ -65,7 +76,7 @@ class RoundedActivations(WeightOnlyKernels):
             return False
         if x.strategy == "group" and (grouped is None or x.group_size != GROUP):
             return False
-        return scheme.kind == "int" or torch.cuda.get_device_capability(device) >= (8, 9)
+        return scheme.kind == "int" or on.capability >= FP8_SINCE
 
     def pack(self, layer: Any, codes: Codes) -> None:
         super().pack(layer, codes)
@@ -75,6 +86,10 @@ class RoundedActivations(WeightOnlyKernels):
             by_row = self.packed.scale.float().repeat_interleave(self.packed.share, dim=1)
             self.row_scale = by_row[:, : self.packed.out].contiguous()
             layer.register_buffer("row_scale", self.row_scale, persistent=False)
+
+    def packed_bytes(self, outline: Outline, dtype: torch.dtype) -> int:
+        own_scales = self.scheme.kind == "float" and not outline.group.any()
+        return super().packed_bytes(outline, dtype) + own_scales * len(outline.rows) * torch.float32.itemsize
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         packed = self.packed

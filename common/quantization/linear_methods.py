@@ -4,7 +4,7 @@ import torch
 
 from common.quantization.cpu_methods import SMALLEST, HalfCodes, Int8OfHalves, RoundedInFloats
 from common.quantization.gpu_methods import RoundedActivations, WeightOnlyKernels
-from common.quantization.method import LinearMethod
+from common.quantization.method import Hardware, LinearMethod
 from common.quantization.scheme import Scheme
 
 LINEAR_METHODS: dict[str, tuple[type[LinearMethod], ...]] = {  # by --quantized-compute, the first that takes a scheme
@@ -17,7 +17,7 @@ LINEAR_METHODS: dict[str, tuple[type[LinearMethod], ...]] = {  # by --quantized-
 }
 
 
-def pick_linear_method(scheme: Scheme, device: torch.device, dtype: torch.dtype, compute: str) -> LinearMethod | None:
+def pick_linear_method(scheme: Scheme, on: Hardware, dtype: torch.dtype, compute: str) -> LinearMethod | None:
     """None: the weights are dequantised while they are read, and the layer is a plain one.
 
     auto: on a GPU activations for a scheme that rounds them, else weight_only; on a CPU weight_only where that is faster than
@@ -25,19 +25,19 @@ def pick_linear_method(scheme: Scheme, device: torch.device, dtype: torch.dtype,
     was asked for and no method takes the scheme.
     """
     order = () if compute == "dequantise" else (compute,)
-    if compute == "auto" and device.type == "cuda":
+    if compute == "auto" and on.type == "cuda":
         order = ("activations", "weight_only") if scheme.activations else ("weight_only",)
     elif compute == "auto":
         order = ("weight_only",)
-    kinds = [kind for name in order for kind in LINEAR_METHODS[name] if kind.takes(scheme, device, dtype)]
+    kinds = [kind for name in order for kind in LINEAR_METHODS[name] if kind.takes(scheme, on, dtype)]
     if order and not kinds and compute != "auto":
         raise ValueError(
             f"quantized_compute={compute}: nothing here multiplies {str(dtype).removeprefix('torch.')} by {scheme} so on "
-            f"{device.type}; use auto or dequantise"
+            f"{on.type}; use auto or dequantise"
         )
     if not kinds:
         return None
     method = kinds[0](scheme)
-    if compute == "auto" and device.type == "cpu":
+    if compute == "auto" and on.type == "cpu":
         method.smallest = SMALLEST
     return method

@@ -12,12 +12,40 @@ A layer without one (None) multiplies by its plain `weight`: what is quantized i
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 
 from common.quantization.codes import Codes, nothing, one_group, stack_columns, stack_rows
 from common.quantization.scheme import Scheme
+
+
+class Hardware(NamedTuple):
+    """What multiplies: "cpu", or "cuda" with its compute capability, and whether Triton is there to write kernels with."""
+
+    type: str
+    capability: tuple[int, int] = (0, 0)
+    triton: bool = True
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Hardware":
+        if device.type != "cuda":
+            return cls(device.type)
+        return cls("cuda", torch.cuda.get_device_capability(device), find_spec("triton") is not None)
+
+
+class Outline(NamedTuple):
+    """What codes of a layer look like without their numbers: what a planner knows of them. rows [out/R]: which scale each row has,
+    the same number for the same ones, 0 for padding. group [in/R]: as in Codes; used: the groups that are no padding."""
+
+    rows: torch.Tensor
+    group: torch.Tensor
+    used: torch.Tensor
+
+    @property
+    def numel(self) -> int:
+        return len(self.rows) * len(self.group)
 
 
 class LinearMethod:
@@ -34,8 +62,8 @@ class LinearMethod:
     opaque_bytes = 0  # of what pack() made that is no tensor
 
     @classmethod
-    def takes(cls, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether it can hold matrices of that scheme on that device, and multiply x of that dtype by them."""
+    def takes(cls, scheme: Scheme, on: Hardware, dtype: torch.dtype) -> bool:
+        """Whether it can hold matrices of that scheme there, and multiply x of that dtype by them."""
         raise NotImplementedError
 
     def __init__(self, scheme: Scheme | None = None):
@@ -49,6 +77,10 @@ class LinearMethod:
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [T, in/R] in the layer's dtype -> x W^T (+ bias) [T, out/R]."""
+        raise NotImplementedError
+
+    def packed_bytes(self, outline: Outline, dtype: torch.dtype) -> int:
+        """What pack() makes of codes of that outline in a layer of that dtype, in bytes: of tensors and of what is none."""
         raise NotImplementedError
 
     def together(self, dim: int, shape: tuple[int, int]) -> Codes | None:

@@ -36,6 +36,15 @@ def test_memory_of_a_gpu_and_hosts_can_be_said(monkeypatch, capsys):
     assert "20.0 GB a rank to plan with" in out
 
 
+def test_codes_of_weights_and_pages_are_planned_and_said(monkeypatch, capsys, tmp_path):
+    plain = run(monkeypatch, capsys, gpus=1)
+    coded = run(monkeypatch, capsys, gpus=1, quantization="awq", kv_cache_dtype="int4")
+    assert "Qwen2.5-7B, bfloat16, 1 x H100" in plain
+    assert "Qwen2.5-7B, bfloat16, weights awq, pages int4, 1 x H100" in coded
+    with pytest.raises(ValueError, match="is quantized with awq; leave the argument out"):
+        plan.quantized(plan.quantized(plan.model_shape("Qwen2.5-7B"), "awq", "here"), "gptq", "here")
+
+
 @pytest.mark.parametrize(("text", "size"), [("80GB", 80 * 10**9), ("1.5 GiB", 3 << 29), ("7", 7), ("2tb", 2 * 10**12)])
 def test_a_size_is_read(text, size):
     assert plan.bytes_of(text) == size

@@ -12,8 +12,8 @@ from common.models.decoder import CausalLM
 from common.models.published_configs import CONFIGS, model_shape
 from common.models.stages import stage_layers
 from common.parallel_state import TPGroup
-from common.planner.holdings import Stage, activations, holdings, parameters, stages
-from common.planner.plan import Load, Way
+from common.planner.holdings import activations, holdings, parameters, stages
+from common.planner.plan import Load, Stage, Way
 from common.tiny_qwen import TINY_QWEN_PATH
 
 LOAD = Load(context=1000, batch=6)

@@ -12,8 +12,8 @@ from common.distributed.layout import Layout
 from common.executor import Executor, StepParts
 from common.models.config import ModelConfig
 from common.models.published_configs import model_shape
-from common.planner.holdings import Stage, parameters, stages
-from common.planner.plan import Load, Way
+from common.planner.holdings import parameters, stages
+from common.planner.plan import Load, Stage, Way
 from common.planner.work import Step, messages, wire_bytes_of, work
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.ranks import layout_of_the_pool

@@ -47,6 +47,7 @@ FORMATS = {  # groups and blocks that no cut over ranks respects
     "gptq desc_act": gptq(desc_act=True),
     "awq": {"quant_method": "awq", "w_bit": 4, "q_group_size": 32, "zero_point": True, "version": "gemm"},
     "pack 4": grouped(INT4),
+    "pack 3": grouped({**INT4, "num_bits": 3}),
     "pack 8": grouped({**INT4, "num_bits": 8, "symmetric": True}),
     "pack 4 actorder": grouped({**INT4, "actorder": "group"}),
     "int-quantized": grouped(INT8, BY_TOKEN, "int-quantized"),
@@ -99,4 +100,4 @@ def rounded(w: torch.Tensor, scheme: Scheme, seed: int) -> Codes:
 
 
 def is_linear(name: str) -> bool:
-    return name.endswith(("_proj.weight", "w1.weight", "w2.weight", "w3.weight"))
+    return name.endswith(("_proj.weight", "_proj_with_mqa.weight", "w1.weight", "w2.weight", "w3.weight"))

@@ -12,11 +12,12 @@ from common.parallel_state import TPGroup
 from common.quantization.codes import Codes, one_group
 from common.quantization.cpu_methods import SMALLEST, HalfCodes, Int8OfHalves, RoundedInFloats, rounded
 from common.quantization.linear_methods import pick_linear_method
+from common.quantization.method import Hardware
 from common.quantization.reader import RoundedTensor
 from common.quantization.rounding import round_to_nearest
 from common.quantization.scheme import Activations, Scheme
 
-CPU, F32 = torch.device("cpu"), torch.float32
+CPU, F32 = Hardware("cpu"), torch.float32
 FP8 = Scheme("fp8", 8, "float", activations=Activations(8, "float"))
 INT8 = Scheme("w8a8_int8", 8, "int", activations=Activations(8, "int"))
 BLOCK = Scheme(

@@ -23,7 +23,11 @@ SCHEMES = [
     replace(GPTQ, strategy="channel", group_size=None),
     replace(GPTQ, group_size=48),  # the last group has 16 columns
     Scheme("awq", 4, "int", "group", 32, symmetric=False),
-    *(replace(PACKED, bits=bits, symmetric=symmetric) for bits in (2, 4, 8) for symmetric in (True, False)),
+    *(
+        replace(PACKED, bits=bits, symmetric=symmetric)
+        for bits in (1, 2, 3, 4, 5, 6, 7, 8)
+        for symmetric in (True, False)
+    ),
     replace(PACKED, strategy="channel", group_size=None, symmetric=False),
     replace(PACKED, strategy="tensor", group_size=None, symmetric=False),
     INT8,
@@ -87,7 +91,9 @@ def error_bound(scheme, codes):
     """Half a step; with 4 bits of FP4 or 8 of FP8 that of the largest numbers, and what lies beyond the largest code."""
     steps = 0.5 if scheme.kind == "int" else (2.0 if scheme.bits == 4 else 16.0)
     zeros = 0.5 * (not scheme.symmetric)  # the zero point is rounded, too
-    return 1.02 * codes.scale.max() * (steps + zeros)
+    # the largest number lies half a step beyond the largest of these codes, and a bfloat16 scale is off by 2^-8 of that
+    edge = 2.0 ** (scheme.bits - 1 - 8) if scheme.symmetric and scheme.kind == "int" and 4 < scheme.bits < 8 else 0.0
+    return 1.02 * codes.scale.max() * (steps + zeros + edge)
 
 
 @each_scheme

@@ -6,6 +6,8 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 
+from common.kernels.quantized_layout import pack, unpack
+from common.quantization.codes import Codes, one_group
 from common.quantization.methods import METHODS
 from common.quantization.mxfp4 import octets_of
 from common.quantization.scheme import Scheme
@@ -112,6 +114,19 @@ def test_w4afp8():
     assert got.tolist() == [[-2.0, -16.0, 0.0, 14.0, 10.0, 20.0]]
 
 
+def test_a_scale_below_zero_is_a_scale():
+    """AutoRound writes such where the number farthest from 0 is positive, so that it gets the code -2^(b-1), which has no positive
+    twin (intel/auto-round, auto_round/data_type/int.py, quant_tensor_sym: max_v / maxq, with its sign)."""
+    scheme = Scheme("gptq", 4, "int", "group", 8)
+    codes = Codes(
+        torch.tensor([[-8, 7, 0, 1, -1, 2, -2, 3]] * 8, dtype=torch.int8), torch.full((8, 1), -0.5), None, one_group(8)
+    )
+    parts = METHODS["gptq"].encode(scheme, codes)
+    assert numbers(scheme, parts, 8, 8)[0].tolist() == [4.0, -3.5, 0.0, -0.5, 0.5, -1.0, 1.0, -1.5]
+    packed = pack(codes, 4)
+    assert torch.equal(unpack(packed).dequantise(), codes.dequantise())
+
+
 BY_LIBRARY = [
     ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True}),
     ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False}),
@@ -119,6 +134,11 @@ BY_LIBRARY = [
     ("pack-quantized", {"num_bits": 4, "strategy": "channel", "symmetric": True}),
     ("pack-quantized", {"num_bits": 4, "strategy": "channel", "symmetric": False}),
     ("pack-quantized", {"num_bits": 2, "strategy": "group", "group_size": 32, "symmetric": False}),
+    *(
+        ("pack-quantized", {"num_bits": n, "strategy": "group", "group_size": 32, "symmetric": n % 2 == 0})
+        for n in (1, 3, 5, 6, 7)
+    ),
+    ("pack-quantized", {"num_bits": 6, "strategy": "channel", "symmetric": False}),
     ("int-quantized", {"num_bits": 8, "strategy": "channel", "symmetric": True}),
     ("int-quantized", {"num_bits": 8, "strategy": "channel", "symmetric": False}),
     ("int-quantized", {"num_bits": 8, "strategy": "tensor", "symmetric": True}),

@@ -51,6 +51,56 @@ def test_experts_have_4_bits_and_the_rest_8(tmp_path):
     assert tensors["model.layers.0.mlp.gate.weight"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", ["gptq", "w4a16", "mxfp4"])
+def test_a_head_of_its_own_is_quantized_if_asked_for(tmp_path, checkpoint, name):
+    make.make(checkpoint("llama"), tmp_path / "out", make.config_of(name, lm_head=True))
+    plain = load_file(checkpoint("llama") / "model.safetensors")["lm_head.weight"]
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    scheme = QuantizationConfig.from_checkpoint(
+        json.loads((tmp_path / "out" / "config.json").read_text()), "h"
+    ).scheme_of("lm_head")
+    want = round_to_nearest(plain, scheme, METHODS[scheme.method].stored).dequantise()
+    for rank in range(2):
+        model, _ = load_model(tmp_path / "out", TPGroup(rank, 2))
+        have = model.lm_head.weight
+        assert torch.equal(have[: len(want) - rank * len(have)], want[rank * len(have) :][: len(have)])
+
+
+def test_a_head_that_is_the_embedding_is_not_quantized(tmp_path):
+    with pytest.raises(
+        ValueError,
+        match=r"its LM head is the embedding \(tie_word_embeddings\), which stays plain; leave out --lm-head",
+    ):
+        make.make(TINY_QWEN_PATH, tmp_path / "out", make.config_of("gptq", lm_head=True))
+    with pytest.raises(ValueError, match="format awq has no lm_head"):
+        make.config_of("awq", lm_head=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_are_written_as_gpt_oss_writes_its_own(tmp_path):
+    make.make(MIXTURE, tmp_path / "out", make.config_of("gpt-oss"))
+    make.make(MIXTURE, tmp_path / "each", make.config_of("mxfp4"))
+    tensors, each = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "each"))
+    experts = "model.layers.1.mlp.experts"
+    shapes = {
+        name.removeprefix(f"{experts}."): tuple(x.shape) for name, x in tensors.items() if name.startswith(experts)
+    }
+    assert shapes == {
+        "gate_up_proj_blocks": (8, 272, 7, 16), "gate_up_proj_scales": (8, 272, 7),
+        "down_proj_blocks": (8, 224, 5, 16), "down_proj_scales": (8, 224, 5),
+    }  # fmt: skip
+    assert tensors["model.layers.1.self_attn.q_proj.weight"].dtype == torch.bfloat16
+    assert tensors["model.layers.1.mlp.shared_expert.up_proj.weight"].dtype == torch.bfloat16
+    blocks = tensors[f"{experts}.gate_up_proj_blocks"][3]
+    both = torch.cat([each[f"{experts}.3.{which}_proj.weight_packed"] for which in ("gate", "up")])
+    assert torch.equal(blocks.flatten(1), both)
+    for rank in range(2):
+        (a, _), (b, _) = (load_model(tmp_path / name, TPGroup(rank, 2)) for name in ("out", "each"))
+        for name, x in a.named_parameters():
+            if ".experts." in name:
+                assert torch.equal(x, b.get_parameter(name)), name
+
+
 def test_several_files_stay_several(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()

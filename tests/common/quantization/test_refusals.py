@@ -71,6 +71,21 @@ def test_tensors_that_nothing_reads_and_parameters_that_nothing_fills_are_named(
     refused(path, words, ranks=2)
 
 
+def test_a_bias_that_the_model_has_not_may_be_zeros_in_gptq_alone(folder):
+    bias = "model.layers.1.self_attn.o_proj.bias"
+    path = folder("gptq")
+    rewrite(path, lambda x: x.update({bias: torch.zeros(112, dtype=torch.float16)}))
+    load_model(path, TPGroup(1, 2))
+    change(path, bias, lambda x: x.index_fill(0, torch.tensor([111]), 1e-3))
+    refused(path, f"1 unexpected: {bias}", ranks=2)
+
+
+def test_words_of_an_older_library_are_refused_by_their_number(folder):
+    path = folder("pack 3")
+    change(path, f"{Q}.weight_packed", lambda x: torch.cat([x, x[:, :1]], dim=1))  # 10 codes a word: 12 for 112, not 11
+    refused(path, f"{Q}.weight_packed is [112, 12], not [112, 11]", ranks=2)
+
+
 @pytest.mark.parametrize("size", [16, 64, -1])
 def test_another_group_size_than_the_files_have_is_named(folder, size):
     path = folder("gptq")
