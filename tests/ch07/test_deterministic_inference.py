@@ -114,7 +114,8 @@ def alike_on_two_ranks(tp, folder) -> bool:
     "other",
     [
         {"speculative_algorithm": "NGRAM"}, {"enable_lora": True, "max_lora_rank": 8}, {"enable_layernorm_sp": True},
-        {"enable_two_batch_overlap": True}, {"enable_all_reduce_fusion": True}, {"enable_torch_compile": True}, {"attn_dp_size": 2}, {"cp_size": 2},
+        {"enable_two_batch_overlap": True}, {"enable_all_reduce_fusion": True}, {"enable_torch_compile": True},
+        {"attn_dp_size": 2}, {"cp_size": 2},
         {"ep_size": 2},
     ],
 )  # fmt: skip
