@@ -71,6 +71,7 @@ def main() -> None:
         args.model_name, page_size=args.page_size, dtype=args.dtype, parallel=parallel,
         enable_layernorm_sp=args.enable_layernorm_sp, moe_runner=args.moe_runner, ep_dispatch=args.ep_dispatch,
         ep_num_redundant_experts=args.ep_num_redundant_experts, ep_dispatch_algorithm=args.ep_dispatch_algorithm,
+        enable_deterministic_inference=args.enable_deterministic_inference,
     )  # fmt: skip
     if wrapper.tokenizer is None:
         raise ValueError(f"{args.model_name} has no tokenizer files; the demo asks in words")
@@ -210,6 +211,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--attn-dp-size", type=int, default=1, help="parts of the ranks with requests of their own (default 1)"
     )
+    parser.add_argument("--enable-deterministic-inference", action="store_true", help="no bit depends on who else runs")
     parser.add_argument(
         "--enable-layernorm-sp", action="store_true", help="cut rows between attention and MLP over ranks"
     )

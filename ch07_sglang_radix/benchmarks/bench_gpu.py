@@ -7,6 +7,8 @@
     python -m ch07_sglang_radix.benchmarks.bench_gpu --part compile      Qwen2.5-0.5B: start, A and D with torch.compile and without
     python -m ch07_sglang_radix.benchmarks.bench_gpu --part layouts      Qwen2.5-7B: D, A64, C, first token of a long prompt
     torchrun --nproc_per_node=2 -m ch07_sglang_radix.benchmarks.bench_gpu --part layouts [--pp-size 2]
+    python -m ch07_sglang_radix.benchmarks.bench_gpu --part deterministic    Qwen3-0.6B: A and D with it and without, and E
+
 
 Real configs, random bfloat16 weights, token ids in, no detokenisation, end of sequence ignored:
 
@@ -15,6 +17,8 @@ Real configs, random bfloat16 weights, token ids in, no detokenisation, end of s
     C     8 groups x 32 requests, 2048 shared + 128 own prompt tokens, 128 out, greedy, interleaved; cold, then
           warm with new suffixes
     D     one request, 128 in, 512 out, greedy
+    E     500 prompts of 20 to 300 tokens, 64 out, greedy: all at once and cold, then in another order, in chunks of 512, from
+          the tree; how many texts differ, and how many requests' logprobs
     32k   one request, 32,000 in, 1 out: seconds to the first token, in chunks of 8192, 4096 and 2048 tokens. Stages compute
           chunks side by side: m chunks take m + N - 1 turns of N stages, so smaller ones fill the pipeline better
 
@@ -40,7 +44,7 @@ KV_DTYPES_HERE = ("bfloat16", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", required=True, choices=("small", "large", "kv", "compile", "layouts"))
+    parser.add_argument("--part", required=True, choices=("small", "large", "kv", "compile", "layouts", "deterministic"))
     parser.add_argument("--pp-size", type=int, default=1, help="stages; the other ranks share each layer")
     parser.add_argument("--dp-size", type=int, default=1, help="replicas, each of the other ranks")
     parser.add_argument("--out", type=Path, default=FIGURES, help="folder for the CSV")
@@ -53,6 +57,8 @@ def main() -> None:
         rows = measure_kv("Qwen3-0.6B", parallel)
     elif args.part == "compile":
         rows = measure_compile("Qwen2.5-0.5B", parallel)
+    elif args.part == "deterministic":
+        rows = measure_deterministic("Qwen3-0.6B", parallel)
     else:
         rows = [row for name in names for row in measure_model(name, parallel, args.part)]
     if parallel.world.rank == 0:
@@ -149,6 +155,26 @@ def measure_compile(name: str, parallel: ParallelState) -> list[dict]:
             engine = work = None  # the next one needs the room
             gc.collect()
             torch.cuda.empty_cache()
+    return rows
+
+
+def measure_deterministic(name: str, parallel: ParallelState) -> list[dict]:
+    """A, D and E of one model without enable_deterministic_inference and with it."""
+    folder, rows = shared_random_weights(name, parallel.world), []
+    for on in (False, True):
+        engine = Engine(str(folder), device="cuda", enable_deterministic_inference=on)
+        work = Workloads(engine)
+        work.d(32)
+        told = {"D ms per token": work.d()} | {f"A tokens/s run {i}": work.a(256) for i in (1, 2)}
+        told |= work.e()
+        for metric, value in told.items():
+            if parallel.world.rank == 0:
+                rows.append({"model": name, "deterministic": on, "metric": metric, "value": round(value, 4)})
+                print(f"{name:13s} {'on' if on else 'off':10s} {metric:32s} {value:12.3f}", flush=True)
+        engine.shutdown()
+        engine = work = None  # the next one needs the room
+        gc.collect()
+        torch.cuda.empty_cache()
     return rows
 
 

@@ -11,7 +11,7 @@ LONG, LONG_CHUNKS = 32_000, (8192, 4096, 2048)
 
 
 class Workloads:
-    """The requests A, C, D and 32k of bench_gpu.py, on one engine. last_id: of the tokens that prompts are made of."""
+    """The requests A, C, D, E and 32k of bench_gpu.py, on one engine. last_id: of the tokens that prompts are made of."""
 
     def __init__(self, engine: Engine, last_id: int = 10_000):
         self.engine, self.last_id = engine, last_id
@@ -64,6 +64,24 @@ class Workloads:
         cached = sum(result["meta_info"]["cached_tokens"] for result in results)
         return 256 * 128 / seconds, cached / sum(map(len, prompts))
 
+    def e(self, count: int = 500, length: int = 64, chunk: int = 512) -> dict[str, int]:
+        """Of `count` prompts, how many get another text, and other logprobs, in another order, in chunks, from the tree."""
+        draw = random.Random(1)
+        prompts = [[draw.randint(0, self.last_id) for _ in range(draw.randint(20, 300))] for _ in range(count)]
+        params = {"max_new_tokens": length, "temperature": 0.0, "ignore_eos": True}
+        self.forget()
+        first = self.engine.generate(input_ids=prompts, sampling_params=params, return_logprob=True)
+        order, scheduler = draw.sample(range(count), count), self.engine.scheduler
+        before, scheduler.admission.budget = scheduler.admission.budget, chunk
+        again = [prompts[i] for i in order]
+        told = self.engine.generate(input_ids=again, sampling_params=params, return_logprob=True)
+        scheduler.admission.budget = before
+        pairs = [(first[i], answer) for i, answer in zip(order, told, strict=True)]
+        return {
+            "E texts that differ": sum(a["output_ids"] != b["output_ids"] for a, b in pairs),
+            "E requests with other logprobs": sum(_logprobs(a) != _logprobs(b) for a, b in pairs),
+        }
+
     def gaps(self, overlap: bool) -> tuple[float, float]:
         """(us a decode step, us of it in which no kernel ran on this GPU): 64 requests, from a profile."""
         scheduler = self.engine.scheduler
@@ -87,3 +105,7 @@ class Workloads:
         total = end - spans[0][0]
         steps *= 0.75
         return total / steps, (total - busy) / steps
+
+
+def _logprobs(answer: dict) -> list[float]:
+    return [one[0] for one in answer["meta_info"]["output_token_logprobs"]]

@@ -1,11 +1,12 @@
 """Attention whose result for a token depends on the tokens before it, and on nothing else: not on the step that computes it.
 
 Softmax and the sum over V add up over keys, in blocks, and a query's row is one of several in a product. Both are cut here by
-position, never by what a step happens to bring: positions stand in blocks of BLOCK, counted from the sequence's first token.
-A block of queries is one call whose shape says how many blocks of keys there are, and nothing else: [1, Hkv/R, BLOCK * g, d]
-against [1, Hkv/R, n * BLOCK, d] for the n-th block. The token at position p is always the row p % BLOCK of it. In decode the other rows
-are zeros, in a chunk they are its neighbours: a row does not see them. Keys behind the last token are zeros under a mask of -inf,
-as its later neighbours are, and add exactly 0. K and V are always read from the pages, as whoever finds them cached will read them.
+position, never by what a step happens to bring: positions stand in blocks of BLOCK, counted from the sequence's first token. A
+block of queries is one call, whose shape says how many blocks of keys there are and nothing else: for the n-th block
+[1, Hkv/R, BLOCK * g, d] against [1, Hkv/R, n * BLOCK, d]. The token at position p is always the row p % BLOCK of it. In decode the
+other rows are zeros, in a chunk they are its neighbours: a row does not see them. Keys behind the last token are zeros under a mask
+of -inf, as its later neighbours are, and add exactly 0. K and V are always read from the pages, as whoever finds them cached will
+read them.
 
 SGLang 0.5.23 fixes the split of a context instead (srt/layers/attention/triton_backend.py: SGLANG_TRITON_DECODE_SPLIT_TILE_SIZE,
 256 tokens a part) and cuts chunks of prompts at multiples of SGLANG_TRITON_PREFILL_TRUNCATION_ALIGN_SIZE, 4,096 tokens. Here one

@@ -494,9 +494,9 @@ def extend(
 ) -> torch.Tensor:  # fmt: skip
     """q [T, Hq/R, d], several new tokens a sequence behind cached ones -> o [T, Hq/R, d].
 
-    Reads K and V of a context once for every block of new tokens and query head. fixed: a token's bits do not depend on the step. Its
-    place in a block of queries is then that of its position, and all blocks of keys have a mask: without one, a compiler may contract
-    the scaling of a score and what is taken off it into one rounding, and which blocks need none depends on the step.
+    Reads K and V of a context once for every block of new tokens and query head. fixed: a token's bits do not depend on the step.
+    Its place in a block of queries is then that of its position, and all blocks of keys have a mask: without one, a compiler may
+    contract the scaling of a score and what is taken off it into one rounding, and which blocks need none depends on the step.
     """
     (_, heads, d), kv_heads = q.shape, pages.k.shape[2]
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
