@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-all mutation serve chat lint tiny-qwen tiny-mixture tiny-heads tiny-adapters tiny-vision bench-cpu bench-cpu-real bench-gpu load-test grpc notebooks figures clean
+.PHONY: setup demo test test-all mutation serve chat lint tiny-qwen tiny-mixture tiny-latent tiny-heads tiny-adapters tiny-vision bench-cpu bench-cpu-real bench-gpu load-test grpc notebooks figures clean
 
 setup: .venv/installed
 
@@ -40,6 +40,10 @@ tiny-qwen: setup
 tiny-mixture: setup
 	$(BIN)/python -m common.tiny_qwen.upcycle
 	$(BIN)/python -m common.tiny_qwen.routing
+
+# the bundled model with latent attention
+tiny-latent: setup
+	$(BIN)/python -m common.tiny_qwen.to_latent
 
 # what guesses ahead of the bundled model; afterwards how often each is right
 tiny-heads: setup

@@ -34,7 +34,7 @@ class InputProcessor:
     def __init__(self, intake: Intake, config: ModelConfig, seed: int, step_limit: int | None):
         self.intake, self.config, self.seed, self.step_limit = intake, config, seed, step_limit
         tokenizer = intake.tokenizer
-        self._compiler = tokenizer and GrammarCompiler(tokenizer.hf, config.vocab_size, config.eos_token_ids)
+        self._compiler = tokenizer and GrammarCompiler(tokenizer.inner, config.vocab_size, config.eos_token_ids)
 
     def read(self, prompt: Prompt) -> tuple[str | None, list[int], str | None]:
         """A prompt in any of its forms -> (its text, if it came as one, token ids, cache_salt)."""

@@ -307,7 +307,8 @@ class LLMEngine:
 
 
 def follow_rank_0(**engine_args) -> None:
-    """What a rank does that rank 0 has started: the same engine, and then whatever rank 0 says until it leaves."""
-    engine = LLMEngine(**engine_args)
+    """What a rank does that rank 0 has started: the same engine, and then whatever rank 0 says until it leaves. It hears token
+    ids alone: the tokenizer, which transformers may take two seconds to load, is rank 0's."""
+    engine = LLMEngine(**engine_args | {"skip_tokenizer_init": True})
     while True:
         engine.runner.follow()

@@ -39,11 +39,14 @@ class Admission:
         self.gates: list[Gate] = []
         self.next_chunk: Callable[[int], int] | None = None  # of a prompt computed so far; None: as long as the first
 
-    def next_prefill(self) -> PrefillBatch:
-        """The chunked request first, then the queue in the policy's order; an empty batch if nobody can start."""
-        s, room = self.state, self.state.room_in_lane()
-        if not s.chunked and not (s.waiting and s.req_to_token.num_free and room != 0):
-            return PrefillBatch()
+    def next_prefill(self) -> PrefillBatch | None:
+        """The chunked request first, then the queue in the policy's order; None if nobody can start."""
+        s = self.state
+        if not s.chunked and not (s.waiting and s.req_to_token.num_free):
+            return None
+        room = s.room_in_lane()
+        if not s.chunked and room == 0:
+            return None
         decodes, budget = self._decodes()
         promised = sum(req.max_len - req.seq_len for req in s.running) * s.new_token_ratio
         adder = PrefillAdder(s.memory, budget, promised, s.waiting, self.small_request_share, self.gates)
@@ -66,7 +69,7 @@ class Admission:
                 s.front.served["cached"] += req.kv_len
         s.chunked = adder.chunked
         if not adder.batch:
-            return PrefillBatch()
+            return None
         s.policy.computed(sum(n for _, n in adder.batch))
         self._leave_the_queue({req for req, _ in adder.batch})
         s.last_prefill = adder.batch

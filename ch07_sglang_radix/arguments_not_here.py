@@ -38,7 +38,6 @@ ELSEWHERE = (
         "enable_dp_attention": "SGLang's old spelling; use attn_dp_size= for the number of data ranks inside tp_size=",
         "enable_flashinfer_allreduce_fusion": "use enable_all_reduce_fusion",
         "moe_runner_backend": "it is moe_runner= here: auto, loop, grouped or triton",
-        "enable_torch_compile": "nothing is compiled but kernels; leave it out",
         "cpu_offload_gb": "weights stay on the device; use more ranks or a smaller dtype",
         "sampling_backend": "one sampler here; leave it out",
     }
@@ -54,6 +53,6 @@ IDLE = dict.fromkeys(ELSEWHERE) | {
     "init_expert_location": "trivial", "base_gpu_id": 0, "stream_interval": 1,
     "trust_remote_code": False, "load_format": "auto",
     "json_model_override_args": "{}", "tokenizer_mode": "auto", "is_embedding": False, "enable_dp_attention": False,
-    "enable_torch_compile": False, "enable_flashinfer_allreduce_fusion": False, "moe_runner_backend": "auto",
+    "enable_flashinfer_allreduce_fusion": False, "moe_runner_backend": "auto",
     "cpu_offload_gb": 0, "watchdog_timeout": 300,
 } | lora.IDLE | speculative_args.IDLE | hicache_args.IDLE  # fmt: skip

@@ -47,20 +47,23 @@ class DataRank(SchedulerState):
 
     def plan(self) -> StepPlan | None:
         """The next step of the lane whose turn it is; None if there is nothing to do."""
-        decoding = any(req.wanted for req in self.in_lane)
-        batch = None if decoding and self._owes_decode[self.lane] else self.admission.next_prefill()
-        if batch and batch.reqs:
+        running = self.in_lane
+        decoding = self.batch.is_of(running) or any(req.wanted for req in running)
+        prefill = None if decoding and self._owes_decode[self.lane] else self.admission.next_prefill()
+        if prefill:
             self._owes_decode[self.lane] = not self.admission.enable_mixed_chunk
-            return self.step_tasks.prefill(batch)
-        if not decoding or not any(req.wanted for req in self.in_lane):
+            return self.step_tasks.prefill(prefill)
+        if not decoding:
             return None
         self._owes_decode[self.lane] = False
         if self.speculation and (plan := self.step_tasks.verify(self.speculation)):
             return plan
         self.make_room()
-        reqs = [req for req in self.in_lane if req.wanted]
-        # none: room was made by looking at the last step's tokens, and they were the last
-        return self.step_tasks.decode(reqs) if reqs else None
+        batch, running = self.batch, self.in_lane
+        if not batch.is_of(running):
+            batch.become([req for req in running if req.wanted], running)
+        # none: room was made by looking at the last steps' tokens, and they were the last
+        return self.step_tasks.decode(batch) if batch.reqs else None
 
     def make_room(self) -> None:
         """Before a plain decode step. What is kept for guesses goes first: nobody waits, or goes back to the queue, for these."""

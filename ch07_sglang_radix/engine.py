@@ -93,6 +93,8 @@ class Engine(GenerateCalls, EngineWeights, LoRACalls):
             enable_two_batch_overlap=args.enable_two_batch_overlap, moe_runner=args.moe_runner, ep_dispatch=args.ep_dispatch,
             ep_num_redundant_experts=args.ep_num_redundant_experts, ep_dispatch_algorithm=args.ep_dispatch_algorithm,
             speculative=draft_options(args), lora=lora_options(args),
+            torch_compile_max_bs=args.torch_compile_max_bs if args.enable_torch_compile else None,
+            enable_deterministic_inference=args.enable_deterministic_inference,
         )  # fmt: skip
         tiers = import_module(HICACHE) if args.enable_hierarchical_cache else None
         overlap = None if args.disable_overlap_schedule is None else not args.disable_overlap_schedule
@@ -103,7 +105,7 @@ class Engine(GenerateCalls, EngineWeights, LoRACalls):
             radix_eviction_policy=args.radix_eviction_policy, overlap=overlap, gather_best=args.gather_best,
             seed=seed(args), schedule_conservativeness=args.schedule_conservativeness, check=args.check, trace=args.trace,
             num_lanes=args.pp_size + args.pp_async_batch_depth, max_lane_size=args.pp_max_micro_batch_size,
-            enable_dynamic_chunking=args.enable_dynamic_chunking,
+            enable_dynamic_chunking=args.enable_dynamic_chunking, num_continuous_decode_steps=args.num_continuous_decode_steps,
             radix_bigram=args.speculative_algorithm in ("EAGLE", "EAGLE3"),
             tree=tiers.tree_class if tiers else None,
         )  # fmt: skip
@@ -322,7 +324,8 @@ def _without_index(call: GenerateCall, last: dict[int, Answer]) -> Answer | list
 
 
 def follow_rank_0(**server_args) -> None:
-    """What a rank does that rank 0 has started: the same engine, and then whatever rank 0 says until it leaves."""
-    engine = Engine(**server_args)
+    """What a rank does that rank 0 has started: the same engine, and then whatever rank 0 says until it leaves. It hears token
+    ids alone: the tokenizer, which transformers may take two seconds to load, is rank 0's."""
+    engine = Engine(**server_args | {"skip_tokenizer_init": True})
     while True:
         engine.scheduler.control.follow()

@@ -24,7 +24,8 @@ def refuse_ranks_for_another_model(args: ServerArgs) -> None:
     stage_layers(config.num_layers, args.pp_size, 0, layer_partition(args.pp_layer_partition))
     config.refuse_experts_layout(args.ep_size, args.ep_dispatch, args.ep_num_redundant_experts)
     device = pick_device(args.device, ranks=max(args.ranks // args.nnodes, 1))
-    pick_attention(device, args.attention_backend, args.cp_size, config.latent is not None)
+    latent = config.latent is not None
+    pick_attention(device, args.attention_backend, args.cp_size, latent, args.enable_deterministic_inference)
     if config.mixture:
         pick_runner(args.moe_runner, device)
 

@@ -120,8 +120,6 @@ class GenerateCall:
         names = _names(rid, len(several), single)
         for one, images, values, name, adapter in zip(several, shown_with, given, names, adapters, strict=True):
             ids, pictures = intake.shown(intake.ids(one), images)
-            if pictures and handoff:
-                raise ValueError("image_data: half an engine hands over K and V of text alone; use a whole one")
             params, n, words = _params(values, more)
             if handoff and handoff.mode == "prefill":  # the rest is the other engine's
                 params = replace(params, max_new_tokens=1, min_new_tokens=min(params.min_new_tokens, 1))

@@ -25,8 +25,8 @@ class GrammarManager:
 
     def __init__(self, wrapper: TPRadixAttentionModelWrapper):
         config, tokenizer = wrapper.config, wrapper.tokenizer
-        self.compiler = tokenizer and GrammarCompiler(tokenizer.hf, config.vocab_size, config.eos_token_ids)
-        self._compiling: dict[Req, tuple[Future[LLMatcher], float]] = {}  # until when
+        self.compiler = tokenizer and GrammarCompiler(tokenizer.inner, config.vocab_size, config.eos_token_ids)
+        self.compiling: dict[Req, tuple[Future[LLMatcher], float]] = {}  # until when
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -36,18 +36,18 @@ class GrammarManager:
     def start(self, req: Req) -> None:
         """A request that is about to be queued; most have no grammar."""
         if req.params.grammar:
-            self._compiling[req] = self.compiler.start(*req.params.grammar), monotonic() + grammar.SECONDS
+            self.compiling[req] = self.compiler.start(*req.params.grammar), monotonic() + grammar.SECONDS
 
     def __call__(self, req: Req, matched: int) -> bool:
-        return req not in self._compiling
+        return req not in self.compiling
 
     def take(self, refuse: Callable[[Req, str], None]) -> None:
         """Whoever is ready has a mask from now on; `refuse` is told of those who can never run, and why."""
-        for req, (future, until) in list(self._compiling.items()) if self._compiling else ():
+        for req, (future, until) in list(self.compiling.items()):
             late = monotonic() > until
             if not (future.done() or late or req.ended):
                 continue
-            del self._compiling[req]
+            del self.compiling[req]
             if req.ended:  # aborted meanwhile
                 pass
             elif not future.done():

@@ -160,11 +160,6 @@ def _refuse_what_is_not_combined(args: Any) -> None:
     ):  # fmt: skip
         if getattr(args, name) > 1:
             raise ValueError(f"enable_lora with {name}={getattr(args, name)}: {reason}; use one of the two")
-    if args.disaggregation_mode != "null":
-        raise ValueError(
-            f"enable_lora with disaggregation_mode={args.disaggregation_mode}: a page does not say whose adapter computed it; "
-            "use one of the two"
-        )
 
 
 def refuse_too_few(refs: Sequence[LoRARef], per_batch: int, loaded: int | None) -> None:

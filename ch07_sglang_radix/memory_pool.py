@@ -8,15 +8,22 @@ Only the last lies on every rank. A slot is one token's place, a page is P slots
 + offset. The tree and the requests speak of slots; they are given and taken back by whole pages.
 """
 
+import mmap
+
 import numpy as np
 
 
 class ReqToTokenPool:
-    """One row of slots for each running request: req_to_token [max_running_requests, max_context]."""
+    """One row of slots for each running request: req_to_token [max_running_requests, max_context].
+
+    A row is as long as the longest request may be, 8 bytes a token; the system hands out its memory as it is written, a page of
+    512 tokens at a time. 1,024 rows of 131,072 tokens are 1 GiB of addresses, and of memory what their longest requests have needed.
+    """
 
     def __init__(self, max_running_requests: int, max_context: int):
-        # full, not zeros: the memory is touched now, and not page by page while requests wait
-        self.req_to_token = np.full((max_running_requests, max_context), 0, dtype=np.int64)
+        # a mapping, not np.zeros: NumPy asks Linux for pages of 2 MiB, of which the first token of a row would take a whole one
+        addresses = mmap.mmap(-1, max_running_requests * max_context * np.dtype(np.int64).itemsize)
+        self.req_to_token = np.frombuffer(addresses, dtype=np.int64).reshape(max_running_requests, max_context)
         self._free = list(range(max_running_requests))[::-1]
 
     @property

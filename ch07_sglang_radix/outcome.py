@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from ch07_sglang_radix.request import Req, RequestOutput
 from ch07_sglang_radix.scheduler_state import SchedulerState
 from common.request.answer import End
+from common.request.queued_step import QueuedStep
 from common.sampling.logprobs import TokenLogprobs
 from common.sampling.sampler import problem
 
@@ -17,21 +18,37 @@ class Outcome:
 
     def take(self, taken: Iterable[tuple[Req, int, TokenLogprobs | None]]) -> None:
         """Append a step's tokens (QueuedStep.take), and end who has come to an end."""
-        s, ended = self.state, False
+        s, ended, grown = self.state, False, self.state.front.grown
         for req, token, told in taken:
-            if req.finish_reason is not None:
+            if req.ended:
                 continue  # the rest of a run, behind its end
             if token < 0:
                 s.running.remove(req)
                 self._fail(req, (req.grammar and req.grammar.error) or problem(token))
                 continue
-            req.take_token(token, told)
-            s.front.grown[req.rid] = req
-            if req.finish_reason is not None:
+            req.answer.take(token, told)
+            grown[req.rid] = req
+            if req.answer.end:
+                req.finish(req.answer.end)
                 ended = True
                 self.end(req)
         if ended:
             s.running = [req for req in s.running if not req.ended]
+
+    def take_steps(self, steps: Sequence[QueuedStep[Req]]) -> None:
+        """The same for several decode steps of the same requests: each request's tokens at one go, if none of them can end it."""
+        drawn, one_by_one = [step.drawn.take() for step in steps], []
+        runs = zip(*[one.tokens for one in drawn], strict=True)
+        told = zip(*[one.logprobs for one in drawn], strict=True)
+        for req, run, of_run in zip(steps[0].requests, runs, told, strict=True):
+            req.pending -= len(run)
+            if req.ended:
+                continue
+            if req.answer.goes_on_with(run):
+                self.state.front.grown[req.rid] = req
+            else:
+                one_by_one += [(req, *one) for one in zip(run, of_run, strict=True)]
+        self.take(one_by_one)
 
     def end(self, req: Req) -> None:
         """A running request has come to its end: leave to the tree what is known, take the rest back."""

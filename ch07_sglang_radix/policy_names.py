@@ -21,6 +21,20 @@ def check_policy(name: str, without_tree: bool) -> None:
         raise ValueError(f"schedule_policy={name!r} needs the radix cache; leave out disable_radix_cache, or use fcfs")
 
 
+def check_continuous_decode(steps: int, stages: int, data_ranks: int, speculates: bool) -> None:
+    """Raises ValueError where the tokens of several decode steps are to be looked at together, and each step's are needed."""
+    if steps == 1:
+        return
+    wrong = (
+        (stages > 1, "the first stage is told a step's tokens before its next step; use pp_size=1"),
+        (data_ranks > 1, "data ranks plan every step together; use attn_dp_size=1"),
+        (speculates, "a verify step says how far each request has come; leave speculative_algorithm out"),
+    )
+    for is_so, why in wrong:
+        if is_so:
+            raise ValueError(f"num_continuous_decode_steps={steps}: {why}, or num_continuous_decode_steps=1")
+
+
 def check_dynamic_chunking(pp_size: int, chunked_prefill_size: int | None) -> None:
     """Raises ValueError where chunks that take equally long are asked for, and nobody would wait for a longer one."""
     if pp_size == 1:

@@ -55,6 +55,7 @@ class Req:
     # sampling, one token a step
     output_ids: list[int] = field(default_factory=list)
     finish_reason: dict[str, Any] | None = None
+    ended: bool = False
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from params.logprob_start on, so far
 
     # admission: a row of req_to_token and a locked path in the tree
@@ -86,13 +87,18 @@ class Req:
     def __post_init__(self):
         self.answer = Answer(self.params, self.stops, self.text or AnswerText(None), self.output_ids)
         self._ids = np.zeros(self.max_len, dtype=np.int64)
-        self._ids[: len(self.prompt_ids)] = self.pictures.named(self.prompt_ids) if self.pictures else self.prompt_ids
+        self._num_ids = len(self.prompt_ids)  # so many of them stand there
+        self._ids[: self._num_ids] = self.pictures.named(self.prompt_ids) if self.pictures else self.prompt_ids
 
     @property
     def all_ids(self) -> np.ndarray:
         """Prompt and output [n]: what a prefill must cover, also after a retraction. Rows of pictures have numbers of their own
         here (common/vision/keys.py), which the tree and the ranks read; in prompt_ids they are placeholders."""
-        return self._ids[: len(self.prompt_ids) + len(self.output_ids)]
+        length = len(self.prompt_ids) + len(self.output_ids)
+        if self._num_ids < length:  # written when somebody reads, and not token by token
+            self._ids[self._num_ids : length] = self.output_ids[self._num_ids - length :]
+            self._num_ids = length
+        return self._ids[:length]
 
     @property
     def matchable_ids(self) -> np.ndarray:
@@ -100,10 +106,6 @@ class Req:
         ids = self.all_ids
         asks = self.first_scored < len(self.prompt_ids) - 1
         return ids[: self.first_scored] if asks else ids[:-1]
-
-    @property
-    def ended(self) -> bool:
-        return self.finish_reason is not None
 
     @property
     def seq_len(self) -> int:
@@ -114,6 +116,11 @@ class Req:
     def max_len(self) -> int:
         """Tokens it will have at most."""
         return len(self.prompt_ids) + self.params.max_new_tokens
+
+    @property
+    def needs_last_token(self) -> bool:
+        """Must its every token be known before the next one is drawn?"""
+        return self.grammar is not None or self.params.needs_last_token
 
     def sampling_row(self, ahead: int = -1) -> SamplingRow:
         """For the newest of its pending tokens; ahead = 0: for the one behind these."""
@@ -154,14 +161,13 @@ class Req:
 
     def take_token(self, token: int, told: TokenLogprobs | None = None) -> None:
         """Append a sampled token and see whether it was the last."""
-        self._ids[len(self.prompt_ids) + len(self.output_ids)] = token
         self.answer.take(token, told)
         if self.answer.end:
             self.finish(self.answer.end)
 
     def finish(self, end: End) -> None:
         """It has come to its end, in SGLang's words."""
-        self.answer.end = end
+        self.answer.end, self.ended = end, True
         if end.kind == "stop":
             self.finish_reason = {"type": "stop", "matched": end.matched}
         elif end.kind == "length":

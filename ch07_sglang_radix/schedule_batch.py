@@ -1,6 +1,7 @@
 """The running requests as arrays, kept from one decode step to the next.
 
-SGLang's ScheduleBatch: requests leave by `filter`, join by `merge`, and between two changes nobody walks over them.
+SGLang's ScheduleBatch: requests leave by `filter`, join by `merge`, and between two changes nobody walks over them to find out
+what the next step is made of; only the numbers of each move on, in `advance`.
 What a rank makes of a step, SGLang's ForwardBatch, is StepInputs in common/attention/sequence_table.py.
 """
 
@@ -10,40 +11,52 @@ import numpy as np
 
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.request_memory import RequestMemory
-from ch07_sglang_radix.tasks import Alike
+from ch07_sglang_radix.tasks import Alike, PageUpdate
 from common.sampling.batch import SamplingBatch
 
 
 class ScheduleBatch:
-    """reqs with their rows [B] and the positions [B] at which their next tokens will stand.
+    """reqs with their rows [B], the positions [B] at which their next tokens will stand, and the ends [B] of their pages.
 
-    group: put requests that begin with the same pages side by side, and say so in `alike`.
+    group: put requests that begin with the same pages side by side, and say so in `alike`. counted: those that are no probes.
+    needs_last_token: one of them must know its last token before the next one is drawn (common/sampling/edits.py).
     """
 
     def __init__(self, memory: RequestMemory, group: bool):
         self.memory, self.group = memory, group
         self.reqs: list[Req] = []
-        self.rows = self.positions = np.zeros(0, dtype=np.int64)
+        self.rows = self.positions = self.ends = np.zeros(0, dtype=np.int64)
         self.alike: tuple[Alike, ...] = ()
         self.sampling: SamplingBatch | None = None  # of the last step; None once the batch has changed
+        self.counted, self.needs_last_token = 0, False
+        self.steps_left = 0  # until the first of them has all its tokens drawn
         self._members: set[Req] = set()
+        self._chosen_from: list[Req] = []  # those that ran when it was made
+        self._unsent: list[Req] = []  # whose newest pages the ranks may not know
 
-    def become(self, reqs: Sequence[Req]) -> None:
-        """Filter out who is not in `reqs`, merge in who is new."""
-        if len(reqs) == len(self.reqs) and self._members.issuperset(reqs):
-            return
-        wanted = set(reqs)
-        self.filter(np.array([req in wanted for req in self.reqs], dtype=bool))
-        self.merge([req for req in reqs if req not in self._members])
-        if self.group:
-            self.reqs, self.alike = self.memory.alike(self.reqs)
-            self._read()
+    def is_of(self, running: list[Req]) -> bool:
+        """Does everybody still want a token, and has nobody come or gone since `running` was what `become` chose from?"""
+        return self.steps_left > 0 and running == self._chosen_from
+
+    def become(self, reqs: Sequence[Req], running: Sequence[Req] = ()) -> None:
+        """Filter out who is not in `reqs`, merge in who is new. running: whom `reqs` were chosen from."""
+        self._chosen_from = list(running)
+        if not (len(reqs) == len(self.reqs) and self._members.issuperset(reqs)):
+            wanted = set(reqs)
+            self.filter(np.array([req in wanted for req in self.reqs], dtype=bool))
+            self.merge([req for req in reqs if req not in self._members])
+            if self.group:
+                self.reqs, self.alike = self.memory.alike(self.reqs)
+                self._read()
+            self.counted = sum([not req.probe for req in self.reqs])
+            self.needs_last_token = any([req.needs_last_token for req in self.reqs])
+        self.steps_left = min([req.wanted for req in self.reqs], default=0)
 
     def filter(self, keep: np.ndarray) -> None:
         """Only those where keep [B] is true stay."""
         if not keep.all():
-            self.reqs = [req for req, stays in zip(self.reqs, keep, strict=True) if stays]
-            self.rows, self.positions = self.rows[keep], self.positions[keep]
+            self.reqs = [req for req, stays in zip(self.reqs, keep.tolist(), strict=True) if stays]
+            self.rows, self.positions, self.ends = self.rows[keep], self.positions[keep], self.ends[keep]
             self._members, self.alike, self.sampling = set(self.reqs), (), None
 
     def merge(self, reqs: Sequence[Req]) -> None:
@@ -51,13 +64,28 @@ class ScheduleBatch:
         if reqs:
             self.reqs = [*self.reqs, *reqs]
             self._members, self.alike = set(self.reqs), ()
+            self._unsent += reqs
             self._read()
 
+    def grow(self) -> tuple[PageUpdate, ...]:
+        """A page more for each whose last one is full; returns what the ranks do not know yet of all pages."""
+        full = (self.positions == self.ends).nonzero()[0]
+        if len(full):
+            reqs = [self.reqs[i] for i in full.tolist()]
+            self.memory.grow_by_a_page(reqs)
+            self.ends[full] += self.memory.page_size
+            self._unsent += reqs
+        unsent, self._unsent = self._unsent, []
+        return self.memory.page_updates(unsent) if unsent else ()
+
     def advance(self) -> None:
-        """Every request has got one slot more."""
+        """Every request has got one slot more, and a token is being drawn for it."""
         self.positions += 1
-        for req in self.reqs:
+        self.steps_left -= 1
+        for req in self.reqs:  # 256 of them in every step: no call, no property
             req.kv_len += 1
+            req.pending += 1
+            req.wanted -= 1
 
     def next_sampling(self) -> SamplingBatch:
         """The sampling parameters of the next step; they only move on while the batch stays the same."""
@@ -68,6 +96,7 @@ class ScheduleBatch:
         return self.sampling
 
     def _read(self) -> None:
-        self.rows = np.array([req.row for req in self.reqs], dtype=np.int64)
-        self.positions = np.array([req.kv_len for req in self.reqs], dtype=np.int64)
+        self.rows, self.positions, self.ends = np.array(
+            [(req.row, req.kv_len, req.allocated_len) for req in self.reqs], dtype=np.int64
+        ).T.copy()
         self.sampling = None

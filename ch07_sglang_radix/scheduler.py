@@ -31,7 +31,7 @@ from ch07_sglang_radix import dynamic_chunk_sizer
 from ch07_sglang_radix.admission import DEFAULT_CHUNK, chunk_size, share_of_chunk
 from ch07_sglang_radix.data_rank import LOAD_BALANCE_METHODS, DataRank, pick_data_rank
 from ch07_sglang_radix.handoff import Handoff
-from ch07_sglang_radix.policy_names import check_dynamic_chunking
+from ch07_sglang_radix.policy_names import check_continuous_decode, check_dynamic_chunking
 from ch07_sglang_radix.radix_cache import RadixCache
 from ch07_sglang_radix.request import Req, RequestOutput
 from ch07_sglang_radix.step_loop import StepLoop
@@ -67,6 +67,7 @@ class TPScheduler(StepLoop):
     gather_best: where all requests of a step are greedy or have a small top_k, every rank sends its best logits
     instead of all. seed: for requests that bring none. schedule_conservativeness: times the share of its worst case that
     a running request is expected to need, when others ask to enter. check: test the conservation of pages after every step.
+    num_continuous_decode_steps: the tokens of so many decode steps are looked at together (step_loop.py says when).
     enable_dynamic_chunking: the next part of a long prompt is so long that it takes as long as the first (dynamic_chunk_sizer.py).
     trace: a file to which every step writes a line (trace.py). load_balance_method: which data rank a request goes to
     (data_rank.py), where the wrapper has several; each gets its share of chunked_prefill_size. num_lanes: steps on their way
@@ -82,7 +83,7 @@ class TPScheduler(StepLoop):
         check: bool = False, trace: str | Path | None = None, num_lanes: int | None = None,
         max_lane_size: int | None = None, load_balance_method: str = LOAD_BALANCE_METHODS[0], tp_size: int | None = None,
         pp_size: int | None = None, dp_size: int | None = None, attn_dp_size: int | None = None, cp_size: int | None = None,
-        enable_dynamic_chunking: bool = False, tree: type[RadixCache] | None = None,
+        enable_dynamic_chunking: bool = False, tree: type[RadixCache] | None = None, num_continuous_decode_steps: int = 1,
     ):  # fmt: skip
         sizes = {"tp": tp_size, "pp": pp_size, "dp": dp_size, "attn_dp": attn_dp_size, "cp": cp_size}
         _refuse_other_sizes(wrapper.parallel.layout, sizes)
@@ -104,6 +105,9 @@ class TPScheduler(StepLoop):
                 "enable_mixed_chunk with speculative decoding: a drafter is told of prompts, or of running requests, in one step; "
                 "leave one of the two out"
             )
+        whole("num_continuous_decode_steps", num_continuous_decode_steps, 1)
+        lanes = wrapper.parallel.pp.size if num_lanes is None else num_lanes
+        check_continuous_decode(num_continuous_decode_steps, lanes, num_data_ranks, wrapper.verifier is not None)
         whole("seed", seed, -(1 << 63), (1 << 63) - 1)
         if enable_dynamic_chunking:
             check_dynamic_chunking(wrapper.parallel.pp.size, self.chunked_prefill_size)
@@ -132,6 +136,7 @@ class TPScheduler(StepLoop):
             check,
             trace,
             others,
+            num_continuous_decode_steps,
         )
         if enable_dynamic_chunking:
             self._size_chunks(wrapper)
@@ -325,7 +330,7 @@ class TPScheduler(StepLoop):
         for req in self.everybody:
             self.abort(req.rid)
         self._flights.clear()
-        self._queued = None
+        self._queued = []
         for rank in self.data_ranks:
             rank.forget_batches()
         self.results, self.grown = {}, {}

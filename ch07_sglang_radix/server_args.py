@@ -16,7 +16,12 @@ from ch07_sglang_radix.arguments_not_here import ELSEWHERE, IDLE
 from ch07_sglang_radix.eviction import pick_strategy
 from ch07_sglang_radix.handoff import MODES
 from ch07_sglang_radix.lora import checked_lora
-from ch07_sglang_radix.policy_names import LOAD_BALANCE_METHODS, check_dynamic_chunking, check_policy
+from ch07_sglang_radix.policy_names import (
+    LOAD_BALANCE_METHODS,
+    check_continuous_decode,
+    check_dynamic_chunking,
+    check_policy,
+)
 from common.arguments import says_names
 from common.distributed.layout import EP_ALGORITHMS, EP_DISPATCHES, Layout
 from common.distributed.nodes import START_S, parse_address
@@ -58,10 +63,13 @@ class ServerArgs:
     ep_num_redundant_experts: so many experts lie twice; ep_dispatch_algorithm: static or dynamic, which copy computes a row.
     nnodes, node_rank: this is one of several hosts, with the same arguments on each; tp_size is the total, dist_init_addr HOST:PORT
     of node 0, dist_timeout the seconds that they wait for each other (common/distributed/nodes.py).
+    enable_torch_compile: in steps of at most torch_compile_max_bs tokens the small layers are compiled (common/layers/compiled.py).
     context_length: tokens of a request at most. random_seed: None draws one. log_level: of this project's loggers, and
     whether a bar shows that weights are read (info and debug). dp_size: replicas, each of tp_size ranks and with a tree
     and a pool of its own; load_balance_method says which of them a request goes to. schedule_conservativeness: more than 1 admits
     fewer requests at a time, and retracts fewer. max_prefill_tokens: of a step, if chunked_prefill_size allows more.
+    num_continuous_decode_steps: the tokens of so many decode steps are looked at together (step_loop.py): less work a token for
+    rank 0, a stream that tells of so many tokens at a time, and as many computed in vain behind a stop.
     enable_eplb: every eplb_rebalance_num_iterations steps experts go to the ranks where they make all alike busy (experts/eplb.py).
     expert_balancedness_report_mode: read after each step how busy they are, for the log (server_log), GET /metrics (prometheus) or
     both; that costs two small messages a step.
@@ -71,8 +79,9 @@ class ServerArgs:
     disaggregation_transfer_backend: tcp, shm between processes of one host, cuda_ipc between its GPUs;
     disaggregation_timeout: seconds that a request waits for the other side; num_reserved_decode_tokens: free for each answer before
     another prompt may come. speculative_algorithm: NGRAM, STANDALONE, MEDUSA, EAGLE or EAGLE3 guesses several tokens, which a step
-    verifies: the same text, sooner (speculative_args.py has all that goes with it). allow_image_urls: pictures may come from the
-    net (images/fetch.py). enable_lora, lora_paths and the others about LoRA: checked_lora in lora.py. enable_hierarchical_cache and
+    verifies: the same text, sooner (speculative_args.py has all that goes with it). enable_deterministic_inference: what a request
+    gets does not depend on what runs beside it, on the tree and on chunks (common/layers/batch_invariant.py). allow_image_urls:
+    pictures may come from the net (images/fetch.py). enable_lora, lora_paths and the others about LoRA: checked_lora in lora.py. enable_hierarchical_cache and
     the others about lower tiers of the tree: check_hicache in hicache_args.py. All others are those of
     TPRadixAttentionModelWrapper and TPScheduler. Raises ValueError for a value of a wrong kind or outside its range.
     """
@@ -114,7 +123,9 @@ class ServerArgs:
     max_running_requests: int | None = MAX_RUNNING
     chunked_prefill_size: int | None = None
     max_prefill_tokens: int | None = None
+    num_continuous_decode_steps: int = 1
     enable_mixed_chunk: bool = False
+    enable_deterministic_inference: bool = False
     small_request_share: float = 0.0
     schedule_policy: str = "fcfs"
     schedule_conservativeness: float = 1.0
@@ -123,6 +134,8 @@ class ServerArgs:
     disable_overlap_schedule: bool | None = None
     gather_best: bool = False
     disable_cuda_graph: bool = False
+    enable_torch_compile: bool = False
+    torch_compile_max_bs: int = 32
     disable_custom_all_reduce: bool = False
     all_reduce: str = "auto"
     attention_backend: str = "auto"
@@ -197,15 +210,21 @@ class ServerArgs:
             )
         most = MAX_RUNNING if self.max_running_requests is None else self.max_running_requests
         self._set("max_running_requests", whole("max_running_requests", most, 1))
+        self._set("torch_compile_max_bs", whole("torch_compile_max_bs", self.torch_compile_max_bs, 1))
         switches = (
             "skip_tokenizer_init", "enable_mixed_chunk", "disable_radix_cache", "gather_best", "disable_cuda_graph",
+            "enable_torch_compile",
             "disable_custom_all_reduce", "check_finite", "check", "enable_layernorm_sp",
             "enable_all_reduce_fusion", "enable_two_batch_overlap", "enable_dynamic_chunking", "enable_eplb", "allow_image_urls",
+            "enable_deterministic_inference",
         )  # fmt: skip
         for name in switches:
             self._set(name, flag(name, getattr(self, name)))
         if self.disable_overlap_schedule is not None:
             self._set("disable_overlap_schedule", flag("disable_overlap_schedule", self.disable_overlap_schedule))
+        together = whole("num_continuous_decode_steps", self.num_continuous_decode_steps, 1)
+        self._set("num_continuous_decode_steps", together)
+        check_continuous_decode(together, self.pp_size, self.attn_dp_size, self.speculative_algorithm is not None)
         if self.chunked_prefill_size is not None:
             self._set("chunked_prefill_size", whole("chunked_prefill_size", self.chunked_prefill_size, -1))
         for name in ("model_path", "tokenizer_path"):
@@ -228,6 +247,7 @@ class ServerArgs:
         self._about_experts()
         vars(self).update(speculative_args.check_speculative(self))
         vars(self).update(hicache_args.check_hicache(self))
+        self._about_deterministic_inference()
         check_policy(self.schedule_policy, self.disable_radix_cache)  # now, and not when the model is there
         pick_strategy(self.radix_eviction_policy)
         self._set("dtype", text("dtype", self.dtype, none=True))
@@ -310,6 +330,23 @@ class ServerArgs:
                 raise ValueError(
                     f"{name}={getattr(self, name)} with disaggregation_mode={mode}: a half has tp_size ranks of one host "
                     "and nothing else; leave one of the two out"
+                )
+
+    def _about_deterministic_inference(self) -> None:
+        """What adds up in an order that depends on the batch; an executor knows the rest."""
+        for name in (
+            "speculative_algorithm", "enable_lora", "enable_layernorm_sp", "enable_two_batch_overlap",
+            "enable_all_reduce_fusion", "enable_torch_compile",
+        ):  # fmt: skip
+            if self.enable_deterministic_inference and getattr(self, name):
+                raise ValueError(
+                    f"enable_deterministic_inference with {name}: its sums depend on the batch; leave one of the two out"
+                )
+        for name in ("attn_dp_size", "cp_size", "ep_size"):
+            if self.enable_deterministic_inference and getattr(self, name) > 1:
+                raise ValueError(
+                    f"enable_deterministic_inference with {name}={getattr(self, name)}: its sums depend on the batch; "
+                    f"use tp_size=2, pp_size or dp_size"
                 )
 
     @property

@@ -9,6 +9,12 @@ looked at:
 The tokens themselves never leave the device in between: N+1 reads them where N left them. An end that its
 length tells is known ahead; a stop token is seen one step late, and that step's token is thrown away.
 
+With num_continuous_decode_steps=k the tokens of k decode steps are looked at together, while the same requests run, nobody waits
+and nobody gets its last token by length: less work a token for rank 0, and a stream that tells of k tokens at a time. A stop token
+or text is seen k - 1 steps later than else; what was drawn behind it is thrown away, so the answers are the same for every k.
+Steps are still planned one by one: who arrives is admitted by the next one, which looks at all that is drawn. Whom somebody aborts
+has the tokens that were looked at.
+
 Over several pipeline stages a step takes a while to come back, and every stage would stand idle but one. So those that run
 are dealt out to `lanes`, as many as there are stages: micro-batches whose steps follow each other through the stages.
 
@@ -52,9 +58,9 @@ class Flight:
 
     def __init__(self, lane: int, plans: Sequence[StepPlan | None], logits: torch.Tensor | None):
         self.lane, self.plans, self.logits = lane, plans, logits
-        self.plans_there = [plan for plan in plans if plan]
-        self.emitting = [req for plan in self.plans_there for req in plan.emitting]
-        kinds = [type(plan.task) for plan in self.plans_there]
+        self.plans_there = there = [plan for plan in plans if plan]
+        self.emitting = there[0].emitting if len(there) == 1 else [req for plan in there for req in plan.emitting]
+        kinds = [type(plan.task) for plan in there]
         self.prefills, self.verifies = PrefillTask in kinds, VerifyTask in kinds
 
 
@@ -72,6 +78,7 @@ class StepLoop(DataRank):
     def start_loop(
         self, overlap: bool | None, chunked_prefill_size: int, enable_mixed_chunk: bool, small_request_share: float,
         gather_best: bool, check: bool, trace: str | Path | None, others: Sequence[DataRank] = (),
+        num_continuous_decode_steps: int = 1,
     ) -> None:  # fmt: skip
         """others: the data ranks besides this one. The other arguments are TPScheduler's."""
         self.overlap = self.tp.device.type == "cuda" if overlap is None else overlap
@@ -91,9 +98,9 @@ class StepLoop(DataRank):
         for rank in self.data_ranks:
             rank.decide_with(self.settle_all, self.grammars, *limits)
         self._flights: deque[Flight] = deque()  # whose logits have not come back, the oldest first
-        self._queued: QueuedStep[Req] | QueuedRuns | None = (
-            None  # the step whose tokens are drawn, and nobody has looked at
-        )
+        # the steps whose tokens are drawn, and nobody has looked at; several are decode steps of the same requests
+        self._queued: list[QueuedStep[Req] | QueuedRuns] = []
+        self.num_continuous_decode_steps = num_continuous_decode_steps
         if check:
             self.after_step += [partial(check_invariants, rank) for rank in self.data_ranks]
         if trace:
@@ -131,10 +138,11 @@ class StepLoop(DataRank):
         """One lane's turn: schedule, execute, sample, account. False if there was nothing to do."""
         if self.trace:
             self.trace.begin()
-        self.grammars.take(lambda req, why: self.data_ranks[req.data_rank].outcome.refuse(req, why))
-        self._on_its_way = any([call() for call in self.beside])
-        if isinstance(self._queued, QueuedRuns):
-            self._queued.measure()  # how many tokens came out says where the next step begins
+        if self.grammars.compiling:
+            self.grammars.take(lambda req, why: self.data_ranks[req.data_rank].outcome.refuse(req, why))
+        self._on_its_way = bool(self.beside) and any([call() for call in self.beside])
+        if self._queued and isinstance(self._queued[-1], QueuedRuns):
+            self._queued[-1].measure()  # how many tokens came out says where the next step begins
         on_its_way = bool(self._queued or self._flights)  # planning may settle it, and end all who would have run
         plans = self._plan_next()
         if any(plans):
@@ -145,10 +153,11 @@ class StepLoop(DataRank):
                 self._flights.append(flight)
                 self._settle()
             else:
-                queued = self._collect(flight)
-                self._settle()
-                self._queued = queued
-                if not self.overlap:
+                queued, most = self._collect(flight), self._most_unseen(flight)
+                if len(self._queued) >= most:
+                    self._settle()
+                self._queued.append(queued)
+                if not self.overlap and len(self._queued) >= most:
                     self._settle()
         elif on_its_way:
             if self.trace:
@@ -169,6 +178,14 @@ class StepLoop(DataRank):
         for call in list(self.after_step):  # one may take itself out
             call()
         return True
+
+    def _most_unseen(self, flight: Flight) -> int:
+        """How many steps may be queued whose tokens nobody has looked at, beside this one if steps overlap."""
+        same = not self._queued or self._queued[0].requests is flight.emitting
+        if same and self.num_continuous_decode_steps > 1 and flight.emitting is self.batch.reqs:
+            if self.batch.steps_left and not (self.waiting or self.chunked or self.elsewhere):
+                return self.num_continuous_decode_steps
+        return 1
 
     def _plan_next(self) -> list[StepPlan | None]:
         """What each data rank wants done; all None if no lane has anything to do."""
@@ -191,7 +208,7 @@ class StepLoop(DataRank):
         """
         while len(self._flights) >= self.num_lanes or any(f.lane == lane and f.emitting for f in self._flights):
             self._settle()
-            self._queued = self._collect(self._flights.popleft())
+            self._queued = [self._collect(self._flights.popleft())]
         if not self.overlap:
             self._settle()
         for rank in self.data_ranks:
@@ -216,16 +233,12 @@ class StepLoop(DataRank):
         flight = Flight(self.lane, plans, logits)
         if flight.prefills and (scoring := [plan for plan in flight.plans_there if plan.task.scores]):
             score_prompts(self.control, scoring)  # now: the other ranks have come to it
-        emitting, prefill = flight.emitting, flight.prefills
+        prefill = flight.prefills
         self.steps["prefill" if prefill else "decode"] += 1
         self.work["tokens"] += self._rows_of(flight)
-        self.work["inputs"] += sum(plan.task.num_tokens for plan in flight.plans_there)
-        self.work["samplings"] += bool(emitting)
-        if not flight.verifies:
-            for req in emitting:  # 64 of them in every step: no generator, no property
-                req.pending += 1
-                req.wanted -= 1
-                self.work["sampled"] += not req.probe
+        self.work["inputs"] += sum([plan.task.num_tokens for plan in flight.plans_there])
+        self.work["samplings"] += bool(flight.emitting)
+        self.work["sampled"] += sum([plan.counted for plan in flight.plans_there])
         for rank, plan in zip(self.data_ranks, plans, strict=True):
             if plan:
                 plan.launched()
@@ -243,8 +256,8 @@ class StepLoop(DataRank):
         """Rows that the model is fed with, over all data ranks; in a plain decode step each has as many as the largest."""
         if flight.prefills or flight.verifies:
             return sum(plan.task.num_tokens for plan in flight.plans_there)
-        alike = any(plan.task.alike for plan in flight.plans_there)
-        most = max(len(plan.task.rows) for plan in flight.plans_there)
+        alike = any([plan.task.alike for plan in flight.plans_there])
+        most = max([len(plan.task.rows) for plan in flight.plans_there])
         return self.wrapper.decode_rows(most, alike) * len(flight.plans)
 
     def _collect(self, flight: Flight) -> QueuedStep[Req] | QueuedRuns:
@@ -254,7 +267,7 @@ class StepLoop(DataRank):
             logits = self.control.finish()
         if not emitting:
             return QueuedStep()
-        if any([req.grammar or req.params.needs_last_token for req in emitting]):
+        if any([plan.needs_last_token for plan in flight.plans_there]):
             self._settle()  # a grammar or a penalty must know every token before the one it is for
         if len(self.data_ranks) == 1:
             sampling = flight.plans[0].sampling()
@@ -266,9 +279,12 @@ class StepLoop(DataRank):
         return QueuedStep(emitting, drawn)
 
     def _settle(self) -> None:
-        """Look at the tokens that were drawn last."""
-        step, self._queued = self._queued, None
-        if step:
+        """Look at the tokens that are drawn."""
+        steps, self._queued = self._queued, []
+        if len(steps) > 1:
+            self.outcome.take_steps(steps)
+            return
+        for step in steps:
             taken = step.take()
             if len(self.data_ranks) == 1:
                 self.outcome.take(taken)
@@ -280,5 +296,5 @@ class StepLoop(DataRank):
         """Wait for everything that is on its way, and look at it."""
         self._settle()
         while self._flights:
-            self._queued = self._collect(self._flights.popleft())
+            self._queued = [self._collect(self._flights.popleft())]
             self._settle()

@@ -12,6 +12,7 @@ import numpy as np
 from ch07_sglang_radix.admission import PrefillBatch
 from ch07_sglang_radix.control_plane import ControlPlane
 from ch07_sglang_radix.request import Req
+from ch07_sglang_radix.schedule_batch import ScheduleBatch
 from ch07_sglang_radix.scheduler_state import SchedulerState
 from ch07_sglang_radix.step_plan import StepPlan
 from ch07_sglang_radix.tasks import DecodeTask, PrefillSequence, PrefillTask
@@ -50,12 +51,16 @@ class StepTasks:
             columns["shift"] = tuple(req.pictures.shift(req.kv_len) if req.pictures else 0 for req in everybody)
         task = PrefillTask(s.front.step_number, updates, tuple(sequences), token_ids, self._best(emitting), columns)
         return StepPlan(
-            task, everybody, emitting, partial(self.prefill_launched, batch, emitting),
+            task, everybody, emitting, sum(not req.probe for req in emitting),
+            any(req.needs_last_token for req in emitting), partial(self.prefill_launched, batch, emitting),
             lambda: SamplingBatch([req.sampling_row() for req in emitting]),
         )  # fmt: skip
 
     def prefill_launched(self, batch: PrefillBatch, emitting: list[Req]) -> None:
         s = self.state
+        for req in emitting:
+            req.pending += 1
+            req.wanted -= 1
         for req, n in batch.reqs:
             req.kv_len += n
             if not req.probe:
@@ -71,16 +76,15 @@ class StepTasks:
 
     # --- a decode step
 
-    def decode(self, reqs: Sequence[Req]) -> StepPlan:
-        """One more token for each of `reqs`; there is room for it."""
-        s, batch = self.state, self.state.batch
-        batch.become(reqs)
-        s.memory.grow_by_a_page([req for req in batch.reqs if req.kv_len == req.allocated_len])
-        updates = s.memory.page_updates(batch.reqs)
+    def decode(self, batch: ScheduleBatch) -> StepPlan:
+        """One more token for each request of the batch; there is room for it."""
+        reqs, updates = batch.reqs, batch.grow()
         rows, positions = tuple(batch.rows.tolist()), tuple(batch.positions.tolist())
-        best, columns = self._best(batch.reqs), self._columns(batch.reqs)
-        task = DecodeTask(s.front.step_number, updates, rows, positions, best, batch.alike, columns)
-        return StepPlan(task, batch.reqs, batch.reqs, self.decode_launched, batch.next_sampling)
+        best, columns = self._best(reqs), self._columns(reqs)
+        task = DecodeTask(self.state.front.step_number, updates, rows, positions, best, batch.alike, columns)
+        return StepPlan(
+            task, reqs, reqs, batch.counted, batch.needs_last_token, self.decode_launched, batch.next_sampling
+        )
 
     def decode_launched(self) -> None:
         self._expect_less()
@@ -114,9 +118,9 @@ class StepTasks:
 
     def _best(self, reqs: Sequence[Req]) -> int:
         """How many of its best logits each rank gives in this step; 0: all."""
-        params = [req.params for req in reqs]
         if not self.gather_best or any(req.grammar for req in reqs):
             return 0
+        params = [req.params for req in reqs]
         if any(p.logprobs or p.edits or not (p.greedy or p.top_k > 0) for p in params):
             return 0
         best = max((1 if p.greedy else p.top_k for p in params), default=0)

@@ -79,7 +79,7 @@ class Speculation:
         """A verify step of all who want more tokens; None if a plain one is due. best, columns, launched: StepTasks'."""
         s, memory = self.state, self.state.memory
         reqs = [req for req in s.in_lane if req.wanted]
-        if self.rule and not self.rule.verifies(len(reqs)):
+        if not reqs or (self.rule and not self.rule.verifies(len(reqs))):
             return None
         if self.guesser:  # it reads every token
             self.settle()
@@ -99,8 +99,9 @@ class Speculation:
             s.front.step_number, memory.page_updates(reqs), rows, positions, self.nodes, guesses, parents, best(reqs),
             columns(reqs),
         )  # fmt: skip
+        needs_last_token = any(req.needs_last_token for req in reqs)
         return StepPlan(
-            task, reqs, reqs, launched, lambda: node_batch([req.sampling_row(0) for req in reqs], self.tree, self.acceptance)
+            task, reqs, reqs, 0, needs_last_token, launched, lambda: node_batch([req.sampling_row(0) for req in reqs], self.tree, self.acceptance)
         )  # fmt: skip
 
     def give_back(self) -> None:

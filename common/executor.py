@@ -28,6 +28,7 @@ from common.attention.sequence_table import SequenceTable, StepInputs
 from common.distributed.processes import Together
 from common.distributed.transfer import upload, upload_all
 from common.draft_tree import DraftTree
+from common.layers.batch_invariant import make_batch_invariant
 from common.layers.communicator import LayerCommunicator, TokenRows
 from common.layers.cpu_linear import choose_forms
 from common.layers.expert_placement import ExpertPlacement
@@ -96,7 +97,10 @@ class Executor:
     which copy computes a row (common/layers/expert_placement.py). speculative: trees of guesses are verified, and what guesses, if
     it is not rank 0 (common/verify_step.py, common/models/drafters/). lora: room for LoRA adapters beside the weights; `self.lora`
     then loads them, and each step says which slot its sequences use (common/models/lora_manager.py). quantization,
-    quantized_compute: those of load_model (common/models/weights.py).
+    quantized_compute: those of load_model (common/models/weights.py). torch_compile_max_bs: in steps of so many tokens at most the
+    small layers are those of torch.compile (common/layers/compiled.py); None: in none. enable_deterministic_inference: what a
+    request gets does not depend on what else runs, on what is cached and on how its prompt is cut
+    (common/layers/batch_invariant.py).
     Raises ValueError or FileNotFoundError, on every rank alike, for what cannot be run.
     """
 
@@ -110,7 +114,8 @@ class Executor:
         enable_layernorm_sp: bool = False, enable_all_reduce_fusion: bool = False, enable_two_batch_overlap: bool = False,
         moe_runner: str = "auto", ep_dispatch: str = "replicated", ep_num_redundant_experts: int = 0,
         ep_dispatch_algorithm: str = "static", speculative: DraftOptions | None = None, lora: LoRAOptions | None = None,
-        quantization: str | None = None, quantized_compute: str = "auto",
+        quantization: str | None = None, quantized_compute: str = "auto", torch_compile_max_bs: int | None = None,
+        enable_deterministic_inference: bool = False,
     ):  # fmt: skip
         self.parallel = parallel or (ParallelState.of(tp) if tp else get_parallel_state(device))
         self.tp = self.parallel.tp  # inside the stage
@@ -151,7 +156,17 @@ class Executor:
                 enable_layernorm_sp=enable_layernorm_sp, enable_two_batch_overlap=self.two_batch_overlap, enable_lora=lora,
             )  # fmt: skip
         latent = config.latent is not None
-        self.attention = pick_attention(self.tp.device, attention_backend, self.parallel.cp.size, latent)
+        if enable_deterministic_inference:
+            self._refuse_other_orders(
+                config,
+                enable_all_reduce_fusion,
+                speculative=speculative,
+                enable_lora=lora,
+                enable_torch_compile=torch_compile_max_bs,
+            )
+        self.attention = pick_attention(
+            self.tp.device, attention_backend, self.parallel.cp.size, latent, enable_deterministic_inference
+        )
         self.dtype = self._pick_dtype(dtype)
         self.kv_dtype = kv_dtype or self.dtype
         self._refuse_codes(attention_backend)
@@ -167,26 +182,34 @@ class Executor:
         )
         pp = self.parallel.pp
         self.stage = Stage(pp.rank, pp.size, layer_partition(pp_layer_partition) if pp.size > 1 else None)
-        error = None
+        error = compiled = None
+        self.tokenizer = None  # token ids work without one
+        other = resolve_model(tokenizer_path) if tokenizer_path else folder
         try:
+            if torch_compile_max_bs:
+                compiled = self._compiled_pieces(torch_compile_max_bs, config)
             self.model, self.load_report = load_model(
                 folder, self.tp, self.dtype, check_finite=check_finite, stage=self.stage, communicator=self.communicator,
                 moe=self.moe, quantization=quantization, quantized_compute=quantized_compute,
             )  # fmt: skip
+            if not skip_tokenizer_init and (tokenizer_path or Tokenizer.lies_in(other)):
+                self.tokenizer = Tokenizer(other)
         except (ValueError, FileNotFoundError) as one:
             error = one
         _refuse_together(error, self.parallel.replica)
-        self.linear_forms = choose_forms(self.model)
+        # what is measured may be measured otherwise the next time, and then the bits are others
+        self.linear_forms = choose_forms(self.model, "row-major" if enable_deterministic_inference else None)
+        if enable_deterministic_inference:
+            make_batch_invariant(self.model)
+        if compiled:
+            compiled.give_to(self.model.model)
+            compiled.warm_up(self.model, self.dtype)
         self.config: ModelConfig = self.model.config
         if lora and enable_two_batch_overlap:
             raise ValueError("enable_lora with enable_two_batch_overlap is not supported; use one of the two")
         self.lora = LoRAManager(self.model, lora, folder) if lora else None
         self.links = StageLinks(self.parallel, self.config, self.dtype)
         self._refuse_layers_apart()
-        self.tokenizer = None  # token ids work without one
-        other = resolve_model(tokenizer_path) if tokenizer_path else folder
-        if not skip_tokenizer_init and (tokenizer_path or Tokenizer.lies_in(other)):
-            self.tokenizer = Tokenizer(other)
         self.context_length = self._context_length(context_length)
         self.page_size, self.max_running_requests = page_size, max_running_requests
 
@@ -412,7 +435,6 @@ class Executor:
         """Rows that a decode step of `batch` sequences computes: CUDA graphs pad it to a captured size."""
         return self.graphs.padded(batch, alike) if self.graphs else batch
 
-    @torch.inference_mode()
     def receive_tokens(self, tokens: torch.Tensor) -> None:
         """Remember the tokens [B] of the oldest step that waits for some, as rank 0 chose them: decode goes on from there. Of a
         verify step they are those of all nodes [B * N]."""
@@ -527,6 +549,25 @@ class Executor:
                 f"attention_backend={backend}: it attends without a tree's mask, and cannot verify guesses; use another, or auto"
             )
 
+    def _refuse_other_orders(self, config: ModelConfig, fusion: bool, **others: object) -> None:
+        """Of what adds up in an order that depends on the step, what only an executor can know."""
+        asked = [name for name, value in others.items() if value]
+        if self.communicator.spreads or self.two_batch_overlap or fusion:
+            asked.append("rows cut over ranks, halves of a step, or a sum fused with a norm")
+        if config.mixture:
+            asked.append(f"{config.architecture}, whose experts get as many rows as the batch sends them")
+        if config.vision:
+            asked.append("a model that sees")
+        if asked:
+            raise ValueError(
+                f"enable_deterministic_inference with {asked[0]}: its sums depend on the batch; leave one of the two out"
+            )
+        if self.tp.size > 2 and (self.tp.device.type == "cuda" or self.tp.fast_all_reduce is None):
+            raise ValueError(
+                f"enable_deterministic_inference with tp_size={self.tp.size}: the order of a sum of more than two depends on the "
+                f'size of the message; use tp_size=2, or all_reduce="shm" on a CPU'
+            )
+
     def _as_target(self) -> Target:
         return Target(
             self.model, self.tp, self.attention, self.dtype, self.kv_dtype, self.page_size, self.max_running_requests,
@@ -589,6 +630,16 @@ class Executor:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.attention.dtypes)
             raise ValueError(f"dtype={name} is not for this attention_backend; use {known}, or another backend")
         return dtype
+
+    def _compiled_pieces(self, max_rows: int, config: ModelConfig):
+        from common.layers.compiled import CompiledPieces  # noqa: PLC0415, for those who want it alone
+
+        if config.latent or config.mixture:
+            raise ValueError(
+                f"enable_torch_compile is for models whose layers are attention with heads and an MLP, not {config.architecture}; "
+                f"leave it out"
+            )
+        return CompiledPieces(self.tp.device, max_rows)
 
     def _context_length(self, wanted: int | None) -> int:
         """Tokens that a request may have, prompt and answer."""

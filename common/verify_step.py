@@ -101,6 +101,7 @@ class Verifier:
         )  # fmt: skip
         return self.waiting
 
+    @torch.inference_mode()
     def receive(self, step: WaitingTree, drawn: torch.Tensor) -> None:
         """drawn [B * N]: what rank 0 drew at each node."""
         self.accepted = accepted = walk(step.tree, drawn.view(step.tree.tokens.shape))

@@ -615,33 +615,46 @@ def disaggregation_gpu():
 
 
 def two_engines(path: Path):
-    """What those who run feel of long prompts, and what the prompts pay: one engine, two of them, two that share the work."""
+    """What those who run feel of long prompts, and what the prompts pay: one engine, two of them, two that share the work.
+
+    A line of pictures for each rate at which prompts come, each with a scale of its own.
+    """
     rows = read(path.resolve())
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     names = list(dict.fromkeys(row["contender"] for row in rows))
     prompts = list(dict.fromkeys(row["prompt_tokens"] for row in rows))
-    for i, (name, colour) in enumerate(zip(names, (ORANGE, GREY, BLUE), strict=False)):
-        mine = [row for row in rows if row["contender"] == name]
-        x = [j + 0.27 * (i - (len(names) - 1) / 2) for j in range(len(mine))]
-        low, middle, high = ([float(row[key]) for row in mine]
-                             for key in ("itl_p99_lowest_ms", "itl_p99_ms", "itl_p99_highest_ms"))  # fmt: skip
-        ends = [
-            [max(m - a, 0) for m, a in zip(middle, low, strict=True)],
-            [max(b - m, 0) for m, b in zip(middle, high, strict=True)],
-        ]
-        axes[0].bar(x, middle, 0.25, color=colour, yerr=ends, error_kw={"elinewidth": 0.8})
-        axes[1].bar(x, [float(row["ttft_median_ms"]) for row in mine], 0.25, color=colour, label=name)
-    axes[0].set_ylabel("ms between tokens, p99")
-    axes[0].set_title("who runs (line: lowest and highest round)", fontsize=9)
-    axes[1].set_ylabel("ms to the first token, median")
-    axes[1].set_title("the prompts that come in", fontsize=9)
-    axes[1].legend(fontsize=8, loc="upper left")
-    for axis in axes:
-        axis.set_xticks(range(len(prompts)), prompts)
+    rates = list(dict.fromkeys(row["every_s"] for row in rows))
+    figure, grid = plt.subplots(
+        len(rates), 2, figsize=(9, 0.9 + 2.3 * len(rates)), sharex=True, squeeze=False, layout="constrained"
+    )
+    for axes, rate in zip(grid, rates, strict=True):
+        for i, (name, colour) in enumerate(zip(names, (ORANGE, GREY, BLUE), strict=False)):
+            mine = [row for row in rows if (row["contender"], row["every_s"]) == (name, rate)]
+            x = [prompts.index(row["prompt_tokens"]) + 0.27 * (i - (len(names) - 1) / 2) for row in mine]
+            low, middle, high, first = ([float(row[key]) for row in mine] for key in
+                                        ("itl_p99_lowest_ms", "itl_p99_ms", "itl_p99_highest_ms", "ttft_median_ms"))  # fmt: skip
+            ends = [
+                [max(m - a, 0) for m, a in zip(middle, low, strict=True)],
+                [max(b - m, 0) for m, b in zip(middle, high, strict=True)],
+            ]
+            axes[0].bar(x, middle, 0.25, color=colour, yerr=ends, error_kw={"elinewidth": 0.8})
+            axes[1].bar(x, first, 0.25, color=colour, label=name)
+            if "ttft_model_ms" in rows[0]:
+                said = {"marker": "_", "s": 90, "linewidths": 2, "color": "black", "zorder": 3}
+                axes[0].scatter(x, [float(row["itl_p99_model_ms"]) for row in mine], **said)
+                axes[1].scatter(
+                    x, [float(row["ttft_model_ms"]) for row in mine], **said, label="" if i else "the model"
+                )
+        axes[0].set_ylabel(f"a prompt every {rate} s", fontsize=9)
+        for axis in axes:
+            axis.set_xticks(range(len(prompts)), prompts)
+            axis.spines[["top", "right"]].set_visible(False)
+    grid[0][0].set_title("ms between tokens of who runs, p99 (line: lowest and highest round)", fontsize=9)
+    grid[0][1].set_title("ms to the first token of the prompts that come, median", fontsize=9)
+    grid[0][1].legend(fontsize=8, loc="upper left")
+    for axis in grid[-1]:
         axis.set_xlabel("tokens of the prompts that come in")
-        axis.spines[["top", "right"]].set_visible(False)
     one = rows[0]
-    load = f"{one['streams']} answers, a prompt every {one['every_s']} s, chunks of {one['chunk']}"
+    load = f"{one['streams']} answers, chunks of {one['chunk']}"
     figure.suptitle(f"{one.get('model', 'bundled model')}, {load}; {one['device']}, {one['date']}", fontsize=10)
     return figure
 

@@ -189,7 +189,7 @@ answer = json.loads(post(server.url, asked))
 print(answer["text"], json.loads(answer["text"]).keys() == SCHEMA["properties"].keys())
 
 tokenizer, config = server.manager.tokenizer, ModelConfig.from_folder(TINY_QWEN_PATH)
-compiler = GrammarCompiler(tokenizer.hf, config.vocab_size, config.eos_token_ids)
+compiler = GrammarCompiler(tokenizer.inner, config.vocab_size, config.eos_token_ids)
 mask, allowed = compiler.mask(compiler.compiled("json_schema", written), after_thinking=False), []
 for n in range(len(answer["output_ids"])):  # the answer is walked again, to look at each mask
     mask.read(answer["output_ids"][:n])

@@ -43,7 +43,7 @@ class TwoHosts:
         self.folder, self.holder = folder, None
         self.code = [ROOT, folder / "host-b" / "repository"]
         for package in PACKAGES:
-            hidden = shutil.ignore_patterns("__pycache__", "*.csv")
+            hidden = shutil.ignore_patterns("*.pyc.*", "*.csv")  # the first: half written, by others
             shutil.copytree(ROOT / package, self.code[1] / package, ignore=hidden)
         self.started: list[subprocess.Popen] = []
         self.kind = "two addresses of this host"

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from tests import warm
+
 TIMEOUT_S = 400  # for a whole call; more ranks than cores are slow on a busy machine
 
 
@@ -16,12 +18,11 @@ class RankPool:
 
     def __init__(self, size: int):
         self.size = size
-        spawn = multiprocessing.get_context("spawn")
         store = os.path.join(tempfile.mkdtemp(), "store")  # a file, not a port: tests may run side by side
         self._pipes, self._processes = [], []
         for rank in range(size):
-            here, there = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(rank, size, store, there), daemon=True)
+            here, there = multiprocessing.Pipe()
+            process = warm.process(_serve, rank, size, store, there, daemon=True)
             process.start()
             there.close()
             self._pipes.append(here)

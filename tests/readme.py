@@ -1,13 +1,18 @@
 """A chapter's README: its commands, what it says they print, and whether they do."""
 
+import multiprocessing.connection
 import os
 import re
-import subprocess
-import sys
+import tempfile
+import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+import torch.distributed
 
+from tests import warm
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT_S = 500  # for one command
 
 MEASURED = "\f"  # before a line whose numbers differ from run to run
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]\d+)?x?")
@@ -44,18 +49,54 @@ def links(chapter: str) -> set[str]:
 
 
 def run(command: str, shown: str) -> None:
-    """Run it as a reader would; the shown lines must come in this order, and may go on with numbers that vary."""
+    """Run it as a reader would; the shown lines must come in this order, and may go on with numbers that vary.
+
+    Its processes are those of tests/warm.py, torchrun's ranks too: what torchrun itself does is tested with torchrun.
+    """
     program, *args = command.split()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    argv = {"python": [sys.executable], "torchrun": torchrun}[program] + args
+    size = 1
+    if program == "torchrun":
+        (size,) = (int(arg.partition("=")[2]) for arg in args if arg.startswith("--nproc_per_node="))
+        args = [arg for arg in args if not arg.startswith("--nproc_per_node=")]
+    with tempfile.TemporaryDirectory() as folder:
+        done, printed, said = _finish(args, size, torchrun=program == "torchrun", folder=Path(folder))
+    assert not done, said[-2000:]
+    expect(printed, shown)
+
+
+def _finish(args: list[str], size: int, torchrun: bool, folder: Path) -> tuple[int, str, str]:
+    """(0 or the exit status of the first rank that failed, what all printed, and on stderr)."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines, at = done.stdout.splitlines(), 0
+    if torchrun:  # as its agent does: a store on a free port, which all ranks join
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        env |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "GROUP_RANK": "0"}
+    files = [(folder / f"{rank}.out", folder / f"{rank}.err") for rank in range(size)]
+    ranks = [
+        warm.script(args, ROOT, env | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if torchrun else {}), *files[rank])
+        for rank in range(size)
+    ]
+    for rank in ranks:
+        rank.start()
+    until, failed = time.monotonic() + TIMEOUT_S, 0
+    while not failed and any(rank.is_alive() for rank in ranks) and time.monotonic() < until:
+        multiprocessing.connection.wait([rank.sentinel for rank in ranks if rank.is_alive()], timeout=1)
+        failed = next((rank.exitcode for rank in ranks if rank.exitcode), 0)
+    for rank in ranks:  # those that wait for the one that failed, or for ever
+        failed = failed or (1 if rank.is_alive() else rank.exitcode)
+        rank.kill()
+        rank.join()
+    printed, said = ("".join(path.read_text(encoding="utf-8") for path in paths) for paths in zip(*files, strict=True))
+    return failed, printed, said
+
+
+def expect(printed: str, shown: str) -> None:
+    """The shown lines are printed in this order."""
+    lines, at = printed.splitlines(), 0
     for line in shown.split("\n"):
         alike = re.compile(_any_numbers(line[1:]) if line.startswith(MEASURED) else re.escape(line))
         found = [i for i in range(at, len(lines)) if alike.match(lines[i])]
-        assert found or not line, f"nothing like {line!r} is printed after line {at} of\n{done.stdout}"
+        assert found or not line, f"nothing like {line!r} is printed after line {at} of\n{printed}"
         at = found[0] + 1 if line else at
 
 

@@ -80,7 +80,8 @@ class Adapters:
     def _before_step(self) -> bool:
         self._say_goodbye()
         s = self._scheduler
-        for req in [req for req in s.waiting if req.lora_id and self.registry.by_identity[req.lora_id].lost]:
+        not_begun = [*s.waiting, *s.elsewhere]
+        for req in [req for req in not_begun if req.lora_id and self.registry.by_identity[req.lora_id].lost]:
             s.outcome.refuse(req, self.registry.by_identity[req.lora_id].lost)
         self.gate.look(s.admitted, s.waiting)
         return False  # nothing is on its way that no step moves

@@ -2,6 +2,7 @@
 
     python -m ch07_sglang_radix.benchmarks.bench_disaggregation                      # processes on a CPU, the bundled model
     python -m ch07_sglang_radix.benchmarks.bench_disaggregation --device cuda        # two GPUs, Qwen2.5-7B, random weights
+    python -m ch07_sglang_radix.benchmarks.disaggregation_report                     # then: the README's tables, from the CSVs
 
 Contenders, each a server as a reader starts it, all up at once and asked in turn, --rounds times:
 
@@ -9,10 +10,13 @@ Contenders, each a server as a reader starts it, all up at once and asked in tur
     replicas        two engines, --dp-size 2
     disaggregated   a prefill engine, a decode engine, mini_lb in front; pages by --transfer-backend, between GPUs CUDA IPC
 
-In a round --streams answers are being written; every --every seconds a prompt comes that nobody has seen, of each length in
---prompts. Told of each contender: milliseconds between two tokens of those who run (median, 99th percentile, longest), and until
-a long prompt's first token (median, 99th percentile, longest). Writes disaggregation.csv, or disaggregation_gpu.csv, and the
-figure that figures/draw.py draws from it. On two H100 the defaults are to take less than 200 s: no round begins after --seconds.
+In a round --streams answers are being written, and for --window seconds a prompt comes every --every seconds that nobody has seen;
+each rate with each length in --prompts. Told of each contender: milliseconds between two tokens of those who run (median, 99th
+percentile, longest), and until a long prompt's first token (median, 99th percentile, longest). Beside them what a model
+(disaggregation/cost_model.py) says from two numbers that are measured before, at each contender by itself: the first token of such
+a prompt while nobody else is there, and the time between tokens while no prompt comes. Writes disaggregation.csv, or
+disaggregation_gpu.csv, and the figure that figures/draw.py draws from it. On two H100 the defaults are to take less than 200 s: no
+round begins after --seconds.
 """
 
 import argparse
@@ -24,15 +28,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
+from ch07_sglang_radix.disaggregation.cost_model import Arrivals, Times
 from ch07_sglang_radix.serving.http_client import Client
 from common.distributed.launch import run_main
 from common.models.published_configs import save_random_weights, weights_folder
@@ -42,15 +47,18 @@ ROOT = Path(__file__).parents[2]
 START_S = 600.0
 SERVER, BALANCER = "ch07_sglang_radix.launch_server", "ch07_sglang_radix.disaggregation.mini_lb"
 WARM_UP = 4  # tokens
+QUIET, QUIET_S = 3, 1.0  # prompts that are alone, and seconds in which none comes: what the model is told
 MODEL = "Qwen2.5-7B"  # on GPUs, if no other is named
 CONTENDERS = ("chunked", "replicas", "disaggregated")
 DEFAULTS = {  # flags that a CPU and two GPUs want different values of
     "cpu": {
-        "streams": 4, "tokens": 300, "prompts": [400, 1600], "every": 0.4, "count": 5, "chunk": 256, "vocabulary": 1000,
+        "streams": 4, "tokens": 1900, "prompts": [100, 400, 800], "every": [1.6, 0.8, 0.4], "window": 3.2, "chunk": 256,
+        "vocabulary": 1000,
         "pool": None, "transfer_backend": "tcp", "seconds": 3600.0,
     },
     "cuda": {
-        "streams": 16, "tokens": 2500, "prompts": [2048, 8192], "every": 0.6, "count": 6, "chunk": 2048, "vocabulary": 10_000,
+        "streams": 16, "tokens": 2500, "prompts": [2048, 8192], "every": [0.6], "window": 3.6, "chunk": 2048,
+        "vocabulary": 10_000,
         "pool": 120_000, "transfer_backend": "cuda_ipc", "seconds": 170.0,
     },
 }  # fmt: skip
@@ -82,8 +90,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--streams", type=int)
     parser.add_argument("--tokens", type=int, help="of each stream's answer at most")
     parser.add_argument("--prompts", type=int, nargs="+", help="tokens of the long prompts")
-    parser.add_argument("--every", type=float, help="seconds from one long prompt to the next")
-    parser.add_argument("--count", type=int, help="long prompts a round")
+    parser.add_argument("--every", type=float, nargs="+", help="seconds from one long prompt to the next")
+    parser.add_argument("--window", type=float, help="seconds of a round in which long prompts come")
     parser.add_argument("--chunk", type=int, help="chunked_prefill_size of all")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vocabulary", type=int, help="ids of the prompts' tokens are below")
@@ -199,67 +207,105 @@ def _visible() -> list[str]:
 async def in_turn(args: argparse.Namespace, urls: dict[str, str], began: float) -> list[dict[str, Any]]:
     draw, rows = random.Random(0), []
     clients = {name: Client(url) for name, url in urls.items()}
+    alone: dict[tuple[str, int], Times] = {}
     for name, client in clients.items():
         for _ in range(2):
-            first = await _first_token(client, [draw.randrange(args.vocabulary) for _ in range(max(args.prompts))])
+            first = await _first_token(client, _prompt(args, draw, max(args.prompts)))
             say(began, f"{name}: warmed up, {ms(first)} ms to the first token of {max(args.prompts)}")
-    for prompt in args.prompts:
+        alone |= await quiet_times(args, name, client, draw)
+    for every, prompt in product(args.every, args.prompts):
         found: dict[str, list[tuple[list[float], list[float]]]] = {name: [] for name in urls}
         for i in range(args.rounds):
+            where = f"prompts of {prompt} every {every:g} s"
             if time.monotonic() - began > args.seconds:
-                say(began, f"--seconds {args.seconds:g} are over: {i} of {args.rounds} rounds with prompts of {prompt}")
+                say(began, f"--seconds {args.seconds:g} are over: {i} of {args.rounds} rounds, {where}")
                 break
             for name, client in clients.items():
-                found[name].append(await one_round(args, client, prompt, draw))
-                say(began, f"round {i + 1} of {args.rounds}, prompts of {prompt}: {name}")
+                coming = prompts_coming(args, client, prompt, every, draw)
+                found[name].append(await gaps_while(args, client, draw, coming))
+                say(began, f"round {i + 1} of {args.rounds}, {where}: {name}")
         for name, rounds in found.items():
             if rounds:
-                rows.append(row_of(args, name, prompt, rounds))
+                rows.append(row_of(args, name, prompt, every, rounds, alone[name, prompt]))
                 print(rows[-1], flush=True)
     for client in clients.values():
         await client.close()
     return rows
 
 
+async def quiet_times(
+    args: argparse.Namespace, name: str, client: Client, draw: random.Random
+) -> dict[tuple[str, int], Times]:
+    """{(contender, prompt): what it takes there while nothing disturbs it}; pages' travel is in a chunk's share of it."""
+    gaps, _ = await gaps_while(args, client, draw, asyncio.sleep(QUIET_S))
+    times = {}
+    for prompt in args.prompts:
+        firsts = [await _first_token(client, _prompt(args, draw, prompt)) for _ in range(QUIET)]
+        times[name, prompt] = Times(args.chunk, median(firsts) / -(-prompt // args.chunk), median(gaps))
+    return times
+
+
 def row_of(
-    args: argparse.Namespace, name: str, prompt: int, rounds: Sequence[tuple[list[float], list[float]]]
-) -> dict[str, Any]:
+    args: argparse.Namespace, name: str, prompt: int, every: float, rounds: Sequence[tuple[list[float], list[float]]],
+    alone: Times,
+) -> dict[str, Any]:  # fmt: skip
     gaps = sorted(gap for gaps, _ in rounds for gap in gaps)
     firsts = sorted(first for _, firsts in rounds for first in firsts)
     p99s = sorted(quantile(sorted(gaps), 0.99) for gaps, _ in rounds)
     model = Path(args.model_path).name if args.model_path else "bundled model"
+    engines = 2 if name == "replicas" else 1  # that prompts go to in turn
+    coming = Arrivals(engines * every, -(-prompts_of(args, every) // engines))
+    said = alone.apart(prompt) if name == "disaggregated" else alone.together(prompt)
     return {
-        "model": model, "contender": name, "prompt_tokens": prompt, "chunk": args.chunk, "streams": args.streams,
-        "every_s": args.every, "rounds": len(rounds), "gaps": len(gaps), "itl_median_ms": ms(median(gaps)),
+        "model": model, "contender": name, "prompt_tokens": prompt, "every_s": every, "chunk": args.chunk,
+        "streams": args.streams, "rounds": len(rounds), "gaps": len(gaps), "itl_median_ms": ms(median(gaps)),
         "itl_p99_ms": ms(quantile(gaps, 0.99)), "itl_p99_lowest_ms": ms(p99s[0]), "itl_p99_highest_ms": ms(p99s[-1]),
         "itl_longest_ms": ms(gaps[-1]), "ttft_median_ms": ms(median(firsts)), "ttft_p99_ms": ms(quantile(firsts, 0.99)),
-        "ttft_longest_ms": ms(firsts[-1]),
+        "ttft_longest_ms": ms(firsts[-1]), "itl_alone_ms": ms(alone.step_s),
+        "ttft_alone_ms": ms(alone.chunks(prompt) * alone.chunk_s), "itl_p99_model_ms": ms(coming.gap_s(said)),
+        "ttft_model_ms": ms(coming.first_s(said)),
     }  # fmt: skip
 
 
-async def one_round(
-    args: argparse.Namespace, client: Client, prompt: int, draw: random.Random
-) -> tuple[list[float], list[float]]:
-    """(seconds between tokens of the streams while long prompts come, seconds to each long prompt's first token)"""
-    ids = lambda n: [draw.randrange(args.vocabulary) for _ in range(n)]  # noqa: E731
+def prompts_of(args: argparse.Namespace, every: float) -> int:
+    """Long prompts of a round."""
+    return max(round(args.window / every), 1)
+
+
+async def prompts_coming(
+    args: argparse.Namespace, client: Client, prompt: int, every: float, draw: random.Random
+) -> list[float]:
+    """Seconds to each one's first token."""
+    coming = []
+    for _ in range(prompts_of(args, every)):
+        coming.append(asyncio.create_task(_first_token(client, _prompt(args, draw, prompt))))
+        await asyncio.sleep(every)
+    return await asyncio.gather(*coming)
+
+
+async def gaps_while(
+    args: argparse.Namespace, client: Client, draw: random.Random, what: Awaitable[Any]
+) -> tuple[list[float], Any]:
+    """(seconds between tokens of the streams while that goes on, what it comes to)"""
     times: list[list[float]] = [[] for _ in range(args.streams)]
-    streams = [asyncio.create_task(_stream(client, ids(8), args.tokens, seen)) for seen in times]
+    streams = [asyncio.create_task(_stream(client, _prompt(args, draw, 8), args.tokens, seen)) for seen in times]
     while not all(len(seen) > WARM_UP for seen in times):
         await asyncio.sleep(0.01)
-    began, coming = time.perf_counter(), []
-    for _ in range(args.count):
-        coming.append(asyncio.create_task(_first_token(client, ids(prompt))))
-        await asyncio.sleep(args.every)
-    firsts = await asyncio.gather(*coming)
+    began = time.perf_counter()
+    result = await what
     over = time.perf_counter()
     for stream in streams:
         stream.cancel()
     await asyncio.gather(*streams, return_exceptions=True)
     gaps = [b - a for seen in times for a, b in pairwise(seen) if a >= began and b <= over]
     if not gaps:
-        raise ValueError(f"no stream was still running; more than --tokens {args.tokens}, or a smaller --count")
+        raise ValueError(f"no stream was still running; more than --tokens {args.tokens}, or a shorter --window")
     await asyncio.sleep(0.3)  # who was cancelled is aborted
-    return gaps, list(firsts)
+    return gaps, result
+
+
+def _prompt(args: argparse.Namespace, draw: random.Random, tokens: int) -> list[int]:
+    return [draw.randrange(args.vocabulary) for _ in range(tokens)]
 
 
 async def _stream(client: Client, ids: Sequence[int], tokens: int, seen: list[float]) -> None:

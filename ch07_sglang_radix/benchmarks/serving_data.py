@@ -49,7 +49,7 @@ class Words:
 
 def plain_ids(tokenizer: Tokenizer) -> list[int]:
     """Tokens that are a text by themselves: neither special nor a part of a character, so they also travel as text."""
-    every = (i for i in range(len(tokenizer.hf)) if tokenizer.has_text(i))
+    every = (i for i in range(len(tokenizer.inner)) if tokenizer.has_text(i))
     return [
         i for i in every if (text := tokenizer.token_text(i)).strip() and text.isprintable() and "\ufffd" not in text
     ]

@@ -3,7 +3,8 @@
     prealloc     until pages for the whole prompt are free, beside num_reserved_decode_tokens for each answer that is being written
                  here or soon will be; what the tree has of the prompt need not come. First come, first served
     transfer     reserved; the other side computes and sends
-    arrived      all ranks have everything; it lacks a row, or its grammar
+    arrived      all ranks have everything; it lacks a row, its grammar, or a place for its adapter. Who wants an adapter does not
+                 overtake who waits for a place for one, so that places come free for those who came first
     running      the scheduler's own, as if a prefill step had just given it its first token
 
 If pages run out later, the scheduler retracts as always, and the prompt is then computed here: this engine has the model, too.
@@ -70,8 +71,7 @@ class Decode(Side):
         for one in [one for one in self.passages.values() if one.req.ended]:
             if one.stage != "prealloc" or self._routes[one.host, one.port].done():  # else nobody could be told yet
                 self.fail(one, "the request was aborted on the decode side")
-        for one in [one for one in self.passages.values() if one.stage == "arrived"]:
-            self._run(one)
+        self._run_arrived()
         for one in [one for one in self.passages.values() if one.stage == "prealloc" and not one.req.ended]:
             route = self._routes[one.host, one.port]
             if not route.done():
@@ -84,7 +84,7 @@ class Decode(Side):
     def move(self, one: Passage, state: State) -> None:
         if state is State.SUCCESS:
             one.move("arrived")
-            self._run(one)
+            self._run_arrived()
 
     # --- prealloc
 
@@ -106,8 +106,9 @@ class Decode(Side):
         own = memory.take(missing // memory.page_size)
         self.held.of[one.room] = Held(np.concatenate((match.slots, own)), len(match.slots), match.last_node)
         self._introduce(engine)
-        first = len(match.slots) // memory.page_size
-        self.order(orders.RESERVE, one.room, engine, next(self._slots), first, *self.held.pages(one.room)[first:])
+        first, adapter = len(match.slots) // memory.page_size, self.adapter(req)
+        pages = self.held.pages(one.room)[first:]
+        self.order(orders.RESERVE, one.room, engine, next(self._slots), first, adapter, *pages)
         one.engine = engine
         one.move("transfer")
         return True
@@ -130,11 +131,23 @@ class Decode(Side):
 
     # --- arrived
 
+    def _run_arrived(self) -> None:
+        """Whoever can."""
+        held_up = False
+        for one in [one for one in self.passages.values() if one.stage == "arrived"]:
+            req = one.req
+            if not self.memory.rows.num_free:
+                return
+            if (req.params.grammar and not req.grammar) or (held_up and req.lora_id):
+                continue
+            if all(gate(req, 0) for gate in self.scheduler.admission.gates):
+                self._run(one)
+            else:
+                held_up = True
+
     def _run(self, one: Passage) -> None:
         """What a prefill step would have left behind, without one: a row, pages, the first token."""
         s, memory, req = self.scheduler, self.memory, one.req
-        if not memory.rows.num_free or (req.params.grammar and not req.grammar):
-            return
         metadata, held = self.manager.metadata_of(one.room), self.held.of.pop(one.room)
         s.elsewhere.remove(req)
         req.row, req.last_node, req.prefix_len = memory.rows.alloc(), held.last_node, held.prefix_len
@@ -142,7 +155,9 @@ class Decode(Side):
         req.cached_tokens = metadata.cached_tokens
         memory.rows.req_to_token[req.row, : len(held.slots)] = held.slots
         memory.share(req)
-        self.order(orders.BEGIN, req.row, metadata.token)
+        self.order(
+            orders.BEGIN, req.row, metadata.token, req.pictures.shift(len(req.prompt_ids)) if req.pictures else 0
+        )
         self.leave(one)
         self._tell_all([])  # before a step that feeds the token in
         req.wanted -= 1

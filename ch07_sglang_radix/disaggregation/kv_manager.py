@@ -68,7 +68,7 @@ class KVManager:
             if kind == orders.MEET:
                 self._engines[told[0]] = orders.as_text(told[1:]).split()
             elif kind == orders.RESERVE:
-                self._reserve(*told[:4], list(told[4:]))
+                self._reserve(*told[:5], list(told[5:]))
             elif kind == orders.SEND:
                 self._send(told[0], bool(told[1]), list(told[2:]))
             elif kind == orders.CLOSE:
@@ -76,11 +76,17 @@ class KVManager:
             elif kind == orders.TURN_AWAY:
                 self._turn_away(*told[:2], orders.as_text(told[2:]))
             elif kind == orders.BEGIN:
-                row, token = (torch.tensor([one], device=self.tp.device) for one in told)
-                self.wrapper.table.set_tokens(row, token)
+                self._begin(*told)
             else:
                 states = self._poll(told)
         return states
+
+    def _begin(self, row: int, token: int, shift: int) -> None:
+        table = self.wrapper.table
+        there, tokens = (torch.tensor([one], device=self.tp.device) for one in (row, token))
+        table.set_tokens(there, tokens)
+        if table.shift is not None:  # always: whoever had the row before may have left one
+            table.set_shifts(there, np.array([shift]))
 
     def _poll(self, rooms: Sequence[int]) -> list[State]:
         mine = torch.tensor(self.states(rooms))
@@ -141,6 +147,11 @@ class KVManager:
         with self._lock:
             return self._rooms[room].first
 
+    def adapter(self, room: int) -> int:
+        """The decode side's; asked as `first_missing`."""
+        with self._lock:
+            return self._rooms[room].adapter
+
     def metadata(self, room: int, token: int, cached_tokens: int, logprobs: list, prompt_logprobs: list) -> None:
         """Rank 0: the last message of a room, behind its pages."""
         with self._lock:
@@ -188,7 +199,7 @@ class KVManager:
         with self._lock:
             return self._rooms[room].metadata
 
-    def _reserve(self, room: int, engine: int, slot: int, first: int, pages: list[int]) -> None:
+    def _reserve(self, room: int, engine: int, slot: int, first: int, adapter: int, pages: list[int]) -> None:
         ranks = len(self._engines[engine])
         sources = frozenset(one.source for one in self._slices(ranks, self.tp.rank, self.tp.size))
         told = told_by(self.tp.rank, sources, ranks)
@@ -199,7 +210,7 @@ class KVManager:
                 self._slots[slot] = room
             for i in told:
                 link = self._links[room, i] = self._link_to(engine, i)
-                message = Reserve(room, slot, first, pages)
+                message = Reserve(room, slot, first, pages, adapter)
                 link.send(message)
                 self._note(i, message)
             self._thank(one)  # if nothing is missing, and the metadata is rank 0's

@@ -1,12 +1,15 @@
 """Both halves in one process, one rank each, stepped in turn over a real TCP link: for demos and tests, which look inside.
 
 `gate` holds the bytes of pages back while it is closed; the messages between them wait with them, as on a slow wire.
+`bytes_per_s` makes the wire slow: a link's thread carries one payload after another, and holds each back for as long as its
+bytes take. So it is this host's real connection, slowed; without that a host has one speed, that of its memory.
 """
 
 import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
+from math import inf
 from typing import Any
 
 from ch07_sglang_radix.disaggregation.attach import Disaggregation
@@ -18,7 +21,9 @@ from ch07_sglang_radix.request import RequestOutput
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.server_args import ServerArgs
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
+from common.models.lora_manager import LoRAOptions
 from common.sampling.params import SamplingParams
+from common.vision.pictures import Pictures
 
 ROWS = 4
 PATIENCE_S = 30.0
@@ -28,43 +33,60 @@ Asked = tuple[int, dict[str, int]]  # the room, and each half's number of the re
 
 
 @cache
-def _wrapper(mode: str, page_size: int, pool: int, kv_cache_dtype: str) -> TPRadixAttentionModelWrapper:
+def _wrapper(
+    mode: str, folder: str | None, page_size: int, pool: int, kv_cache_dtype: str, lora: LoRAOptions | None
+) -> TPRadixAttentionModelWrapper:
     """Loaded once: a new scheduler finds all pages free, whatever lies on them."""
     return TPRadixAttentionModelWrapper(
-        None, "cpu", page_size, max_total_tokens=pool, max_running_requests=ROWS, kv_cache_dtype=kv_cache_dtype
-    )
+        folder, "cpu", page_size, max_total_tokens=pool, max_running_requests=ROWS, kv_cache_dtype=kv_cache_dtype, lora=lora,
+        skip_tokenizer_init=folder is not None,
+    )  # fmt: skip
 
 
 class Half:
     """One engine. Conservation is checked after each of its steps. reserved: num_reserved_decode_tokens. transport: another one,
-    which has no gate. options: TPScheduler's."""
+    which has no gate and no slow wire. folder, lora: another model, with room for adapters. attach: what other wings have to do
+    with the scheduler. options: TPScheduler's."""
 
     def __init__(
         self, mode: str, gate: threading.Event, page_size: int = 4, pool: int = 512, timeout: float = 20.0,
-        reserved: int = 8, kv_cache_dtype: str = "auto", transport: Callable[[Handler], Transport] | None = None, **options: Any,
+        reserved: int = 8, kv_cache_dtype: str = "auto", transport: Callable[[Handler], Transport] | None = None,
+        folder: str | None = None, lora: LoRAOptions | None = None,
+        attach: Callable[[TPScheduler], Any] = lambda scheduler: None, **options: Any,
     ):  # fmt: skip
+        half = self
+        self.bytes_per_s = inf  # of the wire by which its pages leave
+
         class Link(TcpLink):
             def _give_payload(self, payload: memoryview) -> None:
                 gate.wait(PATIENCE_S)
+                time.sleep(payload.nbytes / half.bytes_per_s)
                 super()._give_payload(payload)
 
         class Gated(TcpTransport):
             link = Link
 
         self.mode = mode
-        self.scheduler = TPScheduler(_wrapper(mode, page_size, pool, kv_cache_dtype), check=True, **options)
+        self.scheduler = TPScheduler(
+            _wrapper(mode, folder, page_size, pool, kv_cache_dtype, lora), check=True, **options
+        )
+        attach(self.scheduler)
         args = ServerArgs(disaggregation_mode=mode, disaggregation_timeout=timeout, num_reserved_decode_tokens=reserved)
         self.half = Disaggregation(self.scheduler, args, transport or Gated)
         self.manager, self.side = self.half.manager, self.half.side
         self.manager.log = []
         self.results: dict[int, RequestOutput] = {}
 
-    def enqueue(self, handoff: Handoff, prompt: Sequence[int], **params: Any) -> int:
+    def enqueue(
+        self, handoff: Handoff, prompt: Sequence[int], *, lora_path: str | None = None, pictures: Pictures | None = None,
+        **params: Any,
+    ) -> int:  # fmt: skip
         params = {"max_new_tokens": 6, "ignore_eos": True} | params
         if self.mode == "prefill":
             params["max_new_tokens"] = 1
         sampling = SamplingParams(**params)
-        return self.scheduler.enqueue(None, list(prompt), sampling, handoff=handoff._replace(mode=self.mode))
+        handoff, more = handoff._replace(mode=self.mode), {"lora_path": lora_path, "pictures": pictures}
+        return self.scheduler.enqueue(None, list(prompt), sampling, handoff=handoff, **more)
 
     def step(self) -> None:
         self.scheduler.step()

@@ -19,8 +19,8 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 
-VERSION = 1  # of this file
-MAGIC = 0x4B56_0001  # "KV"
+VERSION = 2  # of this file
+MAGIC = 0x4B56_0000 | VERSION  # "KV"
 HEAD = struct.Struct("<IIQ")
 HANDLE = 64  # bytes of a CUipcMemHandle
 MAX_STRUCT = 1 << 22  # bytes: a prompt of 100,000 pages, or the log-probabilities of a long one
@@ -43,12 +43,14 @@ class Hello(Message):
 
 class Reserve(Message):
     """pages: the receiver's ids for the prompt's pages from number `first` on; those before are in its tree. slot: where its
-    rank 0 expects the metadata. Nothing is missing where `pages` is empty."""
+    rank 0 expects the metadata. Nothing is missing where `pages` is empty. adapter: what tells the files of the request's LoRA
+    adapter from any others (side.py); a prompt that another one has computed would be another prompt."""
 
     room: int
     slot: int
     first: int
     pages: list[int]
+    adapter: int = 0
 
 
 class Write(Message):

@@ -2,11 +2,12 @@
 
     [kind, words, ...] [kind, words, ...]       words: how many follow
     meet      decode    engine, its ranks' addresses as bytes       connect to them
-    reserve   decode    room, engine, slot, first, pages            these pages wait for the room's
+    reserve   decode    room, engine, slot, first, adapter, pages   these pages wait for the room's
     send      prefill   room, last, pages                           these are computed: on their way with them
     close     both      room, failed?, why as bytes                 forget it; what still comes for it is thrown away
     turn_away decode    room, engine, why as bytes                  nothing is reserved: its prompt need not be computed
-    begin     decode    row, token                                  a row goes on with this token
+    begin     decode    row, token, shift                           a row goes on with this token; pictures before it shift its
+                                                                    positions by so many (common/vision/mrope.py)
     poll      both      rooms                                       tell rank 0 where you are with each
 
 Rank 0 alone decides; because orders are tasks they come in its order: a page that `close` takes from a room is not another's before
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 WING = 1  # this wing's number on the wire
 MEET, RESERVE, SEND, CLOSE, BEGIN, POLL, TURN_AWAY = range(1, 8)
-LEAST = {MEET: 1, RESERVE: 4, SEND: 2, CLOSE: 2, BEGIN: 2, POLL: 0, TURN_AWAY: 2}  # words that an order of a kind has
+LEAST = {MEET: 1, RESERVE: 5, SEND: 2, CLOSE: 2, BEGIN: 3, POLL: 0, TURN_AWAY: 2}  # words that an order of a kind has
 
 
 class Order(NamedTuple):

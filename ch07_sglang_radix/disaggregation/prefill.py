@@ -40,6 +40,9 @@ class Prefill(Side):
 
     def move(self, one: Passage, state: State) -> None:
         if one.stage == "bootstrap" and state >= State.WAITING_FOR_INPUT:
+            if self.manager.adapter(one.room) != self.adapter(one.req):
+                self.fail(one, "the two sides have different files behind this lora_path; load the same ones on both")
+                return
             self.scheduler.elsewhere.remove(one.req)
             self.scheduler.waiting.append(one.req)
             one.move("waiting")

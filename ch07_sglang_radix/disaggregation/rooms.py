@@ -84,6 +84,10 @@ class Sender(Room):
         """The first of the prompt's pages that the other side lacks."""
         return next(iter(self.reserved.values())).first
 
+    @property
+    def adapter(self) -> int:
+        return next(iter(self.reserved.values())).adapter
+
     def take(self, peer: int, message: RoomMessage, expected: frozenset[int]) -> None:
         """A message of decode rank `peer`, and which of its ranks have something to do with this one."""
         if isinstance(message, Reserve):

@@ -95,6 +95,12 @@ class Side:
         self.memory.heirs.pop(one.req, None)
         del self.passages[one.room]
 
+    def adapter(self, req: Req) -> int:
+        """What tells the files of its LoRA adapter from any others, on both sides alike; 0 for the base model. It is 60 bits of a
+        SHA-256: an identity (lora.py) is one engine's own, and behind the same name there may be other numbers."""
+        content = req.lora_id and self.scheduler.lora.content(req.lora_id)
+        return int(content[:15], 16) if content else 0
+
     def order(self, kind: int, *words: int) -> None:
         self._orders.append(Order(kind, tuple(words)))
 

@@ -5,13 +5,15 @@
 First three tokens and two heads with numbers for pencil and paper: scores from keys that are made of the cached rows, and the
 same scores from the rows themselves, because the matrix has moved to the query. Then what a turn between the two would break.
 Then a layer with the sizes of DeepSeek-V2-Lite writes its pages in one prompt, expanded, and reads them for the next token,
-absorbed. Last, how many multiplications either form costs: why a prompt takes the one and a decode the other.
+absorbed. Then how many multiplications either form costs: why a prompt takes the one and a decode the other. Last, the bundled
+model answers from rows of 32 + 16 numbers, and what it says without the 16 that are turned.
 """
 
 import math
 
 import torch
 
+from ch07_sglang_radix import Engine
 from common.attention.contract import AttentionMetadata
 from common.attention.kv_cache import PagedKVCache
 from common.attention.latent import LatentNativeAttention, absorb, expand, multiplications
@@ -22,6 +24,7 @@ from common.models.published_configs import published_shape
 from common.models.weights import TensorSource
 from common.parallel_state import TPGroup
 from common.teaching.show import check, heading, matrix, mistake, table
+from common.tiny_qwen import LATENT_PATH, TINY_QWEN_PATH
 
 LATENTS = torch.tensor([[1.0, 0], [2, 1], [0, 3]])  # of three tokens [3, c]
 TURNED = torch.tensor([[1.0, 0], [0, 1], [1, 1]])  # the part of their keys that knows the position [3, r]
@@ -29,6 +32,7 @@ KV_B = torch.tensor([[[1.0, 1], [0, 2], [1, -1]], [[2, 0], [1, 1], [0, 1]]])  # 
 QUERY = torch.tensor([[1.0, 1, 1, 2], [2, -1, 0, 1]])  # of the third token [H, dn + r]
 SCALE, DN, C = 0.1, 2, 2
 PAGE, PROMPT = 4, 10
+QUESTION, WORDS = "What is a radix cache?", 24
 
 
 def main() -> None:
@@ -37,6 +41,7 @@ def main() -> None:
     what_a_turn_would_break()
     through_pages()
     what_either_costs()
+    in_words()
 
 
 def on_paper() -> None:
@@ -140,6 +145,32 @@ def what_either_costs() -> None:
     print(
         "  A decode has one query and thousands of rows, a prompt as many queries as rows. The engine takes the lesser."
     )
+
+
+def in_words() -> None:
+    with (
+        Engine(TINY_QWEN_PATH, device="cpu", tp_size=1) as dense,
+        Engine(LATENT_PATH, device="cpu", tp_size=1) as engine,
+    ):
+        heading(f"The bundled model, asked: {QUESTION}")
+        config, latent = dense.wrapper.config, engine.wrapper.config.latent
+        rows = [(f"2 x {config.num_kv_heads} x {config.head_dim}, K and V", said(dense))]
+        rows += [(f"{latent.kv_rank} + {latent.rope_dim}, a row for all heads", said(engine))]
+        for layer in engine.wrapper.model.model.layers:
+            down = layer.self_attn.kv_a_proj_with_mqa
+            down.weight.data[latent.kv_rank :] = 0
+            down.bias.data[latent.kv_rank :] = 0
+        engine.flush_cache()
+        rows += [(f"{latent.kv_rank} + {latent.rope_dim} zeros", said(engine))]
+    table(("cached in each layer", "answer"), rows)
+    print(
+        "  The latent says what stands in the context. Only the turned part says where, and without it words come in no order."
+    )
+
+
+def said(engine: Engine) -> str:
+    text = engine.generate(QUESTION, sampling_params={"temperature": 0, "max_new_tokens": WORDS})["text"]
+    return " ".join(text.split())
 
 
 def _few(x: torch.Tensor) -> str:

@@ -2,36 +2,31 @@
 
     python ch07_sglang_radix/experts/demo_8_cache_bytes.py
 
-For published models the pages of every rank are made as they are, one page of each pool, and measured. Then a small model with
-the cache of DeepSeek-V2-Lite (its row, three layers) answers on two ranks, which start by themselves: cut by heads, with the
-same rows on both, and as two data ranks, each with rows of its own.
+For published models, and for the bundled one and its form with latent attention, the pages of every rank are made as they are,
+one page of each pool, and measured. Then that form answers on two ranks, which start by themselves: cut by heads, with the same
+rows on both, and as two data ranks, each with rows of its own.
 """
 
-import tempfile
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import transformers
 
 from ch07_sglang_radix import Engine
 from common.attention.kv_cache import PagedKVCache
 from common.distributed.launch import run_main
 from common.layers.heads import HeadLayout
 from common.models.config import ModelConfig
-from common.models.published_configs import published_shape, save_random_weights
+from common.models.published_configs import published_shape
 from common.teaching.show import check, heading, table
+from common.tiny_qwen import LATENT_PATH, TINY_QWEN_PATH
 
 MODELS = (
     "SmolLM2-1.7B", "Qwen1.5-MoE-A2.7B", "Qwen2.5-7B", "Llama-3.1-8B", "Llama-3.1-70B", "Qwen3-30B-A3B", "Qwen3-235B-A22B",
     "DeepSeek-V2-Lite", "DeepSeek-V2", "DeepSeek-V3",
 )  # fmt: skip
 RANKS, PAGE = (1, 2, 4, 8), 16
-SMALL = {  # the cache of V2-Lite, and little else of it
-    "num_hidden_layers": 3, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 1024, "n_routed_experts": 8,
-    "num_experts_per_tok": 2, "moe_intermediate_size": 64,
-}  # fmt: skip
-PROMPTS = [list(range(100, 180)), list(range(300, 340)), list(range(500, 564)), list(range(700, 750))]
+QUESTIONS = ["What is a radix cache?", "什么是全归约？", "Define retraction.", "What is tensor parallelism?"]
+WORDS = 12  # tokens of each answer
 
 
 class Cut(NamedTuple):
@@ -42,7 +37,9 @@ class Cut(NamedTuple):
 
 
 def main() -> None:
-    shapes = {name: published_shape(name) for name in MODELS}
+    bundled = {"tiny_qwen": TINY_QWEN_PATH, "tiny_qwen/latent": LATENT_PATH}
+    shapes = {name: ModelConfig.from_folder(folder) for name, folder in bundled.items()}
+    shapes |= {name: published_shape(name) for name in MODELS}
     one_token(shapes)
     cut_over_ranks(shapes)
     on_two_ranks()
@@ -100,28 +97,27 @@ def cut_over_ranks(shapes: dict[str, ModelConfig]) -> None:
 
 
 def on_two_ranks() -> None:
-    heading("Two ranks that answer, float32: DeepSeek-V2-Lite's row, three layers")
-    transformers.utils.logging.disable_progress_bar()  # of saving some megabytes, in the middle of the tables
-    with tempfile.TemporaryDirectory() as folder:
-        model = save_random_weights("DeepSeek-V2-Lite", Path(folder) / "small", **SMALL)
-        plain, heads = serve(model, attn_dp_size=1)
-        spread, data = serve(model, attn_dp_size=2)
-    rows = [("tp 2", *heads[:4]), ("tp 2, attn-dp 2", *data[:4])]
+    heading("Two ranks that answer, float32: the bundled model with a row of 32 + 16 numbers in each of four layers")
+    plain, heads = serve(attn_dp_size=1)
+    spread, data = serve(attn_dp_size=2)
+    rows = [("tp 2", *heads), ("tp 2, attn-dp 2", *data)]
     table(("", "query heads a rank", "KV bytes a token", "pool of a rank, bytes", "tokens in all pools"), rows)
-    check("the tokens are the same", plain == spread)
+    for question, answer in zip(QUESTIONS, plain, strict=True):
+        print(f"  {question} {answer.strip()} ...")
+    check("the answers are the same", plain == spread)
     check("the same memory holds twice the tokens", data[3] == 2 * heads[3] and data[2] == heads[2])
 
 
-def serve(model: Path, attn_dp_size: int) -> tuple[list, tuple]:
+def serve(attn_dp_size: int) -> tuple[list[str], tuple[int, ...]]:
     with Engine(
-        model, device="cpu", tp_size=2, attn_dp_size=attn_dp_size, page_size=PAGE, dtype="float32", max_total_tokens=1024,
-        skip_tokenizer_init=True, check=True,
+        LATENT_PATH, device="cpu", tp_size=2, attn_dp_size=attn_dp_size, page_size=PAGE, dtype="float32",
+        max_total_tokens=1024, check=True,
     ) as engine:  # fmt: skip
-        answers = engine.generate(input_ids=PROMPTS, sampling_params={"max_new_tokens": 8, "ignore_eos": True})
+        answers = engine.generate(QUESTIONS, sampling_params={"max_new_tokens": WORDS, "temperature": 0})
         wrapper, pool = engine.wrapper, engine.wrapper.kv_cache.kv
         tokens = engine.get_server_info()["max_total_num_tokens"]
         facts = wrapper.model.heads.num_q, pool.nbytes // (wrapper.num_pages * PAGE), pool.nbytes, tokens
-    return [answer["output_ids"] for answer in answers], facts
+    return [answer["text"] for answer in answers], facts
 
 
 if __name__ == "__main__":

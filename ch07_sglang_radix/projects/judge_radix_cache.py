@@ -48,8 +48,9 @@ def product_tests(file: str):
             results = Path(folder) / "results.jsonl"
             results.touch()
             env = os.environ | {"PROJECT_FILE": m.__file__, "PROJECT_RESULTS": str(results)}
-            argv = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", f"--timeout={ONE_TEST}",
-                    "--timeout-method=thread", "-p", "ch07_sglang_radix.projects.swap", file]  # fmt: skip
+            # nbmake is about notebooks, and takes seconds to import
+            argv = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-p", "no:nbmake",
+                    f"--timeout={ONE_TEST}", "--timeout-method=thread", "-p", "ch07_sglang_radix.projects.swap", file]  # fmt: skip
             with suppress(subprocess.TimeoutExpired):  # what was found by then counts
                 subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, timeout=ALL_TESTS, check=False)
             rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]

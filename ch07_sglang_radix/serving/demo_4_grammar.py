@@ -49,7 +49,7 @@ class Step(NamedTuple):
 def main() -> None:
     with Engine(device="cpu") as engine:
         config, tokenizer = engine.wrapper.config, engine.wrapper.tokenizer
-        compiler = GrammarCompiler(tokenizer.hf, config.vocab_size, config.eos_token_ids)
+        compiler = GrammarCompiler(tokenizer.inner, config.vocab_size, config.eos_token_ids)
         prompt = tokenizer.encode_chat([{"role": "user", "content": QUESTION}])
         (end,) = config.eos_token_ids
 

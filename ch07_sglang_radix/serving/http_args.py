@@ -40,7 +40,6 @@ NOT_HERE = {
     **{name: why for name, why in ELSEWHERE.items() if name not in ("max_queued_requests", "watchdog_timeout")},
     "sampling_backend": "one sampler here; leave it out",
     "tokenizer_mode": "the fast tokenizer is always used; leave it out", "load_format": "safetensors only; leave it out",
-    "enable_torch_compile": "kernels are compiled without a flag; leave it out",
     "incremental_streaming_output": "/generate streams cumulative text; the OpenAI routes stream deltas",
     "skip_server_warmup": "the engine warms up while it loads; leave it out",
 }  # fmt: skip

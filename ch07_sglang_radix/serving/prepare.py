@@ -63,7 +63,7 @@ class Preparation:
         return self._call(None, continuation.prompt_ids, request), continuation
 
     def _continuation(self, params: SessionParams, new_ids: list[int]) -> Continuation:
-        bos = self.intake.tokenizer.hf.bos_token_id if self.intake.tokenizer else None
+        bos = self.intake.tokenizer.inner.bos_token_id if self.intake.tokenizer else None
         return self.sessions.continued(params, new_ids, bos)
 
     def room_for(self, ids: list[int], session: SessionParams | None) -> int:

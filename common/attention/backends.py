@@ -4,6 +4,7 @@ import warnings
 
 import torch
 
+from common.attention.batch_invariant import BatchInvariantAttention
 from common.attention.context_parallel import ContextParallelAttention
 from common.attention.latent import LatentNativeAttention
 from common.attention.torch_native import TorchNativeAttention
@@ -11,11 +12,14 @@ from common.attention.torch_native import TorchNativeAttention
 BACKENDS = ("auto", "torch_native", "triton", "flashinfer")
 
 
-def pick_attention(device: torch.device, name: str = "auto", cp_size: int = 1, latent: bool = False) -> type:
+def pick_attention(
+    device: torch.device, name: str = "auto", cp_size: int = 1, latent: bool = False, batch_invariant: bool = False
+) -> type:
     """The backend class. auto is triton on an NVIDIA GPU that has it, torch_native elsewhere.
 
     cp_size: ranks over which the tokens of a sequence are spread; more than one have a form of their own. latent: pages hold
-    latent rows, which each backend has a form of its own for, or none.
+    latent rows, which each backend has a form of its own for, or none. batch_invariant: a token's result may not depend on the step
+    that computes it (batch_invariant.py).
     Raises ValueError for an unknown name, or for one that cannot run here.
     """
     if name not in BACKENDS:
@@ -29,7 +33,13 @@ def pick_attention(device: torch.device, name: str = "auto", cp_size: int = 1, l
         raise ValueError(
             "attention_backend=flashinfer attends to K and V here, and this model caches latent rows; use auto"
         )
-    native = LatentNativeAttention if latent else TorchNativeAttention
+    if batch_invariant and (latent or cp_size > 1 or name == "flashinfer"):
+        what = "a model that caches latent rows" if latent else f"cp_size={cp_size}" if cp_size > 1 else "flashinfer"
+        raise ValueError(
+            f"enable_deterministic_inference with {what}: attention in a fixed order is there for K and V on one rank, by "
+            f"torch_native and triton; leave one of the two out"
+        )
+    native = LatentNativeAttention if latent else BatchInvariantAttention if batch_invariant else TorchNativeAttention
     if cp_size > 1:
         if name != "auto":
             raise ValueError(f"attention_backend={name} with cp_size={cp_size}: the ring has its own; leave it out")
@@ -43,6 +53,8 @@ def pick_attention(device: torch.device, name: str = "auto", cp_size: int = 1, l
             from common.attention.flashinfer_backend import FlashInferAttention as Attention  # noqa: PLC0415
         elif latent:
             from common.kernels.latent_attention import TritonLatentAttention as Attention  # noqa: PLC0415
+        elif batch_invariant:
+            from common.kernels.paged_attention import BatchInvariantTritonAttention as Attention  # noqa: PLC0415
         else:
             from common.kernels.paged_attention import TritonAttention as Attention  # noqa: PLC0415
     except ImportError as error:

@@ -3,6 +3,8 @@
     one_row    a few rows of W a program, products on the ordinary cores
     few_rows   up to 64 rows of x and 64 or 128 of W a program, on the tensor cores; a W with few rows is cut along
                `in` too, and the last program of a tile to end adds up the parts
+    fixed_linear   any rows, always in the same tiles and turns, never cut along `in`: the bits of a row do not depend on
+               how many there are (common/layers/batch_invariant.py)
 
 The rows of x are read from cache, W [out/R, in/R] once from memory: out * in numbers, and two operations a row for
 each. Up to some 64 rows memory bandwidth is the whole cost, and a GEMM library tuned for more rows leaves some of
@@ -102,8 +104,24 @@ def few_rows(
     part = torch.empty(parts, rows, out, dtype=torch.float32, device=x.device) if parts > 1 else y
     launch(
         _few_rows, (*grid, parts), x, weight, weight if bias is None else bias, y, part, counters(x.device), rows, out, width,
-        x.stride(0), share, BM=block_m, BN=block_n, BK=block_k, CUT=parts > 1, BIAS=bias is not None, num_warps=warps,
-        num_stages=stages,
+        x.stride(0), share, BM=block_m, BN=block_n, BK=block_k, CUT=parts > 1, F32=False, BIAS=bias is not None,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return y
+
+
+def fixed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, in/R], any float -> [T, out/R]; what is chosen is chosen by weight and dtype, never by T.
+
+    The tiles were not tuned on a GPU yet.
+    """
+    (rows, width), out, f32 = x.shape, len(weight), x.dtype == torch.float32
+    y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
+    block_k = 32 if f32 else 64
+    launch(
+        _few_rows, (triton.cdiv(out, ROWS), triton.cdiv(rows, ROWS), 1), x, weight, weight if bias is None else bias, y, y,
+        counters(x.device), rows, out, width, x.stride(0), triton.cdiv(width, block_k), BM=ROWS, BN=ROWS, BK=block_k, CUT=False,
+        F32=f32, BIAS=bias is not None, num_warps=4, num_stages=3,
     )  # fmt: skip
     return y
 
@@ -111,7 +129,7 @@ def few_rows(
 @triton.jit(do_not_specialize=("rows", "share"))
 def _few_rows(
     x, weight, bias, y, part, arrived, rows, out, width, x_stride, share, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, CUT: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+    BK: tl.constexpr, CUT: tl.constexpr, F32: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
     p, parts = tl.program_id(2), tl.num_programs(2)
@@ -125,7 +143,7 @@ def _few_rows(
     for first in range(start, stop, BK):
         w = tl.load(w_at + first, mask=(n < out)[:, None] & (first + k < stop)[None, :], other=0.0)  # [BN, BK]
         xs = tl.load(x_at + first, mask=(m < rows)[None, :] & (first + k < stop)[:, None], other=0.0)  # [BK, BM]
-        acc += tl.dot(w, xs)
+        acc += tl.dot(w, xs, input_precision="ieee" if F32 else "tf32")
     live = (n < out)[:, None] & (m < rows)[None, :]
     at = m[None, :] * out + n[:, None]
     last = True

@@ -1,7 +1,8 @@
 """The attention contract (common/attention/contract.py) as Triton kernels: one file, as they share workspace and merge.
 
     store_kv   one program a token: k, v of the step to their slots                        (prefill)
-    extend     one program a (block of new tokens, query head): causal, behind any cached prefix
+    extend     one program a (block of new tokens, query head): causal, behind any cached prefix; where steps may not matter,
+               every kind of step
     decode     one program a (sequence, KV head, part of the context): stores the new token, attends with a
                partial softmax; the last of a sequence's programs to end merges the parts by log-sum-exp
     nodes      a tree of new tokens a sequence: one program a (sequence, block of nodes, KV head, part of the context), behind
@@ -71,6 +72,29 @@ class TritonAttention:
             self.workspace = self.workspace or DecodeWorkspace(q, kv_heads, programs=blocks * kv_heads)
             return attend_nodes(q, pages, form, self.meta, self.max_query_len, self.workspace)
         return extend(q, pages, form, self.meta, self.max_query_len)
+
+
+class BatchInvariantTritonAttention(TritonAttention):
+    """The same, with a result for a token that does not depend on the step that computes it: `extend` computes every kind of step.
+
+    It goes over a context from its first token on, in blocks that nothing moves. Decode has no parts, no prefixes and
+    no kernel of its own, whose order would be another.
+    """
+
+    windows = False
+
+    def __init__(self, cache: PagedKVCache, meta: AttentionMetadata):
+        super().__init__(cache, meta)
+        self.turns = False
+
+    @staticmethod
+    def tile_members(num_q: int, num_kv: int) -> int:
+        return 0
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        pages, form = self.cache.layer(layer), self.cache.format
+        store_kv(k, v, pages, form, self.meta.slot_mapping)
+        return extend(q, pages, form, self.meta, self.max_query_len, fixed=True)
 
 
 def store_kv(k, v, pages: LayerPages, form: KVFormat, slot_mapping) -> None:
@@ -465,22 +489,26 @@ def _nodes(
 
 
 def extend(
-    q, pages: LayerPages, form: KVFormat, meta: AttentionMetadata, max_query_len: int, block_m=64, block_n=64, warps=4, stages=2
+    q, pages: LayerPages, form: KVFormat, meta: AttentionMetadata, max_query_len: int, block_m=64, block_n=64, warps=4, stages=2,
+    fixed=False,
 ) -> torch.Tensor:  # fmt: skip
     """q [T, Hq/R, d], several new tokens a sequence behind cached ones -> o [T, Hq/R, d].
 
-    Reads K and V of a context once for every block of new tokens and query head.
+    Reads K and V of a context once for every block of new tokens and query head. fixed: a token's bits do not depend on the step. Its
+    place in a block of queries is then that of its position, and all blocks of keys have a mask: without one, a compiler may contract
+    the scaling of a score and what is taken off it into one rounding, and which blocks need none depends on the step.
     """
     (_, heads, d), kv_heads = q.shape, pages.k.shape[2]
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    grid = (triton.cdiv(max_query_len, block_m), heads, len(meta.context_lens))
+    longest = max_query_len + block_m - 1 if fixed else max_query_len  # with what stands before it in its block
+    grid = (triton.cdiv(longest, block_m), heads, len(meta.context_lens))
     launch(
         _extend, grid, q, *kept_of(pages, form), o, meta.page_table, meta.query_start, meta.context_lens,
         meta.page_table.stride(0), q.stride(0), d**-0.5 * LOG2_E * pages.k_scale, pages.v_scale,
         BITS=row_bits(form), P=meta.page_size,
         H=heads, HKV=kv_heads, D=d,
         BD=max(16, triton.next_power_of_2(d)), BM=block_m, BN=32 if q.dtype == torch.float32 else block_n,
-        F32=q.dtype == torch.float32, num_warps=warps, num_stages=stages,
+        F32=q.dtype == torch.float32, FIXED=fixed, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return o
 
@@ -489,25 +517,30 @@ def extend(
 def _extend(
     q, k_cache, v_cache, k_scales, v_scales, o, page_table, query_start, context_lens, table_stride, q_stride, scale, v_scale,
     BITS: tl.constexpr, P: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, F32: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, F32: tl.constexpr, FIXED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
     wait_for_previous(PDL)
     block, h, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     q_first, q_last = tl.load(query_start + b), tl.load(query_start + b + 1)
     new = (q_last - q_first).to(tl.int32)
-    if block * BM < new:  # the longest rows of a sequence come first
-        length = tl.load(context_lens + b).to(tl.int32)
-        m_i, i = block * BM + tl.arange(0, BM), tl.arange(0, BD)
+    length = tl.load(context_lens + b).to(tl.int32)
+    before = 0  # tokens of the first block that are not new
+    if FIXED:
+        before = (length - new) % BM
+    if block * BM < new + before:  # the longest rows of a sequence come first
+        m_i, i = block * BM - before + tl.arange(0, BM), tl.arange(0, BD)
         position = length - new + m_i  # of each new token
-        live = (m_i < new)[:, None] & (i[None, :] < D)
+        live = ((m_i >= 0) & (m_i < new))[:, None] & (i[None, :] < D)
         qs = tl.load(q + (q_first + m_i)[:, None] * q_stride + h * D + i[None, :], mask=live, other=0.0)  # [BM, BD]
         m = tl.full([BM], -float("inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
         acc = tl.zeros([BM, BD], tl.float32)
         table, kv = page_table + b * table_stride, h // (H // HKV)
         seen_by_all = (length - new + block * BM + 1) // BN * BN  # whole blocks that need no mask
-        stop = tl.minimum(length - new + (block + 1) * BM, length)  # nobody in this block sees further
+        if FIXED:
+            seen_by_all = seen_by_all * 0
+        stop = tl.minimum(length - new - before + (block + 1) * BM, length)  # nobody in this block sees further
         for first in range(0, seen_by_all, BN):
             m, total, acc = _attend(
                 qs, m, total, acc, k_cache, v_cache, k_scales, v_scales, table, first, stop, position, kv,

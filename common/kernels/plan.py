@@ -17,7 +17,7 @@ BLOCK = 128  # page ids in one go
 def plan_decode(rows, positions, page_table, last_token, pages: int, page_size: int):
     """All int64 on the device -> (input_ids, positions, slot_mapping [B], page_table [B, pages], context_lens [B]).
 
-    A row -1 is padding: token 0, position 0, slot -1, a context of one.
+    A row -1 is padding: token 0, position 0, slot -1, a context of one, on page 0.
     """
     batch = len(rows)
     ids, places, slots, context = torch.empty(4, batch, dtype=torch.int64, device=rows.device)
@@ -43,6 +43,7 @@ def _plan_decode(
         tl.store(places + b, tl.zeros([], tl.int64))
         tl.store(slots + b, tl.full([], -1, tl.int64))
         tl.store(context + b, tl.full([], 1, tl.int64))
+        tl.store(table + b * pages, tl.zeros([], tl.int64))  # some kernels read a page for that one
     else:
         source = page_table + row * table_stride
         tl.store(ids + b, tl.load(last_token + row))

@@ -10,11 +10,22 @@ except ImportError:
     fused = None
 
 
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
 class SiluAndMul(nn.Module):
-    """SwiGLU's gate: x [T, 2F/R] = (gate, up) side by side -> silu(gate) * up [T, F/R] (Shazeer 2020)."""
+    """SwiGLU's gate: x [T, 2F/R] = (gate, up) side by side -> silu(gate) * up [T, F/R] (Shazeer 2020).
+
+    compiled: for few rows, the same by torch.compile (compiled.py), or None.
+    """
+
+    compiled = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.compiled and len(x) <= self.compiled.max_rows:
+            return self.compiled.gate(x)
         if fused and x.is_cuda:
             return fused.silu_and_mul(x)
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return silu_and_mul(x)

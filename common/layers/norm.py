@@ -13,16 +13,24 @@ except ImportError:
     fused = None
 
 
+def rms_norm(x: torch.Tensor, root_weight: torch.Tensor, root_floor: torch.Tensor) -> torch.Tensor:
+    """x [T, D] normed; root_weight = weight sqrt(D), root_floor = sqrt(D eps)."""
+    # sqrt(mean(x^2) + eps) = hypot(|x|, sqrt(D eps)) / sqrt(D), and the last sqrt(D) is in the weight: half of the
+    # operators. To a CPU whose caches attention has just swept, each is as dear as ten times its arithmetic
+    root = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).hypot_(root_floor)
+    return (x / root).mul_(root_weight).to(x.dtype)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, computed in float32 (Zhang and Sennrich 2019).
 
     Not cut over ranks: each rank has all D features of x after an all-reduce, and the weight is D numbers. root_weight is made
-    of it: whoever writes one writes the other.
+    of it: whoever writes one writes the other. compiled: for few rows, both forms by torch.compile (compiled.py), or None.
     """
 
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.eps = eps
+        self.eps, self.compiled = eps, None
         self.weight = loadable(torch.zeros(size), self.load_weight, {None: (size,)})
         self._root_floor = torch.tensor(math.sqrt(size * eps), dtype=torch.float32)
         self.root_weight = torch.zeros(size, dtype=torch.float32)
@@ -32,15 +40,16 @@ class RMSNorm(nn.Module):
         self.root_weight.copy_(self.weight.float() * math.sqrt(len(self.weight)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.compiled and len(x) <= self.compiled.max_rows:
+            return self.compiled.norm(x, self.root_weight, self._root_floor)
         if fused and x.is_cuda:
             return fused.rms_norm(x, self.weight, self.eps)
-        # sqrt(mean(x^2) + eps) = hypot(|x|, sqrt(D eps)) / sqrt(D), and the last sqrt(D) is in the weight: half of the
-        # operators. To a CPU whose caches attention has just swept, each is as dear as ten times its arithmetic
-        root = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).hypot_(self._root_floor)
-        return (x / root).mul_(self.root_weight).to(x.dtype)
+        return rms_norm(x, self.root_weight, self._root_floor)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(x + residual), x + residual): the pair that runs through a pre-norm decoder."""
+        if self.compiled and len(x) <= self.compiled.max_rows:
+            return self.compiled.add_norm(x, residual, self.root_weight, self._root_floor)
         if fused and x.is_cuda:
             return fused.add_rms_norm(x, residual, self.weight, self.eps)
         residual = x + residual

@@ -55,20 +55,27 @@ def apply_rotary(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> 
     return x.roll(x.shape[-1] // 2, dims=-1).mul_(sin).addcmul_(x, cos)
 
 
+def turn(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [T, Hq/R, d], k [T, Hkv/R, d], both turned."""
+    return apply_rotary(q, (cos, sin)), apply_rotary(k, (cos, sin))
+
+
 class Turning(NamedTuple):
     """What a layer does to q and k before it attends: Qwen3 norms each head, then their positions turn them."""
 
     rotary: tuple[torch.Tensor, torch.Tensor]  # RotaryEmbedding's
     q_norm: RMSNorm | None = None
     k_norm: RMSNorm | None = None
+    compiled: Any = None  # for few rows, the turning by torch.compile (compiled.py)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """q [T, Hq/R, d], k [T, Hkv/R, d] -> both with their positions in them."""
-        if fused and q.is_cuda:
+        compiles = self.compiled and len(q) <= self.compiled.max_rows
+        if fused and q.is_cuda and not compiles:
             return fused.turn(q, k, *self.rotary, *self.norms)
         if self.q_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return apply_rotary(q, self.rotary), apply_rotary(k, self.rotary)
+        return (self.compiled.turn if compiles else turn)(q, k, *self.rotary)
 
     @property
     def norms(self) -> tuple:

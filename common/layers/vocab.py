@@ -98,7 +98,8 @@ def gather_best_logits(logits_local: torch.Tensor, best: int, vocab_size: int, t
 
 def join_logits(parts: Sequence[torch.Tensor], vocab_size: int) -> torch.Tensor:
     """[B, V/R] of each rank -> [B, V]"""
-    return (parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=-1))[:, :vocab_size]
+    logits = parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=-1)
+    return logits[:, :vocab_size] if logits.shape[1] > vocab_size else logits
 
 
 def best_pairs(logits_local: torch.Tensor, best: int, vocab_size: int, tp: TPGroup) -> torch.Tensor:

@@ -67,6 +67,7 @@ class SelfAttention(nn.Module):
         )  # fmt: skip
         self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
+        self.compiled = None  # the turning by torch.compile, if it is asked for (layers/compiled.py)
 
     def forward(
         self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], attention, adapters=None
@@ -75,7 +76,7 @@ class SelfAttention(nn.Module):
         q = q.unflatten(-1, (-1, self.head_dim))  # [T, Hq/R, d]
         k = k.unflatten(-1, (-1, self.head_dim))  # [T, Hkv/R, d]
         v = v.unflatten(-1, (-1, self.head_dim))  # [T, Hkv/R, d]
-        turning = Turning(rotary, self.q_norm, self.k_norm)
+        turning = Turning(rotary, self.q_norm, self.k_norm, self.compiled)
         if getattr(attention, "turns", False):  # it does so while it reads q and k
             o = attention(self.layer, q, k, v, turning)  # [T, Hq/R, d]
         else:

@@ -30,7 +30,9 @@ from common.layers.adapter_rows import AdapterBlocks
 from common.models.decoder import CausalLM
 
 SMALL_SIZES = (1, 2, 4)
-SIZE_STEP = 8  # then 8, 16, 24, ...: at most 7 padding rows
+# (up to, step): 8, 16, 24, ... have at most 7 padding rows; the larger a batch is, the less a few more of them weigh, and each size is
+# one recording more at the start. Beyond 8 these are SGLang's steps (server_args.py, _generate_decode_cuda_graph_batch_sizes).
+SIZE_STEPS = ((256, 8), (512, 16), (1 << 30, 32))
 ALIKE_STEP = 32  # steps with shared prefixes: 32, 64, ...
 
 
@@ -130,9 +132,12 @@ class StepGraphs(ABC):
 
 
 def batch_sizes(most: int) -> list[int]:
-    """The batches that are captured, ascending."""
-    sizes = (n for n in (*SMALL_SIZES, *range(SIZE_STEP, most + SIZE_STEP, SIZE_STEP)) if n <= most)
-    return sorted({*sizes, most})
+    """The batches that are captured, ascending: 35 up to 256, 67 up to 1,024."""
+    sizes, last = {n for n in SMALL_SIZES if n <= most} | {most}, 0
+    for end, step in SIZE_STEPS:
+        sizes |= set(range(last + step, min(end, most) + 1, step))
+        last = end
+    return sorted(sizes)
 
 
 class DecodeGraphs(StepGraphs):

@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
 from common.models.checkpoint import checkpoint_files
 from common.models.json_file import name_shown
 
@@ -25,6 +22,13 @@ def resolve_model(name: str | Path) -> Path:
         raise FileNotFoundError(
             f"{name_shown(text) if text else 'an empty name'} is no folder and no Hub id (owner/model); give one of the two"
         )
+    return _from_hub(text)
+
+
+def _from_hub(text: str) -> Path:
+    from huggingface_hub import snapshot_download  # noqa: PLC0415, half a second that a folder need not wait
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
+
     try:
         cached = Path(snapshot_download(text, allow_patterns=FILES, local_files_only=True))
         checkpoint_files(cached)

@@ -4,6 +4,7 @@ Both engines take tokens the same way and differ in the words for the end: vLLM 
 finish_reason object. `End` is what they translate.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from common.sampling.logprobs import TokenLogprobs
@@ -47,6 +48,15 @@ class Answer:
             pass
         elif len(self.output_ids) >= self._most:
             self.end = End("length")
+
+    def goes_on_with(self, tokens: Sequence[int]) -> bool:
+        """Append several tokens none of which can be the last; False, and nothing is done, if they must be looked at one by one."""
+        if self._watches or self.params.logprobs or len(self.output_ids) + len(tokens) >= self._most:
+            return False
+        if min(tokens) < 0 or not self.stops.isdisjoint(tokens):
+            return False
+        self.output_ids += tokens
+        return True
 
     def _finds_a_stop(self) -> bool:
         try:

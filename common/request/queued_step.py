@@ -37,10 +37,7 @@ class QueuedStep(Generic[R]):
         """
         if self.drawn is None:
             return []
-        taken, told = self.drawn.take(), []
-        for drawn in zip(self.requests, taken.tokens, taken.logprobs, strict=True):
-            request = drawn[0]
+        taken = self.drawn.take()
+        for request in self.requests:
             request.pending -= 1
-            if not request.ended:
-                told.append(drawn)
-        return told
+        return [one for one in zip(self.requests, taken.tokens, taken.logprobs, strict=True) if not one[0].ended]

@@ -1,14 +1,17 @@
 """Text <-> token ids, and the chat template."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
-
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common import values
 from common.text.chat_template import TemplateRenderer
+from common.text.tokenizer_file import TokenizerFile, read_plain
 
+# transformers fills itself as names are asked for: of two threads that ask at once, one finds it half empty
+ONE_IMPORTS = Lock()
 OPEN_END = "\ue000the end\ue001"  # where the last message ends, if it is to go on; characters that no text has
 
 # how byte-level vocabularies write bytes: most as the letter of that number, the others, unprintable there, from 256 on
@@ -18,27 +21,46 @@ BYTE_OF_LETTER = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte 
 
 
 class Tokenizer:
-    """The checkpoint's own tokenizer (Hugging Face), always from a local folder, whose Python code is never run."""
+    """The checkpoint's own tokenizer (Hugging Face), always from a local folder, whose Python code is never run.
+
+    inner: what turns text into ids and back, and knows the named tokens and the template: the file itself where it can be read
+    without transformers (tokenizer_file.py), else transformers' tokenizer. hf: the latter in any case, loaded when it is asked for.
+    """
 
     def __init__(self, folder: str | Path):
         if not self.lies_in(folder):
             raise ValueError(f"{folder}: no usable tokenizer, neither tokenizer.json nor tokenizer_config.json")
+        self._folder = folder
+        plain = read_plain(Path(folder))
+        self.inner: TokenizerFile | Any = plain or self.hf
+        self._special = {i: added.content for i, added in self.inner.added_tokens_decoder.items() if added.special}
+        self.bytes_of, self.letter = self._byte_tokens()
+        self._backend = plain.backend_tokenizer if plain else self._backend_of_hf()
+        self._renderer = TemplateRenderer()
+
+    @cached_property
+    def hf(self) -> Any:
+        """transformers' tokenizer of the folder. Raises ValueError, in one line, for one that it cannot read."""
+        with ONE_IMPORTS:
+            from transformers import AutoTokenizer  # noqa: PLC0415, two seconds that most checkpoints need not wait
+
         try:
             # said explicitly: left open, transformers asks on the terminal whether it may run the folder's code
-            self.hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(str(self._folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # a damaged file can make the library raise anything
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             if "trust_remote_code" in str(error):
                 reason = "it is Python code (auto_map), never run here; use a folder without"
             raise ValueError(
-                f"{folder}: no usable tokenizer (tokenizer.json, tokenizer_config.json): {reason}"
+                f"{self._folder}: no usable tokenizer (tokenizer.json, tokenizer_config.json): {reason}"
             ) from None
-        self._special = {i: added.content for i, added in self.hf.added_tokens_decoder.items() if added.special}
-        self.bytes_of, self.letter = self._byte_tokens()
-        # hf.decode does no more than this, and takes three times as long to find out what kind of ids it was given
+
+    def _backend_of_hf(self) -> Any:
+        """What decodes in its place: hf.decode does no more, and takes three times as long to find out what ids it was given."""
+        from transformers import PreTrainedTokenizerFast  # noqa: PLC0415, it is there already
+
         same = getattr(type(self.hf), "_decode", None) is PreTrainedTokenizerFast._decode
-        self._backend = self.hf.backend_tokenizer if same and not self.hf.clean_up_tokenization_spaces else None
-        self._renderer = TemplateRenderer()
+        return self.hf.backend_tokenizer if same and not self.hf.clean_up_tokenization_spaces else None
 
     @staticmethod
     def lies_in(folder: str | Path) -> bool:
@@ -53,17 +75,17 @@ class Tokenizer:
         A text that begins with the first token's text, as a rendered chat does, gets no second one. Raises ValueError
         for half a surrogate pair.
         """
-        ids = self.hf.encode(values.text("the text", text))
-        bos = self.hf.bos_token_id
-        return ids[1:] if ids[:2] == [bos, bos] and text.startswith(self.hf.bos_token) else ids
+        ids = self.inner.encode(values.text("the text", text))
+        bos = self.inner.bos_token_id
+        return ids[1:] if ids[:2] == [bos, bos] and text.startswith(self.inner.bos_token) else ids
 
     def encode_bare(self, text: str) -> list[int]:
         """The text alone, without what the tokenizer puts around a prompt."""
-        return self.hf.encode(text, add_special_tokens=False)
+        return self.inner.encode(text, add_special_tokens=False)
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self.hf.chat_template)
+        return bool(self.inner.chat_template)
 
     def render_chat(
         self, messages: Sequence[dict[str, str]], /, *, chat_template: str | None = None,
@@ -87,7 +109,7 @@ class Tokenizer:
         if "messages" in chat_template_kwargs:
             raise ValueError("chat_template_kwargs: the template's `messages` are the conversation itself")
         variables = {
-            **self.hf.special_tokens_map,
+            **self.inner.special_tokens_map,
             **chat_template_kwargs,
             "messages": [{key: value for key, value in message.items() if value is not None} for message in messages],
             "tools": tools,
@@ -116,7 +138,7 @@ class Tokenizer:
         if chosen is None and not self.has_chat_template:
             raise ValueError("this checkpoint has no chat template; send plain text instead of messages")
         try:
-            template = self.hf.get_chat_template(chosen, tools)
+            template = self.inner.get_chat_template(chosen, tools)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(" ".join(str(error).split())) from None
         return values.text("the chat template", template)
@@ -127,7 +149,7 @@ class Tokenizer:
         """The text of the ids. Only the tokenizers that are written in Python ever put spaces between special tokens."""
         if self._backend:
             return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        return self.hf.decode(
+        return self.inner.decode(
             list(ids),
             skip_special_tokens=skip_special_tokens,
             spaces_between_special_tokens=spaces_between_special_tokens,
@@ -142,15 +164,15 @@ class Tokenizer:
         if token in self.bytes_of:
             return bytes([self.bytes_of[token]])
         text = self.token_text(token)
-        raw = self.hf.convert_ids_to_tokens(token) if "\ufffd" in text else None
+        raw = self.inner.convert_ids_to_tokens(token) if "\ufffd" in text else None
         letters = raw and [BYTE_OF_LETTER.get(letter) for letter in raw]
         return bytes(letters) if letters and None not in letters else text.encode()
 
     def _byte_tokens(self) -> tuple[dict[int, int], int]:
         """{token: its byte} of a tokenizer that writes rare characters in bytes, <0x00> to <0xFF>, and a letter of it."""
-        ids = {i: byte for byte in range(256) if (i := self.hf.convert_tokens_to_ids(f"<0x{byte:02X}>")) is not None}
+        ids = {i: byte for byte in range(256) if (i := self.inner.convert_tokens_to_ids(f"<0x{byte:02X}>")) is not None}
         letter = next((i for i, byte in ids.items() if byte == ord("A")), -1)
-        return (ids, letter) if len(ids) == 256 and self.hf.decode([letter]) == "A" else ({}, -1)
+        return (ids, letter) if len(ids) == 256 and self.inner.decode([letter]) == "A" else ({}, -1)
 
     def special_text(self, token: int) -> str:
         """How a special token is written, "" for all others."""
@@ -160,7 +182,7 @@ class Tokenizer:
         """Not so for special tokens that are left out, and for ids that only pad the model's vocabulary."""
         if token in self._special:
             return not skip_special_tokens
-        return self.hf.convert_ids_to_tokens(token) is not None
+        return self.inner.convert_ids_to_tokens(token) is not None
 
 
 def _is_content(message: dict) -> bool:

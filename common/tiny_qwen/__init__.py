@@ -12,6 +12,7 @@ Importing this package loads nothing heavy; the scripts import torch themselves.
 from pathlib import Path
 
 TINY_QWEN_PATH = Path(__file__).parent
+LATENT_PATH = TINY_QWEN_PATH / "latent"  # the same with latent attention: to_latent.py
 ADAPTERS_PATH = TINY_QWEN_PATH / "adapters"  # LoRA adapters of it: train_adapters.py
 # what guesses ahead of it, by the name of the algorithm: train_draft.py, train_medusa.py, train_eagle.py
 DRAFTER_PATHS = {

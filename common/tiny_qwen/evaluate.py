@@ -1,6 +1,6 @@
 """Asks the tiny model every question and counts the answers that are exactly right.
 
-    python -m common.tiny_qwen.evaluate [--dtype float32|bfloat16|both]
+    python -m common.tiny_qwen.evaluate [--dtype float32|bfloat16|both] [--sample 342]
 
 Decoding is greedy, in left-padded batches, with transformers alone. The counts go to
 `evaluation.csv`.
@@ -140,13 +140,18 @@ def count_exact(dtype: str, cases: list[Case], texts: list[str]) -> list[dict]:
     return list(rows.values())
 
 
-def run(folder: Path, dtypes: list[str], show_wrong: int = 0) -> list[dict]:
-    """Evaluate the checkpoint in a folder, print the counts and write evaluation.csv."""
+def run(folder: Path, dtypes: list[str], show_wrong: int = 0, sample: int | None = None) -> list[dict]:
+    """Evaluate the checkpoint in a folder, print the counts and write evaluation.csv.
+
+    sample: so many of the questions, drawn at random.
+    """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     rng, glossary = random.Random(SEED), load_glossary()
     cases = question_cases(tokenizer, glossary, rng) + follow_up_cases(tokenizer, glossary, rng)
+    if sample is not None:
+        cases = rng.sample(cases, min(sample, len(cases)))
     rows = []
     for dtype in dtypes:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
@@ -169,10 +174,12 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "both"], default="both")
     parser.add_argument("--folder", type=Path, default=TINY_QWEN_PATH)
     parser.add_argument("--show-wrong", type=int, default=0, help="print so many wrong answers")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="1 is faster beside other work")
+    parser.add_argument("--sample", type=int, help="ask so many of the 3,420 questions, drawn at random")
     args = parser.parse_args()
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(args.threads)
     dtypes = ["float32", "bfloat16"] if args.dtype == "both" else [args.dtype]
-    run(args.folder, dtypes, args.show_wrong)
+    run(args.folder, dtypes, args.show_wrong, args.sample)
 
 
 if __name__ == "__main__":

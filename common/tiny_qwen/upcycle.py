@@ -98,9 +98,13 @@ def save_upcycled(folder: Path, parts: int) -> None:
         "mlp_only_layers": [],
         "qkv_bias": True,
     }
-    folder.mkdir(parents=True, exist_ok=True)
     dense = load_file(TINY_QWEN_PATH / "model.safetensors")
-    tensors = upcycle(dense, config["num_hidden_layers"], parts)
+    save_checkpoint(folder, upcycle(dense, config["num_hidden_layers"], parts), config)
+
+
+def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], config: dict) -> None:
+    """Another model over the bundled model's tokenizer: weights, config, tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for name in TOKENIZER_FILES:

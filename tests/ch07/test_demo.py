@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ch07_sglang_radix import demo_tp_radix
 from common.distributed.cost_model import wire_bytes
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.oracle import greedy
@@ -152,6 +153,20 @@ def test_own_prompts_one_a_line_and_one_rank(tmp_path):
     assert "conservation" in out
 
 
+@pytest.fixture
+def refused(monkeypatch, capfd):
+    """The demo in this process, which says nothing itself: what it raises is the line that a process of its own ends with."""
+
+    def refused(*args) -> str:
+        monkeypatch.setattr(sys, "argv", [DEMO, *map(str, args)])
+        with pytest.raises((ValueError, OSError)) as info:
+            demo_tp_radix.main()
+        assert capfd.readouterr().err == ""
+        return str(info.value)
+
+    return refused
+
+
 def broken_model(tmp_path, change):
     folder = tmp_path / "model"
     folder.mkdir()
@@ -191,41 +206,49 @@ def set_config(**values):
         (set_config(intermediate_size=100), r"of wrong shape: .*gate_proj.weight is \[\d+, 224\], not \[100, 224\]"),
     ],
 )
-def test_a_broken_model_is_one_line(tmp_path, change, message):
-    code, _, err = torchrun("--model-name", broken_model(tmp_path, change), size=1)
-    assert code == 1
-    assert len(err.strip().splitlines()) == 1, err
-    assert re.search(f"^error: .*{message}", err)
+def test_a_broken_model_is_one_line(tmp_path, change, message, refused):
+    line = refused("--model-name", broken_model(tmp_path, change))
+    assert len(line.splitlines()) == 1, line
+    assert re.search(message, line)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--page-size", 0], "page_size=0 must be at least 1"),
+        (["--pp-size", 2], "pp_size=2 x dp_size=1 = 2 ranks, but 1 process"),
+        (["--max-new-tokens", 5000], r"= \d+ tokens, but the model ends at 2048"),
+        (["--max-new-tokens", 0], "max_new_tokens=0 must be at least 1"),
+        (["--dtype", "int8"], "dtype='int8' is unknown; use auto, float32, bfloat16, float16"),
+        (["--model-name", "./not-there"], "is no folder and no Hub id"),
+        (["--prompts-file", "not-there.txt"], "not-there.txt"),
+        (["--json", "no/such/folder/x.json"], "no/such/folder/x.json"),
+    ],
+)
+def test_a_bad_flag_is_one_line(args, message, refused):
+    line = refused(*args)
+    assert len(line.splitlines()) == 1, line
+    assert re.search(message, line)
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--temperature", -1], r"temperature=-1.0 must be in \[0, 1000\]"),
-        (["--page-size", 0], "page_size=0 must be at least 1"),
-        (["--pp-size", 2], "pp_size=2 x dp_size=1 = 2 ranks, but 1 process"),
-        (["--max-new-tokens", 5000], r"= \d+ tokens, but the model ends at 2048"),
-        (["--max-new-tokens", 0], "max_new_tokens=0 must be at least 1"),
-        (["--dtype", "int8"], "dtype='int8' is unknown; use auto, float32, bfloat16, float16"),
-        (["--model-name", "nobody/nothing-here"], "no local folder, .* the Hub did not give it"),
-        (["--model-name", "./not-there"], "is no folder and no Hub id"),
-        (["--prompts-file", "not-there.txt"], "not-there.txt"),
-        (["--json", "no/such/folder/x.json"], "no/such/folder/x.json"),
+        (["--model-name", "nobody/nothing-here"], "no local folder, .* the Hub did not give it"),  # and it was asked
     ],
 )
-def test_a_bad_flag_is_one_line(args, message):
+def test_a_process_says_nothing_but_this_line_and_exits_with_1(args, message):
     code, _, err = torchrun(*args, size=1)
     assert code == 1
     assert len(err.strip().splitlines()) == 1, err
     assert re.search(f"^error: .*{message}", err)
 
 
-def test_an_empty_line_among_the_prompts_is_named(tmp_path):
+def test_an_empty_line_among_the_prompts_is_named(tmp_path, refused):
     path = tmp_path / "prompts.txt"
     path.write_text("one\n\nthree\n")
-    code, _, err = torchrun("--prompts-file", path, size=1)
-    assert code == 1
-    assert f"line 2 of {path} is empty" in err
+    assert f"line 2 of {path} is empty" in refused("--prompts-file", path)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,27 @@ def test_pages_of_sixteen_are_shared_whole():
     assert second["meta_info"]["cached_tokens"] == 48  # 64 tokens, capped at 63, floored to pages of 16
 
 
+def test_a_thousand_requests_run_together():
+    """And are answered as they are alone: pool, rows, task and tables have room for 1,024 at once."""
+    prompts = [[100 + i, 5] for i in range(1024)]
+    params = {"max_new_tokens": 2, "ignore_eos": True}
+    with Engine(device="cpu", max_running_requests=1024, chunked_prefill_size=2048, max_total_tokens=8192) as engine:
+        results = engine.generate(input_ids=prompts, sampling_params=params)
+        assert engine.scheduler.steps == {"prefill": 1, "decode": 1}
+    for i in (0, 511, 1023):
+        assert results[i]["output_ids"] == greedy(TINY_QWEN_PATH, prompts[i], 2)
+
+
+def test_a_shorter_context_makes_shorter_rows():
+    with Engine(device="cpu", max_running_requests=4, context_length=100, page_size=16) as engine:
+        assert engine.scheduler.req_to_token.req_to_token.shape == (4, 100 + 16)
+        assert engine.wrapper.table.page_table.shape == (4, 7)
+        with pytest.raises(ValueError, match="prompt 90 \\+ max_new_tokens 11 = 101 tokens, but context_length is 100"):
+            engine.generate(input_ids=[5] * 90, sampling_params={"max_new_tokens": 11})
+    with pytest.raises(ValueError, match="a context of 4097 tokens is asked for, but the model has positions for"):
+        Engine(device="cpu", context_length=4097)
+
+
 def test_logprobs_come_with_their_tokens(engine):
     result = engine.generate("What is a page?", {"max_new_tokens": 4}, return_logprob=True)
     told = result["meta_info"]["output_token_logprobs"]

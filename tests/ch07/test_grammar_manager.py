@@ -293,7 +293,7 @@ def test_a_request_that_waits_for_its_grammar_can_be_aborted(engine, slow):
     assert scheduler.process_requests()[held].finish_reason == {"type": "abort"}
     slow["slow abort"].set_exception(ValueError("too late to matter"))
     assert not scheduler.step()
-    assert not scheduler.grammars._compiling
+    assert not scheduler.grammars.compiling
 
 
 def test_a_grammar_that_takes_too_long_ends_its_request(engine, slow, monkeypatch):

@@ -1,4 +1,5 @@
 import numpy as np
+import psutil
 import pytest
 
 from ch07_sglang_radix.memory_pool import ReqToTokenPool, TokenToKVPool
@@ -41,6 +42,18 @@ def test_a_double_free_names_the_page_and_changes_nothing():
     assert pool.num_free_pages == 3
     with pytest.raises(ValueError, match="freed twice"):
         pool.free(np.concatenate((slots[2:], slots[2:])))
+
+
+def test_long_rows_take_memory_as_they_are_written():
+    """1,024 rows of a model with 131,072 positions are 1 GiB of addresses; what nobody has written costs nothing."""
+    process = psutil.Process()
+    before = process.memory_info().rss
+    rows = ReqToTokenPool(1024, 131_072)
+    assert rows.req_to_token.nbytes == 1 << 30
+    for _ in range(1024):
+        rows.req_to_token[rows.alloc(), :100] = 7
+    assert rows.num_free == 0
+    assert process.memory_info().rss - before < 64 << 20
 
 
 def test_rows_come_back():

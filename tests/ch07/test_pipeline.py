@@ -23,7 +23,7 @@ from common.distributed.spawn import FRAME
 from common.parallel_state import RankFailure
 from common.sampling.params import SamplingParams
 from common.tiny_qwen import TINY_QWEN_PATH
-from tests.ch07.serving.running import a_server
+from tests.ch07.serving.running import LEAN, a_server
 from tests.ch07.test_product import cases, see, serve
 from tests.oracle import greedy, some_prompts
 from tests.ranks import layout_of_the_pool
@@ -325,7 +325,7 @@ def test_a_stage_that_is_lost_ends_the_others_and_is_named(signal_, victim, fate
 
 
 def test_a_server_of_two_stages_answers():
-    with a_server("--pp-size", "2", "--page-size", "4", "--pp-async-batch-depth", "1") as server:
+    with a_server("--pp-size", "2", "--page-size", "4", "--pp-async-batch-depth", "1", *LEAN) as server:
         for prompt in PROMPTS:
             body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 6, "ignore_eos": True}}
             assert server.generate(**body)["output_ids"] == greedy(TINY_QWEN_PATH, prompt, 6)

@@ -115,7 +115,7 @@ def prompt_of(body: ChatBody, tools: Tools, tokenizer: Tokenizer, chat_template:
         text = tokenizer.render_chat(
             [_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)], tools=tools.shown,
             chat_template=chat_template, add_generation_prompt=not goes_on, continue_final_message=goes_on,
-            **given, **_effort(body, chat_template or str(tokenizer.hf.chat_template)),
+            **given, **_effort(body, chat_template or str(tokenizer.inner.chat_template)),
         )  # fmt: skip
         return text, tokenizer.encode_bare(text)  # the template writes what the model wants to see
     except ValueError as error:

@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from common.tiny_qwen import ADAPTERS_PATH
-from tests.ch07.serving.running import a_server
+from tests.ch07.serving.running import ONE_PROCESS, a_server
 
 QUESTION = "What is a radix cache?"
 NAMES = ("pirate", "terse")
@@ -137,7 +137,7 @@ def test_metrics_say_how_many_slots_are_taken(server):
 
 
 def test_two_ranks_serve_adapters_too():
-    with a_server(*FLAGS, "--tp-size", "2") as server:
+    with a_server(*FLAGS, "--tp-size", "2", *ONE_PROCESS) as server:
         body = {"text": [QUESTION] * 2, "sampling_params": PARAMS, "lora_path": ["pirate", None]}
         pirate, base = server.call("/generate", body)[1]
         assert pirate["text"].strip().startswith("Ahoy!")

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from ch07_sglang_radix.benchmarks import bench_disaggregation as bench
+from ch07_sglang_radix.benchmarks.disaggregation_report import readme_table
+from ch07_sglang_radix.disaggregation.cost_model import Times
 from ch07_sglang_radix.disaggregation.lb_args import parse_args as parse_balancer
 from ch07_sglang_radix.server_args import TRANSFER_BACKENDS, ServerArgs
 from ch07_sglang_radix.serving.http_args import parse_args as parse_server
@@ -46,13 +48,31 @@ def test_without_two_gpus_it_says_so(monkeypatch):
         bench.main()
 
 
-def test_rounds_become_a_row_and_rows_a_figure(tmp_path):
-    args = bench.parse_args(["--device", "cuda", "--model-path", "Qwen2.5-7B"])
+def test_rounds_become_a_row_and_rows_a_figure_and_a_table(tmp_path):
+    args = bench.parse_args(["--device", "cuda", "--model-path", "Qwen2.5-7B", "--window", "1.2", "--chunk", "200"])
     rounds = [([0.010] * 99 + [0.5], [0.2, 0.4]), ([0.010] * 100, [0.3, 0.9])]
-    rows = [bench.row_of(args, name, prompt, rounds) for prompt in (100, 400) for name in bench.CONTENDERS]
+    alone = Times(200, chunk_s=0.5, step_s=0.01)
+    rows = [
+        bench.row_of(args, name, prompt, every, rounds, alone)
+        for every in (1.2, 0.4) for prompt in (100, 400) for name in bench.CONTENDERS
+    ]  # fmt: skip
     told = rows[0]
     assert (told["itl_median_ms"], told["itl_p99_lowest_ms"], told["itl_p99_highest_ms"]) == (10, 10, 500)
     assert (told["ttft_median_ms"], told["ttft_p99_ms"], told["rounds"], told["gaps"]) == (350, 900, 2, 200)
+    assert (told["itl_alone_ms"], told["ttft_alone_ms"]) == (10, 500)
+    last = rows[9:]  # three prompts of 400, one every 0.4 s; of two engines each gets every other one
+    assert [row["itl_p99_model_ms"] for row in last] == [510, 510, 10]
+    assert [row["ttft_model_ms"] for row in last] == [1010 + 620, 1010 + 110, 1000 + 600]
     write_csv(rows, tmp_path / "disaggregation_gpu.csv")
     bench.draw_it("disaggregation_gpu", tmp_path)
     assert "Qwen2.5-7B" in (tmp_path / "disaggregation_gpu.svg").read_text(encoding="utf-8")
+    table = readme_table([{name: str(value) for name, value in row.items()} for row in rows]).splitlines()
+    assert len(table) == 2 + len(rows)
+    assert table[3].startswith(
+        "| replicas | 100 | 1.20 | 10.00 | 10.00 (10.00 to 500.00) | 10.00 | 500.00 | 350.00 | 500.00 |"
+    )
+
+
+@pytest.mark.parametrize(("every", "count"), [(0.4, 8), (1.6, 2), (9.0, 1)])
+def test_a_round_lasts_as_long_at_every_rate(every, count):
+    assert bench.prompts_of(bench.parse_args([]), every) == count

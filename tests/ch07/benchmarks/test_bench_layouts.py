@@ -41,6 +41,8 @@ def test_two_ranks_agree_under_every_layout():
     torchrun(2, MODULE, "--check")  # it ends with another code if one differs
 
 
-def test_a_layout_that_is_not_there_is_refused():
-    with pytest.raises(RuntimeError, match="--layouts tp3: on 2 ranks there are tp2, pp2"):
-        torchrun(2, MODULE, "--layouts", "tp3")
+def test_a_layout_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sys.argv", ["bench_layouts", "--layouts", "tp3"])
+    with pytest.raises(ValueError, match=r"^--layouts tp3: on 2 ranks there are tp2, pp2"):
+        bench_layouts.main()

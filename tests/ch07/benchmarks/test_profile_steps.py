@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from ch07_sglang_radix.benchmarks import compare_sglang
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -23,8 +27,9 @@ def test_the_trace_holds_every_part_once_a_step(tmp_path):
     assert "control.execute" in done.stdout
 
 
-def test_a_folder_without_sglang_is_one_line(tmp_path):
-    done = run("ch07_sglang_radix.benchmarks.compare_sglang", tmp_path)
-    assert done.returncode == 1
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert f"{tmp_path}/sglang/srt does not exist; unpack the wheel of sglang 0.5.23" in done.stderr
+def test_a_folder_without_sglang_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["compare_sglang", str(tmp_path)])
+    with pytest.raises(FileNotFoundError, match=r"unpack the wheel of sglang 0\.5\.23") as told:
+        compare_sglang.main()
+    assert len(str(told.value).splitlines()) == 1
+    assert f"{tmp_path}/sglang/srt does not exist; " in str(told.value)

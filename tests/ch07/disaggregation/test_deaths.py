@@ -8,7 +8,7 @@ import pytest
 from ch07_sglang_radix.serving.watch import wait_until
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.ch07.disaggregation.halves import KEPT, a_front, settled, two_halves
-from tests.ch07.serving.running import RunningServer
+from tests.ch07.serving.running import LEAN, RunningServer
 from tests.ch07.serving.test_life_and_death import Client
 from tests.oracle import greedy
 
@@ -18,7 +18,7 @@ BODY = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 8, "ignore_eo
 
 
 def test_prefill_is_killed_and_what_it_had_handed_over_goes_on():
-    with two_halves("--page-size", "4") as halves:
+    with two_halves("--page-size", "4", decode=LEAN) as halves:
         running = Client(halves.front, stream=True).started()  # 2,000 tokens
         halves.prefill.process.send_signal(signal.SIGKILL)
         status, answer = halves.front.call("/generate", BODY)
@@ -29,7 +29,7 @@ def test_prefill_is_killed_and_what_it_had_handed_over_goes_on():
         running.hang_up()
         settled(halves.decode)
         assert halves.front.call("/health")[0] == 503
-        new = RunningServer("--disaggregation-mode", "prefill", *KEPT, "--page-size", "4")
+        new = RunningServer("--disaggregation-mode", "prefill", *KEPT, *LEAN, "--page-size", "4")
         try:
             with a_front("--prefill", new.url, "--decode", halves.decode.url) as front:
                 assert front.generate(**BODY)["output_ids"] == RIGHT, "another prefill engine takes its place"
@@ -39,7 +39,7 @@ def test_prefill_is_killed_and_what_it_had_handed_over_goes_on():
 
 
 def test_decode_is_killed_in_the_middle_of_an_answer():
-    with two_halves() as halves:
+    with two_halves(prefill=LEAN) as halves:
         running = Client(halves.front, stream=True).started()
         halves.decode.process.send_signal(signal.SIGKILL)
         assert wait_until(lambda: b"broke off" in running.text, 100), running.text[-300:]
@@ -49,17 +49,23 @@ def test_decode_is_killed_in_the_middle_of_an_answer():
         settled(halves.prefill)
 
 
+@pytest.fixture(scope="module")
+def impatient():
+    """Of several processes each, so that a scheduler alone can be stopped."""
+    with two_halves("--disaggregation-timeout", "8", "--skip-tokenizer-init") as halves:
+        yield halves
+
+
 @pytest.mark.parametrize("half", ["prefill", "decode"])
-def test_a_half_that_is_stopped_is_not_waited_for_for_ever(half):
+def test_a_half_that_is_stopped_is_not_waited_for_for_ever(impatient, half):
     """It neither answers nor closes its links: the other's rooms run out of time, and the balancer's client gets an error."""
-    with two_halves("--disaggregation-timeout", "8") as halves:
-        assert halves.front.generate(**BODY)["output_ids"] == RIGHT
-        children = psutil.Process(getattr(halves, half).process.pid).children()
-        scheduler = next(one for one in children if "scheduler" in one.cmdline())
-        scheduler.suspend()
-        status, answer = halves.front.call("/generate", BODY | {"input_ids": [9, *PROMPT]})
-        assert status == 500
-        assert "8 s are over" in answer["error"]["message"] or "no sign of life" in answer["error"]["message"]
-        scheduler.resume()
-        halves.at_rest()
-        assert halves.front.generate(**BODY)["output_ids"] == RIGHT
+    assert impatient.front.generate(**BODY)["output_ids"] == RIGHT
+    children = psutil.Process(getattr(impatient, half).process.pid).children()
+    scheduler = next(one for one in children if "scheduler" in one.cmdline())
+    scheduler.suspend()
+    status, answer = impatient.front.call("/generate", BODY | {"input_ids": [9, *PROMPT]})
+    assert status == 500
+    assert "8 s are over" in answer["error"]["message"] or "no sign of life" in answer["error"]["message"]
+    scheduler.resume()
+    impatient.at_rest()
+    assert impatient.front.generate(**BODY)["output_ids"] == RIGHT

@@ -7,25 +7,28 @@ from ch07_sglang_radix.disaggregation.local_pair import Pair
 from ch07_sglang_radix.serving.watch import wait_until
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.ch07.disaggregation.halves import two_halves
+from tests.ch07.serving.running import LEAN
 from tests.ch07.serving.test_life_and_death import Client
 from tests.oracle import greedy, some_prompts
 
 NEW = 10
-HALVES = [(1, 1, 1), (1, 1, 16), (2, 1, 16), (1, 2, 1), (2, 3, 1), (2, 3, 16)]  # ranks of prefill, of decode, page size
+# ranks of prefill, of decode, page size, and how the two are served: processes and tokenizers as a reader has them, or LEAN
+HALVES = [(1, 1, 1, ()), (1, 1, 16, LEAN), (2, 1, 16, LEAN), (1, 2, 1, LEAN), (2, 3, 1, LEAN), (2, 3, 16, LEAN)]
 
 
 def sampling(n=1, new=NEW):
     return {"max_new_tokens": new, "ignore_eos": True, "n": n, "temperature": 0}
 
 
-@pytest.mark.parametrize(("prefill", "decode", "page"), HALVES)
-def test_tokens_equal_transformers_and_every_page_comes_back(prefill, decode, page):
+@pytest.mark.parametrize(("prefill", "decode", "page", "served"), HALVES)
+def test_tokens_equal_transformers_and_every_page_comes_back(prefill, decode, page, served):
     prompts = [*some_prompts(1000, 4, shared=40, longest=24), list(range(5, 5 + 100))]
     right = [greedy(TINY_QWEN_PATH, prompt, NEW) for prompt in prompts]
     chunks = ("--chunked-prefill-size", "32")
     with two_halves(
-        "--page-size", str(page), prefill=("--tp-size", str(prefill), *chunks), decode=("--tp-size", str(decode))
-    ) as halves:
+        "--page-size", str(page), *served,
+        prefill=("--tp-size", str(prefill), *chunks), decode=("--tp-size", str(decode)),
+    ) as halves:  # fmt: skip
         front = halves.front
         cached = []
         for _ in range(2):  # the second time both sides find them in their trees
@@ -68,7 +71,7 @@ def test_tokens_equal_transformers_and_every_page_comes_back(prefill, decode, pa
 def test_latent_pages_are_whole_on_every_rank_and_the_tokens_transformers_too(prefill, decode, page, checkpoint):
     folder = checkpoint("deepseek_v3")
     prompts = some_prompts(1000, 4, shared=20, longest=24)
-    flags = ("--model-path", str(folder), "--skip-tokenizer-init", "--page-size", str(page))
+    flags = ("--model-path", str(folder), "--page-size", str(page), *LEAN)
     with two_halves(*flags, prefill=("--tp-size", str(prefill)), decode=("--tp-size", str(decode))) as halves:
         for _ in range(2):
             answers = halves.front.generate(input_ids=prompts, sampling_params=sampling())

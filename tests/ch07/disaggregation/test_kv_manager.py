@@ -49,7 +49,7 @@ def obey(manager, *given):
 
 def reserve(manager, addresses, pages=(7, 8)):
     meet = (orders.MEET, (0, *orders.as_words(addresses)))
-    obey(manager, meet, (orders.RESERVE, (ROOM, 0, SLOT, 0, *pages)))
+    obey(manager, meet, (orders.RESERVE, (ROOM, 0, SLOT, 0, 0, *pages)))
 
 
 def hello(mode, rank, ranks):

@@ -34,7 +34,7 @@ block = st.builds(Block, st.binary(min_size=HANDLE, max_size=HANDLE), page, coun
 part = st.builds(Part, block, st.lists(count, min_size=6, max_size=6), count)
 anything = st.one_of(
     st.builds(Hello, page, st.sampled_from(["prefill", "decode"]), page, page),
-    st.builds(Reserve, room, page, page, pages),
+    st.builds(Reserve, room, page, page, pages, page),
     st.builds(Write, room, pages),
     st.builds(Metadata, page, room, page, page, st.lists(told, max_size=2), st.lists(told, max_size=2)),
     st.builds(Done, room, st.booleans()),
@@ -66,7 +66,7 @@ def test_a_message_that_is_cut_is_refused(message, data):
 @pytest.mark.parametrize(
     ("head", "said"),
     [
-        (b"GET / HTTP/1.1\r\n", "not a frame of version 1"),
+        (b"GET / HTTP/1.1\r\n", f"not a frame of version {messages.VERSION}"),
         (b"short", "16 bytes, these are 5"),
         (HEAD.pack(messages.MAGIC, messages.MAX_STRUCT + 1, 0), "may have 4,194,304"),
     ],

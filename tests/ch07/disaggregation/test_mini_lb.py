@@ -4,14 +4,14 @@ import pytest
 
 from ch07_sglang_radix import Engine
 from tests.ch07.disaggregation.halves import a_front, settled, two_halves
-from tests.ch07.serving.running import a_server
+from tests.ch07.serving.running import LEAN, ONE_PROCESS, a_server
 
 TEXT = "What is a radix cache?"
 
 
 @pytest.fixture(scope="module")
 def halves():
-    with two_halves("--disaggregation-transfer-backend", "shm") as halves:
+    with two_halves("--disaggregation-transfer-backend", "shm", prefill=ONE_PROCESS) as halves:
         yield halves
 
 
@@ -87,13 +87,13 @@ def test_a_half_asked_without_a_room_says_whom_to_ask(halves):
 
 
 def test_a_whole_engine_is_no_prefill_server_and_takes_no_room(halves):
-    with a_server() as server:
+    with a_server(*LEAN) as server:
         with a_front("--prefill", server.url, "--decode", halves.decode.url) as front:
-            status, answer = front.call("/generate", {"text": TEXT})
+            status, answer = front.call("/generate", {"input_ids": [5]})
             assert status == 503
             assert answer["error"]["message"] == f"{server.url} is no prefill server: disaggregation_mode=null"
         room = {"bootstrap_host": "127.0.0.1", "bootstrap_port": 9, "bootstrap_room": 1}
-        status, answer = server.call("/generate", {"text": TEXT} | room)
+        status, answer = server.call("/generate", {"input_ids": [5]} | room)
         assert status == 400
         assert "this one does both" in answer["error"]["message"]
     settled(halves.decode)

@@ -7,7 +7,7 @@ from ch07_sglang_radix.serving.watch import wait_until
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.ch07.disaggregation.halves import KEPT, settled
 from tests.ch07.parallelism.test_router_process import a_router
-from tests.ch07.serving.running import RunningServer
+from tests.ch07.serving.running import LEAN, RunningServer
 from tests.ch07.serving.test_life_and_death import Client
 from tests.oracle import greedy
 
@@ -20,7 +20,7 @@ def test_tokens_are_right_and_one_of_each_side_may_die():
     with ExitStack() as stack:
         servers = {}
         for mode in ("prefill", "decode"):
-            servers[mode] = [RunningServer("--disaggregation-mode", mode, *KEPT, wait=False) for _ in range(2)]
+            servers[mode] = [RunningServer("--disaggregation-mode", mode, *KEPT, *LEAN, wait=False) for _ in range(2)]
             for server in servers[mode]:
                 stack.callback(server.process.wait)
                 stack.callback(server.process.kill)

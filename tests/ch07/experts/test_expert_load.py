@@ -19,7 +19,7 @@ from ch07_sglang_radix.serving.scheduler_process import SchedulerProcess
 from common.parallel_state import RankFailure
 from common.tiny_qwen import TINY_QWEN_PATH
 from common.tiny_qwen.upcycle import tiny_mixture
-from tests.ch07.serving.running import a_server
+from tests.ch07.serving.running import ONE_PROCESS, a_server
 from tests.oracle import greedy
 
 PROMPTS, NEW = [[5, 6, 7, 8], [9] * 20, [30, 31, 32]], 12
@@ -135,7 +135,7 @@ def test_a_server_says_how_even_its_ranks_are():
         "--eplb-rebalance-num-iterations", "4", "--expert-balancedness-report-mode", "prometheus", "--enable-metrics",
     )  # fmt: skip
     params = {"max_new_tokens": 9, "ignore_eos": True}
-    with a_server(*flags) as server:
+    with a_server(*flags, *ONE_PROCESS) as server:
         answer = server.generate(text="What is a radix cache?", sampling_params=params)
         info = server.at_rest()["experts"]
         status, text = server.raw("/metrics")

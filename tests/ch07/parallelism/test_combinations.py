@@ -65,40 +65,33 @@ from ch07_sglang_radix import Engine
 from common.distributed.launch import run_main
 
 def main():
-    prompts, flags = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-    with Engine(device="cpu", check=True, **flags) as engine:
-        told = engine.generate(input_ids=prompts, sampling_params={"max_new_tokens": 8})
-    if os.environ["RANK"] == "0":
-        print("ANSWERS", json.dumps([[one["output_ids"], one["meta_info"]["dp_rank"]] for one in told]))
+    prompts, layouts = map(json.loads, sys.argv[1:])
+    for flags in layouts:
+        with Engine(device="cpu", check=True, **flags) as engine:
+            told = engine.generate(input_ids=prompts, sampling_params={"max_new_tokens": 8})
+        if os.environ["RANK"] == "0":
+            print("ANSWERS", json.dumps([[one["output_ids"], one["meta_info"]["dp_rank"]] for one in told]), flush=True)
 
 if __name__ == "__main__":
     run_main(main)
 """
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {"dp_size": 2, "tp_size": 2},
-        {"dp_size": 2, "pp_size": 2},
-        {"dp_size": 2, "cp_size": 2},
-        {"dp_size": 2, "attn_dp_size": 2},
-        {"dp_size": 2, "enable_layernorm_sp": True},
-    ],
-    ids=str,
-)
-def test_replicas_of_every_kind_under_torchrun(flags, tmp_path):
-    """tp x dp, pp x dp, cp x dp, attention-dp x dp, sp x dp, on four ranks."""
+def test_replicas_of_every_kind_under_torchrun(tmp_path):
+    """tp x dp, pp x dp, cp x dp, attention-dp x dp, sp x dp, on four ranks, one engine after the other."""
+    ways = ({"tp_size": 2}, {"pp_size": 2}, {"cp_size": 2}, {"attn_dp_size": 2}, {"enable_layernorm_sp": True})
+    layouts = [{"dp_size": 2} | way for way in ways]
     script, prompts = tmp_path / "replicas.py", some_prompts(3584, 5, shared=20, longest=12)
     script.write_text(REPLICAS, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", script,
-         json.dumps(prompts), json.dumps(flags)],
+         json.dumps(prompts), json.dumps(layouts)],
         capture_output=True, text=True, timeout=300, cwd=tmp_path, check=False,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("ANSWERS"))
-    told = json.loads(line.removeprefix("ANSWERS"))
-    assert [ids for ids, _ in told] == [greedy(TINY_QWEN_PATH, prompt, 8) for prompt in prompts]
-    assert {rank for _, rank in told} == {0, 1}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS")]
+    for flags, line in zip(layouts, lines, strict=True):
+        told = json.loads(line.removeprefix("ANSWERS"))
+        assert [ids for ids, _ in told] == [greedy(TINY_QWEN_PATH, prompt, 8) for prompt in prompts], flags
+        assert {rank for _, rank in told} == {0, 1}, flags

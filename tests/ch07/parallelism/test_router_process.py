@@ -8,7 +8,7 @@ import threading
 from contextlib import contextmanager
 
 from ch07_sglang_radix.serving.watch import wait_until
-from tests.ch07.serving.running import ROOT, RunningServer, a_server
+from tests.ch07.serving.running import ONE_PROCESS, ROOT, RunningServer, a_server
 from tests.ch07.serving.test_life_and_death import Client
 
 
@@ -30,7 +30,7 @@ def a_router(*flags):
 
 def test_two_servers_behind_a_router_are_one_that_survives_either():
     body = {"text": "What is a page?", "sampling_params": {"max_new_tokens": 8}}
-    with a_server() as first, a_server() as second:
+    with a_server(*ONE_PROCESS) as first, a_server(*ONE_PROCESS) as second:
         flags = ("--health-check-interval-secs", "0.3", "--worker-urls", first.url, second.url)
         with a_router(*flags) as router:
             right = first.generate(**body)

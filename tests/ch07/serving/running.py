@@ -26,6 +26,9 @@ from common.text.tokenizer import Tokenizer
 ROOT = Path(__file__).parents[3]
 START_S = 300
 TINY = ("--device", "cpu", "--max-total-tokens", "4096", "--check")
+# Where not the processes are tested but what a server answers: it starts with a third of the work, without text with a fourth.
+ONE_PROCESS = ("--single-process",)
+LEAN = (*ONE_PROCESS, "--skip-tokenizer-init")
 
 
 class RunningServer:

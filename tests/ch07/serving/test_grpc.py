@@ -12,7 +12,7 @@ import pytest
 from ch07_sglang_radix.serving.grpc import sglang_scheduler_pb2 as pb
 from ch07_sglang_radix.serving.grpc.service import METHODS, SERVICE, serve_grpc
 from ch07_sglang_radix.serving.io_struct import GenerateRequest
-from tests.ch07.serving.running import InThisProcess, a_server
+from tests.ch07.serving.running import ONE_PROCESS, InThisProcess, a_server
 
 ROOT = Path(__file__).parents[3]
 PROTO = "ch07_sglang_radix/serving/grpc/sglang_scheduler.proto"
@@ -153,7 +153,7 @@ def test_the_generated_code_is_current(tmp_path):
 
 
 def test_a_server_answers_both_and_ends_in_good_order():
-    with a_server("--grpc-port", "0") as server:
+    with a_server("--grpc-port", "0", *ONE_PROCESS) as server:
         address = server.said(r"grpc://(\S+)")
         assert call(address, "HealthCheck", pb.HealthCheckRequest()).healthy
         (response,) = call(address, "Generate", wanted(ignore_eos=True))

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from ch07_sglang_radix.serving.watch import wait_until
-from tests.ch07.serving.running import RunningServer, a_server
+from tests.ch07.serving.running import LEAN, RunningServer, a_server
 
 LONG = {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True}}
 ALL_END_S = 100.0  # they end at once; the rest is for a busy machine
@@ -86,7 +86,7 @@ def gone(process):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_client_that_goes_away_has_its_request_aborted(size):
-    with a_server("--tp-size", str(size)) as server:
+    with a_server("--tp-size", str(size), *(LEAN if size == 2 else ())) as server:
         clients = [Client(server, stream=True).started(), Client(server, stream=True).started(), Client(server)]
         assert wait_until(lambda: server.info()["running"] == 3, 100)
         before = server.info()["steps"]["decode"]

@@ -9,7 +9,7 @@ from ch07_sglang_radix import Engine
 from common.teaching.scripted_checkpoint import scripted_checkpoint
 from common.text.tokenizer import Tokenizer
 from common.tiny_qwen import TINY_QWEN_PATH
-from tests.ch07.serving.running import a_server
+from tests.ch07.serving.running import ONE_PROCESS, a_server
 from tests.ch07.serving.web import client_of_an_engine, openai_client
 from tests.oracle import greedy
 
@@ -37,7 +37,9 @@ def scripted(tmp_path_factory, request):
             yield client
     else:
         with (
-            a_server("--model-path", str(folder), "--reasoning-parser", "qwen3", "--tp-size", "2") as server,
+            a_server(
+                "--model-path", str(folder), "--reasoning-parser", "qwen3", "--tp-size", "2", *ONE_PROCESS
+            ) as server,
             openai_client(server.url) as client,
         ):
             yield client

@@ -10,7 +10,7 @@ import pytest
 
 from ch07_sglang_radix import Engine
 from tests.ch07.serving.calls import CALLS, engine_call, expected
-from tests.ch07.serving.running import ROOT, RunningServer, a_server
+from tests.ch07.serving.running import ONE_PROCESS, ROOT, RunningServer, a_server
 
 FLAGS = ("--page-size", "4", "--random-seed", "3")
 SETTINGS = {"device": "cpu", "page_size": 4, "random_seed": 3, "max_total_tokens": 4096}
@@ -24,7 +24,8 @@ def server():
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_every_call_answers_what_the_engine_answers(size):
-    with a_server(*FLAGS, "--tp-size", str(size)) as fresh, Engine(tp_size=size, **SETTINGS) as engine:
+    processes = () if size == 1 else ONE_PROCESS
+    with a_server(*FLAGS, "--tp-size", str(size), *processes) as fresh, Engine(tp_size=size, **SETTINGS) as engine:
         for name, call in CALLS.items():
             known = engine.generate(**engine_call(call, name))
             given = fresh.generate(**call, rid=engine_call(call, name)["rid"])

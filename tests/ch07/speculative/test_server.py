@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.ch07.serving.running import RunningServer
+from tests.ch07.serving.running import ONE_PROCESS, RunningServer
 
 QUESTION = "What is a radix cache? A radix cache is a tree of prefixes. Say it again: a radix cache"
 PARAMS = {"max_new_tokens": 40, "ignore_eos": True}
@@ -18,7 +18,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def servers():
-    plain, guessing = RunningServer(), RunningServer(*FLAGS)
+    plain, guessing = RunningServer(*ONE_PROCESS), RunningServer(*FLAGS)
     yield plain, guessing
     plain.end()
     guessing.end()

@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 import httpx2  # the HTTP client of huggingface_hub
+import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -29,7 +30,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["/no/such", "./missing", "../missing/too", "~/no/such", "gpt2", "a/b/c"])
 def test_what_can_be_neither_folder_nor_hub_id_is_refused_by_name(name, monkeypatch):
-    monkeypatch.setattr(hub, "snapshot_download", None)  # the Hub is not asked
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)  # the Hub is not asked
     with pytest.raises(FileNotFoundError) as error:
         resolve_model(name)
     assert str(error.value) == f"{name} is no folder and no Hub id (owner/model); give one of the two"
@@ -88,14 +89,14 @@ def model_folder(tmp_path):
 
 def test_what_is_in_the_cache_is_not_downloaded(model_folder, monkeypatch):
     fake = Hub(model_folder, AssertionError("downloaded"))
-    monkeypatch.setattr(hub, "snapshot_download", fake)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
     assert resolve_model("owner/model") == model_folder
     assert fake.asked == [("owner/model", True)]
 
 
 def test_what_is_not_in_the_cache_is_downloaded(model_folder, monkeypatch):
     fake = Hub(LocalEntryNotFoundError("not here"), model_folder)
-    monkeypatch.setattr(hub, "snapshot_download", fake)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
     assert resolve_model("owner/model") == model_folder
     assert fake.asked == [("owner/model", True), ("owner/model", False)]
 
@@ -104,7 +105,7 @@ def test_a_cache_without_weights_is_not_taken_for_the_model(model_folder, tmp_pa
     """The cache answers with any snapshot folder it has: after AutoConfig, or a broken download, without weights."""
     config_only = tmp_path_factory.mktemp("snapshot")
     (config_only / "config.json").write_text("{}")
-    monkeypatch.setattr(hub, "snapshot_download", Hub(config_only, model_folder))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Hub(config_only, model_folder))
     assert resolve_model("owner/model") == model_folder
 
 
@@ -113,9 +114,9 @@ def test_a_cache_that_lacks_a_file_of_the_index_is_not_taken_either(model_folder
     (broken / "a.safetensors").write_bytes(b"")
     index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
     (broken / "model.safetensors.index.json").write_text(json.dumps(index))
-    monkeypatch.setattr(hub, "snapshot_download", Hub(broken, model_folder))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Hub(broken, model_folder))
     assert resolve_model("owner/model") == model_folder
-    monkeypatch.setattr(hub, "snapshot_download", Hub(broken, OSError("no network")))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Hub(broken, OSError("no network")))
     with pytest.raises(
         FileNotFoundError, match=r"is not in the cache as a whole, and the Hub did not give it \(no network"
     ):
@@ -124,7 +125,7 @@ def test_a_cache_that_lacks_a_file_of_the_index_is_not_taken_either(model_folder
 
 @pytest.mark.parametrize("reason", [OSError("disk full"), OSError(), httpx2.ProxyError("407")], ids=repr)
 def test_a_failed_download_is_a_file_not_found_error(reason, monkeypatch):
-    monkeypatch.setattr(hub, "snapshot_download", Hub(LocalEntryNotFoundError("not here"), reason))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Hub(LocalEntryNotFoundError("not here"), reason))
     with pytest.raises(FileNotFoundError, match="owner/model is no local folder") as error:
         resolve_model("owner/model")
     assert str(reason) in str(error.value)

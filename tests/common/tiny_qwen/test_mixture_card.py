@@ -13,7 +13,7 @@ CARD = (
     (TINY_QWEN_PATH / "README.md")
     .read_text(encoding="utf-8")
     .split("## A mixture that speaks")[1]
-    .split("## Limits")[0]
+    .split("## Latent attention that speaks")[0]
 )
 FOLDERS = (TINY_QWEN_PATH, MIXTURE_PATH)
 

@@ -11,7 +11,7 @@ import pytest
 from ch07_sglang_radix.serving.xray.__main__ import Replay
 from ch07_sglang_radix.serving.xray.events import merged, snapshot, step
 from ch07_sglang_radix.serving.xray.page import FOLDER
-from tests.ch07.serving.running import a_server
+from tests.ch07.serving.running import ONE_PROCESS, a_server
 from tests.ch07.serving.xray.chromium import binary, chromium
 
 pytestmark = pytest.mark.skipif(
@@ -217,7 +217,8 @@ def test_a_prompt_is_text_whatever_is_in_it(tab, tmp_path):
 
 @pytest.fixture(scope="module")
 def server():
-    with a_server("--page-size", "4", "--max-total-tokens", "704", "--tp-size", "2", "--api-key", "secret") as running:
+    flags = ("--page-size", "4", "--max-total-tokens", "704", "--tp-size", "2", "--api-key", "secret")
+    with a_server(*flags, *ONE_PROCESS) as running:
         yield running
 
 

@@ -1,0 +1,108 @@
+"""Layers whose rows do not see each other: the same row gives the same bits in any company.
+
+A sum of floats depends on its order, and a library chooses the order by the shape of the product: MKL adds up one row of x in
+another order than it adds up each of sixteen. So the bits of a request's hidden states, and then now and then a token, depend on
+how many requests run beside it, on how its prompt was cut into chunks, on what was found in the tree. That is no random
+noise: the same batch gives the same bits. Nobody who asks can know the batch (He et al., "Defeating Nondeterminism in LLM
+Inference", Thinking Machines Lab 2025).
+
+The way out is to leave the library no choice:
+
+    RowBlocks     on a CPU every product is one of the same shape: the rows go by blocks of 16, the last filled up with zeros, in
+                  memory that begins at a multiple of 64 bytes. On a GPU one kernel, whose tiles and turns never change
+                  (common/kernels/linear.py, fixed_linear)
+    SiluByExp     torch's float32 silu computes what is left over behind a vector's width by another exp than the vectors: which
+                  numbers those are depends on the shape, and on the number of threads. exp by itself is one function for both
+
+What remains is the place in a block. Whether a library adds up the third row of sixteen as it does the ninth is not promised
+anywhere, so it is tried for each shape when a model is loaded (`agreeing_rows`), and a block is a single row where it fails.
+Norms, rotary embedding, softmax and the sampler work row by row as they are: tests/common/layers/test_batch_invariant.py.
+
+SGLang 0.5.23 (--enable-deterministic-inference, srt/batch_invariant_ops/batch_invariant_ops.py) and vLLM 0.30
+(VLLM_BATCH_INVARIANT=1, vllm/model_executor/layers/batch_invariant.py) put Triton kernels with fixed tiles in the place of torch's
+mm, addmm, log_softmax and mean, as the paper's batch_invariant_ops do; both are for GPUs.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from common.layers.activation import SiluAndMul
+from common.layers.linear import LinearBase, multiply
+from common.layers.mlp import MLP
+from common.quantization.method import LinearMethod
+
+try:  # a CPU build of torch comes without Triton
+    from common.kernels.linear import fixed_linear
+except ImportError:
+    fixed_linear = None
+
+BLOCKS = (16, 32, 8, 1)  # rows of a product, the first that is proven; measured on a CPU, see the chapter's README
+
+
+def make_batch_invariant(model: nn.Module) -> None:
+    """Of a loaded model, in place. Raises ValueError for a layer that has no such form."""
+    found: dict[tuple, int] = {}
+    for layer in model.modules():
+        if isinstance(layer, LinearBase):
+            if layer.method is not None:
+                raise ValueError(
+                    f"{layer.name} multiplies by {layer.method.name} weights, whose sums depend on the batch; "
+                    f"use quantized_compute=dequantise, or leave enable_deterministic_inference out"
+                )
+            kind = tuple(layer.weight.shape), layer.dtype
+            if layer.weight.device.type == "cpu" and kind not in found:
+                found[kind] = agreeing_rows(layer.weight.to(layer.dtype))
+            layer.method = RowBlocks(found.get(kind, BLOCKS[0]))
+        elif isinstance(layer, MLP):
+            layer.act = SiluByExp()
+
+
+class RowBlocks(LinearMethod):
+    """Of a layer with a plain weight: products of one shape, `rows` rows of x at a time."""
+
+    name = "row blocks"
+
+    def __init__(self, rows: int):
+        super().__init__()
+        self.rows = rows
+
+    def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if x.is_cuda:
+            return fixed_linear(x, layer.weight, bias)
+        return in_blocks(lambda block: multiply(block, layer.weight, bias), x, self.rows)
+
+
+def in_blocks(f: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, rows: int) -> torch.Tensor:
+    """f of x [T, in], `rows` rows at a time -> [T, out]; f sees tensors of one shape and one alignment."""
+    parts = []
+    for some in x.split(rows):
+        block = x.new_zeros(rows, x.shape[1])
+        block[: len(some)] = some
+        parts.append(f(block)[: len(some)])
+    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else f(x)
+
+
+def agreeing_rows(weight: torch.Tensor) -> int:
+    """The first number of BLOCKS for which a row's product with weight [out, in] does not depend on its place among so many.
+
+    One row always agrees with itself.
+    """
+    row = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    for rows in BLOCKS:
+        y = multiply(row.repeat(rows, 1), weight)
+        if torch.equal(y, y[:1].expand_as(y)):
+            return rows
+    return 1
+
+
+class SiluByExp(SiluAndMul):
+    """SwiGLU's gate, x / (1 + exp(-x)) in float32 by operators that are the same for every number of a tensor."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cuda:  # a program a row there
+            return super().forward(x)
+        gate, up = x.chunk(2, dim=-1)
+        wide = gate.float()
+        return (wide / wide.neg().exp_().add_(1)).to(x.dtype).mul_(up)
