@@ -222,13 +222,25 @@ class HiRadixCache(RadixCache):
             self.controller.join(ticket)
 
     def take_host(self, pages: int) -> np.ndarray | None:
-        """[pages * P] slots of the host, for which others are forgotten; None if too few may go."""
+        """[pages * P] slots of the host, for which others are forgotten; None, and nothing is, if too few may go."""
+        if not self._may_go(pages - self.host_pool.num_free_pages):
+            return None
         while self.host_pool.num_free_pages < pages and (leaf := self._host_leaves.next()):
             self.host_evicted += len(leaf.host_value)
             parent = leaf.parent
             self._drop(leaf)
             self._offer(parent)
         return self.host_pool.alloc(pages)
+
+    def _may_go(self, pages: int) -> bool:
+        """Does the host alone hold so many that nobody has locked? Who holds a node holds all above it, and the device's part of a
+        path comes first: so what is below such a node may go before it."""
+        for node in self.nodes() if pages > 0 else ():
+            if not len(node.value) and node.lock_ref == 0:
+                pages -= len(node.host_value) // self.page_size
+                if pages <= 0:
+                    break
+        return pages <= 0
 
     def _drop(self, node: TieredNode) -> None:
         """Out of the tree, and all below it: nothing of it is on the device."""

@@ -1,7 +1,8 @@
 """What rank 0 decides about the disk: which nodes are written, and for whom pages are fetched before it may enter.
 
     a node gets a host copy     its pages are written to files, too
-    a request is queued         what no tier of the tree has of it: how many pages have files? They are read into host pages
+    a request is queued         what no tier of the tree has of it: how many pages have files? A thread makes their names and looks
+    they are there              they are read into host pages
     it asks to enter            best_effort: with what has been read by now; wait_complete: when all has been; timeout: until
                                 1 s and 0.25 s for each 1024 tokens have gone by
     pages have been read        they are nodes of the tree, with a host copy: from here on as if the host had never lost them
@@ -12,6 +13,7 @@ SGLang 0.5.23: HiRadixCache.prefetch_from_storage, check_prefetch_progress.
 
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +22,7 @@ import numpy as np
 from ch07_sglang_radix.quantization.cache_controller import HiCacheController
 from ch07_sglang_radix.quantization.hiradix_cache import HiRadixCache, TieredNode
 from ch07_sglang_radix.quantization.storage_controller import READ, SETTLE, WRITE, page_words
+from ch07_sglang_radix.radix_cache import NO_SLOTS
 from ch07_sglang_radix.request import Req
 from common.storage.page_keys import as_words, chain, first_key
 
@@ -29,16 +32,18 @@ PREFETCH_S, PREFETCH_S_A_TOKEN = 1.0, 0.25 / 1024  # of the policy timeout; SGLa
 
 @dataclass(eq=False)
 class Prefetch:
-    """ids[start : start + len(slots)] are being read into `slots` of the host. wanted: somebody could enter, and would not wait."""
+    """ids[start : start + len(slots)] are being read into `slots` of the host; before that (ticket 0), it is looked up which of
+    them have files: `found`, their names. wanted: somebody could enter, and would not wait."""
 
     ids: np.ndarray
     extra_key: Hashable
     start: int
-    slots: np.ndarray
-    ticket: int
-    deadline: float
     first: bytes
-    rids: set[int] = field(default_factory=set)
+    rids: set[int]
+    found: Future[list[bytes]]
+    deadline: float
+    slots: np.ndarray = field(default_factory=lambda: NO_SLOTS)
+    ticket: int = 0
     wanted: bool = False
     void: bool = False  # what it reads is nobody's any more
 
@@ -53,6 +58,7 @@ class StoragePrefetch:
         self.tree, self.controller, self.storage = tree, controller, controller.storage
         self.policy, self.threshold, self.namespace = policy, threshold, namespace
         self.under_way: list[Prefetch] = []
+        self._looks = ThreadPoolExecutor(1, "hicache-names")
         self.mixed = False  # may the tree hold what earlier weights have computed? Then nothing of it is written
         self.fetched = 0  # tokens
         tree.backed_up.append(self._write)
@@ -92,26 +98,37 @@ class StoragePrefetch:
         if len(key) - start < self.threshold:
             return
         last = self._keys(node)[-1] if start else first_key(name)
-        keys = chain(last, key[start:].reshape(-1, P))
+        first = chain(last, key[start : start + P].reshape(1, P))[0]
         for other in self.under_way:
-            if (
-                other.first == keys[0] and not other.void
-            ):  # a second one with the same beginning waits for the same pages
+            if other.first == first and not other.void:  # a second one with the same beginning waits for the same pages
                 other.rids.add(req.rid)
                 return
-        count = self.storage.store.leading(keys)
-        if count * P < self.threshold:
-            return
-        tree.inc_lock_ref(node)  # what it goes on from is not forgotten for it
-        slots = tree.take_host(count)
+        found = self._looks.submit(self._look_up, last, key[start:].reshape(-1, P), self.storage.store.seed)
+        self.under_way.append(
+            Prefetch(key, req.extra_key, start, first, {req.rid}, found, time.monotonic() + PREFETCH_S)
+        )
+
+    def _look_up(self, last: bytes, pages: np.ndarray, seed: bytes) -> list[bytes]:
+        """In a thread: a long prompt has a thousand names, and the disk may take its time to say what it has."""
+        keys = chain(last, pages)
+        return keys[: self.storage.store.leading(keys, seed)]
+
+    def _read(self, one: Prefetch, keys: list[bytes]) -> bool:
+        """Have them read. False: there is nothing to read, or no room for it."""
+        tree, P = self.tree, self.tree.page_size
+        node, known = tree.deepest(one.ids, one.extra_key)
+        if len(keys) * P < self.threshold or known < one.start:  # what they go on from has been forgotten
+            return False
+        tree.inc_lock_ref(node)  # and is not, for their room
+        slots = tree.take_host(len(keys))
         tree.dec_lock_ref(node)
         if slots is None:
-            return
+            return False
         self.controller.newest += 1
-        deadline = time.monotonic() + PREFETCH_S + PREFETCH_S_A_TOKEN * len(slots)
-        one = Prefetch(key, req.extra_key, start, slots, self.controller.newest, deadline, keys[0], {req.rid})
-        self.under_way.append(one)
-        self.controller.order(READ, one.ticket, *page_words(slots[::P] // P, as_words(keys[:count])))
+        one.slots, one.ticket = slots, self.controller.newest
+        one.deadline += PREFETCH_S_A_TOKEN * len(slots)
+        self.controller.order(READ, one.ticket, *page_words(slots[::P] // P, as_words(keys)))
+        return True
 
     def may_enter(self, req: Req) -> bool:
         for one in self.under_way:
@@ -124,8 +141,13 @@ class StoragePrefetch:
         """Between two steps, orders sent: what has been read becomes the tree's. Is any still being read?"""
         now = time.monotonic()
         for one in list(self.under_way):
-            done = self.storage.done(one.ticket)
             late = (self.policy == "best_effort" and one.wanted) or (self.policy == "timeout" and now > one.deadline)
+            if not one.ticket:
+                goes_on = not (late or one.void) and (not one.found.done() or self._read(one, one.found.result()))
+                if not goes_on:
+                    self.under_way.remove(one)
+                continue
+            done = self.storage.done(one.ticket)
             if done or late or one.void:
                 self.under_way.remove(one)
                 good = self.controller.ask(SETTLE, one.ticket, int(done)) * self.tree.page_size
@@ -147,6 +169,9 @@ class StoragePrefetch:
         self.mixed = False
         for one in self.under_way:
             one.void = True
+
+    def close(self) -> None:
+        self._looks.shutdown(cancel_futures=True)
 
     def _owners(self) -> Iterator[tuple[str, np.ndarray]]:
         for one in self.under_way:

@@ -55,7 +55,10 @@ class PageStore:
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
-            raise ValueError(f"hicache_storage_dir={folder} cannot be used ({error}); name another folder") from None
+            why = error.strerror or error  # without the name of the probe
+            raise ValueError(
+                f"hicache_storage_dir={folder} cannot be used: {why}; name another folder, or allow this user to write there"
+            ) from None
         self._make_room(0)
 
     def key(self, chained: bytes, seed: bytes | None = None) -> bytes:
@@ -69,10 +72,10 @@ class PageStore:
         """A text and no Path: a prompt has a thousand of them."""
         return f"{self._folder}{key.hex()}{END}"
 
-    def leading(self, chained: Sequence[bytes]) -> int:
+    def leading(self, chained: Sequence[bytes], seed: bytes | None = None) -> int:
         """How many of these pages, from the first one on, have a file."""
         for i, one in enumerate(chained):
-            if not os.path.exists(self._at(self.key(one))):
+            if not os.path.exists(self._at(self.key(one, seed))):
                 return i
         return len(chained)
 

@@ -60,6 +60,7 @@ VARIANTS = [
         "schedule_conservativeness": 0.01,
     },  # and retracts
     {"disable_radix_cache": True, "disable_overlap_schedule": False},
+    {"page_size": 2, "max_total_tokens": 88, "enable_hierarchical_cache": True, "hicache_ratio": 4},
 ]
 
 

@@ -236,6 +236,21 @@ def test_the_host_forgets_what_was_used_least_recently(any_length):
     assert tiers.request([2, 2]) == 0
 
 
+def test_where_there_is_no_room_the_host_forgets_nothing(any_length):
+    tiers = Tiers("write_through", host=4)
+    tiers.request([1, 2, 3, 4])
+    tiers.request([5, 6, 7, 8])
+    tiers.tree.evict(8)
+    held = tiers.tree.match_prefix([1, 2, 3, 4]).last_host_node
+    tiers.tree.inc_lock_ref(held)
+    assert tiers.tree.take_host(3) is None, "two are locked, and two may go"
+    assert tiers.tree.host_evicted == 0
+    assert tiers.tree.match_prefix([5, 6, 7, 8]).host_hit_length == 4
+    assert len(tiers.tree.take_host(2)) == 2 * PAGE
+    assert tiers.tree.host_evicted == 4
+    assert tiers.tree.match_prefix([5, 6, 7, 8]).host_hit_length == 0
+
+
 def test_what_the_host_has_behind_a_node_that_is_lost_goes_with_it(any_length):
     """write_back: the leaf is copied, and then its parent finds no room."""
     tiers = Tiers("write_back", 1, device=4)

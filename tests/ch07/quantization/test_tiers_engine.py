@@ -37,8 +37,8 @@ def plain():
         return [one["output_ids"] for one in ask(engine, PROMPTS)]
 
 
-def ask(engine: Engine, prompts, **more) -> list:
-    return engine.generate(input_ids=prompts, sampling_params=GREEDY, **more)
+def ask(engine: Engine, prompts, n: int = 1, **more) -> list:
+    return engine.generate(input_ids=prompts, sampling_params=GREEDY | {"n": n}, **more)
 
 
 def one_by_one(engine: Engine, plain, **more) -> list[dict[str, int]]:
@@ -212,6 +212,8 @@ def test_pages_on_their_way_for_nobody_keep_no_engine_awake(plain, tmp_path, mon
         held, store = Event(), engine.scheduler.tiers.controller.storage.store
         monkeypatch.setattr(store, "read", lambda *_: held.wait() and False)
         engine.scheduler.add_request(input_ids=PROMPTS[0], sampling_params=SamplingParams(**GREEDY))
+        while not engine.scheduler.tiers.prefetch.under_way[0].ticket:
+            engine.scheduler.step()
         engine.scheduler.step()
         assert engine.pause_generation("abort") == 1
         assert engine.flush_cache()
@@ -221,6 +223,60 @@ def test_pages_on_their_way_for_nobody_keep_no_engine_awake(plain, tmp_path, mon
         held.set()
         monkeypatch.undo()
         assert ask(engine, PROMPTS[0])["output_ids"] == plain[0]
+
+
+def test_names_are_looked_up_beside_the_steps_of_others(plain, tmp_path, monkeypatch):
+    """A disk that takes its time holds back the request that asks it, and no other."""
+    with Engine(**on_disk(tmp_path, max_total_tokens=256)) as engine:
+        ask(engine, PROMPTS[0])
+    with Engine(**on_disk(tmp_path, max_total_tokens=256)) as engine:
+        slow, scheduler, store = Event(), engine.scheduler, engine.scheduler.tiers.controller.storage.store
+        leading = store.leading
+        monkeypatch.setattr(store, "leading", lambda *told: slow.wait() and leading(*told))
+        params = SamplingParams(**GREEDY)
+        first = scheduler.add_request(input_ids=PROMPTS[0], sampling_params=params)
+        other = scheduler.add_request(input_ids=PROMPTS[1][:15], sampling_params=params)  # too short to be looked for
+        while other not in scheduler.results:
+            scheduler.step()
+        assert first not in scheduler.results
+        slow.set()
+        while first not in scheduler.results:
+            scheduler.step()
+        assert scheduler.results[first].output_ids == plain[0]
+        assert scheduler.results[first].cached_tokens_details["storage"] == 48
+
+
+def test_several_answers_and_turns_of_a_session_are_the_same(plain):
+    with Engine(device="cpu", skip_tokenizer_init=True, page_size=4) as engine:
+        right = turns(engine)
+    with Engine(**SMALL | {"max_total_tokens": 120}) as engine:
+        for _ in range(2):
+            assert [one["output_ids"] for one in ask(engine, PROMPTS[:2], n=2)] == [plain[0]] * 2 + [plain[1]] * 2
+            assert [one["output_ids"] for one in ask(engine, PROMPTS)] == plain
+            assert turns(engine) == right
+        assert engine.get_server_info()["host_loaded_tokens"] > 0
+
+
+def turns(engine: Engine) -> list:
+    """Of a session: what it says to three prompts, each behind all before it."""
+    ids, said, scheduler = [], [], engine.scheduler
+    for prompt in (PROMPTS[0][:20], [7, 8, 9], [11]):
+        ids += prompt
+        rid = scheduler.enqueue(None, list(ids), SamplingParams(**GREEDY), session="s")
+        while rid not in scheduler.results:
+            scheduler.step()
+        said.append(scheduler.results.pop(rid).output_ids)
+        ids += said[-1]
+    scheduler.memory.sessions.forget("s")
+    return said
+
+
+def test_a_file_for_each_token_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"page_size=1 writes a file of 1024 bytes for each token, 16 of them .*; use page_size=16"
+    ) as e:
+        Engine(**on_disk(tmp_path, page_size=1))
+    assert "\n" not in str(e.value)
 
 
 def test_codes_and_their_scales_move_together():

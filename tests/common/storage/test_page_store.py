@@ -1,5 +1,6 @@
 """Files of pages: whole or not there."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -172,10 +173,21 @@ def test_a_full_disk_is_counted_and_nothing_else(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_may_only_be_read_is_refused_in_one_line(tmp_path, monkeypatch):
+    def read_only(*_):
+        raise OSError(errno.EROFS, "Read-only file system", "the probe")
+
+    monkeypatch.setattr(Path, "write_bytes", read_only)
+    with pytest.raises(ValueError, match="cannot be used") as error:
+        PageStore(tmp_path, b"seed", "form", 1000)
+    why = "Read-only file system; name another folder, or allow this user to write there"
+    assert str(error.value) == f"hicache_storage_dir={tmp_path} cannot be used: {why}"
+
+
 def test_a_folder_that_cannot_be_used_is_refused(tmp_path):
     file = tmp_path / "file"
     file.write_text("no folder", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"hicache_storage_dir=.*file cannot be used .*; name another folder"):
+    with pytest.raises(ValueError, match=r"hicache_storage_dir=.*file cannot be used: .*; name another folder"):
         a_store(Path(file))
 
 
