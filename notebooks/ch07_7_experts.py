@@ -302,7 +302,8 @@ assert np.abs(touched - dice).max() < 0.5
 # ## What a token leaves behind
 #
 # Attention caches K and V: 2 Hkv d numbers a layer, and with as many KV heads as query heads (MHA) it would be 2 Hq d. Grouped heads (GQA) share them.
-# Latent attention (MLA) keeps one row of c + r numbers, from which all heads make theirs. **Predict:** which of these models has the smallest row, and
+# Latent attention (MLA) keeps one row of c + r numbers, from which all heads make theirs. The bundled model has a form of this kind that answers from rows of
+# 32 + 16 numbers ([latent](../common/tiny_qwen/README.md#latent-attention-that-speaks)). **Predict:** which of these models has the smallest row, and
 # which keeps the smallest share of what MHA would?
 
 # %%
