@@ -176,7 +176,7 @@ ROOMS = {
     },
     "memory_occupation": {"distributed", "executor", "layers", "models"},
     "request": {"sampling", "text", "values"},
-    "planner": {"attention", "distributed", "layers", "models"},
+    "planner": {"attention", "distributed", "layers", "models", "quantization"},
     "teaching": {"distributed", "text", "values"},
     "tiny_qwen": {"distributed", "teaching"},
 }  # fmt: skip

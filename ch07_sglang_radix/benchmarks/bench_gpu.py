@@ -44,7 +44,9 @@ KV_DTYPES_HERE = ("bfloat16", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", required=True, choices=("small", "large", "kv", "compile", "layouts", "deterministic"))
+    parser.add_argument(
+        "--part", required=True, choices=("small", "large", "kv", "compile", "layouts", "deterministic")
+    )
     parser.add_argument("--pp-size", type=int, default=1, help="stages; the other ranks share each layer")
     parser.add_argument("--dp-size", type=int, default=1, help="replicas, each of the other ranks")
     parser.add_argument("--out", type=Path, default=FIGURES, help="folder for the CSV")

@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
+from common.distributed.collectives import TPGroup
 from common.distributed.layout import Layout
 from common.layers.heads import Piece
 from common.layers.linear import LinearBase
@@ -22,7 +23,6 @@ from common.layers.vocab import ParallelLMHead
 from common.models.config import ModelConfig
 from common.models.decoder import SelfAttention
 from common.models.tensor_names import name_of_one
-from common.parallel_state import TPGroup
 from common.planner.plan import Load, Stage, Way
 from common.quantization.linear_methods import pick_linear_method
 from common.quantization.method import Hardware, Outline
