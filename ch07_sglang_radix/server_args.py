@@ -68,8 +68,8 @@ class ServerArgs:
     whether a bar shows that weights are read (info and debug). dp_size: replicas, each of tp_size ranks and with a tree
     and a pool of its own; load_balance_method says which of them a request goes to. schedule_conservativeness: more than 1 admits
     fewer requests at a time, and retracts fewer. max_prefill_tokens: of a step, if chunked_prefill_size allows more.
-    num_continuous_decode_steps: the tokens of so many decode steps are looked at together (step_loop.py): less work a token for
-    rank 0, a stream that tells of so many tokens at a time, and as many computed in vain behind a stop.
+    num_continuous_decode_steps: the tokens of so many decode steps are looked at together (step_loop.py): fewer calls a token on
+    rank 0, a stream that tells of so many tokens at a time, and up to as many less one computed in vain behind a stop.
     enable_eplb: every eplb_rebalance_num_iterations steps experts go to the ranks where they make all alike busy (experts/eplb.py).
     expert_balancedness_report_mode: read after each step how busy they are, for the log (server_log), GET /metrics (prometheus) or
     both; that costs two small messages a step.

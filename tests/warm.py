@@ -39,9 +39,11 @@ def run(args: list[str], folder: Path, timeout_s: float = 300) -> subprocess.Com
         out, err = Path(place, "out"), Path(place, "err")
         one = script(args, folder, dict(os.environ), out, err)
         one.start()
-        one.join(timeout_s)
-        one.kill()  # if it has not ended
-        one.join()
+        try:
+            one.join(timeout_s)
+        finally:
+            one.kill()  # if it has not ended
+            one.join()
         printed = [path.read_text(encoding="utf-8") for path in (out, err)]
         return subprocess.CompletedProcess(args, one.exitcode, *printed)
 
