@@ -110,9 +110,9 @@ class HiCache:
     def _before_step(self) -> bool:
         """Nothing keeps the engine busy here: who waits for pages is held at the gate, and what nobody waits for any more is
         looked at when somebody comes, or forgotten with a flush."""
-        self.controller.look(not self.scheduler.running)
         if self.prefetch:
-            self.prefetch.look()
+            self.prefetch.look()  # first: the controller sends what it orders, and it is read from now on
+        self.controller.look(not self.scheduler.running)
         return False
 
     def _may_enter(self, req: Req, matched: int) -> bool:
