@@ -8,8 +8,8 @@
     running      the scheduler's own, as if a prefill step had just given it its first token
 
 If pages run out later, the scheduler retracts as always, and the prompt is then computed here: this engine has the model, too. Who
-is retracted waits for pages of those above; so that they become fewer nothing is reserved meanwhile, and so that they can go on
-no adapter's place is kept for him.
+is retracted waits for the pages of those above: nothing is reserved meanwhile, so that they become fewer, and no adapter's place
+is kept for it, so that they can go on.
 SGLang 0.5.23: DecodePreallocQueue and DecodeTransferQueue in srt/disaggregation/decode.py; there what is retracted is copied to
 the CPU and comes back.
 """
@@ -71,9 +71,7 @@ class Decode(Side):
 
     def before_poll(self) -> None:
         for req in self.scheduler.waiting:
-            req.passed_over = (
-                0  # else a gate would keep a place for it, and close before those who hold the pages it lacks
-            )
+            req.passed_over = 0  # else a gate would keep it a place, and close for those who hold the pages it lacks
         for one in [one for one in self.passages.values() if one.req.ended]:
             if one.stage != "prealloc" or self._routes[one.host, one.port].done():  # else nobody could be told yet
                 self.fail(one, "the request was aborted on the decode side")
@@ -95,7 +93,7 @@ class Decode(Side):
     # --- prealloc
 
     def _reserve(self, one: Passage, engine: int) -> bool:
-        """Pages for what the tree has not, and the order to all ranks; False if there are too few, or who was retracted is first."""
+        """Pages for what the tree has not, and the order to all ranks; False if there are too few, or retracted ones are first."""
         if self.scheduler.waiting or self.scheduler.chunked:
             return False
         memory, req = self.memory, one.req
