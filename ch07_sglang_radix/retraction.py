@@ -1,7 +1,9 @@
 """Making room: when a decode step lacks pages even after eviction, who goes back to the queue?
 
 Those with the fewest tokens out go first (ties: the longest prompt), until RETRACT_DECODE_STEPS more steps fit for each of the
-others: what they had computed is lost least. The last one stays: alone it fits, or it had been refused. SGLang: retract_decode.
+others: what they had computed is lost least. The last one stays: alone it fits, or it had been refused. But where a wing's requests
+hold pages and do not run yet (SchedulerState.elsewhere), it is not alone: it goes back, too, until they have run. SGLang:
+retract_decode.
 """
 
 from collections.abc import Callable
@@ -36,6 +38,9 @@ class Retraction:
             s.new_token_ratio = min(1.0, (decoded + RETRACT_DECODE_STEPS * len(s.running)) / total)
         while self.lacks_room(1) and s.memory.sessions.forget_oldest():
             pass  # who is left has nobody else to wait for
+        if self.lacks_room(1) and s.elsewhere:  # but these, who run without it
+            retracted.append(s.running.pop())
+            s.memory.release(retracted[-1])
         self._back_to_the_queue(retracted)
 
     def retract_all(self) -> None:

@@ -7,7 +7,9 @@
                  overtake who waits for a place for one, so that places come free for those who came first
     running      the scheduler's own, as if a prefill step had just given it its first token
 
-If pages run out later, the scheduler retracts as always, and the prompt is then computed here: this engine has the model, too.
+If pages run out later, the scheduler retracts as always, and the prompt is then computed here: this engine has the model, too. Who
+is retracted waits for the pages of those above: nothing is reserved meanwhile, so that they become fewer, and no adapter's place
+is kept for it, so that they can go on.
 SGLang 0.5.23: DecodePreallocQueue and DecodeTransferQueue in srt/disaggregation/decode.py; there what is retracted is copied to
 the CPU and comes back.
 """
@@ -68,6 +70,8 @@ class Decode(Side):
         return len(self._engines) - 1
 
     def before_poll(self) -> None:
+        for req in self.scheduler.waiting:
+            req.passed_over = 0  # else a gate would keep it a place, and close for those who hold the pages it lacks
         for one in [one for one in self.passages.values() if one.req.ended]:
             if one.stage != "prealloc" or self._routes[one.host, one.port].done():  # else nobody could be told yet
                 self.fail(one, "the request was aborted on the decode side")
@@ -89,7 +93,9 @@ class Decode(Side):
     # --- prealloc
 
     def _reserve(self, one: Passage, engine: int) -> bool:
-        """Pages for what the tree has not, and the order to all ranks; False if there are too few."""
+        """Pages for what the tree has not, and the order to all ranks; False if there are too few, or retracted ones are first."""
+        if self.scheduler.waiting or self.scheduler.chunked:
+            return False
         memory, req = self.memory, one.req
         match = memory.tree.match_prefix(req.all_ids, req.extra_key)
         memory.tree.inc_lock_ref(match.last_node)  # first: what is locked cannot be evicted for what is missing

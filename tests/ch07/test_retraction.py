@@ -24,7 +24,7 @@ def state(running, room_for, chunked=None, sessions=0):
     )
     s = SimpleNamespace(
         memory=memory, page_size=4, running=running, waiting=[req(9, 1, 0)], chunked=chunked, retractions=0,
-        new_token_ratio=0.7, batches=["old"],
+        new_token_ratio=0.7, batches=["old"], elsewhere=[],
     )  # fmt: skip
     s.forget_batches, s.front = s.batches.clear, s
     return s, released
@@ -70,6 +70,18 @@ def test_the_last_one_stays():
     s, _ = state([req(0, 2, 1), req(1, 2, 3)], room_for=0)
     Retraction(s, settle=lambda: None).make_room()
     assert [r.rid for r in s.running] == [1]
+
+
+def test_the_last_one_goes_too_if_requests_that_do_not_run_yet_hold_pages():
+    s, released = state([req(0, 2, 1), req(1, 2, 3)], room_for=0)
+    s.elsewhere = [req(5, 40, 0)]
+    Retraction(s, settle=lambda: None).make_room()
+    assert [r.rid for r in released] == [0, 1]
+    assert (s.running, [r.rid for r in s.waiting], s.retractions) == ([], [0, 1, 9], 2)
+    s, _ = state([req(0, 2, 1), req(1, 2, 3)], room_for=1)
+    s.elsewhere = [req(5, 40, 0)]
+    Retraction(s, settle=lambda: None).make_room()
+    assert [r.rid for r in s.running] == [1], "it has room for its next token"
 
 
 def test_a_prompt_that_is_computed_in_part_goes_before_anybody_who_decodes():

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 
 from ch07_sglang_radix.adapters.control import Adapters
+from ch07_sglang_radix.adapters.gate import PATIENCE
 from ch07_sglang_radix.disaggregation.local_pair import Pair
 from ch07_sglang_radix.images.intake import PictureIntake
 from ch07_sglang_radix.images.sender import PictureSender
@@ -65,6 +66,24 @@ def test_adapters_are_the_same_on_both_sides_whatever_their_places(base, adapter
             rooms = [both.ask(prompts[i], lora_path=name, max_new_tokens=NEW) for name, i in asked]
             assert [both.answer(one).output_ids for one in rooms] == right
         assert both.at_rest()
+
+
+@pytest.mark.parametrize("passed_over", [0, PATIENCE])
+def test_who_goes_back_leaves_its_adapter_s_place_to_those_who_hold_the_pages(base, adapters, passed_over):
+    """Two prompts have arrived, hold pages, and wait for the one place; whoever has it finds no page any more."""
+    first, *others = [[100 * i + t for t in range(5, 45)] for i in range(3)]
+    prefill, decode = with_adapters(2, **adapters), with_adapters(1, **adapters) | {"pool": 256}
+    with a_pair(base, prefill, decode) as both:
+        asked = [both.ask(first, lora_path="a", max_new_tokens=200)]
+        both.until(lambda: both.decode.scheduler.running)
+        asked += [both.ask(prompt, lora_path="b", max_new_tokens=NEW) for prompt in others]
+        both.until(lambda: all(both.decode.stage(room) == "arrived" for room, _ in asked[1:]))
+        both.until(lambda: both.decode.scheduler.waiting)
+        both.decode.scheduler.waiting[0].passed_over = passed_over
+        assert both.answer(asked[0]).output_ids == greedy_with(base, adapters["a"], first, 200)
+        for prompt, one in zip(others, asked[1:], strict=True):
+            assert both.answer(one).output_ids == greedy_with(base, adapters["b"], prompt, NEW)
+        assert both.decode.scheduler.retractions == 1
 
 
 def test_other_files_behind_the_same_name_are_refused_before_anything_is_computed(base, adapters):

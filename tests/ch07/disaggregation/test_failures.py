@@ -288,6 +288,31 @@ def test_who_is_retracted_on_decode_is_computed_there_and_ends_all_the_same(pair
     assert both.at_rest()
 
 
+def test_the_last_one_goes_back_if_prompts_that_travel_hold_the_pages_it_needs(pair):
+    """And nothing is reserved before it runs again: it came first."""
+    both = pair(decode={"pool": 256})
+    first, *travelling, later = [[100 * i + t for t in range(5, 45)] for i in range(4)]
+    asked = [both.ask(first, max_new_tokens=200)]
+    both.until(lambda: both.decode.scheduler.running)
+    both.gate.clear()
+    asked += [both.ask(prompt) for prompt in travelling]
+    for one in asked[1:]:
+        both.in_transfer(one)
+    both.until(lambda: both.decode.scheduler.waiting)
+    assert both.decode.scheduler.running == []
+    asked.append(both.ask(later))
+    both.until(lambda: both.prefill.stage(asked[3][0]) == "bootstrap")
+    for _ in range(3):
+        both.step()
+    assert [both.decode.stage(room) for room, _ in asked] == [None, "transfer", "transfer", "prealloc"]
+    both.gate.set()
+    assert both.answer(asked[0]).output_ids == right(first, 200)
+    for prompt, one in zip([*travelling, later], asked[1:], strict=True):
+        assert both.answer(one).output_ids == right(prompt)
+    assert both.decode.scheduler.retractions == 1
+    assert both.at_rest()
+
+
 def test_a_row_too_few_is_waited_for(pair):
     both = pair()
     prompts = [[100 * i + t for t in range(5, 25)] for i in range(7)]  # 4 rows
