@@ -81,8 +81,8 @@ class ServerArgs:
     disaggregation_timeout: seconds that a request waits for the other side; num_reserved_decode_tokens: free for each answer before
     another prompt may come. speculative_algorithm: NGRAM, STANDALONE, MEDUSA, EAGLE or EAGLE3 guesses several tokens, which a step
     verifies: the same text, sooner (speculative_args.py has all that goes with it). enable_deterministic_inference: what a request
-    gets does not depend on what runs beside it, on the tree and on chunks (common/layers/batch_invariant.py); all requests without a
-    seed then draw by one, which random_seed gives and which all replicas share. allow_image_urls:
+    gets does not depend on what runs beside it, on the tree and on chunks (common/layers/batch_invariant.py); all requests without
+    a seed then draw by one, which random_seed gives and which all replicas share. allow_image_urls:
     pictures may come from the net (images/fetch.py). enable_lora, lora_paths and the others about LoRA: checked_lora in lora.py.
     enable_hierarchical_cache and the others about lower tiers: check_hicache in hicache_args.py. All others are those of
     TPRadixAttentionModelWrapper and TPScheduler. Raises ValueError for a value of a wrong kind or outside its range.
