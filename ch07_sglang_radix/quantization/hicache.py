@@ -80,8 +80,12 @@ class HiCache:
     @property
     def _form(self) -> str:
         """What a page is made of: engines that keep pages of different forms in one folder do not meet."""
-        cache = self.scheduler.wrapper.kv_cache
-        return f"{cache.fingerprint()} {[(*x.shape[:2], *x.shape[3:]) for x in cache.tensors]}"
+        wrapper = self.scheduler.wrapper
+        cache = wrapper.kv_cache
+        form = f"{cache.fingerprint()} {[(*x.shape[:2], *x.shape[3:]) for x in cache.tensors]}"
+        if wrapper.deterministic:  # what it finds must have the bits that it would compute itself
+            form += f" deterministic {wrapper.attention.__name__} {wrapper.dtype}"
+        return form
 
     def _at_new_weights(self) -> None:
         self.controller.storage.store.seed = self._seed()

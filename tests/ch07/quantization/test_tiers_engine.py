@@ -246,6 +246,14 @@ def test_engines_with_pages_of_different_forms_share_a_folder(tmp_path):
             assert (details or {}).get("storage") == (48 if turn else None)
 
 
+def test_pages_whose_bits_depend_on_a_batch_are_not_found_by_a_deterministic_engine(tmp_path):
+    for turn in range(2):
+        for deterministic in (False, True):
+            with Engine(**on_disk(tmp_path, enable_deterministic_inference=deterministic)) as engine:
+                details = ask(engine, PROMPTS[0])["meta_info"].get("cached_tokens_details")
+            assert (details or {}).get("storage") == (48 if turn else None)
+
+
 def test_pages_on_their_way_for_nobody_keep_no_engine_awake(plain, tmp_path, monkeypatch):
     with Engine(**on_disk(tmp_path)) as engine:
         ask(engine, PROMPTS[0])
