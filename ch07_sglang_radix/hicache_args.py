@@ -64,7 +64,18 @@ def check_hicache(args: Any) -> dict[str, Any]:
         )
     if enabled:
         _refuse_what_is_not_combined(args, kept)
+    refuse_a_file_for_each_token(args, args.page_size)
     return kept
+
+
+def refuse_a_file_for_each_token(args: Any, page_size: int | None) -> None:
+    """page_size: None if it is the device's default, which is asked about again when the device is known."""
+    if args.hicache_storage_backend is not None and page_size == 1:
+        raise ValueError(
+            "hicache_storage_backend=file with page_size=1 writes a file for each token, "
+            f"{args.hicache_prefetch_threshold} of them for the shortest prompt that is looked for (hicache_prefetch_threshold); use "
+            "page_size=16 or more"
+        )
 
 
 def _refuse_what_is_not_combined(args: Any, kept: dict[str, Any]) -> None:

@@ -58,9 +58,6 @@ class HiCache:
     def _storage(self, args: ServerArgs, pool: HostKVPool) -> StorageController | None:
         if not args.hicache_storage_backend:
             return None
-        _refuse_a_file_for_each_token(
-            self.scheduler.wrapper.page_size, pool.page_bytes, args.hicache_prefetch_threshold
-        )
         s, quota, seed = self.scheduler, int(args.hicache_storage_quota * 1e9), self._seed()
         store, wrong = agree(
             lambda: PageStore(args.hicache_storage_dir, seed, self._form, quota),
@@ -142,14 +139,6 @@ class HiCache:
         if self.prefetch:
             self.prefetch.close()
         self.controller.close()
-
-
-def _refuse_a_file_for_each_token(page_size: int, page_bytes: int, threshold: int) -> None:
-    if page_size == 1:
-        raise ValueError(
-            f"hicache_storage_backend=file with page_size=1 writes a file of {page_bytes} bytes for each token, {threshold} of "
-            f"them for the shortest prompt that is looked for (hicache_prefetch_threshold); use page_size=16 or more"
-        )
 
 
 def num_host_pages(args: ServerArgs, device_pages: int, page_bytes: int, page_size: int) -> int:

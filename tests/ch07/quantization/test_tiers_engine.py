@@ -320,12 +320,16 @@ def turns(engine: Engine) -> list:
     return said
 
 
-def test_a_file_for_each_token_is_refused(tmp_path):
+@pytest.mark.parametrize("page_size", [1, None])
+def test_a_file_for_each_token_is_refused_before_a_model_is_read(tmp_path, page_size):
+    """None: what a CPU takes."""
+    options = on_disk(tmp_path / "pages", page_size=page_size, model_path=str(tmp_path / "none"))
     with pytest.raises(
-        ValueError, match=r"page_size=1 writes a file of 1024 bytes for each token, 16 of them .*; use page_size=16"
+        ValueError, match=r"page_size=1 writes a file for each token, 16 of them .*; use page_size=16"
     ) as e:
-        Engine(**on_disk(tmp_path, page_size=1))
+        ServerArgs(**options) if page_size else Engine(**options)
     assert "\n" not in str(e.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_codes_and_their_scales_move_together():
