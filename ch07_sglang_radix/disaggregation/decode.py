@@ -112,9 +112,9 @@ class Decode(Side):
         own = memory.take(missing // memory.page_size)
         self.held.of[one.room] = Held(np.concatenate((match.slots, own)), len(match.slots), match.last_node)
         self._introduce(engine)
-        first, adapter = len(match.slots) // memory.page_size, self.adapter(req)
+        first, digest = len(match.slots) // memory.page_size, self.digest(req)
         pages = self.held.pages(one.room)[first:]
-        self.order(orders.RESERVE, one.room, engine, next(self._slots), first, adapter, *pages)
+        self.order(orders.RESERVE, one.room, engine, next(self._slots), first, digest, *pages)
         one.engine = engine
         one.move("transfer")
         return True

@@ -50,11 +50,12 @@ def measure(both: Pair, draw: random.Random) -> Times:
     chunks, steps = [], []
     moved = both.decode.manager.pages.bytes_moved
     for _ in range(REPEATS):
-        asked = both.ask(_prompt(draw, CHUNK), max_new_tokens=2)
+        asked = both.ask(_prompt(draw, CHUNK), max_new_tokens=3)
         both.until(lambda asked=asked: _is_reserved(both, asked[0]))  # the next step computes it
         chunks.append(_seconds(both.prefill.step))
-        both.answer(asked)
+        both.until(lambda: len(both.decode.scheduler.running) == RUNNING)  # it has two tokens, and wants the third
         steps.append(_seconds(both.decode.step))
+        both.answer(asked)
     bytes_of_one = (both.decode.manager.pages.bytes_moved - moved) / (REPEATS * CHUNK)
     for asked in running:
         both.decode.scheduler.abort(asked[1]["decode"])

@@ -147,10 +147,10 @@ class KVManager:
         with self._lock:
             return self._rooms[room].first
 
-    def adapter(self, room: int) -> int:
+    def digest(self, room: int) -> int:
         """The decode side's; asked as `first_missing`."""
         with self._lock:
-            return self._rooms[room].adapter
+            return self._rooms[room].digest
 
     def metadata(self, room: int, token: int, cached_tokens: int, logprobs: list, prompt_logprobs: list) -> None:
         """Rank 0: the last message of a room, behind its pages."""
@@ -199,7 +199,7 @@ class KVManager:
         with self._lock:
             return self._rooms[room].metadata
 
-    def _reserve(self, room: int, engine: int, slot: int, first: int, adapter: int, pages: list[int]) -> None:
+    def _reserve(self, room: int, engine: int, slot: int, first: int, digest: int, pages: list[int]) -> None:
         ranks = len(self._engines[engine])
         sources = frozenset(one.source for one in self._slices(ranks, self.tp.rank, self.tp.size))
         told = told_by(self.tp.rank, sources, ranks)
@@ -210,7 +210,7 @@ class KVManager:
                 self._slots[slot] = room
             for i in told:
                 link = self._links[room, i] = self._link_to(engine, i)
-                message = Reserve(room, slot, first, pages, adapter)
+                message = Reserve(room, slot, first, pages, digest)
                 link.send(message)
                 self._note(i, message)
             self._thank(one)  # if nothing is missing, and the metadata is rank 0's

@@ -19,7 +19,7 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 
-VERSION = 2  # of this file
+VERSION = 3  # of this file
 MAGIC = 0x4B56_0000 | VERSION  # "KV"
 HEAD = struct.Struct("<IIQ")
 HANDLE = 64  # bytes of a CUipcMemHandle
@@ -43,14 +43,14 @@ class Hello(Message):
 
 class Reserve(Message):
     """pages: the receiver's ids for the prompt's pages from number `first` on; those before are in its tree. slot: where its
-    rank 0 expects the metadata. Nothing is missing where `pages` is empty. adapter: what tells the files of the request's LoRA
-    adapter from any others (side.py); a prompt that another one has computed would be another prompt."""
+    rank 0 expects the metadata. Nothing is missing where `pages` is empty. digest: what tells the prompt's K and V from
+    those of any other tokens or adapter (side.py)."""
 
     room: int
     slot: int
     first: int
     pages: list[int]
-    adapter: int = 0
+    digest: int
 
 
 class Write(Message):

@@ -2,7 +2,7 @@
 
     [kind, words, ...] [kind, words, ...]       words: how many follow
     meet      decode    engine, its ranks' addresses as bytes       connect to them
-    reserve   decode    room, engine, slot, first, adapter, pages   these pages wait for the room's
+    reserve   decode    room, engine, slot, first, digest, pages    these pages wait for the room's
     send      prefill   room, last, pages                           these are computed: on their way with them
     close     both      room, failed?, why as bytes                 forget it; what still comes for it is thrown away
     turn_away decode    room, engine, why as bytes                  nothing is reserved: its prompt need not be computed

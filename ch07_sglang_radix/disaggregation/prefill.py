@@ -40,8 +40,12 @@ class Prefill(Side):
 
     def move(self, one: Passage, state: State) -> None:
         if one.stage == "bootstrap" and state >= State.WAITING_FOR_INPUT:
-            if self.manager.adapter(one.room) != self.adapter(one.req):
-                self.fail(one, "the two sides have different files behind this lora_path; load the same ones on both")
+            if self.manager.digest(one.room) != self.digest(one.req):
+                self.fail(
+                    one,
+                    f"room {one.room} has different prompts on its two sides, or different files behind its lora_path; send the "
+                    "same request to both, and load the same files on both",
+                )
                 return
             self.scheduler.elsewhere.remove(one.req)
             self.scheduler.waiting.append(one.req)

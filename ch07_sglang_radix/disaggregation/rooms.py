@@ -85,8 +85,8 @@ class Sender(Room):
         return next(iter(self.reserved.values())).first
 
     @property
-    def adapter(self) -> int:
-        return next(iter(self.reserved.values())).adapter
+    def digest(self) -> int:
+        return next(iter(self.reserved.values())).digest
 
     def take(self, peer: int, message: RoomMessage, expected: frozenset[int]) -> None:
         """A message of decode rank `peer`, and which of its ranks have something to do with this one."""

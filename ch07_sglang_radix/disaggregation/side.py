@@ -8,6 +8,7 @@ turn()     before each step of the scheduler (StepLoop.beside)
 
 import time
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any, ClassVar
 
 from ch07_sglang_radix.disaggregation import orders
@@ -95,11 +96,14 @@ class Side:
         self.memory.heirs.pop(one.req, None)
         del self.passages[one.room]
 
-    def adapter(self, req: Req) -> int:
-        """What tells the files of its LoRA adapter from any others, on both sides alike; 0 for the base model. It is 60 bits of a
-        SHA-256: an identity (lora.py) is one engine's own, and behind the same name there may be other numbers."""
+    def digest(self, req: Req) -> int:
+        """What tells its prompt's K and V from any others, on both sides alike: 60 bits of a SHA-256 over what they depend on. That
+        is the tokens, as the tree names them, a picture's rows by its content; and the files of its LoRA adapter, since an identity
+        (lora.py) is one engine's own, and behind the same name there may be other numbers."""
         content = req.lora_id and self.scheduler.lora.content(req.lora_id)
-        return int(content[:15], 16) if content else 0
+        over = sha256((content or "").encode())
+        over.update(req.all_ids[: len(req.prompt_ids)].astype("<i8").tobytes())
+        return int(over.hexdigest()[:15], 16)
 
     def order(self, kind: int, *words: int) -> None:
         self._orders.append(Order(kind, tuple(words)))

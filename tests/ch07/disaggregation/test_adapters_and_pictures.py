@@ -71,16 +71,16 @@ def test_adapters_are_the_same_on_both_sides_whatever_their_places(base, adapter
 @pytest.mark.parametrize("passed_over", [0, PATIENCE])
 def test_who_goes_back_leaves_its_adapter_s_place_to_those_who_hold_the_pages(base, adapters, passed_over):
     """Two prompts have arrived, hold pages, and wait for the one place; whoever has it finds no page any more."""
-    first, *others = [[100 * i + t for t in range(5, 45)] for i in range(3)]
-    prefill, decode = with_adapters(2, **adapters), with_adapters(1, **adapters) | {"pool": 256}
+    first, *others = [[100 * i + t for t in range(5, 25)] for i in range(3)]
+    prefill, decode = with_adapters(2, **adapters), with_adapters(1, **adapters) | {"pool": 96}
     with a_pair(base, prefill, decode) as both:
-        asked = [both.ask(first, lora_path="a", max_new_tokens=200)]
+        asked = [both.ask(first, lora_path="a", max_new_tokens=76)]
         both.until(lambda: both.decode.scheduler.running)
         asked += [both.ask(prompt, lora_path="b", max_new_tokens=NEW) for prompt in others]
         both.until(lambda: all(both.decode.stage(room) == "arrived" for room, _ in asked[1:]))
         both.until(lambda: both.decode.scheduler.waiting)
         both.decode.scheduler.waiting[0].passed_over = passed_over
-        assert both.answer(asked[0]).output_ids == greedy_with(base, adapters["a"], first, 200)
+        assert both.answer(asked[0]).output_ids == greedy_with(base, adapters["a"], first, 76)
         for prompt, one in zip(others, asked[1:], strict=True):
             assert both.answer(one).output_ids == greedy_with(base, adapters["b"], prompt, NEW)
         assert both.decode.scheduler.retractions == 1
@@ -93,10 +93,13 @@ def test_other_files_behind_the_same_name_are_refused_before_anything_is_compute
         with_adapters(1, a=adapters["c"], b=adapters["b"]),
     )
     with a_pair(base, prefill, decode) as both:
-        other, same = both.ask(prompt, lora_path="a"), both.ask(prompt, lora_path="b", max_new_tokens=NEW)
+        other = both.ask(prompt, lora_path="a")
         reason = both.answer(other).finish_reason
-        assert "different files behind this lora_path; load the same ones on both" in reason["message"]
+        assert "or different files behind its lora_path" in reason["message"]
+        assert "load the same files on both" in reason["message"]
+        assert both.prefill.scheduler.work["inputs"] == 0
         assert both.ended(other, "prefill").output_ids == []
+        same = both.ask(prompt, lora_path="b", max_new_tokens=NEW)
         assert both.answer(same).output_ids == greedy_with(base, adapters["b"], prompt, NEW)
 
 

@@ -142,7 +142,7 @@ def test_pages_that_prefill_let_go_while_they_were_read_start_no_answer():
 
     prefill, _, _, _ = a_rank("prefill")
     back = Link(hello("decode", 0, 1))
-    prefill.take(back, Reserve(ROOM, SLOT, 0, [7]), None)
+    prefill.take(back, Reserve(ROOM, SLOT, 0, [7], 0), None)
     prefill.states([ROOM])
     obey(prefill, (orders.CLOSE, (ROOM, 1, *orders.as_words("retracted"))))
     prefill.take(back, Done(ROOM, read=True), None)
@@ -171,7 +171,7 @@ def test_a_page_that_nobody_reserved_is_not_written():
 def test_kept_is_said_of_a_room_that_is_this_peer_s_and_has_not_failed():
     prefill, _, _, _ = a_rank("prefill")
     back, other = Link(hello("decode", 0, 2)), Link(hello("decode", 1, 2))
-    prefill.take(back, Reserve(ROOM, SLOT, 0, [7]), None)
+    prefill.take(back, Reserve(ROOM, SLOT, 0, [7], 0), None)
     prefill.take(other, Done(ROOM, read=True), None)
     assert not other.said, "it has reserved nothing"
     prefill.take(back, Done(ROOM), None)

@@ -294,9 +294,9 @@ def test_who_is_retracted_on_decode_is_computed_there_and_ends_all_the_same(pair
 
 def test_the_last_one_goes_back_if_prompts_that_travel_hold_the_pages_it_needs(pair):
     """And nothing is reserved before it runs again: it came first."""
-    both = pair(decode={"pool": 256})
-    first, *travelling, later = [[100 * i + t for t in range(5, 45)] for i in range(4)]
-    asked = [both.ask(first, max_new_tokens=200)]
+    both = pair(decode={"pool": 96})
+    first, *travelling, later = [[100 * i + t for t in range(5, 25)] for i in range(4)]
+    asked = [both.ask(first, max_new_tokens=76)]
     both.until(lambda: both.decode.scheduler.running)
     both.gate.clear()
     asked += [both.ask(prompt) for prompt in travelling]
@@ -310,7 +310,7 @@ def test_the_last_one_goes_back_if_prompts_that_travel_hold_the_pages_it_needs(p
         both.step()
     assert [both.decode.stage(room) for room, _ in asked] == [None, "transfer", "transfer", "prealloc"]
     both.gate.set()
-    assert both.answer(asked[0]).output_ids == right(first, 200)
+    assert both.answer(asked[0]).output_ids == right(first, 76)
     for prompt, one in zip([*travelling, later], asked[1:], strict=True):
         assert both.answer(one).output_ids == right(prompt)
     assert both.decode.scheduler.retractions == 1
@@ -369,6 +369,23 @@ def test_a_deterministic_half_is_refused_by_one_that_adds_up_otherwise():
         refuse_another(on, off, "there")
     with pytest.raises(ValueError, match=f"{what} on, tp_size=1, cpu, torch.bfloat16 at"):
         refuse_another(on, half, "there")
+
+
+@pytest.mark.parametrize("theirs", [[7, *PROMPT[1:]], [*PROMPT, *range(100, 120)], PROMPT[:17]])
+def test_a_room_with_another_prompt_on_each_side_fails_before_anything_is_computed(pair, theirs):
+    """Of the same length, longer and shorter on the prefill side; the link that they share with others goes on."""
+    both = pair()
+    room, numbers = both.ask(theirs, halves=("prefill",))
+    asked = room, numbers | both.ask(PROMPT, halves=("decode",), room=room)[1]
+    said = f"room {room} has different prompts on its two sides"
+    assert said in error_of(both.answer(asked))
+    assert said in error_of(both.ended(asked, "prefill"))
+    assert both.prefill.scheduler.work["inputs"] == both.decode.scheduler.work["inputs"] == 0
+    assert both.at_rest()
+    links = both.decode.manager._to.copy()
+    assert both.answer(both.ask(PROMPT)).output_ids == right()
+    assert both.decode.manager._to == links, "it was not lost"
+    assert both.at_rest()
 
 
 def test_flushing_the_cache_waits_for_pages_that_travel(pair):

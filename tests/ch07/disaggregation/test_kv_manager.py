@@ -71,10 +71,10 @@ def test_pages_of_two_ranks_land_on_the_right_heads_of_three():
                 continue
             back = Link(hello("decode", j, 3))
             manager = senders[i][0]
-            manager.take(back, Reserve(ROOM + j, SLOT, 0, [7, 8]), None)
+            manager.take(back, Reserve(ROOM + j, SLOT, 0, [7, 8], 0), None)
             for peer in range(3):  # the other decode ranks have reserved, too
                 if peer != j:
-                    manager.take(Link(hello("decode", peer, 3)), Reserve(ROOM + j, SLOT, 0, [7, 8]), None)
+                    manager.take(Link(hello("decode", peer, 3)), Reserve(ROOM + j, SLOT, 0, [7, 8], 0), None)
             obey(manager, (orders.SEND, (ROOM + j, 1, 2, 3)))
             links[address].peer = hello("prefill", i, 2)
             for message, data in back.payloads:
@@ -136,7 +136,7 @@ def test_a_reservation_that_comes_too_late_is_answered():
     manager.states([ROOM])
     obey(manager, (orders.CLOSE, (ROOM, 1, *orders.as_words("aborted"))))
     link = Link(hello("decode", 0, 1))
-    manager.take(link, Reserve(ROOM, SLOT, 0, [7]), None)
+    manager.take(link, Reserve(ROOM, SLOT, 0, [7], 0), None)
     assert link.said == [Fail(ROOM, "aborted")]
     assert not manager.rooms()
 
@@ -144,7 +144,7 @@ def test_a_reservation_that_comes_too_late_is_answered():
 def test_a_room_that_nobody_has_asked_about_is_forgotten_with_its_link():
     manager, _, _, _ = a_rank("prefill")
     link = Link(hello("decode", 0, 1))
-    manager.take(link, Reserve(ROOM, SLOT, 0, [7]), None)
+    manager.take(link, Reserve(ROOM, SLOT, 0, [7], 0), None)
     assert manager.rooms()
     manager.lost(link, "closed")
     assert not manager.rooms()
@@ -156,7 +156,7 @@ def test_a_long_prompt_goes_in_several_messages(monkeypatch):
     manager, _, kv, _ = a_rank("prefill")
     monkeypatch.setattr("ch07_sglang_radix.disaggregation.kv_manager.MOST_BYTES", 2 * kv[:, :, :1].numel() * 4)
     link = Link(hello("decode", 0, 1))
-    manager.take(link, Reserve(ROOM, SLOT, 0, [1, 2, 3, 4, 5]), None)
+    manager.take(link, Reserve(ROOM, SLOT, 0, [1, 2, 3, 4, 5], 0), None)
     obey(manager, (orders.SEND, (ROOM, 1, 5, 6, 7, 8, 9)))
     assert [message.pages for message in link.said] == [[1, 2], [3, 4], [5]]
     assert obey(manager, (orders.POLL, (ROOM,))) == [State.TRANSFERRING]
@@ -167,8 +167,8 @@ def test_a_long_prompt_goes_in_several_messages(monkeypatch):
 def test_a_room_that_two_decode_engines_reserve_is_the_first_one_s():
     manager, _, _, _ = a_rank("prefill")
     first, second = Link(hello("decode", 0, 1)), Link(hello("decode", 0, 1))
-    manager.take(first, Reserve(ROOM, SLOT, 0, [7, 8]), None)
-    manager.take(second, Reserve(ROOM, SLOT, 0, [3]), None)
+    manager.take(first, Reserve(ROOM, SLOT, 0, [7, 8], 0), None)
+    manager.take(second, Reserve(ROOM, SLOT, 0, [3], 0), None)
     manager.take(second, Fail(ROOM, "of the second"), None)
     assert [type(said) for said in second.said] == [Fail], "or it would wait for its pages until its time is over"
     assert "another decode engine's" in second.said[0].why

@@ -42,7 +42,7 @@ class Simulated(RuleBasedStateMachine):
         self.had_everything = set()
         for j, one in enumerate(self.receivers):
             for i in one.told:
-                self.wire.append(("prefill", j, i, Reserve(ROOM, SLOT, first, pages), ()))
+                self.wire.append(("prefill", j, i, Reserve(ROOM, SLOT, first, pages, 0), ()))
                 if one.state is State.SUCCESS:
                     self.wire.append(("prefill", j, i, Done(ROOM), ()))
         self.seen = [one.state for one in (*self.senders, *self.receivers)]
@@ -164,9 +164,9 @@ def receiver(**more):
 def test_a_sender_waits_for_every_rank_that_has_something_to_do_with_it():
     one = Sender(ROOM)
     assert one.state is State.BOOTSTRAPPING
-    one.take(0, Reserve(ROOM, SLOT, 0, [7, 8]), frozenset({0, 1}))
+    one.take(0, Reserve(ROOM, SLOT, 0, [7, 8], 0), frozenset({0, 1}))
     assert one.state is State.BOOTSTRAPPING
-    one.take(1, Reserve(ROOM, SLOT, 0, [7, 8]), frozenset({0, 1}))
+    one.take(1, Reserve(ROOM, SLOT, 0, [7, 8], 0), frozenset({0, 1}))
     assert one.state is State.WAITING_FOR_INPUT
     assert one.send(1, False) == [(0, Write(ROOM, [7])), (1, Write(ROOM, [7]))]
     assert one.state is State.TRANSFERRING
@@ -179,8 +179,8 @@ def test_a_sender_waits_for_every_rank_that_has_something_to_do_with_it():
 
 def test_ranks_that_reserve_different_pages_are_no_side():
     one = Sender(ROOM)
-    one.take(0, Reserve(ROOM, SLOT, 0, [7, 8]), frozenset({0, 1}))
-    one.take(1, Reserve(ROOM, SLOT, 1, [8]), frozenset({0, 1}))
+    one.take(0, Reserve(ROOM, SLOT, 0, [7, 8], 0), frozenset({0, 1}))
+    one.take(1, Reserve(ROOM, SLOT, 1, [8], 0), frozenset({0, 1}))
     assert one.state is State.FAILED
     assert one.why == "decode ranks reserve 2 pages from 0 on and 1 from 1 on"
 
@@ -188,7 +188,7 @@ def test_ranks_that_reserve_different_pages_are_no_side():
 def test_nothing_is_sent_before_it_is_known_where_to():
     one = Sender(ROOM)
     assert one.send(1, False) == []
-    one.take(0, Reserve(ROOM, SLOT, 0, [7]), frozenset({0}))
+    one.take(0, Reserve(ROOM, SLOT, 0, [7], 0), frozenset({0}))
     assert one.send(1, True) == [(0, Write(ROOM, [7]))]
     assert one.send(1, True) == [], "no more will come"
 
