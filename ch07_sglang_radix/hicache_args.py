@@ -73,8 +73,8 @@ def refuse_a_file_for_each_token(args: Any, page_size: int | None) -> None:
     if args.hicache_storage_backend is not None and page_size == 1:
         raise ValueError(
             "hicache_storage_backend=file with page_size=1 writes a file for each token, "
-            f"{args.hicache_prefetch_threshold} of them for the shortest prompt that is looked for (hicache_prefetch_threshold); use "
-            "page_size=16 or more"
+            f"{args.hicache_prefetch_threshold} of them for the shortest prompt that is looked for (hicache_prefetch_threshold); "
+            "use page_size=16 or more"
         )
 
 
