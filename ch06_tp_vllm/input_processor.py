@@ -11,7 +11,7 @@ from ch06_tp_vllm.sampling_params import SamplingParams
 from common.arguments import refuse_unknown
 from common.models.config import ModelConfig
 from common.request.intake import NO_TOKENIZER, Intake, Words
-from common.sampling.batch import uniform
+from common.sampling.batch import derived_seed
 from common.sampling.grammar import GrammarCompiler, GrammarMask
 from common.sampling.params import SamplingParams as RowParams
 from common.text.answer import AnswerText
@@ -96,7 +96,7 @@ class InputProcessor:
             ends = stops = ends.union(self._compiler.end_ids)
         requests: list[Request] = []
         for i in range(params.n):
-            seed = int(uniform(self.seed, first + i) * (1 << 24)) if row.seed is None else row.seed + i
+            seed = derived_seed(self.seed, first + i) if row.seed is None else row.seed + i
             words = AnswerText(
                 self.intake.tokenizer if params.detokenize else None, ids, stop=params.stop,
                 include_stop=params.include_stop_str_in_output, not_before=params.min_tokens,

@@ -29,6 +29,7 @@ from ch07_sglang_radix.async_loop import SchedulerLoop
 from ch07_sglang_radix.engine_start import draft_options, prefill_tokens, refuse_ranks_for_another_model, seed
 from ch07_sglang_radix.generate_calls import Answer, GenerateCalls
 from ch07_sglang_radix.generate_request import GenerateCall, GenerateRequest, check_rid
+from ch07_sglang_radix.hicache_args import refuse_a_file_for_each_token
 from ch07_sglang_radix.lora_calls import LoRACalls, lora_options
 from ch07_sglang_radix.node import node_of
 from ch07_sglang_radix.profiler import RankProfiler, StepsLeft, profile_name
@@ -80,6 +81,7 @@ class Engine(GenerateCalls, EngineWeights, LoRACalls):
         if args.dp_size > 1:
             self._replicas = import_module(REPLICA_RANKS).ReplicaRanks(parallel, args.load_balance_method)
         page_size = args.page_size or DEFAULT_PAGE[tp.device.type]
+        refuse_a_file_for_each_token(args, page_size)  # before anything is read
         self._wrapper: TPRadixAttentionModelWrapper | None = TPRadixAttentionModelWrapper(
             args.model_path, args.device, page_size, dtype=args.dtype, max_total_tokens=args.max_total_tokens,
             max_running_requests=max(args.max_running_requests // args.attn_dp_size, 1),

@@ -9,6 +9,7 @@ from typing import Any
 
 from ch07_sglang_radix.generate_request import GenerateCall, LogprobOptions
 from ch07_sglang_radix.handoff import Handoff
+from ch07_sglang_radix.server_args import ServerArgs
 from common.arguments import says_names
 from common.request.intake import Intake
 from common.values import flag
@@ -25,9 +26,10 @@ asked = says_names("argument", ELSEWHERE, dict.fromkeys(ELSEWHERE) | {"return_hi
 
 
 class GenerateCalls(ABC):
-    """Give it an intake and what answers a call, whole or as a stream. disaggregation_mode: of half an engine, which.
-    enable_lora: has it adapters?"""
+    """Give it its arguments, an intake and what answers a call, whole or as a stream. disaggregation_mode: of half an engine,
+    which. enable_lora: has it adapters?"""
 
+    server_args: ServerArgs
     disaggregation_mode = "null"
     enable_lora = False
 
@@ -61,7 +63,8 @@ class GenerateCalls(ABC):
         logprobs = LogprobOptions.of(return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob)
         handoff = Handoff.of(self.disaggregation_mode, bootstrap_host, bootstrap_port, bootstrap_room)
         own = (
-            rid, extra_key, priority, routing_key, require_reasoning, handoff, image_data, lora_path, self.enable_lora
+            rid, extra_key, priority, routing_key, require_reasoning, handoff, image_data, lora_path, self.enable_lora,
+            self.server_args.one_seed,
         )  # fmt: skip
         call = GenerateCall.of(self._intake_of("generate"), prompt, input_ids, sampling_params, logprobs, *own)
         return self._answers(call, flag("stream", stream))
@@ -84,7 +87,8 @@ class GenerateCalls(ABC):
         logprobs = LogprobOptions.of(return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob)
         handoff = Handoff.of(self.disaggregation_mode, bootstrap_host, bootstrap_port, bootstrap_room)
         own = (
-            rid, extra_key, priority, routing_key, require_reasoning, handoff, image_data, lora_path, self.enable_lora
+            rid, extra_key, priority, routing_key, require_reasoning, handoff, image_data, lora_path, self.enable_lora,
+            self.server_args.one_seed,
         )  # fmt: skip
         call = GenerateCall.of(self._intake_of("async_generate"), prompt, input_ids, sampling_params, logprobs, *own)
         return await self._async_answers(call, flag("stream", stream))

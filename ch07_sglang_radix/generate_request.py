@@ -13,7 +13,7 @@ from ch07_sglang_radix.lora import lora_names
 from ch07_sglang_radix.request import RequestOutput
 from common.arguments import refuse_unknown, without_idle
 from common.request.intake import Intake
-from common.sampling.batch import uniform
+from common.sampling.batch import derived_seed
 from common.sampling.grammar import KINDS
 from common.sampling.logprobs import TokenLogprobs
 from common.sampling.params import SamplingParams
@@ -105,8 +105,10 @@ class GenerateCall:
         cls, intake: Intake, prompt: Any, input_ids: Any, sampling_params: Any, logprobs: LogprobOptions, rid: Any,
         extra_key: Any, priority: Any, routing_key: Any, require_reasoning: Any = False, handoff: Handoff | None = None,
         image_data: Any = None, lora_path: Any = None, enable_lora: bool = False,
+        one_seed: int | None = None,
     ) -> "GenerateCall":  # fmt: skip
-        """Raises ValueError, in one line, for whatever cannot run. handoff: of the first answer."""
+        """Raises ValueError, in one line, for whatever cannot run. handoff: of the first answer. one_seed: what
+        the seed of all requests that bring none is made of; None if each of them gets another."""
         if (prompt is None) == (input_ids is None):
             raise ValueError("give either prompt or input_ids")
         extra_key, priority = intake.namespace("extra_key", extra_key), intake.priority(priority)
@@ -129,7 +131,7 @@ class GenerateCall:
             for i in range(n):
                 own = f"{name}_{i}" if name and n > 1 else name
                 mine = handoff and handoff.next(len(requests))
-                own_params = _sibling(params, i)
+                own_params = _sibling(params, i, one_seed)
                 requests.append(
                     GenerateRequest(
                         ids, own_params, words, extra_key, priority, own, routing_key, mine, pictures, adapter
@@ -239,9 +241,10 @@ def _params(given: Mapping[str, Any], more: Mapping[str, Any]) -> tuple[Sampling
     return params, n, words
 
 
-def _sibling(params: SamplingParams, i: int) -> SamplingParams:
+def _sibling(params: SamplingParams, i: int, one_seed: int | None) -> SamplingParams:
     """The i-th of n answers draws with a seed of its own."""
-    return params if i == 0 or params.seed is None else replace(params, seed=int(uniform(params.seed, i) * (1 << 24)))
+    seed = params.seed if params.seed is not None or one_seed is None else derived_seed(one_seed, 0)
+    return params if i == 0 or seed is None else replace(params, seed=derived_seed(seed, i))
 
 
 def check_rid(rid: Any) -> int | str:

@@ -30,8 +30,9 @@ def check_hicache(args: Any) -> dict[str, Any]:
 
     hicache_storage_backend: "file" keeps pages in files below the host's memory; they outlive the engine, and several engines may
     share them. hicache_storage_dir: the folder (SGLang: SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR). hicache_storage_quota: GB that it
-    may hold. hicache_storage_prefetch_policy: how long a request waits for pages from there: at most 1 s and 0.25 s more for each
-    1024 tokens, until all are there, or not at all. hicache_prefetch_threshold: fewer tokens are computed. Raises ValueError.
+    may hold. hicache_storage_prefetch_policy: how long a request waits for pages that are read from there: at most 1 s and 0.25 s
+    more for each 1024 tokens, until all are there, or a step. hicache_prefetch_threshold: fewer tokens are computed. Raises
+    ValueError.
     """
     enabled = flag("enable_hierarchical_cache", args.enable_hierarchical_cache)
     kept = {
@@ -63,7 +64,18 @@ def check_hicache(args: Any) -> dict[str, Any]:
         )
     if enabled:
         _refuse_what_is_not_combined(args, kept)
+    refuse_a_file_for_each_token(args, args.page_size)
     return kept
+
+
+def refuse_a_file_for_each_token(args: Any, page_size: int | None) -> None:
+    """page_size: None if it is the device's default, which is asked about again when the device is known."""
+    if args.hicache_storage_backend is not None and page_size == 1:
+        raise ValueError(
+            "hicache_storage_backend=file with page_size=1 writes a file for each token, "
+            f"{args.hicache_prefetch_threshold} of them for the shortest prompt that is looked for (hicache_prefetch_threshold); use "
+            "page_size=16 or more"
+        )
 
 
 def _refuse_what_is_not_combined(args: Any, kept: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ class ReqToTokenPool:
 
     A row is as long as the longest request may be, 8 bytes a token; the system hands out its memory as it is written, a page of
     512 tokens at a time. 1,024 rows of 131,072 tokens are 1 GiB of addresses, and of memory what the longest request that each
-    of them had has needed.
+    of them had has needed. Windows sets all of it apart at once; on Linux the mapping is MAP_SHARED, and counts as shared memory.
     """
 
     def __init__(self, max_running_requests: int, max_context: int):

@@ -26,7 +26,7 @@ def check_continuous_decode(steps: int, stages: int, data_ranks: int, speculates
     if steps == 1:
         return
     wrong = (
-        (stages > 1, "the first stage is told a step's tokens before its next step; use pp_size=1"),
+        (stages > 1, "a lane begins its next step with the tokens of its last one; use pp_size=1, or num_lanes=1"),
         (data_ranks > 1, "data ranks plan every step together; use attn_dp_size=1"),
         (speculates, "a verify step says how far each request has come; leave speculative_algorithm out"),
     )

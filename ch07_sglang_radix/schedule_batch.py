@@ -45,7 +45,7 @@ class ScheduleBatch:
             wanted = set(reqs)
             self.filter(np.array([req in wanted for req in self.reqs], dtype=bool))
             self.merge([req for req in reqs if req not in self._members])
-            if self.group:
+            if self.group and self.reqs:
                 self.reqs, self.alike = self.memory.alike(self.reqs)
                 self._read()
             self.counted = sum([not req.probe for req in self.reqs])

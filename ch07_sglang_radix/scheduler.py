@@ -41,7 +41,7 @@ from common.distributed.layout import Layout
 from common.distributed.messages import share
 from common.parallel_state import RankFailure
 from common.request.intake import Intake, Words
-from common.sampling.batch import uniform
+from common.sampling.batch import derived_seed
 from common.sampling.params import SamplingParams
 from common.text.answer import AnswerText
 from common.values import choice, flag, shown, whole
@@ -65,7 +65,8 @@ class TPScheduler(StepLoop):
     eviction.py. radix_bigram: see RadixCache.
     overlap: queue a step before the last one's tokens are seen; None: on a GPU, where queueing is not doing.
     gather_best: where all requests of a step are greedy or have a small top_k, every rank sends its best logits
-    instead of all. seed: for requests that bring none. schedule_conservativeness: times the share of its worst case that
+    instead of all. seed: of it each request that brings none gets one, by its number, or where the wrapper is deterministic all
+    the same. schedule_conservativeness: times the share of its worst case that
     a running request is expected to need, when others ask to enter. check: test the conservation of pages after every step.
     num_continuous_decode_steps: the tokens of so many decode steps are looked at together (step_loop.py says when).
     enable_dynamic_chunking: the next part of a long prompt is so long that it takes as long as the first (dynamic_chunk_sizer.py).
@@ -192,7 +193,8 @@ class TPScheduler(StepLoop):
         rid = PROBE if probe else self.num_requests
         self.num_requests += not probe
         if self.replica.rank == 0:
-            seed = params.seed if params.seed is not None else int(uniform(self.seed, rid) * (1 << 24))
+            number = 0 if self.wrapper.deterministic else rid  # a number would tell who came before
+            seed = derived_seed(self.seed, number) if params.seed is None else params.seed
             ends = frozenset(params.stop_token_ids + self.wrapper.config.eos_token_ids)
             stops = frozenset(params.stop_token_ids) if params.ignore_eos else ends
             if params.grammar:

@@ -135,7 +135,10 @@ class SchedulerState:
     def even_out_lanes(self) -> None:
         """Whoever is too many in this lane, none of whose steps is on its way, goes to the lane with the fewest."""
         share = -(-len(self.running) // self.num_lanes)
-        for req in self.in_lane[share:]:
+        too_many = self.in_lane[share:]
+        if too_many:  # perhaps they come back before this lane decodes again, and will have moved on
+            self.batches[self.lane] = self.empty_batch()
+        for req in too_many:
             sizes = Counter(one.lane for one in self.running)
             req.lane = min(range(self.num_lanes), key=lambda lane: sizes[lane])
 

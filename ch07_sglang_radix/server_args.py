@@ -5,6 +5,7 @@ a reader looks a flag up here, with what it means, its default and what it may b
 """
 
 import logging
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import lcm
@@ -68,8 +69,8 @@ class ServerArgs:
     whether a bar shows that weights are read (info and debug). dp_size: replicas, each of tp_size ranks and with a tree
     and a pool of its own; load_balance_method says which of them a request goes to. schedule_conservativeness: more than 1 admits
     fewer requests at a time, and retracts fewer. max_prefill_tokens: of a step, if chunked_prefill_size allows more.
-    num_continuous_decode_steps: the tokens of so many decode steps are looked at together (step_loop.py): less work a token for
-    rank 0, a stream that tells of so many tokens at a time, and as many computed in vain behind a stop.
+    num_continuous_decode_steps: the tokens of so many decode steps are looked at together (step_loop.py): fewer calls a token on
+    rank 0, a stream that tells of so many tokens at a time, and up to as many less one computed in vain behind a stop.
     enable_eplb: every eplb_rebalance_num_iterations steps experts go to the ranks where they make all alike busy (experts/eplb.py).
     expert_balancedness_report_mode: read after each step how busy they are, for the log (server_log), GET /metrics (prometheus) or
     both; that costs two small messages a step.
@@ -80,7 +81,8 @@ class ServerArgs:
     disaggregation_timeout: seconds that a request waits for the other side; num_reserved_decode_tokens: free for each answer before
     another prompt may come. speculative_algorithm: NGRAM, STANDALONE, MEDUSA, EAGLE or EAGLE3 guesses several tokens, which a step
     verifies: the same text, sooner (speculative_args.py has all that goes with it). enable_deterministic_inference: what a request
-    gets does not depend on what runs beside it, on the tree and on chunks (common/layers/batch_invariant.py). allow_image_urls:
+    gets does not depend on what runs beside it, on the tree and on chunks (common/layers/batch_invariant.py); all requests without
+    a seed then draw by one, which random_seed gives and which all replicas share. allow_image_urls:
     pictures may come from the net (images/fetch.py). enable_lora, lora_paths and the others about LoRA: checked_lora in lora.py.
     enable_hierarchical_cache and the others about lower tiers: check_hicache in hicache_args.py. All others are those of
     TPRadixAttentionModelWrapper and TPScheduler. Raises ValueError for a value of a wrong kind or outside its range.
@@ -348,6 +350,13 @@ class ServerArgs:
                     f"enable_deterministic_inference with {name}={getattr(self, name)}: its sums depend on the batch; "
                     f"use tp_size=2, pp_size or dp_size"
                 )
+        if self.enable_deterministic_inference and self.random_seed is None:
+            self._set("random_seed", secrets.randbits(32))  # here, and not each replica its own
+
+    @property
+    def one_seed(self) -> int | None:
+        """What the seed of all requests that bring none is made of; None if each of them gets another."""
+        return self.random_seed if self.enable_deterministic_inference else None
 
     @property
     def watches_experts(self) -> bool:

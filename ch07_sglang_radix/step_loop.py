@@ -10,10 +10,10 @@ The tokens themselves never leave the device in between: N+1 reads them where N 
 length tells is known ahead; a stop token is seen one step late, and that step's token is thrown away.
 
 With num_continuous_decode_steps=k the tokens of k decode steps are looked at together, while the same requests run, nobody waits
-and nobody gets its last token by length: less work a token for rank 0, and a stream that tells of k tokens at a time. A stop token
-or text is seen k - 1 steps later than else; what was drawn behind it is thrown away, so the answers are the same for every k.
-Steps are still planned one by one: who arrives is admitted by the next one, which looks at all that is drawn. Whom somebody aborts
-has the tokens that were looked at.
+and nobody gets its last token by length: fewer calls a token on rank 0, and a stream that tells of k tokens at a time. A stop token
+or text is seen up to k - 1 steps later than else; what was drawn behind it is thrown away, so the answers are the same for every k.
+Steps are still planned one by one: who arrives is planned for in the next one, behind which all that is drawn is looked at.
+Whom somebody aborts has the tokens that were looked at.
 
 Over several pipeline stages a step takes a while to come back, and every stage would stand idle but one. So those that run
 are dealt out to `lanes`, as many as there are stages: micro-batches whose steps follow each other through the stages.

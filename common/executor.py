@@ -100,7 +100,7 @@ class Executor:
     quantized_compute: those of load_model (common/models/weights.py). torch_compile_max_bs: in steps of so many tokens at most the
     small layers are those of torch.compile (common/layers/compiled.py); None: in none. enable_deterministic_inference: what a
     request gets does not depend on what else runs, on what is cached and on how its prompt is cut
-    (common/layers/batch_invariant.py).
+    (common/layers/batch_invariant.py); `self.deterministic` says so to who gives out seeds and keeps pages.
     Raises ValueError or FileNotFoundError, on every rank alike, for what cannot be run.
     """
 
@@ -156,6 +156,7 @@ class Executor:
                 enable_layernorm_sp=enable_layernorm_sp, enable_two_batch_overlap=self.two_batch_overlap, enable_lora=lora,
             )  # fmt: skip
         latent = config.latent is not None
+        self.deterministic = enable_deterministic_inference
         if enable_deterministic_inference:
             self._refuse_other_orders(
                 config,

@@ -2,7 +2,8 @@
 
 A short script's time is that of `import torch` and of transformers' models, four seconds of a core, and the READMEs name a hundred
 commands, many of several processes. A process from here is as new as one that Python starts, except that these two libraries, and
-nothing of this repository, are in memory already. Where there is no fork (Windows) each imports them for itself.
+nothing of this repository, are in memory already. Variables of the environment that these read while they are imported have the
+values that they had when the first process was started from here. Where there is no fork (Windows) each imports them for itself.
 """
 
 import atexit
@@ -39,9 +40,11 @@ def run(args: list[str], folder: Path, timeout_s: float = 300) -> subprocess.Com
         out, err = Path(place, "out"), Path(place, "err")
         one = script(args, folder, dict(os.environ), out, err)
         one.start()
-        one.join(timeout_s)
-        one.kill()  # if it has not ended
-        one.join()
+        try:
+            one.join(timeout_s)
+        finally:
+            one.kill()  # if it has not ended
+            one.join()
         printed = [path.read_text(encoding="utf-8") for path in (out, err)]
         return subprocess.CompletedProcess(args, one.exitcode, *printed)
 

@@ -72,7 +72,8 @@ class Disaggregation:
 
 
 def what_it_is(wrapper: TPRadixAttentionModelWrapper) -> dict[str, Any]:
-    """What must be equal on both sides (bootstrap.py), whatever their numbers of ranks. The checksum is of the last norm, which no
+    """What must be equal on both sides (bootstrap.py), whatever their numbers of ranks (but those of a
+    deterministic engine: its sums). The checksum is of the last norm, which no
     cut touches: two models of one shape have different ones."""
     config, norm, cache = wrapper.config, wrapper.model.model.norm.weight, wrapper.kv_cache
     layers, planes = cache.kv.shape[:2]
@@ -84,4 +85,10 @@ def what_it_is(wrapper: TPRadixAttentionModelWrapper) -> dict[str, Any]:
     kv_dtype, *scales = cache.fingerprint().split(" ", 1)
     if scales:  # of the layers: by them codes become numbers
         kv_dtype += f" (CRC of its scales {crc32(scales[0].encode()):08x})"
-    return {"version": VERSION, "model": model, "page_size": wrapper.page_size, "kv_cache_dtype": kv_dtype}
+    deterministic = "off"
+    if wrapper.deterministic:  # then the bits must be equal, too
+        deterministic = f"on, tp_size={wrapper.tp.size}, {wrapper.tp.device.type}, {wrapper.dtype}"
+    return {
+        "version": VERSION, "model": model, "page_size": wrapper.page_size, "kv_cache_dtype": kv_dtype,
+        "enable_deterministic_inference": deterministic,
+    }  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 HOST = "127.0.0.1"
 ASK_S = 5.0
 MAX_ROUTE = 1 << 20  # bytes of an answer
-MUST_BE_EQUAL = ("version", "model", "page_size", "kv_cache_dtype", "backend")
+MUST_BE_EQUAL = ("version", "model", "page_size", "kv_cache_dtype", "enable_deterministic_inference", "backend")
 
 
 class BootstrapServer:

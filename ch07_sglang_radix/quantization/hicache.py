@@ -58,9 +58,6 @@ class HiCache:
     def _storage(self, args: ServerArgs, pool: HostKVPool) -> StorageController | None:
         if not args.hicache_storage_backend:
             return None
-        _refuse_a_file_for_each_token(
-            self.scheduler.wrapper.page_size, pool.page_bytes, args.hicache_prefetch_threshold
-        )
         s, quota, seed = self.scheduler, int(args.hicache_storage_quota * 1e9), self._seed()
         store, wrong = agree(
             lambda: PageStore(args.hicache_storage_dir, seed, self._form, quota),
@@ -80,8 +77,12 @@ class HiCache:
     @property
     def _form(self) -> str:
         """What a page is made of: engines that keep pages of different forms in one folder do not meet."""
-        cache = self.scheduler.wrapper.kv_cache
-        return f"{cache.fingerprint()} {[(*x.shape[:2], *x.shape[3:]) for x in cache.tensors]}"
+        wrapper = self.scheduler.wrapper
+        cache = wrapper.kv_cache
+        form = f"{cache.fingerprint()} {[(*x.shape[:2], *x.shape[3:]) for x in cache.tensors]}"
+        if wrapper.deterministic:  # what it finds must have the bits that it would compute itself
+            form += f" deterministic {wrapper.attention.__name__} {wrapper.dtype}"
+        return form
 
     def _at_new_weights(self) -> None:
         self.controller.storage.store.seed = self._seed()
@@ -110,9 +111,9 @@ class HiCache:
     def _before_step(self) -> bool:
         """Nothing keeps the engine busy here: who waits for pages is held at the gate, and what nobody waits for any more is
         looked at when somebody comes, or forgotten with a flush."""
-        self.controller.look(not self.scheduler.running)
         if self.prefetch:
-            self.prefetch.look()
+            self.prefetch.look()  # first: the controller sends what it orders, and it is read from now on
+        self.controller.look(not self.scheduler.running)
         return False
 
     def _may_enter(self, req: Req, matched: int) -> bool:
@@ -138,14 +139,6 @@ class HiCache:
         if self.prefetch:
             self.prefetch.close()
         self.controller.close()
-
-
-def _refuse_a_file_for_each_token(page_size: int, page_bytes: int, threshold: int) -> None:
-    if page_size == 1:
-        raise ValueError(
-            f"hicache_storage_backend=file with page_size=1 writes a file of {page_bytes} bytes for each token, {threshold} of "
-            f"them for the shortest prompt that is looked for (hicache_prefetch_threshold); use page_size=16 or more"
-        )
 
 
 def num_host_pages(args: ServerArgs, device_pages: int, page_bytes: int, page_size: int) -> int:

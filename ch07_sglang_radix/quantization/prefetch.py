@@ -3,8 +3,9 @@
     a node gets a host copy     its pages are written to files, too
     a request is queued         what no tier of the tree has of it: how many pages have files? A thread makes their names and looks
     they are there              they are read into host pages
-    it asks to enter            best_effort: with what has been read by now; wait_complete: when all has been; timeout: until
-                                1 s and 0.25 s for each 1024 tokens have gone by
+    it asks to enter            it waits for their names, 1 s at most but with wait_complete, and for what is read: best_effort
+                                enters with what has been read by the next step; wait_complete when all has been; timeout
+                                when 1 s and 0.25 s for each 1024 tokens have gone by since reading began
     pages have been read        they are nodes of the tree, with a host copy: from here on as if the host had never lost them
 
 Reading goes on while the request waits in the queue, and others run. Names and their order: common/storage/page_keys.py.
@@ -27,13 +28,13 @@ from ch07_sglang_radix.request import Req
 from common.storage.page_keys import as_words, chain, first_key
 
 MAX_BACKLOG = 4096  # pages that wait to be written; more are not written, or the host would be full of them
-PREFETCH_S, PREFETCH_S_A_TOKEN = 1.0, 0.25 / 1024  # of the policy timeout; SGLang's
+PREFETCH_S, PREFETCH_S_A_TOKEN = 1.0, 0.25 / 1024  # of the policy timeout; SGLang's. A look-up has the first
 
 
 @dataclass(eq=False)
 class Prefetch:
     """ids[start : start + len(slots)] are being read into `slots` of the host; before that (ticket 0), it is looked up which of
-    them have files: `found`, their names. wanted: somebody could enter, and would not wait."""
+    them have files: `found`, their names. deadline: of the look-up, and then of the reading. wanted: somebody could enter."""
 
     ids: np.ndarray
     extra_key: Hashable
@@ -126,7 +127,7 @@ class StoragePrefetch:
             return False
         self.controller.newest += 1
         one.slots, one.ticket = slots, self.controller.newest
-        one.deadline += PREFETCH_S_A_TOKEN * len(slots)
+        one.deadline = time.monotonic() + PREFETCH_S + PREFETCH_S_A_TOKEN * len(slots)  # a long step may lie behind
         self.controller.order(READ, one.ticket, *page_words(slots[::P] // P, as_words(keys)))
         return True
 
@@ -138,25 +139,39 @@ class StoragePrefetch:
         return True
 
     def look(self) -> None:
-        """Between two steps, orders sent: what has been read becomes the tree's. Is any still being read?"""
-        now = time.monotonic()
+        """Between two steps: what has been found is read, and what has been read becomes the tree's. What this orders is sent
+        before the next look."""
         for one in list(self.under_way):
-            late = (self.policy == "best_effort" and one.wanted) or (self.policy == "timeout" and now > one.deadline)
-            if not one.ticket:
-                goes_on = not (late or one.void) and (not one.found.done() or self._read(one, one.found.result()))
-                if not goes_on:
-                    self.under_way.remove(one)
-                continue
-            done = self.storage.done(one.ticket)
-            if done or late or one.void:
+            if one.ticket:
+                goes_on = self._goes_on_reading(one)
+            elif (
+                one.found.done() and not one.void
+            ):  # before it is asked whether it is late: steps are longer than look-ups
+                goes_on = self._read(one, one.found.result())
+            else:
+                goes_on = not (one.void or self._late(one))
+            if not goes_on:
                 self.under_way.remove(one)
-                good = self.controller.ask(SETTLE, one.ticket, int(done)) * self.tree.page_size
-                self.tree.host_pool.free(one.slots[good:])
-                if one.void:
-                    self.tree.host_pool.free(one.slots[:good])
-                else:
-                    self.fetched += good
-                    self.tree.insert_host(one.ids, one.start, one.slots[:good], one.extra_key)
+
+    def _late(self, one: Prefetch) -> bool:
+        """Has been waited for it as long as the policy allows?"""
+        past = time.monotonic() > one.deadline
+        if self.policy == "best_effort":  # without names nothing would ever be read
+            return one.wanted and (past or one.ticket > 0)
+        return self.policy == "timeout" and past
+
+    def _goes_on_reading(self, one: Prefetch) -> bool:
+        done = self.storage.done(one.ticket)
+        if not (done or one.void or self._late(one)):
+            return True
+        good = self.controller.ask(SETTLE, one.ticket, int(done)) * self.tree.page_size
+        self.tree.host_pool.free(one.slots[good:])
+        if one.void:
+            self.tree.host_pool.free(one.slots[:good])
+        else:
+            self.fetched += good
+            self.tree.insert_host(one.ids, one.start, one.slots[:good], one.extra_key)
+        return False
 
     def at_new_weights(self, holders: Iterable[Any]) -> None:
         """holders: of what is cached. Where the old weights' pages may still be found, since nobody has flushed the tree, they and

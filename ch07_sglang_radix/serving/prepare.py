@@ -79,7 +79,7 @@ class Preparation:
         return GenerateCall.of(
             self.intake, text, input_ids, request.sampling_params, logprobs, request.rid, request.extra_key,
             request.priority, request.routing_key, request.require_reasoning, handoff, request.image_data,
-            request.lora_path, self.args.engine.enable_lora,
+            request.lora_path, self.args.engine.enable_lora, self.args.engine.one_seed,
         )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def pick_attention(
         what = "a model that caches latent rows" if latent else f"cp_size={cp_size}" if cp_size > 1 else "flashinfer"
         raise ValueError(
             f"enable_deterministic_inference with {what}: attention in a fixed order is there for K and V on one rank, by "
-            f"torch_native and triton; leave one of the two out"
+            f"torch_native on a CPU and triton on a GPU; leave one of the two out"
         )
     native = LatentNativeAttention if latent else BatchInvariantAttention if batch_invariant else TorchNativeAttention
     if cp_size > 1:
@@ -45,7 +45,7 @@ def pick_attention(
             raise ValueError(f"attention_backend={name} with cp_size={cp_size}: the ring has its own; leave it out")
         return ContextParallelAttention
     if name == "torch_native" or (name == "auto" and device.type != "cuda"):
-        return native
+        return _of_device(native, device)
     try:  # imported here because neither is part of a CPU installation
         if name == "flashinfer":
             import flashinfer  # noqa: F401, PLC0415
@@ -60,8 +60,19 @@ def pick_attention(
     except ImportError as error:
         if name != "auto":
             raise ValueError(f"attention_backend={name}, but it is not installed ({error})") from None
+        native = _of_device(native, device)
         warnings.warn(f"Triton is not installed ({error}): attention runs in plain PyTorch, and slower", stacklevel=2)
         return native
     if device.type != "cuda":
         raise ValueError(f"attention_backend={name} needs an NVIDIA GPU, this rank runs on {device}")
     return Attention
+
+
+def _of_device(native: type, device: torch.device) -> type:
+    """Raises ValueError for the one form in plain PyTorch that is made of an operator of CPUs."""
+    if native is BatchInvariantAttention and device.type != "cpu":
+        raise ValueError(
+            f"enable_deterministic_inference with attention in plain PyTorch on {device}: its order is fixed on a CPU only; use "
+            f"attention_backend=triton, or device=cpu"
+        )
+    return native

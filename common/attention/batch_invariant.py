@@ -8,8 +8,9 @@ other rows are zeros, in a chunk they are its neighbours: a row does not see the
 of -inf, as its later neighbours are, and add exactly 0. K and V are always read from the pages, as whoever finds them cached will
 read them.
 
-SGLang 0.5.23 fixes the split of a context instead (srt/layers/attention/triton_backend.py: SGLANG_TRITON_DECODE_SPLIT_TILE_SIZE,
-256 tokens a part) and cuts chunks of prompts at multiples of SGLANG_TRITON_PREFILL_TRUNCATION_ALIGN_SIZE, 4,096 tokens. Here one
+SGLang has two forms, as its sources stood in 2026: srt/layers/attention/triton_backend.py cuts a context into parts of 256 tokens
+for decode (SGLANG_TRITON_DECODE_SPLIT_TILE_SIZE), and prompts go through one kernel of one stage; srt/managers/schedule_policy.py
+rounds the length of a chunk that is cut off a prompt down to a multiple of SGLANG_TRITON_PREFILL_TRUNCATION_ALIGN_SIZE. Here one
 form does prompts, chunks and decode, and a chunk may end anywhere.
 """
 

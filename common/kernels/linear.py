@@ -137,7 +137,8 @@ def _few_rows(
     k = tl.arange(0, BK)
     start, stop = p * share * BK, tl.minimum((p + 1) * share * BK, width)
     w_at = weight + n.to(tl.int64)[:, None] * width + k[None, :]
-    x_at = x + m[None, :] * x_stride + k[:, None]
+    wide = m.to(tl.int64)[None, :]  # fixed_linear has any number of rows
+    x_at = x + wide * x_stride + k[:, None]
     wait_for_previous(PDL)
     acc = tl.zeros([BN, BM], tl.float32)
     for first in range(start, stop, BK):
@@ -145,7 +146,7 @@ def _few_rows(
         xs = tl.load(x_at + first, mask=(m < rows)[None, :] & (first + k < stop)[:, None], other=0.0)  # [BK, BM]
         acc += tl.dot(w, xs, input_precision="ieee" if F32 else "tf32")
     live = (n < out)[:, None] & (m < rows)[None, :]
-    at = m[None, :] * out + n[:, None]
+    at = wide * out + n[:, None]
     last = True
     if CUT:
         tl.store(part + p * rows * out + at, acc, mask=live)

@@ -80,7 +80,8 @@ def pack(codes: Codes, bits: int) -> PackedCodes:
         if (zero == zero[0, 0]).all():
             zero, offset = None, int(zero[0, 0])
         else:
-            zero = zero.to(torch.int16 if zero.abs().max() > 127 else torch.int8).t().contiguous()
+            narrow = zero.amin() >= -128 and zero.amax() <= 127
+            zero = zero.to(torch.int8 if narrow else torch.int16).t().contiguous()
     width = q.shape[1]
     turn = min(group or TURN, TURN)
     share = _rows_that_share(scale) if zero is None else 1

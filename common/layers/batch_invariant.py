@@ -15,12 +15,16 @@ The way out is to leave the library no choice:
                   numbers those are depends on the shape, and on the number of threads. exp by itself is one function for both
 
 What remains is the place in a block. Whether a library adds up the third row of sixteen as it does the ninth is not promised
-anywhere, so it is tried for each shape when a model is loaded (`agreeing_rows`), and a block is a single row where it fails.
-Norms, rotary embedding, softmax and the sampler work row by row as they are: tests/common/layers/test_batch_invariant.py.
+anywhere, so it is tried for each shape when a model is loaded (`agreeing_rows`): where it fails in blocks of 16, those of 32 are
+tried, then of 8, and single rows are left. Norms, rotary embedding and the sampler work row by row as they are
+(tests/common/layers/test_batch_invariant.py), and log_softmax on rows of whole quads (common/sampling/logprobs.py).
 
-SGLang 0.5.23 (--enable-deterministic-inference, srt/batch_invariant_ops/batch_invariant_ops.py) and vLLM 0.30
-(VLLM_BATCH_INVARIANT=1, vllm/model_executor/layers/batch_invariant.py) put Triton kernels with fixed tiles in the place of torch's
-mm, addmm, log_softmax and mean, as the paper's batch_invariant_ops do; both are for GPUs.
+SGLang (--enable-deterministic-inference) and vLLM (VLLM_BATCH_INVARIANT=1) have it for GPUs; as their sources stood in 2026:
+SGLang's srt/batch_invariant_ops/batch_invariant_ops.py puts kernels with fixed tiles in the place of torch's mm, addmm, bmm,
+log_softmax and mean, DeepGEMM's for bfloat16's mm and addmm where that is on, Triton's else. vLLM's
+vllm/model_executor/layers/batch_invariant.py puts Triton kernels in the place of mm, addmm, matmul and linear on compute
+capability 8.x; on Hopper these stay cuBLASLt's, which CUBLAS_WORKSPACE_CONFIG=:16:8 and CUBLASLT_WORKSPACE_SIZE=1 leave no room to
+cut a sum up (split-K). bmm, softmax, log_softmax and mean are its own on both.
 """
 
 from collections.abc import Callable
@@ -29,7 +33,7 @@ import torch
 from torch import nn
 
 from common.layers.activation import SiluAndMul
-from common.layers.linear import LinearBase, multiply
+from common.layers.linear import LinearBase, RowParallelLinear, multiply
 from common.layers.mlp import MLP
 from common.quantization.method import LinearMethod
 
@@ -38,7 +42,7 @@ try:  # a CPU build of torch comes without Triton
 except ImportError:
     fixed_linear = None
 
-BLOCKS = (16, 32, 8, 1)  # rows of a product, the first that is proven; measured on a CPU, see the chapter's README
+BLOCKS = (16, 32, 8, 1)  # rows of a product, the first that agrees
 
 
 def make_batch_invariant(model: nn.Module) -> None:
@@ -51,9 +55,10 @@ def make_batch_invariant(model: nn.Module) -> None:
                     f"{layer.name} multiplies by {layer.method.name} weights, whose sums depend on the batch; "
                     f"use quantized_compute=dequantise, or leave enable_deterministic_inference out"
                 )
-            kind = tuple(layer.weight.shape), layer.dtype
+            bias = None if isinstance(layer, RowParallelLinear) else layer.bias  # which adds it behind the ranks' sum
+            kind = tuple(layer.weight.shape), layer.dtype, bias is not None
             if layer.weight.device.type == "cpu" and kind not in found:
-                found[kind] = agreeing_rows(layer.weight.to(layer.dtype))
+                found[kind] = agreeing_rows(layer.weight.to(layer.dtype), bias)
             layer.method = RowBlocks(found.get(kind, BLOCKS[0]))
         elif isinstance(layer, MLP):
             layer.act = SiluByExp()
@@ -84,14 +89,14 @@ def in_blocks(f: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, rows: 
     return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else f(x)
 
 
-def agreeing_rows(weight: torch.Tensor) -> int:
+def agreeing_rows(weight: torch.Tensor, bias: torch.Tensor | None = None) -> int:
     """The first number of BLOCKS for which a row's product with weight [out, in] does not depend on its place among so many.
 
-    One row always agrees with itself.
+    bias [out]: added in the product, whose beginning a library may take from it. One row always agrees with itself.
     """
     row = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
     for rows in BLOCKS:
-        y = multiply(row.repeat(rows, 1), weight)
+        y = multiply(row.repeat(rows, 1), weight, bias)
         if torch.equal(y, y[:1].expand_as(y)):
             return rows
     return 1

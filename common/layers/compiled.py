@@ -10,7 +10,7 @@ layer, its number and its weights, and 24 layers would be compiled 24 times. Mat
 on matrices in a form of their own (cpu_linear.py), and collectives and attention keep books of which Dynamo knows nothing.
 
 SGLang 0.5.23 has the same switch, `--enable-torch-compile` with `--torch-compile-max-bs 32`, around the whole forward pass
-(model_executor/); there it pays with minutes of start. What it costs and brings here: ch07_sglang_radix/README.md.
+(model_executor/); there it pays with a slow start. What it costs and brings here: ch07_sglang_radix/README.md.
 """
 
 import os

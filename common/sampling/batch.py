@@ -114,6 +114,11 @@ def uniform(seed, n):
     return ((x ^ (x >> _as(x, 31))) >> _as(x, 40)) / (1 << 24)  # 24 bits: every value is exact in float32
 
 
+def derived_seed(seed: int, n: int) -> int:
+    """The n-th of the seeds that one seed stands for: of requests that bring none, of several answers to a prompt."""
+    return int(uniform(seed, n) * (1 << 24))
+
+
 def _as(like, number: int):
     """`number` in the arithmetic of `like`: a uint64 array wraps around by itself, an int is cut by the mask."""
     return np.uint64(number) if isinstance(like, np.ndarray) else number

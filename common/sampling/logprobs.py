@@ -10,9 +10,27 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from common.distributed.transfer import Download, upload
 from common.layers.vocab import first_best
+
+
+def log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """logits [n, V] of any float dtype -> [n, V] float32; a row's bits do not depend on which row it is.
+
+    torch's CUDA kernel for V > 1024 reads 16 bytes at a time, and first what lies before the first multiple of 16 in a row
+    (ATen/native/cuda/SoftMax.cu, ilpReduce): in which order it adds up depends on where the row begins. So each begins at such a
+    multiple here: behind the row before it are tokens of probability 0.
+    """
+    logits, vocab = logits.float(), logits.shape[-1]
+    return _whole_quads(logits).log_softmax(dim=-1)[:, :vocab]
+
+
+def _whole_quads(logits: torch.Tensor) -> torch.Tensor:
+    """[n, V] -> [n, V or up to 3 more], a multiple of 4 numbers a row."""
+    behind = -logits.shape[-1] % 4
+    return F.pad(logits, (0, behind), value=-torch.inf) if behind else logits
 
 
 @dataclass(frozen=True)
@@ -38,7 +56,7 @@ class Logprobs:
     ):  # fmt: skip
         self._top, self._ids = top, ids
         most, widest = max(top, default=0), max(map(len, ids), default=0)
-        logprobs = logits.float().log_softmax(dim=-1)
+        logprobs = log_softmax(logits)
         here = logprobs.gather(1, tokens.unsqueeze(1))  # [n, 1]
         rank = (logprobs > here).sum(dim=-1, keepdim=True) + 1
         values, places = [here], [tokens.unsqueeze(1), rank]

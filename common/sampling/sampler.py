@@ -169,7 +169,8 @@ def _kept(scaled, top_k, top_p, log_min_p) -> torch.Tensor:
     keep = (rank < top_k) | (top_k == 0)
     weights = weights * keep
     total = weights.cumsum(dim=-1, dtype=torch.float64)
-    keep &= total - weights < top_p * total[:, -1:]  # mass of all better tokens: the one that crosses p stays
+    better = total - weights  # the mass of all better tokens: the one that crosses p stays
+    keep &= (better < top_p * total[:, -1:]) | (top_p >= 1)  # a rare token's own mass may be lost in the sum
     keep &= best_first >= log_min_p
     keep[:, 0] = True
     return torch.zeros_like(keep).scatter_(1, order, keep)

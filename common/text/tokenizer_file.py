@@ -122,6 +122,9 @@ def _is_qwens(made: dict[str, Any]) -> bool:
 
 def _tokens_agree(added: list[dict], asked: dict[str, Any], named: dict[str, str | None]) -> bool:
     """Does tokenizer_config.json add nothing to the tokens of tokenizer.json, and change nothing?"""
+    ids = [token["id"] for token in added]
+    if ids != sorted(ids):  # transformers adds tokens by id, the Rust library as the file has them
+        return False
     here = {str(token["id"]): {flag: token[flag] for flag in FLAGS} for token in added}
     texts = {token["content"]: token for token in here.values()}
     special = [*(token for token in named.values() if token is not None), *asked.get("additional_special_tokens", ())]

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ch07_sglang_radix.schedule_batch import ScheduleBatch
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.sampling.params import SamplingParams
@@ -116,3 +117,33 @@ def test_a_failure_forgets_what_is_on_its_way():
     assert not scheduler.busy
     assert not scheduler.control.logits
     assert not scheduler.held_slots
+
+
+def test_whoever_leaves_a_lane_leaves_its_batch():
+    """It may come back, further on, before the lane decodes again."""
+    scheduler = make(2)
+    for prompt in PROMPTS[:4]:
+        scheduler.add_request(input_ids=prompt, max_new_tokens=12)
+    while len(scheduler.running) < 4 or not all(batch.reqs for batch in scheduler.batches):
+        scheduler.step()
+    scheduler.settle_all()
+    for req in scheduler.running:
+        req.lane = scheduler.lane
+    scheduler.batch.become(scheduler.running)
+    scheduler.data_ranks[0].even_out_lanes()
+    assert sorted(req.lane for req in scheduler.running) == [0, 0, 1, 1]
+    assert not scheduler.batch.reqs
+
+
+def test_a_batch_that_is_grouped_may_become_empty():
+    """The last one stops while a batch is made: with overlap, or when room is needed. Only some forms of attention group."""
+    scheduler = make(1)
+    for prompt in PROMPTS[:3]:
+        scheduler.add_request(input_ids=prompt, max_new_tokens=12)
+    while len(scheduler.running) < 3:
+        scheduler.step()
+    batch = ScheduleBatch(scheduler.memory, group=True)
+    for reqs in (scheduler.running, scheduler.running[:1], [], scheduler.running):
+        batch.become(reqs)
+        assert set(batch.reqs) == set(reqs)
+        assert len(batch.rows) == len(batch.positions) == len(batch.ends) == len(reqs)

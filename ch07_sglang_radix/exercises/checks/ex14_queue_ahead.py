@@ -2,6 +2,7 @@ from types import ModuleType
 
 from ch07_sglang_radix.exercises.checks.trees import a_req
 from ch07_sglang_radix.request import Req
+from common.request.answer import End
 from common.teaching.expect import ask, expect
 
 STOP, ON_THE_GPU = 7, -1
@@ -19,7 +20,8 @@ def check(m: ModuleType) -> None:
         ("it has ended", [8, STOP], 1, 9, True, None),
     ):
         req = _running(output, pending, most)
-        req.finish_reason = {"type": "stop"} if ended else None
+        if ended:
+            req.finish(End("stop", matched=STOP))
         before = req.pending, req.kv_len
         step = ask(m.queue_decode, [req], why="(request, position, token) for each that steps", several=True)
         said = f"{what} (prompt of 3, output {output}, pending {pending}, max_new_tokens {most})"

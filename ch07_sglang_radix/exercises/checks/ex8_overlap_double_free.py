@@ -22,12 +22,13 @@ def check(m: ModuleType) -> None:
 
     class Late(TPScheduler):
         def _settle(self):
-            step, self._queued = self._queued, None
-            if step is None or step.drawn is None:
-                return
-            for req in step.requests:
-                req.pending -= 1
-            m.settle(step.requests, step.drawn.take().tokens, self._finish)
+            steps, self._queued = self._queued, []
+            for step in steps:
+                if step.drawn is None:
+                    continue
+                for req in step.requests:
+                    req.pending -= 1
+                m.settle(step.requests, step.drawn.take().tokens, self._finish)
             self.running = [req for req in self.running if req.finish_reason is None]
 
         def _finish(self, req):

@@ -1,5 +1,7 @@
 """The result for a token depends on the tokens before it alone, bit for bit; and it is attention."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -82,3 +84,12 @@ def test_what_has_no_fixed_order_is_refused():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"enable_deterministic_inference with .*{said}"):
             pick_attention(CPU, *args, batch_invariant=True)
+
+
+@pytest.mark.parametrize("name", ["torch_native", "auto"])
+def test_the_form_of_cpus_is_refused_on_a_gpu_with_the_way_out(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "common.kernels.paged_attention", None)  # as where Triton is not installed
+    with pytest.raises(ValueError, match=r"plain PyTorch on cuda:1.*attention_backend=triton, or device=cpu"):
+        pick_attention(torch.device("cuda:1"), name, batch_invariant=True)
+    if name == "torch_native":
+        assert pick_attention(torch.device("cuda:1"), name) is TorchNativeAttention

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from common.attention.torch_native import TorchNativeAttention
+from common.sampling.logprobs import log_softmax
 from tests.common.attention.test_batch_invariant import HKV, HQ, D
-from tests.common.kernels.where import DEVICE, GPU, TOLERANCE, kernel, relative_error
+from tests.common.kernels.where import DEVICE, GPU, TOLERANCE, gpu, kernel, relative_error
 
 pytestmark = kernel
 
@@ -25,6 +26,23 @@ def test_a_row_of_a_product(dtype):
     for rows in (slice(0, 1), slice(0, 20), slice(64, 70), *elsewhere):
         assert torch.equal(fixed_linear(x[rows], weight, bias), whole[rows])
     assert torch.equal(fixed_linear(x[:9], weight), fixed_linear(x, weight)[:9])
+
+
+@gpu
+def test_rows_further_apart_than_32_bits_count():
+    from common.kernels.linear import fixed_linear  # noqa: PLC0415
+
+    x = torch.empty((1 << 31) + 64, dtype=torch.float16, device=DEVICE).as_strided((3, 64), (1 << 30, 1))
+    x.normal_()
+    weight = torch.randn(64, 64, dtype=torch.float16, device=DEVICE)
+    assert torch.equal(fixed_linear(x, weight), fixed_linear(x.contiguous(), weight))
+
+
+@gpu
+@pytest.mark.parametrize("vocab", [2048, 2049, 151_935])
+def test_log_probabilities_of_a_row_anywhere(vocab):
+    row = torch.randn(vocab, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    assert all(torch.equal(one, log_softmax(row[None])[0]) for one in log_softmax(row.repeat(9, 1)))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

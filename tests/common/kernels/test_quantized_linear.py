@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.kernels.quantized_layout import PackedCodes, multiply_plain, pack, unpack
+from common.kernels.quantized_layout import PackedCodes, multiply_plain, pack, packed_bytes, unpack
 from common.quantization.codes import Codes
 from common.quantization.gpu_methods import WeightOnlyKernels
 from common.quantization.scheme import Scheme
@@ -95,6 +95,20 @@ def test_scales_are_kept_in_16_bits_only_if_that_is_exact_and_once_for_rows_that
     assert pack(other, 8).scale.shape == (2, 3)
     large = exact._replace(scale=(exact.scale * 2**20))
     assert pack(large, 4).scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("low", "high", "kept_in"), [(0, 255, torch.int8), (1, 256, torch.int16)])
+def test_zeros_take_a_byte_wherever_one_holds_them(low, high, kept_in):
+    """Those of 8-bit codes move by 128: 0 is kept as -128, and 256, of GPTQ's zeros + 1, does not fit."""
+    codes = MATRICES["8 bits, zeros"].codes()
+    codes.zero.clamp_(low, high)[0] = torch.tensor([low, high])
+    packed = pack(codes, 8)
+    assert packed.zero.dtype == kept_in
+    assert torch.equal(unpack(packed).zero, codes.zero - 128)
+    if kept_in == torch.int8:
+        rows, groups = torch.arange(70), torch.arange(2)
+        counted = packed_bytes(rows, codes.group, groups, 8, packed.scale.itemsize, symmetric=False)
+        assert counted == packed.nbytes, "as a plan counts them"
 
 
 def test_columns_that_only_fill_up_cost_nothing():

@@ -6,10 +6,11 @@ import torch.nn.functional as F
 
 from common.layers import batch_invariant
 from common.layers.activation import SiluAndMul
-from common.layers.batch_invariant import SiluByExp, agreeing_rows, in_blocks
-from common.layers.linear import multiply
+from common.layers.batch_invariant import SiluByExp, agreeing_rows, in_blocks, make_batch_invariant
+from common.layers.linear import ReplicatedLinear, RowParallelLinear, multiply
 from common.layers.norm import RMSNorm
 from common.layers.rotary import RotaryEmbedding, apply_rotary
+from common.parallel_state import TPGroup
 from common.sampling.logprobs import Logprobs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,7 +36,8 @@ def alone_and_in_company(f, width, dtype, rows=COMPANY):
 def test_products_in_blocks(shape, dtype, with_bias):
     rng = torch.Generator().manual_seed(1)
     weight, bias = torch.randn(shape, generator=rng).to(dtype), torch.randn(shape[0], generator=rng).to(dtype)
-    rows, bias = agreeing_rows(weight), bias if with_bias else None
+    bias = bias if with_bias else None
+    rows = agreeing_rows(weight, bias)
 
     def product(x):
         return in_blocks(lambda block: multiply(block, weight, bias), x, rows)
@@ -91,11 +93,27 @@ def test_an_operator_whose_order_depends_on_the_rows_is_caught():
 
 
 def test_a_library_that_adds_up_the_third_row_otherwise_gets_blocks_of_one(monkeypatch):
-    def uneven(x, weight):
-        y = F.linear(x, weight)
+    def uneven(x, weight, bias):
+        y = F.linear(x, weight, bias)
         if len(x) > 2:
             y[2] = (x[2:3, :50] @ weight[:, :50].t() + x[2:3, 50:] @ weight[:, 50:].t())[0]
         return y
 
     monkeypatch.setattr(batch_invariant, "multiply", uneven)
     assert agreeing_rows(torch.randn(64, 200, generator=torch.Generator().manual_seed(2))) == 1
+
+
+def test_a_layer_is_tried_with_the_bias_that_its_product_has(monkeypatch):
+    """A library that adds a bias otherwise to the third row; a row-parallel layer's is added behind the product."""
+
+    def uneven(x, weight, bias=None):
+        y = F.linear(x, weight, bias)
+        return (
+            y if bias is None or len(x) < 3 else y.index_add(0, torch.tensor([2]), torch.full((1, len(weight)), 1e-3))
+        )
+
+    monkeypatch.setattr(batch_invariant, "multiply", uneven)
+    tp = TPGroup(0, 1, torch.device("cpu"))
+    layers = [ReplicatedLinear(32, 32, tp, bias) for bias in (True, False)] + [RowParallelLinear(32, 32, tp, True)]
+    make_batch_invariant(torch.nn.ModuleList(layers))
+    assert [layer.method.rows for layer in layers] == [1, 16, 16]

@@ -88,12 +88,20 @@ def test_what_is_read_is_what_was_written(scheme):
 
 
 def error_bound(scheme, codes):
-    """Half a step; with 4 bits of FP4 or 8 of FP8 that of the largest numbers, and what lies beyond the largest code."""
-    steps = 0.5 if scheme.kind == "int" else (2.0 if scheme.bits == 4 else 16.0)
-    zeros = 0.5 * (not scheme.symmetric)  # the zero point is rounded, too
-    # the largest number lies half a step beyond the largest of these codes, and a bfloat16 scale is off by 2^-8 of that
-    edge = 2.0 ** (scheme.bits - 1 - 8) if scheme.symmetric and scheme.kind == "int" and 4 < scheme.bits < 8 else 0.0
-    return 1.02 * codes.scale.max() * (steps + zeros + edge)
+    """Half a step, and how far the largest number lies beyond the largest code; of floats, half a step of the largest numbers.
+
+    A scale is (2^bits - 1) steps of all numbers where there is a zero point, whose rounding may put the largest number half a step
+    beyond; symmetric below 8 bits it is (2^bits - 1) / 2 of the largest one, which lies half a step beyond at every width. A
+    bfloat16 scale that is too small by 2^-8 of itself adds 2^-8 of that many steps. 127 steps of 8 bits, symmetric, end at the
+    largest number, and 2^-8 of them is half a step.
+    """
+    if scheme.kind == "float":
+        steps = 2.0 if scheme.bits == 4 else 16.0
+    elif scheme.symmetric:
+        steps = 0.5 + (2.0 ** (scheme.bits - 9) if scheme.bits < 8 else 0.0)
+    else:
+        steps = 0.5 + 2.0 ** (scheme.bits - 8)
+    return 1.02 * codes.scale.max() * steps
 
 
 @each_scheme

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common.sampling.logprobs import Logprobs
+from common.sampling.logprobs import Logprobs, log_softmax
 from common.sampling.params import SamplingParams
 from common.sampling.sampler import Drawn, sample
 from tests.common.sampling.rows import random_logits, row
@@ -30,6 +30,25 @@ def assert_told(told, logits, top, ids):
     assert [x for _, x in told.top] == pytest.approx([x for _, x in best], abs=1e-5)
     assert [t for t, _ in told.wanted] == [t for t, _ in wanted]
     assert [x for _, x in told.wanted] == pytest.approx([x for _, x in wanted], abs=1e-5)
+
+
+@pytest.mark.parametrize("vocab", [1023, 1024, 1025, 1026])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_row_begins_at_a_multiple_of_16_bytes(vocab, dtype, monkeypatch):
+    """By its place there a CUDA kernel chooses in which order it adds up; the numbers are those of the row alone."""
+    logits = random_logits(3, vocab).to(dtype)
+    logits[1, 5:-1] = -torch.inf
+    plain, widths = torch.Tensor.log_softmax, []
+
+    def spy(x, dim):
+        widths.append((x.stride(0), x.dtype, x.data_ptr() % 16))
+        return plain(x, dim)
+
+    monkeypatch.setattr(torch.Tensor, "log_softmax", spy)
+    got = log_softmax(logits)
+    assert widths == [(-(-vocab // 4) * 4, torch.float32, 0)]
+    torch.testing.assert_close(got, plain(logits.float(), -1), atol=1e-6, rtol=1e-6)
+    assert_told(take(logits, [row(SamplingParams(logprobs=True, top_logprobs=3))] * 3).logprobs[1], logits[1], 3, ())
 
 
 def test_no_logprobs_unless_asked():

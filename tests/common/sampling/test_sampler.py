@@ -191,6 +191,19 @@ def test_a_row_gets_the_same_token_in_every_batch():
         assert tokens.tolist() == [alone[i] for i in batch]
 
 
+@pytest.mark.parametrize("u", [0.0, 1e-7, 0.5])
+def test_a_row_that_is_not_truncated_keeps_its_rarest_tokens_beside_one_that_is(u, monkeypatch):
+    """Their mass is lost in the sum of the others, and at u = 0 the first token is drawn, whatever its mass."""
+    monkeypatch.setattr("common.sampling.batch.uniform", lambda seeds, counts: np.full(len(seeds), u))
+    logits = torch.tensor([[-60.0, 0.0, 1.0, -45.0]])
+    free = row(SamplingParams(temperature=1.0))
+    others = [row(SamplingParams(temperature=1.0, **one)) for one in ({"top_p": 0.5}, {"top_k": 2}, {"min_p": 0.1})]
+    alone = sample(logits, [free]).tokens[0]
+    assert alone == (0 if u == 0 else 1 if u < 0.2 else 2)
+    for other in others:
+        assert sample(logits.expand(2, -1), [free, other]).tokens[0] == alone
+
+
 def test_the_same_seed_gives_the_same_text_and_another_seed_another():
     def text(seed):
         out = []

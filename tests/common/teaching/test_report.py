@@ -61,6 +61,7 @@ def test_every_program_writes_its_files_here():
         "common/tiny_qwen/corpus.py", "common/tiny_qwen/tokenizer.py",
         "common/tiny_qwen/train.py", "common/teaching/apart.py", "ch07_sglang_radix/projects/swap.py",
         "ch07_sglang_radix/benchmarks/bench_cpu_real.py",  # the table in the README
+        "ch07_sglang_radix/benchmarks/disaggregation_report.py",  # likewise
         "ch07_sglang_radix/serving/child.py", "ch07_sglang_radix/serving/demo_5_tool_call.py",
         "common/teaching/scripted_checkpoint.py", "common/tiny_qwen/upcycle.py", "common/tiny_qwen/train_medusa.py",
         "common/tiny_qwen/train_eagle.py", "common/tiny_qwen/train_adapters.py", "common/tiny_qwen/train_vision.py",

@@ -169,6 +169,15 @@ def test_a_config_that_asks_for_something_else_is_left_to_transformers(tmp_path,
     assert read_plain(copy_of_tiny(tmp_path / "tiny", config_changes=changes)) is None
 
 
+def test_added_tokens_in_another_order_than_their_ids_are_left_to_transformers(tmp_path):
+    folder = like_qwen(tmp_path)
+    assert read_plain(folder)
+    made = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    made["added_tokens"].reverse()
+    (folder / "tokenizer.json").write_text(json.dumps(made), encoding="utf-8")
+    assert read_plain(folder) is None
+
+
 @pytest.mark.parametrize("name", ["chat_template.jinja", "special_tokens_map.json", "added_tokens.json"])
 def test_other_files_are_left_to_transformers(tmp_path, name):
     folder = copy_of_tiny(tmp_path / "tiny")
