@@ -356,21 +356,6 @@ def test_a_half_that_is_something_else_is_refused_with_both_numbers(pair, decode
     assert both.decode.at_rest()
 
 
-def test_a_deterministic_half_is_refused_by_one_that_adds_up_otherwise():
-    def one(**options):
-        wrapper = TPRadixAttentionModelWrapper(None, "cpu", 4, max_total_tokens=16, skip_tokenizer_init=True, **options)
-        return what_it_is(wrapper) | {"backend": "tcp"}
-
-    off, on, half = one(), one(**DETERMINISTIC), one(dtype="bfloat16", kv_cache_dtype="float32", **DETERMINISTIC)
-    refuse_another(on, on, "there")
-    refuse_another(off, off, "there")
-    what = r"enable_deterministic_inference is on, tp_size=1, cpu, torch.float32 here and"
-    with pytest.raises(ValueError, match=f"{what} off at the prefill engine at there; start both with the same"):
-        refuse_another(on, off, "there")
-    with pytest.raises(ValueError, match=f"{what} on, tp_size=1, cpu, torch.bfloat16 at"):
-        refuse_another(on, half, "there")
-
-
 @pytest.mark.parametrize("theirs", [[7, *PROMPT[1:]], [*PROMPT, *range(100, 120)], PROMPT[:17]])
 def test_a_room_with_another_prompt_on_each_side_fails_before_anything_is_computed(pair, theirs):
     """Of the same length, longer and shorter on the prefill side; the link that they share with others goes on."""
@@ -386,6 +371,21 @@ def test_a_room_with_another_prompt_on_each_side_fails_before_anything_is_comput
     assert both.answer(both.ask(PROMPT)).output_ids == right()
     assert both.decode.manager._to == links, "it was not lost"
     assert both.at_rest()
+
+
+def test_a_deterministic_half_is_refused_by_one_that_adds_up_otherwise():
+    def one(**options):
+        wrapper = TPRadixAttentionModelWrapper(None, "cpu", 4, max_total_tokens=16, skip_tokenizer_init=True, **options)
+        return what_it_is(wrapper) | {"backend": "tcp"}
+
+    off, on, half = one(), one(**DETERMINISTIC), one(dtype="bfloat16", kv_cache_dtype="float32", **DETERMINISTIC)
+    refuse_another(on, on, "there")
+    refuse_another(off, off, "there")
+    what = r"enable_deterministic_inference is on, tp_size=1, cpu, torch.float32 here and"
+    with pytest.raises(ValueError, match=f"{what} off at the prefill engine at there; start both with the same"):
+        refuse_another(on, off, "there")
+    with pytest.raises(ValueError, match=f"{what} on, tp_size=1, cpu, torch.bfloat16 at"):
+        refuse_another(on, half, "there")
 
 
 def test_flushing_the_cache_waits_for_pages_that_travel(pair):
