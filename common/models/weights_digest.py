@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from common.layers.cpu_linear import row_major
+from common.layers.vocab import ParallelLMHead
 
 PIECE = 1 << 24  # words at a time
 
@@ -16,11 +17,17 @@ def weights_digest(model: nn.Module) -> bytes:
 
     The sums, of the words x_i and of x_i (2 i + 1) modulo 2^64, are computed where the weights lie: a GPU reads them once, and
     nothing but 16 bytes a tensor travels. Any one number that changes, changes the digest; against somebody who wants two models
-    to look alike, it is no protection.
+    to look alike, it is no protection. In which form a matrix lies changes nothing: that is measured at each start.
     """
     digest = sha256()
+    # a tied head may have a copy in another form, and its embedding may lie in bfloat16 then (cpu_linear.share)
+    tied = [head for head in model.modules() if isinstance(head, ParallelLMHead) and head.tied]
+    copies, shared = {id(head.copy) for head in tied}, {id(head.weight): head.dtype for head in tied}
     for name, x in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda one: one[0]):
-        said = None if x.is_meta else _sums(row_major(x.detach()))  # meta: its numbers are another tensor's
+        if id(x) in copies:
+            continue
+        x = x.detach().to(shared.get(id(x), x.dtype))  # noqa: PLW2901, the same numbers
+        said = None if x.is_meta else _sums(row_major(x))  # meta: its numbers are another tensor's
         digest.update(f"{name} {x.dtype} {tuple(x.shape)} {said}\n".encode())
     return digest.digest()
 

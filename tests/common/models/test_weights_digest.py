@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from common.executor import Executor
+from common.layers.cpu_linear import choose_forms
 from common.models.weights_digest import weights_digest
 
 
@@ -42,3 +44,12 @@ def test_a_tensor_without_memory_counts_by_its_name():
     model = a_model()
     model.register_parameter("weight", nn.Parameter(torch.empty(3, device="meta")))
     assert weights_digest(model) == weights_digest(model)
+
+
+def test_the_form_that_was_measured_to_be_fast_changes_nothing():
+    """With a copy for its head the tied embedding lies in bfloat16."""
+    model, seen = Executor(device="cpu", max_total_tokens=64, dtype="float32", skip_tokenizer_init=True).model, {}
+    for form in ("row-major", "column-major", "apart", "row-major"):
+        choose_forms(model, form)
+        seen[weights_digest(model)] = model.model.embed_tokens.weight.dtype
+    assert len(seen) == 1
