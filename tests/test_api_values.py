@@ -73,9 +73,8 @@ def right(tokens: list[int], ids: list[int], params: SamplingParams, ended: str)
     assert 1 <= len(tokens) <= params.max_new_tokens
     assert ended == "stop" or (ended, len(tokens)) == ("length", params.max_new_tokens)
     if params.greedy and not params.edits and not params.grammar:
-        enough = (
-            NEW if len(tokens) <= NEW else LENGTH - 1
-        )  # two lengths: transformers' answers are kept by their length
+        # transformers' answers are kept by their length: so there are two of these
+        enough = NEW if len(tokens) <= NEW else LENGTH - 1
         assert tokens == greedy(TINY_QWEN_PATH, ids, enough)[: len(tokens)]
 
 

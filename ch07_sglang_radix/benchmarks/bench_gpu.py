@@ -118,6 +118,15 @@ def measure_model(name: str, parallel: ParallelState, part: str) -> list[dict]:
     return rows
 
 
+def report(told: dict[str, float], parallel: ParallelState, **who: object) -> list[dict]:
+    """{metric: value} of a contender, as rows and on the screen; the ranks but 0, who have measured the same, say nothing."""
+    if parallel.world.rank > 0:
+        return []
+    for metric, value in told.items():
+        print(f"{' '.join(f'{key}={one}' for key, one in who.items()):45s} {metric:32s} {value:12.3f}", flush=True)
+    return [who | {"metric": metric, "value": round(value, 4)} for metric, value in told.items()]
+
+
 def measure_kv(name: str, parallel: ParallelState) -> list[dict]:
     """A and D of one model with each dtype of the pages."""
     folder, rows = shared_random_weights(name, parallel.world), []
@@ -127,10 +136,7 @@ def measure_kv(name: str, parallel: ParallelState) -> list[dict]:
         work.d(32)
         told = {"tokens in the pool": engine.get_server_info()["max_total_num_tokens"], "D ms per token": work.d()}
         told |= {f"A tokens/s run {i}": work.a(256) for i in (1, 2)}
-        for metric, value in told.items():
-            if parallel.world.rank == 0:
-                rows.append({"model": name, "kv_cache_dtype": dtype, "metric": metric, "value": round(value, 4)})
-                print(f"{name:13s} {dtype:10s} {metric:24s} {value:12.3f}", flush=True)
+        rows += report(told, parallel, model=name, kv_cache_dtype=dtype)
         engine = work = None  # the next one needs the room
         gc.collect()
         torch.cuda.empty_cache()
@@ -149,11 +155,7 @@ def measure_compile(name: str, parallel: ParallelState) -> list[dict]:
             work = Workloads(engine)
             work.d(32)
             told |= {"D ms per token": min(work.d() for _ in range(2)), "A tokens/s": work.a(256)}
-            for metric, value in told.items():
-                if parallel.world.rank == 0:
-                    how = "inductor" if compiles else "triton"
-                    rows.append({"model": name, "kernels": how, "run": run, "metric": metric, "value": round(value, 4)})
-                    print(f"{name:13s} {how:10s} run {run} {metric:24s} {value:12.3f}", flush=True)
+            rows += report(told, parallel, model=name, kernels="inductor" if compiles else "triton", run=run)
             engine = work = None  # the next one needs the room
             gc.collect()
             torch.cuda.empty_cache()
@@ -169,10 +171,7 @@ def measure_deterministic(name: str, parallel: ParallelState) -> list[dict]:
         work.d(32)
         told = {"D ms per token": work.d()} | {f"A tokens/s run {i}": work.a(256) for i in (1, 2)}
         told |= work.e()
-        for metric, value in told.items():
-            if parallel.world.rank == 0:
-                rows.append({"model": name, "deterministic": on, "metric": metric, "value": round(value, 4)})
-                print(f"{name:13s} {'on' if on else 'off':10s} {metric:32s} {value:12.3f}", flush=True)
+        rows += report(told, parallel, model=name, deterministic=on)
         engine.shutdown()
         engine = work = None  # the next one needs the room
         gc.collect()

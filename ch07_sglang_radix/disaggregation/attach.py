@@ -72,9 +72,8 @@ class Disaggregation:
 
 
 def what_it_is(wrapper: TPRadixAttentionModelWrapper) -> dict[str, Any]:
-    """What must be equal on both sides (bootstrap.py), whatever their numbers of ranks (but those of a
-    deterministic engine: its sums). The checksum is of the last norm, which no
-    cut touches: two models of one shape have different ones."""
+    """What must be equal on both sides (bootstrap.py), whatever their numbers of ranks; of deterministic engines these, too: they
+    cut the sums. The checksum is of the last norm, which no cut touches: two models of one shape have different ones."""
     config, norm, cache = wrapper.config, wrapper.model.model.norm.weight, wrapper.kv_cache
     layers, planes = cache.kv.shape[:2]
     check = crc32(norm.detach().float().cpu().numpy().tobytes())

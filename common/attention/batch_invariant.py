@@ -32,8 +32,7 @@ class BatchInvariantAttention:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def __init__(self, cache: PagedKVCache, meta: AttentionMetadata):
-        if meta.page_size != cache.page_size:
-            raise ValueError(f"page_size={meta.page_size} of the step is not the cache's page_size={cache.page_size}")
+        meta.refuse_other_pages(cache.page_size)
         self.cache = cache
         self.real = (meta.slot_mapping >= 0).nonzero().squeeze(-1)
         self.slots = meta.slot_mapping[self.real]

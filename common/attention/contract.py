@@ -55,3 +55,8 @@ class AttentionMetadata:
     max_query_len: int = 0  # no query is longer, known on the host: a GPU launch needs it; 1: a decode step; 0: unknown
     prefixes: SharedPrefixes | None = None  # decode only
     window: torch.Tensor | None = None  # [T, W] bool; each row has a True: its own token's
+
+    def refuse_other_pages(self, page_size: int) -> None:
+        """page_size: the cache's. Raises ValueError for another one: the step's page ids would mean other tokens."""
+        if self.page_size != page_size:
+            raise ValueError(f"page_size={self.page_size} of the step is not the cache's page_size={page_size}")

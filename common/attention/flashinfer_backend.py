@@ -30,8 +30,7 @@ class FlashInferAttention:
     dtypes = (torch.bfloat16, torch.float16)
 
     def __init__(self, cache: PagedKVCache, meta: AttentionMetadata):
-        if meta.page_size != cache.page_size:
-            raise ValueError(f"page_size={meta.page_size} of the step is not the cache's page_size={cache.page_size}")
+        meta.refuse_other_pages(cache.page_size)
         self.cache, self.meta = cache, meta
         self.wrapper = None  # planned in the first layer, which knows the number of query heads
 

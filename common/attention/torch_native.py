@@ -29,8 +29,7 @@ class TorchNativeAttention:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def __init__(self, cache: PagedKVCache, meta: AttentionMetadata):
-        if meta.page_size != cache.page_size:
-            raise ValueError(f"page_size={meta.page_size} of the step is not the cache's page_size={cache.page_size}")
+        meta.refuse_other_pages(cache.page_size)
         self.cache = cache
         real = meta.slot_mapping >= 0
         self.real = None if bool(real.all()) else real.nonzero().squeeze(-1)

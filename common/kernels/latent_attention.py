@@ -37,10 +37,10 @@ class TritonLatentAttention(LatentNativeAttention):
 
     def __init__(self, cache: PagedKVCache, meta: AttentionMetadata):
         self.space, self.decoding = None, meta.max_query_len == 1 and meta.window is None
-        if not self.decoding:
+        if self.decoding:
+            meta.refuse_other_pages(cache.page_size)
+        else:
             super().__init__(cache, meta)
-        elif meta.page_size != cache.page_size:
-            raise ValueError(f"page_size={meta.page_size} of the step is not the cache's page_size={cache.page_size}")
         self.cache, self.meta = cache, meta
 
     def __call__(

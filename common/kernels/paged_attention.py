@@ -47,8 +47,7 @@ class TritonAttention:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def __init__(self, cache: PagedKVCache, meta: AttentionMetadata):
-        if meta.page_size != cache.page_size:
-            raise ValueError(f"page_size={meta.page_size} of the step is not the cache's page_size={cache.page_size}")
+        meta.refuse_other_pages(cache.page_size)
         self.cache, self.meta = cache, meta
         self.max_query_len = meta.max_query_len or int(meta.query_start.diff().max())
         self.decodes = self.max_query_len == 1 and meta.window is None

@@ -26,9 +26,8 @@ from common.layers.rotary import turn
 
 MAX_ROWS = 32  # as SGLang's torch_compile_max_bs
 SEVERAL = 4  # rows that stand for every number of them but 1
-CXX = {"darwin": "clang++", "win32": "cl"}.get(
-    sys.platform, "g++"
-)  # what inductor looks for (torch/_inductor/config.py)
+# what inductor looks for (torch/_inductor/config.py)
+CXX = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
 
 
 def add_rms_norm(
@@ -74,12 +73,8 @@ class CompiledPieces:
         qkv_width, gate_up_width = sum(attention.qkv_proj.sizes), sum(layer.mlp.gate_up_proj.sizes)
         for rows in sorted({1, min(SEVERAL, self.max_rows)}):
             zeros = partial(torch.zeros, dtype=dtype, device=norm.weight.device)
-            x, residual, gate_up = (
-                zeros(rows, len(norm.weight)),
-                zeros(rows, len(norm.weight)),
-                zeros(rows, gate_up_width),
-            )
-            qkv = zeros(rows, qkv_width)
+            x, residual = zeros(rows, len(norm.weight)), zeros(rows, len(norm.weight))
+            gate_up, qkv = zeros(rows, gate_up_width), zeros(rows, qkv_width)
             q, k, _ = (part.unflatten(-1, (-1, attention.head_dim)) for part in attention.qkv_proj.split(qkv))
             cos, sin = rotary(torch.zeros(rows, dtype=torch.int64, device=x.device), dtype)
             for tensor in (x, residual, gate_up, q, k, cos, sin) if rows > 1 else ():
