@@ -3,11 +3,7 @@
 pytest tests/ch07/test_expert_parallel.py
 """
 
-import json
-import os
 import random
-import subprocess
-import sys
 from functools import cache
 
 import pytest
@@ -21,8 +17,7 @@ from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.sampling.params import SamplingParams
 from common.tiny_qwen import TINY_QWEN_PATH
-from tests.anatomy import ROOT
-from tests.ch07.parallelism.test_combinations import REPLICAS
+from tests.ch07.replicas import answers_of_replicas
 from tests.ch07.test_attention_data_parallel import give_back_all
 from tests.ch07.test_product import CHUNKS, NEW_TOKENS, PROMPTS, cases
 from tests.mixtures import save_mixture
@@ -131,17 +126,7 @@ def test_replicas_have_experts_of_their_own(mixture, tmp_path):
     """dp x ep under torchrun: two replicas of two ranks."""
     folder, prompts = mixture("one each"), some_prompts(1009, 5, shared=20, longest=12)
     flags = {"model_path": str(folder), "dp_size": 2, "tp_size": 2, "ep_size": 2}
-    script = tmp_path / "replicas.py"
-    script.write_text(REPLICAS, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", script,
-         json.dumps(prompts), json.dumps(flags)],
-        capture_output=True, text=True, timeout=300, cwd=tmp_path, check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("ANSWERS"))
-    told = json.loads(line.removeprefix("ANSWERS"))
+    (told,) = answers_of_replicas(tmp_path, prompts, [flags])
     assert [ids for ids, _ in told] == [greedy(folder, prompt, 8) for prompt in prompts]
     assert {rank for _, rank in told} == {0, 1}
 

@@ -3,17 +3,12 @@
 What each layout does by itself (ledger, retraction, draws of options) is held in tests of its own; here they stand side by side.
 """
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.tiny_qwen import TINY_QWEN_PATH
-from tests.anatomy import ROOT
+from tests.ch07.replicas import answers_of_replicas
 from tests.oracle import greedy, some_prompts
 from tests.ranks import layout_of_the_pool
 
@@ -59,39 +54,11 @@ def test_four_ranks_cut_it_both_ways(size, layout, family, checkpoint, ranks):
         assert said == expected
 
 
-REPLICAS = """
-import json, os, sys
-from ch07_sglang_radix import Engine
-from common.distributed.launch import run_main
-
-def main():
-    prompts, layouts = map(json.loads, sys.argv[1:])
-    for flags in layouts:
-        with Engine(device="cpu", check=True, **flags) as engine:
-            told = engine.generate(input_ids=prompts, sampling_params={"max_new_tokens": 8})
-        if os.environ["RANK"] == "0":
-            print("ANSWERS", json.dumps([[one["output_ids"], one["meta_info"]["dp_rank"]] for one in told]), flush=True)
-
-if __name__ == "__main__":
-    run_main(main)
-"""
-
-
 def test_replicas_of_every_kind_under_torchrun(tmp_path):
     """tp x dp, pp x dp, cp x dp, attention-dp x dp, sp x dp, on four ranks, one engine after the other."""
     ways = ({"tp_size": 2}, {"pp_size": 2}, {"cp_size": 2}, {"attn_dp_size": 2}, {"enable_layernorm_sp": True})
     layouts = [{"dp_size": 2} | way for way in ways]
-    script, prompts = tmp_path / "replicas.py", some_prompts(3584, 5, shared=20, longest=12)
-    script.write_text(REPLICAS, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", script,
-         json.dumps(prompts), json.dumps(layouts)],
-        capture_output=True, text=True, timeout=300, cwd=tmp_path, check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS")]
-    for flags, line in zip(layouts, lines, strict=True):
-        told = json.loads(line.removeprefix("ANSWERS"))
+    prompts = some_prompts(3584, 5, shared=20, longest=12)
+    for flags, told in zip(layouts, answers_of_replicas(tmp_path, prompts, layouts), strict=True):
         assert [ids for ids, _ in told] == [greedy(TINY_QWEN_PATH, prompt, 8) for prompt in prompts], flags
         assert {rank for _, rank in told} == {0, 1}, flags
