@@ -128,11 +128,6 @@ class Executor:
             raise ValueError(
                 f"enable_two_batch_overlap with pp_size={self.parallel.pp.size}: stages overlap steps already; use one of the two"
             )
-        if self.communicator.spreads and self.parallel.pp.size > 1:
-            raise ValueError(
-                f"pp_size={self.parallel.pp.size} with enable_layernorm_sp, attn_dp_size or cp_size: a stage hands over whole "
-                f"rows, and these cut them over ranks; use one of the two"
-            )
         self.ep_dispatch = ep_dispatch
         self.parallel.layout.refuse_what_is_not_combined(enable_layernorm_sp, ep_dispatch, ep_num_redundant_experts)
         if page_size < 1:

@@ -172,7 +172,11 @@ class Layout:
             raise ValueError(
                 f"{' and '.join(asked)} are not combined here; use one of them, beside tp_size= and dp_size="
             )
-        if enable_layernorm_sp and self.attn_dp * self.cp > 1:
+        if enable_layernorm_sp and self.pp > 1:
+            raise ValueError(
+                f"enable_layernorm_sp with {asked[0]}: a stage hands over whole rows, and it cuts them over ranks; leave it out"
+            )
+        if enable_layernorm_sp and asked:
             raise ValueError(
                 f"enable_layernorm_sp with {asked[0]}, which cuts the rows over ranks already; leave it out"
             )

@@ -179,6 +179,10 @@ def test_an_engine_starts_its_ranks_and_tells_prompt_logprobs():
         ({"cp_size": 2, "tp_size": 3}, "cp_size=2 does not divide tp_size=3, inside which it is cut"),
         ({"cp_size": 2, "attn_dp_size": 2}, "attn_dp_size=2 and cp_size=2 are not combined here"),
         ({"cp_size": 2, "enable_layernorm_sp": True}, "enable_layernorm_sp with cp_size=2, which cuts the rows"),
+        (
+            {"pp_size": 2, "enable_layernorm_sp": True},
+            "enable_layernorm_sp with pp_size=2: a stage hands over whole rows",
+        ),
         ({"cp_size": 0}, "cp_size=0"),
         ({"attn_cp_size": 2}, "attn_cp_size is not here: it is cp_size= here"),
     ],
