@@ -13,7 +13,6 @@ from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.attention.zigzag import share
 from common.executor import Executor
 from common.sampling.params import SamplingParams
-from common.tiny_qwen import TINY_QWEN_PATH
 from tests.ch07.test_product import cases, see
 from tests.ch07.test_product import serve as serve_case
 from tests.oracle import greedy, some_prompts
@@ -60,7 +59,7 @@ def serve(folder, prompts, options, layout):
 
 @pytest.mark.parametrize(("size", "name"), CASES)
 def test_tokens_equal_transformers(size, name, checkpoint, ranks):
-    folder = TINY_QWEN_PATH if name == "tiny" else checkpoint(name)
+    folder = checkpoint(name)
     prompts = prompts_of()
     expected = [greedy(folder, prompt, NEW_TOKENS) for prompt in prompts]
     retractions = 0
@@ -217,6 +216,10 @@ def test_an_engine_starts_its_ranks_and_tells_prompt_logprobs():
         ({"cp_size": 4000}, "^tp4000 .cp4000. would start 3999 processes; this machine takes"),
         ({"cp_size": 0}, "cp_size=0"),
         ({"attn_cp_size": 2}, "attn_cp_size is not here: it is cp_size= here"),
+        (
+            {"data_parallel_size": 2},
+            "^engine argument data_parallel_size is not here: it is dp_size= here, as in SGLang's Engine",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line_and_no_rank_is_started(asked, said):
