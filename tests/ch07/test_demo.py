@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ch07_sglang_radix import demo_tp_radix
+from common import parallel_state
 from common.distributed.cost_model import wire_bytes
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.oracle import greedy
@@ -126,6 +127,40 @@ def test_two_stages_give_the_same_answers_and_say_what_the_formula_says(size, tm
     assert report["comm"]["send"] == report["comm"]["receive"]
     assert out.count("as the formula says") == (5 if size == 4 else 4)
     assert "NOT the formula" not in out
+
+
+SPREAD = {  # flags that spread a step's rows over ranks, and all kinds of message that there are then
+    ("--attn-dp-size", "2"): {"all_gather", "reduce_scatter", "all_to_all", "broadcast", "gather"},
+    ("--cp-size", "2"): {"exchange", "all_gather", "reduce_scatter", "all_to_all", "all_reduce", "broadcast", "gather"},
+    ("--enable-layernorm-sp",): {"all_gather", "reduce_scatter", "all_to_all", "broadcast", "gather"},
+}
+
+
+def write_reports(path: Path) -> None:
+    """On each rank of a pool the demo itself, once for each of SPREAD; rank 0 writes."""
+    before = parallel_state._state
+    for i, flags in enumerate(SPREAD):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [DEMO, *flags, "--json", f"{path}{i}", "--max-new-tokens", "6", "--force-cpu"])
+            demo_tp_radix.main()
+        parallel_state._state = before
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_way_to_spread_rows_has_the_same_report(size, ranks, tmp_path):
+    ranks(size).run(write_reports, tmp_path / "report")
+    told = [json.loads((tmp_path / f"report{i}").read_text("utf-8")) for i in range(len(SPREAD))]
+    questions = [question for _, question in demo_tp_radix.QUESTIONS]
+    for kinds, report in zip(SPREAD.values(), told, strict=True):
+        assert (report["world_size"], report["invariants_ok"]) == (size, True)
+        prompts = [request["prompt"] for request in report["requests"]]
+        assert sorted(prompts) == sorted([*questions, demo_tp_radix.FOLLOW_UP])
+        assert [prompt for prompt in prompts if prompt != demo_tp_radix.FOLLOW_UP] == questions, "in their order"
+        for request in report["requests"]:
+            assert request["output_ids"] == greedy(TINY_QWEN_PATH, request["prompt_ids"], 6), request["prompt"]
+        assert set(report["comm"]) == kinds
+        assert report["hit_rate"] > 0.5
+        assert all(said["calls"] > 0 for said in report["comm"].values())
 
 
 def test_own_prompts_one_a_line_and_one_rank(tmp_path):
