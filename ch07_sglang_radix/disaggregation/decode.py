@@ -158,7 +158,7 @@ class Decode(Side):
         s.elsewhere.remove(req)
         req.row, req.last_node, req.prefix_len = memory.rows.alloc(), held.last_node, held.prefix_len
         req.kv_len, req.allocated_len, req.sent_len = len(req.prompt_ids), len(held.slots), 0
-        req.cached_tokens = metadata.cached_tokens
+        req.cached_tokens, req.seed = metadata.cached_tokens, metadata.seed
         memory.rows.req_to_token[req.row, : len(held.slots)] = held.slots
         memory.share(req)
         self.order(

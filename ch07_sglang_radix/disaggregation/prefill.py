@@ -83,7 +83,7 @@ class Prefill(Side):
         self._send(one, True, self.held.pages(one.room)[first + one.sent :])
         self._tell_all([])  # now: the metadata comes behind the last pages
         told = [[astuple(token) for token in tokens] for tokens in (req.answer.logprobs, req.prompt_logprobs)]
-        self.manager.metadata(one.room, req.output_ids[0], req.cached_tokens or 0, *told)
+        self.manager.metadata(one.room, req.output_ids[0], req.cached_tokens or 0, req.seed, *told)
 
     def _send(self, one: Passage, last: bool, pages: list[int]) -> None:
         one.sent += len(pages)
