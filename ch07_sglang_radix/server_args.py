@@ -292,7 +292,9 @@ class ServerArgs:
         self._set("ep_num_redundant_experts", redundant)
         asked = Layout(pp=self.pp_size, attn_dp=self.attn_dp_size, cp=self.cp_size, ep=self.ep_size)
         # before any rank is started
-        asked.refuse_what_is_not_combined(self.enable_layernorm_sp, self.ep_dispatch, redundant)
+        asked.refuse_what_is_not_combined(
+            self.enable_layernorm_sp, self.enable_two_batch_overlap, self.ep_dispatch, redundant
+        )
         every = whole("eplb_rebalance_num_iterations", self.eplb_rebalance_num_iterations, 1)
         self._set("eplb_rebalance_num_iterations", every)
         choice("expert_balancedness_report_mode", self.expert_balancedness_report_mode, REPORT_MODES)

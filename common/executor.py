@@ -126,17 +126,10 @@ class Executor:
         self.communicator = LayerCommunicator(
             self.tp, self.parallel.attn_tp, enable_layernorm_sp, enable_all_reduce_fusion, enable_two_batch_overlap
         )
-        if enable_two_batch_overlap and self.parallel.pp.size > 1:
-            raise ValueError(
-                f"enable_two_batch_overlap with pp_size={self.parallel.pp.size}: stages overlap steps already; use one of the two"
-            )
-        if self.communicator.spreads and self.parallel.pp.size > 1:
-            raise ValueError(
-                f"pp_size={self.parallel.pp.size} with enable_layernorm_sp, attn_dp_size or cp_size: a stage hands over whole "
-                f"rows, and these cut them over ranks; use one of the two"
-            )
         self.ep_dispatch = ep_dispatch
-        self.parallel.layout.refuse_what_is_not_combined(enable_layernorm_sp, ep_dispatch, ep_num_redundant_experts)
+        self.parallel.layout.refuse_what_is_not_combined(
+            enable_layernorm_sp, enable_two_batch_overlap, ep_dispatch, ep_num_redundant_experts
+        )
         if page_size < 1:
             raise ValueError(f"page_size={page_size} must be at least 1")
         if max_running_requests < 1:
