@@ -81,13 +81,14 @@ class ServerArgs:
     decode, if another engine does the other half (disaggregation/); the bootstrap port is the prefill side's, 0 any free one;
     disaggregation_transfer_backend: tcp, shm between processes of one host, cuda_ipc between its GPUs;
     disaggregation_timeout: seconds that a request waits for the other side; num_reserved_decode_tokens: free for each answer before
-    another prompt may come. speculative_algorithm: NGRAM, STANDALONE, MEDUSA, EAGLE or EAGLE3 guesses several tokens, which a step
-    verifies: the same text, sooner (speculative_args.py has all that goes with it). enable_deterministic_inference: what a request
-    gets does not depend on what runs beside it, on the tree and on chunks (common/layers/batch_invariant.py); all requests without
-    a seed then draw by one, which random_seed gives and which all replicas share. allow_image_urls:
-    pictures may come from the net (images/fetch.py). enable_lora, lora_paths and the others about LoRA: checked_lora in lora.py.
-    enable_hierarchical_cache and the others about lower tiers: check_hicache in hicache_args.py. All others are those of
-    TPRadixAttentionModelWrapper and TPScheduler. Raises ValueError for a value of a wrong kind or outside its range.
+    another prompt may come; disaggregation_deflect_tokens: the decode engine computes a prompt itself of which its tree lacks at
+    most so many tokens, 0: none (disaggregation/decode.py). speculative_algorithm: NGRAM, STANDALONE, MEDUSA, EAGLE or EAGLE3
+    guesses several tokens, which a step verifies: the same text, sooner (speculative_args.py has all that goes with it).
+    enable_deterministic_inference: what a request gets does not depend on what runs beside it, on the tree and on chunks
+    (common/layers/batch_invariant.py); all requests without a seed then draw by one, which random_seed gives and which all replicas
+    share. allow_image_urls: pictures may come from the net (images/fetch.py). enable_lora, lora_paths and the others about LoRA:
+    checked_lora in lora.py. enable_hierarchical_cache and the others about lower tiers: check_hicache in hicache_args.py. All others
+    are those of TPRadixAttentionModelWrapper and TPScheduler. Raises ValueError for a value of a wrong kind or outside its range.
     """
 
     model_path: str | None = None
@@ -157,6 +158,7 @@ class ServerArgs:
     disaggregation_transfer_backend: str = "tcp"
     disaggregation_timeout: float = 300.0
     num_reserved_decode_tokens: int = 512
+    disaggregation_deflect_tokens: int = 0
     speculative_algorithm: str | None = None
     speculative_draft_model_path: str | None = None
     speculative_num_steps: int | None = None
@@ -333,6 +335,13 @@ class ServerArgs:
         seconds = real("disaggregation_timeout", self.disaggregation_timeout, 0, 86400, open_below=True)
         self._set("disaggregation_timeout", seconds)
         self._set("num_reserved_decode_tokens", whole("num_reserved_decode_tokens", self.num_reserved_decode_tokens, 0))
+        deflect = whole("disaggregation_deflect_tokens", self.disaggregation_deflect_tokens, 0)
+        self._set("disaggregation_deflect_tokens", deflect)
+        if deflect and mode != "decode":
+            raise ValueError(
+                f"disaggregation_deflect_tokens={deflect} with disaggregation_mode={mode}: it is the decode engine that takes "
+                "prompts over; give it to that one, or leave it out"
+            )
         for name in ("pp_size", "dp_size", "attn_dp_size", "cp_size", "nnodes"):
             if mode != "null" and getattr(self, name) > 1:
                 raise ValueError(
