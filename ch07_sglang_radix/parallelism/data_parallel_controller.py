@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
+from ch07_sglang_radix.lora import one_voice
 from ch07_sglang_radix.parallelism.load_balancing import LoadBalancer, Sent
 from ch07_sglang_radix.serving.channels import Pull, Push
 from ch07_sglang_radix.serving.messages import (
@@ -43,12 +44,15 @@ from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
 
 @dataclass(eq=False)
 class _Asked:
-    """A Control that all replicas must answer. number: the manager's. replies: of those that have, by rank."""
+    """A Control that all replicas must answer. number: the manager's. replies: of those that have, by rank. told: what the
+    manager will hear, once they have undone it."""
 
     number: int
     op: str
-    missing: set[int]
+    arguments: dict[str, Any]
+    missing: set[int] = field(default_factory=set)
     replies: dict[int, ControlReply] = field(default_factory=dict)
+    told: ControlReply | None = None
 
 
 @dataclass(eq=False)
@@ -122,13 +126,17 @@ class DataParallelController:
             ranks = ranks[:1]  # a page shows one engine
         if op == "close_session":
             self._sessions.pop(control.arguments["name"], None)  # the next of this name is another one
-        asked = _Asked(control.number, op, set(ranks))
+        asked = _Asked(control.number, op, control.arguments)
         if op == "flush_cache" and any(one.sent for one in self._on_their_way.values()):
             op, asked.op = "ping", "busy"  # all flush, or none
+        self._ask_these(ranks, asked, op, control.arguments)
+
+    def _ask_these(self, ranks: Sequence[int], asked: _Asked, op: str, arguments: dict[str, Any]) -> None:
+        asked.missing |= set(ranks)
         for rank in ranks:
             number = next(self._numbers)
             self._asked[number] = (rank, asked)
-            self._schedulers[rank].send(Control(number, op, control.arguments))
+            self._schedulers[rank].send(Control(number, op, arguments))
 
     # --- for the manager
 
@@ -169,8 +177,19 @@ class DataParallelController:
         if asked is None:
             return None
         asked.missing.discard(rank)
-        asked.replies[rank] = reply
-        return None if asked.missing else merged(asked.number, asked.op, asked.replies)
+        if asked.told is None:
+            asked.replies[rank] = reply
+        return None if asked.missing else self._together(asked)
+
+    def _together(self, asked: _Asked) -> ControlReply | None:
+        """All have replied. None if some have loaded an adapter that others could not: those unload it first."""
+        if asked.told is None:
+            asked.told = merged(asked.number, asked.op, asked.replies)
+            if asked.op == LOAD and not (asked.told.value and asked.told.value["success"]):
+                done = [rank for rank, one in asked.replies.items() if one.value and one.value["success"]]
+                living = [rank for rank in done if rank in self._schedulers]
+                self._ask_these(living, asked, UNLOAD, {"lora_name": asked.arguments["lora_name"]})
+        return None if asked.missing else asked.told
 
     # --- a replica dies
 
@@ -196,11 +215,8 @@ class DataParallelController:
             _, asked = self._asked.pop(number)
             asked.missing.discard(dp_rank)
             if not asked.missing:
-                told.append(
-                    merged(asked.number, asked.op, asked.replies)
-                    if asked.replies
-                    else ControlReply(asked.number, None, what)
-                )
+                reply = self._together(asked) if asked.replies else ControlReply(asked.number, None, what)
+                told += [reply] if reply else []
         return told
 
 
@@ -257,6 +273,7 @@ def _server_info(values: dict[int, dict[str, Any]]) -> dict[str, Any]:
     return _first(values) | total | {"steps": steps, "hit_rate": hit_rate, "replicas": each}
 
 
+LOAD, UNLOAD = "load_lora_adapter", "unload_lora_adapter"
 MERGE: dict[str, Callable[[dict[int, Any]], Any]] = {
     "flush_cache": _all,
     "busy": lambda values: False,
@@ -265,4 +282,6 @@ MERGE: dict[str, Callable[[dict[int, Any]], Any]] = {
     "pause": _sum,
     "step": _sum,
     "server_info": _server_info,
+    LOAD: one_voice,
+    UNLOAD: one_voice,
 }

@@ -167,6 +167,44 @@ def test_who_could_not_do_it_is_named(three):
     assert three.reply(2, 4) == ControlReply(1, error="replica 1: not paused")
 
 
+def said(error="", *loaded):
+    return {"success": not error, "error_message": error, "loaded_adapters": dict.fromkeys(loaded, "folder")}
+
+
+LOADING = Control(7, "load_lora_adapter", {"lora_name": "a", "lora_path": "folder", "pinned": True})
+TAKEN = "all 2 places are taken"
+
+
+def test_an_adapter_is_loaded_on_all_or_on_none(three):
+    three.send(LOADING)
+    assert [three.reply(rank, said("", "a")) for rank in range(3)][-1] == ControlReply(7, said("", "a"))
+    three.send(LOADING)
+    replies = [three.reply(0, said("", "a")), three.reply(1, said(TAKEN)), three.reply(2, said("", "a"))]
+    assert replies == [None] * 3, "those that have it must give it up first"
+    undo = [(pipe.sent[-1].op, pipe.sent[-1].arguments) for pipe in three.pipes]
+    assert undo == [("unload_lora_adapter", {"lora_name": "a"}), (LOADING.op, LOADING.arguments), undo[0]]
+    assert three.reply(2, said()) is None
+    assert three.reply(0, said()) == ControlReply(7, said(f"replica 1: {TAKEN}"))
+
+
+def test_what_no_replica_could_load_is_told_once_and_nothing_is_undone(three):
+    three.send(LOADING)
+    assert [three.reply(rank, said(TAKEN, "b")) for rank in range(3)][-1] == ControlReply(7, said(TAKEN, "b"))
+    assert all(pipe.sent[-1].op == LOADING.op for pipe in three.pipes)
+
+
+@pytest.mark.parametrize("dies", [0, 1, 2])
+def test_who_dies_while_an_adapter_is_undone_is_not_waited_for(three, dies):
+    three.send(LOADING)
+    for rank, error in enumerate(["", TAKEN, ""]):
+        three.reply(rank, said(error))
+    told = three.controller.lose(dies, "died")
+    for rank in {0, 2} - {dies}:
+        assert told[1:] == []
+        told += [reply] if (reply := three.reply(rank, said())) else []
+    assert told[1:] == [ControlReply(7, said(f"replica 1: {TAKEN}"))]
+
+
 def test_all_flush_or_none(three):
     three.send(request(0))
     three.where()
