@@ -126,10 +126,11 @@ class DataParallelController:
             ranks = ranks[:1]  # a page shows one engine
         if op == "close_session":
             self._sessions.pop(control.arguments["name"], None)  # the next of this name is another one
-        asked = _Asked(control.number, op, control.arguments)
+        arguments = control.arguments | ({"hold": True} if op in UPDATES else {})
+        asked = _Asked(control.number, op, arguments)
         if op == "flush_cache" and any(one.sent for one in self._on_their_way.values()):
             op, asked.op = "ping", "busy"  # all flush, or none
-        self._ask_these(ranks, asked, op, control.arguments)
+        self._ask_these(ranks, asked, op, arguments)
 
     def _ask_these(self, ranks: Sequence[int], asked: _Asked, op: str, arguments: dict[str, Any]) -> None:
         asked.missing |= set(ranks)
@@ -179,16 +180,22 @@ class DataParallelController:
         asked.missing.discard(rank)
         if asked.told is None:
             asked.replies[rank] = reply
+        elif asked.op in UPDATES and reply.value:
+            asked.told = _added_up(asked.told, reply.value)
         return None if asked.missing else self._together(asked)
 
     def _together(self, asked: _Asked) -> ControlReply | None:
-        """All have replied. None if some have loaded an adapter that others could not: those unload it first."""
+        """All have replied. None if there is a second round: what some have done, and others could not, is undone; weights that
+        all have looked at are written."""
         if asked.told is None:
             asked.told = merged(asked.number, asked.op, asked.replies)
-            if asked.op == LOAD and not (asked.told.value and asked.told.value["success"]):
-                done = [rank for rank, one in asked.replies.items() if one.value and one.value["success"]]
-                living = [rank for rank in done if rank in self._schedulers]
-                self._ask_these(living, asked, UNLOAD, {"lora_name": asked.arguments["lora_name"]})
+            if asked.op in (LOAD, *UPDATES):
+                values = {rank: one.value for rank, one in asked.replies.items() if rank in self._schedulers}
+                done = [rank for rank, value in values.items() if value and value["success"]]
+                if asked.op in UPDATES:
+                    self._ask_these(done, asked, "finish_update", {"write": asked.told.error is None})
+                elif len(done) < len(values):
+                    self._ask_these(done, asked, UNLOAD, {"lora_name": asked.arguments["lora_name"]})
         return None if asked.missing else asked.told
 
     # --- a replica dies
@@ -243,7 +250,10 @@ def merged(number: int, op: str, replies: dict[int, ControlReply]) -> ControlRep
     if errors:
         return ControlReply(number, error="; ".join(errors))
     values = {rank: reply.value for rank, reply in sorted(replies.items())}
-    return ControlReply(number, MERGE.get(op, _first)(values))
+    try:
+        return ControlReply(number, MERGE.get(op, _first)(values))
+    except ValueError as why:
+        return ControlReply(number, error=str(why))
 
 
 def _first(values: dict[int, Any]) -> Any:
@@ -273,7 +283,25 @@ def _server_info(values: dict[int, dict[str, Any]]) -> dict[str, Any]:
     return _first(values) | total | {"steps": steps, "hit_rate": hit_rate, "replicas": each}
 
 
+def _one_digest(values: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Of updates that all replicas hold. Raises ValueError if they are not the same."""
+    first, told = next(iter(values.items()))
+    for rank, one in values.items():
+        if one["digest"] != told["digest"]:
+            raise ValueError(f"replica {rank} has read other weights than replica {first}; give all the same files")
+    return {"num_paused_requests": 0}
+
+
+def _added_up(told: ControlReply, written: dict[str, Any]) -> ControlReply:
+    """What is told of an update, with what one more replica says that it has written."""
+    if told.error is not None:
+        return told
+    paused = told.value["num_paused_requests"] + written["num_paused_requests"]
+    return ControlReply(told.number, written | {"num_paused_requests": paused})
+
+
 LOAD, UNLOAD = "load_lora_adapter", "unload_lora_adapter"
+UPDATES = ("update_weights_from_disk", "update_weights_from_tensor")  # held by each, and written once all could
 MERGE: dict[str, Callable[[dict[int, Any]], Any]] = {
     "flush_cache": _all,
     "busy": lambda values: False,
@@ -284,4 +312,4 @@ MERGE: dict[str, Callable[[dict[int, Any]], Any]] = {
     "server_info": _server_info,
     LOAD: one_voice,
     UNLOAD: one_voice,
-}
+} | dict.fromkeys(UPDATES, _one_digest)

@@ -141,7 +141,8 @@ class ReplicaEngine(GenerateCalls, WeightCalls):
         self._run(self.manager.resume())
 
     def _exchange(self, op: str, payload: bytes | None = None, /, **arguments: Any) -> Told:
-        told = self._run(exchange(self.manager, op, **arguments))
+        given = arguments if payload is None else arguments | {"named_tensors": payload}
+        told = self._run(exchange(self.manager, op, **given))
         return {"parameter": told} if op == "get_weights_by_name" else told
 
     def get_server_info(self) -> dict[str, Any]:
