@@ -49,6 +49,7 @@ from common.models.vision import image_processor
 from common.models.weights import load_model
 from common.parallel_state import ParallelState, TPGroup, all_gather, all_reduce, get_parallel_state, pick_device
 from common.pool_size import SGLANG_WORDS, PoolWords, num_pages
+from common.quantization.packed_codes import CodedMatrices
 from common.sampling.batch import SamplingRow
 from common.sampling.logprobs import Logprobs
 from common.sampling.params import SamplingParams
@@ -486,7 +487,8 @@ class Executor:
     @torch.inference_mode()
     def move_experts(self, physical_to_logical: torch.Tensor) -> None:
         """physical_to_logical [L, P], the same on all ranks of the replica, which all call it between two steps: weights move, and
-        from the next step on rows follow them. Raises ValueError on all of them for what is no placement."""
+        from the next step on rows follow them. Raises ValueError on all of them for what is no placement, or codes."""
+        self.refuse_experts_of_codes("experts that move")
         placement, new = self.placement, physical_to_logical.cpu()
         placement.refuse_a_misfit(new)
         for layer in self.model.model.layers:
@@ -494,6 +496,13 @@ class Executor:
                 layer.mlp.move_experts(new[layer.mlp.layer])
         placement.place(new)
         placement.load.zero_()
+
+    def refuse_experts_of_codes(self, what: str) -> None:
+        if any(isinstance(module, CodedMatrices) for module in self.model.modules()):
+            raise ValueError(
+                f"{what}: this model's experts are kept as codes, which stay where they were read; start the engine with "
+                "quantized_compute=auto"
+            )
 
     # --- inside
 
