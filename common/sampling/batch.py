@@ -42,8 +42,8 @@ class Decision(Protocol):
 class SamplingBatch:
     """A step's rows as arrays, one number a row, so that nobody walks over them again from one step to the next.
 
-    `advance()` moves every row on to its next token; rows leave by `filter_batch` and join by `merge_batch`, and cost those that stay
-    no look at them. If `needs_last_token`, the rows' `output_ids` must hold every token before the one that is drawn when
+    `advance()` moves every row on to its next token; rows leave by `filter_batch` and join by `merge_batch`, and nobody looks at
+    those that stay. If `needs_last_token`, the rows' `output_ids` must hold every token before the one that is drawn when
     `sample` is called; they are read then, so the same lists may have grown.
     """
 
