@@ -1,4 +1,4 @@
-"""The README's table of two cards: measurements are those of the CSV files, bounds are the planner's of today."""
+"""The README's tables of two and four cards: measurements are those of the CSV files, bounds are the planner's of today."""
 
 import csv
 import re
@@ -45,16 +45,40 @@ def bounds(row: str) -> list[str]:
     return [f"{1e3 * d.seconds:.2f}", f"{a64.tokens_per_s:,.0f}", f"{long.first_token_s:.2f}"]
 
 
+def table_under(heading: str) -> dict[str, list[str]]:
+    """The first table of this part of the README, by row: its cells."""
+    part = TEXT.partition(f"## {heading}")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| ([a-z0-9 =]+) \|(.*)\|$", part, re.MULTILINE)
+    return {name: [cell.strip() for cell in cells.split("|")] for name, cells in rows}
+
+
+def refuse_another_winner(told: dict[str, list[str]], column: int, best) -> None:
+    """What is printed bold has won."""
+    numbers = {name: float(cells[column].strip("*").replace(",", "")) for name, cells in told.items() if cells[column]}
+    bold = [name for name, cells in told.items() if "*" in cells[column]]
+    assert {numbers[name] for name in bold} == {best(numbers.values())}
+
+
 def test_the_table_of_two_cards_is_the_files_and_the_planner_s():
-    table = TEXT.partition("## Measured on two cards")[2].partition("\n## ")[0]
-    found = re.findall(r"^\| ([a-z0-9 =]+) \|(.*)\|$", table, re.MULTILINE)
-    told = {name: [cell.strip() for cell in cells.split("|")] for name, cells in found}
-    assert set(FILES) <= set(told)
+    told = table_under("Measured on two cards")
+    assert set(told) == {*FILES, "cp = 2"}
     for name in FILES:
         d, d_bound, a64, a64_bound, c, first, first_bound = (cell.strip("*") for cell in told[name])
         assert [d, a64, c, first] == measured(name), name
         assert [d_bound, a64_bound, first_bound] == bounds(name), name
-    for column, best in ((0, min), (2, max), (4, max)):  # what is printed bold has won
-        numbers = {name: float(told[name][column].strip("*").replace(",", "")) for name in FILES}
-        bold = [name for name in FILES if "*" in told[name][column]]
-        assert [numbers[name] for name in bold] == [best(numbers.values())]
+    for column, best in ((0, min), (2, max), (4, max), (5, min)):
+        refuse_another_winner(told, column, best)
+
+
+def test_the_table_of_four_cards_is_the_file_s():
+    with (ROOT / "figures/bench_layouts.csv").open(encoding="utf-8") as file:
+        rows = [one for one in csv.DictReader(file) if (one["model"], one["gpus"]) == ("Qwen2.5-7B", "4")]
+    of = {(one["layout"], one["workload"]): float(one["value"]) for one in rows}
+    told = table_under("Measured on four cards")
+    assert {name.replace(" = ", "") for name in told} == {layout for layout, _ in of}
+    for name, cells in told.items():
+        layout = name.replace(" = ", "")
+        d, a64, c, first = (of[layout, workload] for workload in ("D", "A64", "C warm", "32k"))
+        assert [cell.strip("*") for cell in cells] == [f"{d:.2f}", f"{a64:,.0f}", f"{c:,.0f}", f"{first:.2f}"], name
+    for column, best in enumerate((min, max, max, min)):
+        refuse_another_winner(told, column, best)
