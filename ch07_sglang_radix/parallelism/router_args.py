@@ -119,13 +119,14 @@ class RouterArgs:
 
 
 def worker_url(url: str) -> str:
-    """Without a slash at the end. Raises ValueError if it is none."""
+    """Without a slash at the end. Raises ValueError if it is none, or names a user: a worker asks for a key (--api-key)."""
     try:
         parts = urlsplit(url)
         right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:  # a port that is no number
         right = False
-    if not right or parts.query or parts.fragment or any(character <= " " for character in url):
+    more = right and (parts.query or parts.fragment or parts.username is not None)
+    if not right or more or any(character <= " " for character in url):
         raise ValueError(f"worker url {shown(url)} must be like http://127.0.0.1:30001")
     return url.rstrip("/")
 

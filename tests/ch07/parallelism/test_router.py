@@ -489,6 +489,7 @@ def test_the_text_that_a_policy_looks_at(body, prompt):
     [
         (["--worker-urls", "localhost:30000"], "worker url 'localhost:30000' must be like"),
         (["--worker-urls", "http://a", "http://a/"], "names 2, and only 1 different"),
+        (["--worker-urls", "http://me:secret@a"], "worker url .* must be like"),
         (["--policy", "shortest_queue"], "policy='shortest_queue' is unknown"),
         (["--cb-failure-threshold", "0"], "cb_failure_threshold=0 must be at least 1"),
         (["--cache-threshold", "1.5"], r"cache_threshold=1\.5 must be in \[0, 1\]"),
