@@ -17,6 +17,7 @@ import transformers
 from hypothesis import settings
 
 from common.parallel_state import shutdown_tensor_parallel
+from tests import parts
 from tests.oracle import SMALL, save_random
 from tests.ranks import RankPool
 
@@ -212,7 +213,12 @@ def _number_of_ranks(item) -> int:
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """What `make test` and `make test-all` cover, in a line each."""
+    """How long each part took (parts.py); what `make test` and `make test-all` cover, in a line each."""
+    took = parts.said(
+        report for kind in ("", "passed", "failed", "error") for report in terminalreporter.getreports(kind)
+    )
+    if took:
+        terminalreporter.write_line(took)
     if _is_quick(config):
         terminalreporter.write_line(
             "covered: every kind of test, on one and two ranks, and a notebook. `make test-all` adds further cases of the same, "
