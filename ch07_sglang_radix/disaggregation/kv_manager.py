@@ -152,13 +152,13 @@ class KVManager:
         with self._lock:
             return self._rooms[room].digest
 
-    def metadata(self, room: int, token: int, cached_tokens: int, logprobs: list, prompt_logprobs: list) -> None:
+    def metadata(self, room: int, token: int, cached_tokens: int, seed: int, *logprobs: list) -> None:
         """Rank 0: the last message of a room, behind its pages."""
         with self._lock:
             one = self._rooms.get(room)
             if one and not one.why:
                 slot = one.reserved[0].slot
-                told = Metadata(slot, room, token, cached_tokens, logprobs, prompt_logprobs)
+                told = Metadata(slot, room, token, cached_tokens, seed, *logprobs)
                 self._links[room, 0].send(told)
                 self._note(0, told)
 

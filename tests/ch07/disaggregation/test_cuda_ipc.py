@@ -136,7 +136,7 @@ def test_pages_that_prefill_let_go_while_they_were_read_start_no_answer():
     theirs = torch.ones_like(kv)
     decode.take(links["a"], Write(ROOM, [7]), PeerPages([as_words(theirs)], [3]))
     assert (kv[:, :, 7] == 1).all()
-    decode.take(links["a"], Metadata(SLOT, ROOM, 1, 0), None)
+    decode.take(links["a"], Metadata(SLOT, ROOM, 1, 0, 0), None)
     assert links["a"].said[-1] == Done(ROOM, read=True)
     assert decode.states([ROOM]) == [State.TRANSFERRING]
 

@@ -237,7 +237,7 @@ def test_metadata_of_another_room_is_not_taken_for_this_one_s(pair):
     both.in_transfer(asked)
     slot = both.decode.manager.rooms()[0].slot
     sender = both.prefill.manager
-    sender._links[asked[0], 0].send(Metadata(slot, 5, 13, 0))
+    sender._links[asked[0], 0].send(Metadata(slot, 5, 13, 0, 0))
     both.gate.set()
     assert error_of(both.answer(asked)) == f"slot {slot} is room {asked[0]}'s, and got the metadata of room 5"
     assert both.at_rest()
