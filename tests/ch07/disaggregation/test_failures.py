@@ -344,6 +344,39 @@ def test_who_waits_for_a_side_that_was_never_asked_hears_so_in_time(pair, halves
     assert both.at_rest()
 
 
+def test_pages_that_decode_never_says_it_has_come_back_and_are_not_sent_any_more(pair):
+    """Prefill's request has its token by then. What waits for a slow wire would be read from pages that are another prompt's."""
+    both = pair(prefill={"timeout": 0.3, "chunked_prefill_size": 8, "pool": 64})
+    both.gate.clear()
+    asked = both.ask(PROMPT)
+    both.in_transfer(asked)
+    both.until(lambda: both.prefill.side.failed)
+    assert both.prefill.side.held.of == {}
+    assert both.ended(asked, "prefill").output_ids == right(n=1)
+    another = both.ask([200 + t for t in range(60)])
+    both.until(lambda: both.prefill.stage(another[0]) == "inflight")
+    both.gate.set()
+    said = "0.3 s are over in which not all ranks of the decode engine have said that they have the pages"
+    assert error_of(both.answer(asked)) == said
+    both.answer(another)
+    assert both.at_rest()
+
+
+def test_who_waits_for_pages_of_decode_for_too_long_hears_so_on_both_sides(pair):
+    both = pair(decode={"pool": 64, "timeout": 0.3})
+    first = both.ask(PROMPT, max_new_tokens=30)
+    both.until(lambda: both.decode.scheduler.running)
+    second = both.ask([*range(200, 240)])
+    both.prefill.step()
+    both.decode.step()
+    assert both.decode.stage(second[0]) == "prealloc"
+    time.sleep(0.4)
+    assert "0.3 s are over in which no pages were free" in error_of(both.answer(second))
+    assert "0.3 s are over in which no pages were free" in error_of(both.ended(second, "prefill"))
+    assert both.answer(first).output_ids == right(n=30)
+    assert both.at_rest()
+
+
 # --- who does not fit
 
 
