@@ -41,6 +41,8 @@ from zlib import crc32
 
 import numpy as np
 
+from common.attention.prefix_groups import Alike
+
 MAGIC = 0x5A11_0000
 VERSION = 3
 HEADER = 10
@@ -67,14 +69,6 @@ class PrefillSequence(NamedTuple):
     cached: int
     new: int
     emits: int
-
-
-class Alike(NamedTuple):
-    """Sequences first .. first+count-1 of a decode step begin with the same pages: attention may read them once."""
-
-    first: int
-    count: int
-    pages: int
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,35 @@
 is not here.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
 from ch07_sglang_radix.tasks import DecodeTask, ParallelTask, PrefillTask, VerifyTask
 from common.executor import NO_TOKENS, Executor, StepParts, first_of_each
+from common.values import flag, shown
 
 LAST_TOKEN = -1  # in a prefill step: the last token of the row, which may be known to the device only
 
 
 class TPRadixAttentionModelWrapper(Executor):
     """This rank's model, pages and page table (common/executor.py has the arguments)."""
+
+    def refuse_another_layout(self, sizes: Mapping[str, int | None], enable_layernorm_sp: bool | None) -> None:
+        """Whoever asks for one must mean this wrapper's; None asks for nothing. Raises ValueError on every rank alike."""
+        layout, cuts_rows = self.parallel.layout, self.communicator.enable_layernorm_sp
+        for name, size in sizes.items():
+            if size not in (None, getattr(layout, name)):
+                raise ValueError(
+                    f"{name}_size={shown(size)}, but the wrapper's ranks are laid out as {layout}; give the same to "
+                    "ParallelState.initialize, or leave it out"
+                )
+        if enable_layernorm_sp is not None and flag("enable_layernorm_sp", enable_layernorm_sp) != cuts_rows:
+            raise ValueError(
+                f"enable_layernorm_sp={enable_layernorm_sp}, but the wrapper was made with {cuts_rows}; give it the same, or "
+                "leave it out"
+            )
 
     def execute_prefill_task(self, task: PrefillTask) -> torch.Tensor | None:
         """Several prompts (or chunks of them) behind their cached prefixes, in one ragged step.

@@ -174,7 +174,7 @@ ROOMS = {
         "attention", "distributed", "draft_tree", "kernels", "layers", "models", "parallel_state", "pool_size", "quantization",
         "sampling", "text", "tiny_qwen", "verify_step", "vision",
     },
-    "memory_occupation": {"distributed", "executor", "layers", "models"},
+    "memory_occupation": {"attention", "distributed", "executor", "layers", "models"},
     "request": {"sampling", "text", "values"},
     "planner": {"attention", "distributed", "layers", "models", "quantization"},
     "teaching": {"distributed", "text", "values"},

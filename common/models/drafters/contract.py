@@ -28,7 +28,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
+from common.attention.kv_cache import PagedKVCache
 from common.attention.sequence_table import SequenceTable
 from common.draft_tree import Accepted, DraftTree
 from common.models.decoder import CausalLM
@@ -67,6 +69,8 @@ class Drafter(ABC):
     ones, after the final norm, [.., D]. (i, j, ...): those that enter layers i, j, ..., side by side [.., n * D]; a layer's
     input is the sum that its first norm reads. `page_bytes`: what a page of its own cache costs on this rank; 0 without one.
     `chains`: its trees are chains, always, so that no accepted token ever has to be moved.
+    `cache` and `module`: its own pages, and what holds its own weights; None without. An engine that sleeps gives up both
+    (common/memory_occupation.py).
 
     Everything is called under inference_mode, and nothing may wait for a GPU. rows, cached, new, positions: int64 arrays on the
     CPU, since rank 0 has decided them; tokens, trees and features: tensors on the device.
@@ -76,6 +80,8 @@ class Drafter(ABC):
     features: Sequence[int] | None = None
     page_bytes: int = 0
     chains: bool = False
+    cache: PagedKVCache | None = None
+    module: nn.Module | None = None
 
     def allocate(self, num_pages: int) -> None:  # noqa: B027, not every drafter has one
         """Make the cache: so many pages, those of the target. Called once, before anything else."""

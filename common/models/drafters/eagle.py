@@ -42,7 +42,7 @@ class EagleDrafter(Drafter):
         folder = resolve_model(options.path)
         version = 3 if options.algorithm == "EAGLE3" else 1
         self.head, config, self.ids = load_head(Path(folder), version, target, options.steps)
-        self.features, self.chains = config.features, options.topk == 1
+        self.module, self.features, self.chains = self.head, config.features, options.topk == 1
         self.draft_vocab = config.draft_vocab
         heads, base, size = self.head.layer.self_attn.heads, config.base, target.page_size
         self._shape = (1, size, heads.num_kv, base.head_dim)

@@ -111,7 +111,7 @@ class MedusaDrafter(Drafter):
     def __init__(self, options: DraftOptions, target: Target):
         self.options, self.target, self.device = options, target, target.tp.device
         self.heads, choices = load_heads(resolve_model(options.path), target)
-        count = self.heads.weight.shape[1]
+        self.module, count = self.heads, self.heads.weight.shape[1]
         if options.steps > count:
             raise ValueError(
                 f"speculative_num_steps={options.steps}, but there are {count} Medusa heads, which guess as many tokens; "

@@ -49,6 +49,7 @@ class StandaloneDrafter(Drafter):
         folder = resolve_model(options.path)
         _refuse_another_vocabulary(folder, target.model.config)
         self.model, _ = load_model(folder, target.tp, target.dtype)
+        self.module = self.model
         config = self.model.config
         if config.latent or config.mixture:
             raise ValueError(f"{folder} has latent attention or experts; a draft model is a plain decoder")
