@@ -146,6 +146,7 @@ def with_thresholds(single: float, acc: float) -> Rule:
 def decide(tree: DraftTree, p: torch.Tensor, coins: torch.Tensor, last: torch.Tensor, rule: Rule) -> torch.Tensor:
     """A rule's decisions down each tree, from the root as far as a child is kept -> drawn [B, N] for `draft_tree.walk`.
 
+    The rule is for guesses that were chosen; where the tree says what they were drawn from, it is `rejection_sampling`.
     p [B, N, V] at all nodes; coins [B, N]: the n-th is that of node n as a guess; last [B]. Nodes off the path get -1: no child
     carries it.
     """
@@ -168,7 +169,11 @@ def decide(tree: DraftTree, p: torch.Tensor, coins: torch.Tensor, last: torch.Te
         there = numbers < n
         numbers = numbers.clamp(max=n - 1)
         children = tree.tokens.gather(1, numbers).masked_fill(~there, -1)
-        choice = rule(p[everybody, at], children, coins.gather(1, numbers), last)
+        own, own_coins = p[everybody, at], coins.gather(1, numbers)
+        if tree.q is None:
+            choice = rule(own, children, own_coins, last)
+        else:
+            choice = rejection_sampling(own, tree.q[everybody, at], children, own_coins, last)
         drawn[everybody[alive], at[alive]] = choice.token[alive]
         alive = alive & (choice.child >= 0)
         if not bool(alive.any()):

@@ -38,6 +38,7 @@ from common.layers.linear import load_pieces, loadable
 from common.layers.vocab import best_logprobs
 from common.models.checkpoint import Stored, checkpoint_files, open_tensors
 from common.models.drafters.contract import Drafter, DraftOptions, Target
+from common.models.drafters.draws import Draws
 from common.models.hub import resolve_model
 from common.models.json_file import json_shown, read_json
 from common.models.quantized_tensors import plain_tensors
@@ -143,8 +144,9 @@ class MedusaDrafter(Drafter):
         self._newest[there] = features.gather(1, last.unsqueeze(-1).expand(-1, -1, features.shape[2])).squeeze(1)
 
     def draft(
-        self, table: SequenceTable, rows: np.ndarray, last_tokens: torch.Tensor, positions: np.ndarray, nodes: int
-    ) -> DraftTree:
+        self, table: SequenceTable, rows: np.ndarray, last_tokens: torch.Tensor, positions: np.ndarray, nodes: int,
+        draws: Draws | None = None,
+    ) -> DraftTree:  # fmt: skip
         (there,) = upload_all(self.device, rows)
         guesses = last_tokens.new_zeros(len(rows), nodes - 1)
         real = min(self._real, nodes - 1)  # every beginning of the list is a tree

@@ -75,7 +75,7 @@ class Scripted(Drafter):
         self.stands[rows] = positions + accepted.counts.numpy()
         assert torch.equal(table.last_token[torch.from_numpy(rows)], accepted.last_tokens)
 
-    def draft(self, table, rows, last_tokens, positions, nodes):
+    def draft(self, table, rows, last_tokens, positions, nodes, draws=None):
         assert (self.stands[rows] == positions).all()
         assert torch.equal(table.last_token[torch.from_numpy(rows)], last_tokens)
         tokens, parents = [], []
