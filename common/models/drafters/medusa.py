@@ -119,7 +119,8 @@ class MedusaDrafter(Drafter):
                 f"use {count} or fewer"
             )
         kept = chosen(choices or likely_choices(count, options.topk, options.nodes - 1), options)
-        self.chains = all(set(choice) == {0} for choice in kept)
+        # what the list does not fill hangs below the root, and may be right as well: then there is something to move
+        self.chains = len(kept) == options.nodes - 1 and all(set(choice) == {0} for choice in kept)
         self._depth = max(map(len, kept), default=0)
         self._most = 1 + max((choice[-1] for choice in kept), default=0)  # ranks of a head that are looked at
         number = {choice: i for i, choice in enumerate([(), *kept])}

@@ -97,5 +97,6 @@ DRAFTERS["SCRIPTED"] = f"{__name__}:Scripted"
 
 
 def options(algorithm: str, nodes: int, tree: bool) -> DraftOptions:
-    chain = DraftOptions(algorithm, None, nodes - 1, 1, nodes)
+    most = 3 if algorithm == "MEDUSA" else nodes  # so many heads are bundled; what is left of the nodes is token 0
+    chain = DraftOptions(algorithm, None, min(nodes - 1, most), 1, nodes)
     return replace(chain, topk=3, steps=2 if nodes > 3 else 1) if tree else chain
