@@ -104,6 +104,9 @@ def test_ranks_start_in_the_folder_of_rank_0_and_import_what_it_imports(tmp_path
     (tmp_path / "common.py").write_text("raise SystemExit('the wrong one')", encoding="utf-8")
     (tmp_path / "note.txt").write_text("read", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        spawn, "subprocess", subprocess
+    )  # a process that Python starts: what it imports first counts here
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     ranks = start_ranks(Follower("mine:follow", {"file": Path("note.txt")}), 2)
     with pytest.raises(RankFailure) as error:
