@@ -178,7 +178,7 @@ THOROUGH = {
 
 
 def pytest_configure(config):
-    settings.register_profile("all", max_examples=200, deadline=None)
+    settings.register_profile("all", max_examples=100, deadline=None)
     settings.register_profile("test", max_examples=20, deadline=None)
     if not config.getoption("--hypothesis-profile"):
         settings.load_profile("test" if _is_quick(config) else "all")
