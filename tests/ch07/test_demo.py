@@ -10,11 +10,8 @@ from pathlib import Path
 import pytest
 
 from ch07_sglang_radix import demo_tp_radix
-<<<<<<< HEAD
-from common import parallel_state
-=======
 from ch07_sglang_radix.serving.watch import wait_until
->>>>>>> suite
+from common import parallel_state
 from common.distributed.cost_model import wire_bytes
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests import warm
