@@ -3,7 +3,7 @@
 vLLM keeps the same in a persistent batch on the worker (v1/worker/gpu_input_batch.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -22,7 +22,8 @@ class InputBatch:
         self.settle = settle
         self._decoding: tuple[list[Request], SamplingBatch] | None = None  # of the last step, if it was all decodes
 
-    def metadata(self, output: SchedulerOutput) -> StepMetadata:
+    def metadata(self, output: SchedulerOutput, slots: Mapping[int, int]) -> StepMetadata:
+        """slots: of the adapters that lie in one, by number."""
         updates, tokens = self._updates(output), []
         columns = [(s.request.row, s.num_computed, s.num_new, s.emits, num_scored(s)) for s in output.scheduled]
         if not output.is_decode:
@@ -31,7 +32,11 @@ class InputBatch:
                     tokens.append(LAST_TOKEN)
                 else:
                     tokens += s.request.all_token_ids[s.num_computed : s.num_computed + s.num_new]
-        return StepMetadata(updates, *np.array(columns, dtype=np.int64).T, np.array(tokens, dtype=np.int64))
+        adapters = [slots[s.request.adapter] if s.request.adapter else 0 for s in output.scheduled]
+        return StepMetadata(
+            updates, *np.array(columns, dtype=np.int64).T, np.array(tokens, dtype=np.int64),
+            np.array(adapters, dtype=np.int64) if any(adapters) else None,
+        )  # fmt: skip
 
     def verify_metadata(self, output: SchedulerOutput, guesses: np.ndarray) -> VerifyMetadata:
         """guesses [B, n] behind the last token of each."""
