@@ -3,8 +3,12 @@
 vLLM keeps the same in a persistent batch on the worker (v1/worker/gpu_input_batch.py).
 """
 
+<<<<<<< HEAD
 from collections.abc import Callable
 from dataclasses import replace
+=======
+from collections.abc import Callable, Mapping
+>>>>>>> ada
 
 import numpy as np
 
@@ -31,6 +35,7 @@ class InputBatch:
         self._drawn_for: list[Request] = []  # in the last step, and how
         self._sampling: SamplingBatch | None = None
 
+<<<<<<< HEAD
     def in_order(self, output: SchedulerOutput) -> tuple[SchedulerOutput, tuple[Alike, ...]]:
         """A decode step's sequences with those that begin with the same blocks side by side, and which ones do.
 
@@ -56,6 +61,10 @@ class InputBatch:
 
     def metadata(self, output: SchedulerOutput, alike: tuple[Alike, ...] = ()) -> StepMetadata:
         """alike: who of a decode step's sequences, as they stand, begins with the same blocks."""
+=======
+    def metadata(self, output: SchedulerOutput, slots: Mapping[int, int]) -> StepMetadata:
+        """slots: of the adapters that lie in one, by number."""
+>>>>>>> ada
         updates, tokens = self._updates(output), []
         columns = [(s.request.row, s.num_computed, s.num_new, s.emits, num_scored(s)) for s in output.scheduled]
         if not output.is_decode:
@@ -64,7 +73,15 @@ class InputBatch:
                     tokens.append(LAST_TOKEN)
                 else:
                     tokens += s.request.all_token_ids[s.num_computed : s.num_computed + s.num_new]
+<<<<<<< HEAD
         return StepMetadata(updates, *np.array(columns, dtype=np.int64).T, np.array(tokens, dtype=np.int64), alike)
+=======
+        adapters = [slots[s.request.adapter] if s.request.adapter else 0 for s in output.scheduled]
+        return StepMetadata(
+            updates, *np.array(columns, dtype=np.int64).T, np.array(tokens, dtype=np.int64),
+            np.array(adapters, dtype=np.int64) if any(adapters) else None,
+        )  # fmt: skip
+>>>>>>> ada
 
     def verify_metadata(self, output: SchedulerOutput, guesses: np.ndarray) -> VerifyMetadata:
         """guesses [B, n] behind the last token of each."""
