@@ -87,8 +87,9 @@ class ServerArgs:
     enable_deterministic_inference: what a request gets does not depend on what runs beside it, on the tree and on chunks
     (common/layers/batch_invariant.py); all requests without a seed then draw by one, which random_seed gives and which all replicas
     share. allow_image_urls: pictures may come from the net (images/fetch.py). enable_lora, lora_paths and the others about LoRA:
-    checked_lora in lora.py. enable_hierarchical_cache and the others about lower tiers: check_hicache in hicache_args.py. All others
-    are those of TPRadixAttentionModelWrapper and TPScheduler. Raises ValueError for a value of a wrong kind or outside its range.
+    checked_lora in lora.py. enable_hierarchical_cache and the others about lower tiers: check_hicache in hicache_args.py. The
+    others are those of TPRadixAttentionModelWrapper and TPScheduler. Raises ValueError for a value of a wrong kind or outside its
+    range.
     """
 
     model_path: str | None = None

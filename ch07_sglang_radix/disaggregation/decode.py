@@ -17,6 +17,7 @@ SGLang 0.5.23: DecodePreallocQueue and DecodeTransferQueue in srt/disaggregation
 the CPU and comes back.
 """
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ClassVar
@@ -32,6 +33,8 @@ from ch07_sglang_radix.disaggregation.side import Passage, Side
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.scheduler import TPScheduler
 from common.sampling.logprobs import TokenLogprobs
+
+ASKED_AT_ONCE = 8  # bootstrap servers: one that does not answer must not hold up the others
 
 
 class Decode(Side):
@@ -51,7 +54,10 @@ class Decode(Side):
         super().__init__(scheduler, manager, timeout)
         self.reserved_tokens, self.deflect_tokens, self.mine = reserved_tokens, deflect_tokens, mine
         self.deflected = 0
-        self._asking = ThreadPoolExecutor(1, "bootstrap")  # an answer may take seconds, and a step milliseconds
+        self._asking = ThreadPoolExecutor(
+            ASKED_AT_ONCE, "bootstrap"
+        )  # an answer may take seconds, and a step milliseconds
+        self._numbering = threading.Lock()
         self._routes: dict[tuple[str, int], Future[int]] = {}  # where a bootstrap server is -> the number of its engine
         self._engines: list[list[str]] = []  # their ranks' addresses
         self._met: set[int] = set()
@@ -71,8 +77,9 @@ class Decode(Side):
         """In a thread. Raises ValueError if nobody is there, or somebody else than it should be."""
         route = ask_route(host, port)
         refuse_another(self.mine, route, f"{host}:{port}")
-        self._engines.append([str(address) for address in route["addresses"]])
-        return len(self._engines) - 1
+        with self._numbering:
+            self._engines.append([str(address) for address in route["addresses"]])
+            return len(self._engines) - 1
 
     def before_poll(self) -> None:
         for req in self.scheduler.waiting:

@@ -11,6 +11,7 @@ MooncakeKVManager) has the same two halves.
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -174,8 +175,13 @@ class KVManager:
                     link = self._links[room, peer]
                     if mine := self._slice_for(peer, link.peer.ranks):
                         size = self.pages.bytes_of(len(some), len(mine.heads))
-                        link.send(write, self.pages.cut(some, mine.heads, ready), size)
+                        link.send(write, self.pages.cut(some, mine.heads, ready, partial(self._keeps, one)), size)
                         self._note(peer, write)
+
+    def _keeps(self, one: Sender) -> bool:
+        """Are its pages still the room's? A room that fails keeps them until `close`."""
+        with self._lock:
+            return self._rooms.get(one.number) is one
 
     def _slice_for(self, peer: int, decode_ranks: int) -> HeadSlice | None:
         slices = self._slices(self.tp.size, peer, decode_ranks)

@@ -246,7 +246,7 @@ def test_codes_travel_with_the_scales_of_their_rows(by, name):
         mine = make(1)
         there = KVPages(mine.tensors)
         (one,) = head_slices(2, 1, rank, 2)
-        bytes_of = source.cut([5, 2], one.heads, None)
+        bytes_of = source.cut([5, 2], one.heads, None, lambda: True)
         there.write([0, 7], one, bytes_of() if by == "bytes" else PeerPages(source.parts, [5, 2]))
         for layer in range(2):
             slots = torch.arange(PAGE)
