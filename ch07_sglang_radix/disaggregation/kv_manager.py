@@ -222,8 +222,8 @@ class KVManager:
             self._thank(one)  # if nothing is missing, and the metadata is rank 0's
 
     def _turn_away(self, room: int, engine: int, why: str) -> None:
-        """Rank 0 to rank 0, which closes it for the others: the room ends before anything was reserved for it. Another rank that heard
-        of it sooner would have failed for no reason that rank 0 knows."""
+        """Rank 0 to rank 0, which closes it for the others: the room ends before anything was reserved for it. A rank that heard of
+        it sooner would have failed for no reason that rank 0 knows."""
         if self.tp.rank == 0:
             with self._lock:
                 self._link_to(engine, 0).send(Fail(room, why))
