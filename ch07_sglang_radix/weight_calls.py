@@ -19,7 +19,7 @@ from safetensors.torch import save
 from ch07_sglang_radix.scheduler import PAUSE_MODES, TPScheduler
 from common.distributed.update_group import MAX_MEMBERS, reach, refuse_size
 from common.memory_occupation import TAGS
-from common.values import choice, flag, host_name, texts, whole
+from common.values import choice, flag, host_name, texts, walked, whole
 
 WEIGHT_UPDATER = "ch07_sglang_radix.adapters.weight_updater"  # in a wing that comes when it is asked for
 ACTIONS = ("checksum", "snapshot", "compare")
@@ -215,7 +215,8 @@ def as_bytes(named_tensors: Any) -> bytes:
     """Of a safetensors file. Raises ValueError for what is no tensor, and for a name that comes twice."""
     if isinstance(named_tensors, bytes | bytearray | memoryview):
         return bytes(named_tensors)
-    pairs = list(named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors)
+    given = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
+    pairs = walked("named_tensors", given, "pairs (name, tensor), or safetensors' bytes")
     tensors = {}
     for one in pairs:
         if not (isinstance(one, tuple | list) and len(one) == 2 and isinstance(one[1], torch.Tensor)):

@@ -35,6 +35,7 @@ from common.layers.expert_placement import ExpertPlacement
 from common.layers.moe import MoEOptions
 from common.models.config import ModelConfig
 from common.models.drafters.contract import DraftOptions, Target
+from common.models.drafters.draws import DrawnRows
 from common.models.drafters.load import load_drafter
 from common.models.graph_runner import DecodeGraphs, StepGraphs
 from common.models.hub import resolve_model
@@ -423,14 +424,15 @@ class Executor:
     @torch.inference_mode()
     def verify(
         self, rows: np.ndarray, positions: np.ndarray, nodes: int, guesses: Sequence[int] = (), parents: Sequence[int] = (),
-        adapters: np.ndarray | None = None,
+        adapters: np.ndarray | None = None, drawn: DrawnRows | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """The last token of each sequence, at positions [B], and guesses below it, N nodes each -> logits [B * N, V/R], one a node.
 
         guesses: the tokens of the nodes 1 .. N-1, sequence by sequence, with their parents' numbers; none: this rank's drafter
-        makes them. The pages of a sequence must have room for positions[b] + N tokens. adapters [B]: as in `ragged`.
+        makes them, and draws them if `drawn` says with what. The pages of a sequence must have room for positions[b] + N tokens.
+        adapters [B]: as in `ragged`.
         """
-        tree, chain = self.verifier.tree(rows, positions, nodes, guesses, parents)
+        tree, chain = self.verifier.tree(rows, positions, nodes, guesses, parents, drawn)
         if self.tree_graphs and self.tree_graphs.holds(len(rows), nodes):
             return self._replay_tree(rows, positions, tree, chain, adapters)
         slots = None if adapters is None else np.repeat(adapters, nodes)

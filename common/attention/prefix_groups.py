@@ -5,16 +5,17 @@ kernel can read them once for several sequences if these stand side by side in t
 rank 0 finds them. Two sequences belong together if the pages of their first MIN_ALIKE_TOKENS tokens are the same ones: a page id
 says it, no token is compared. A group then has in common what any two neighbours in it have:
 
-    rows     [4, 9, 7, 2]              pages of row 9   [3, 8, 1, 5, 6]
-    links    [5, 3, 4, 3]              pages of row 7   [3, 8, 1, 5, 2]      4 the same: the link of row 7
-              |  row 9 and row 4 begin with the same 3
-              row 4 itself: its pages
+    sequences  [a, b, c, d]              pages of b   [3, 8, 1, 5, 6]
+    links      [5, 3, 4, 3]              pages of c   [3, 8, 1, 5, 2]      4 the same: the link of c
+                |  b begins as a does with 3 pages
+                a itself: as many as it has
 
 and the shortest link is what all have. Whoever joins or leaves changes one link: a look at two sequences' pages, however many run.
 The idea is Hydragen's (Juravsky et al. 2024). vLLM had it, for a prefix that all running sequences share, as cascade attention;
 0.33.0 has removed it (v1/core/kv_cache_manager.py, get_num_common_prefix_blocks: always 0).
 """
 
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import numpy as np
@@ -38,34 +39,34 @@ class PrefixGroups:
     def __init__(self, page_size: int):
         self.first_pages = -(-MIN_ALIKE_TOKENS // page_size)
         self._groups: dict[bytes, _Group] = {}
-        self._of: dict[int, _Group | None] = {}  # by row; None: it is alone
+        self._of: dict[Hashable, _Group | None] = {}  # None: it is alone
         self._numbers = ALONE
 
-    def join(self, row: int, pages: np.ndarray) -> int:
-        """pages [n] int64: of its beginning, to which nobody writes any more. Returns the number of its group, or ALONE. Raises
-        ValueError for a row that has not left."""
-        if row in self._of:
-            raise ValueError(f"row {row} joins a second time; it must leave first")
-        self._of[row] = group = self._group(pages) if len(pages) >= self.first_pages else None
+    def join(self, sequence: Hashable, pages: np.ndarray) -> int:
+        """sequence: what it is known by. pages [n] int64: of its beginning, to which nobody writes any more. Returns the number of
+        its group, or ALONE. Raises ValueError for one that has not left."""
+        if sequence in self._of:
+            raise ValueError(f"sequence {sequence} joins a second time; it must leave first")
+        self._of[sequence] = group = self._group(pages) if len(pages) >= self.first_pages else None
         if group is None:
             return ALONE
-        group.join(row, pages)
+        group.join(sequence, pages)
         return group.number
 
-    def leave(self, row: int) -> None:
-        """Raises KeyError for a row that has not joined."""
-        group = self._of.pop(row)
+    def leave(self, sequence: Hashable) -> None:
+        """Raises KeyError for one that has not joined."""
+        group = self._of.pop(sequence)
         if group is None:
             return
-        group.leave(row)
-        if not group.rows:
+        group.leave(sequence)
+        if not group.sequences:
             del self._groups[group.key]
 
     def in_order(self, numbers: np.ndarray) -> tuple[np.ndarray, tuple[Alike, ...]]:
         """numbers [B] as `join` gave them -> the order [B] in which each group's sequences are neighbours, else as they stand, and
         which of them are worth saying."""
         order = np.argsort(numbers, kind="stable")
-        there = {group.number: group for group in self._groups.values() if len(group.rows) >= MIN_ALIKE}
+        there = {group.number: group for group in self._groups.values() if len(group.sequences) >= MIN_ALIKE}
         if not there:
             return order, ()
         found, firsts, counts = np.unique(numbers[order], return_index=True, return_counts=True)
@@ -84,22 +85,22 @@ class PrefixGroups:
 
 
 class _Group:
-    """rows, their pages and their links: with how many pages each begins as the one before it; the first, all its pages."""
+    """Sequences, their pages and their links: with how many pages each begins as the one before it; the first, all its pages."""
 
     def __init__(self, key: bytes, number: int):
         self.key, self.number = key, number
-        self.rows: list[int] = []
+        self.sequences: list[Hashable] = []
         self.pages: list[np.ndarray] = []
         self.links: list[int] = []
 
-    def join(self, row: int, pages: np.ndarray) -> None:
-        self.rows.append(row)
+    def join(self, sequence: Hashable, pages: np.ndarray) -> None:
+        self.sequences.append(sequence)
         self.pages.append(pages)
         self.links.append(self._link(len(self.links)))
 
-    def leave(self, row: int) -> None:
-        i = self.rows.index(row)
-        for column in (self.rows, self.pages, self.links):
+    def leave(self, sequence: Hashable) -> None:
+        i = self.sequences.index(sequence)
+        for column in (self.sequences, self.pages, self.links):
             del column[i]
         if i < len(self.links):
             self.links[i] = self._link(i)

@@ -67,6 +67,7 @@ BAD_TENSORS = {
     "no bytes": (b"", "no safetensors"),
     "twice": ([(K_PROJ, torch.ones(16, 112)), (K_PROJ, torch.ones(16, 112))], "each tensor once"),
     "no pairs": ([K_PROJ], "pairs"),
+    "a number": (5, r"named_tensors=5 must be pairs \(name, tensor\)"),
 }  # fmt: skip
 
 

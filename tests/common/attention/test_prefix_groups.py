@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.attention.prefix_groups import ALONE, MIN_ALIKE, MIN_ALIKE_TOKENS, Alike, PrefixGroups
+from common.attention import prefix_groups
+from common.attention.prefix_groups import ALONE, MIN_ALIKE, Alike, PrefixGroups
 
 
 def assert_alike(pages, alike, page_size):
     """pages: of each sequence of a step, in its order. The definition: of those whose first MIN_ALIKE_TOKENS tokens lie on the
     same pages, if they are MIN_ALIKE or more, all stand side by side and are said, with all pages that they begin with."""
-    first = -(-MIN_ALIKE_TOKENS // page_size)
+    first = -(-prefix_groups.MIN_ALIKE_TOKENS // page_size)
     members = {}
     for i, own in enumerate(pages):
         if len(own) >= first:
@@ -73,7 +74,7 @@ def test_a_row_joins_once_and_leaves_once():
     groups = PrefixGroups(16)
     for pages in (np.arange(20), np.arange(3)):
         groups.join(7, pages)
-        with pytest.raises(ValueError, match="row 7 joins a second time; it must leave first"):
+        with pytest.raises(ValueError, match="sequence 7 joins a second time; it must leave first"):
             groups.join(7, pages)
         groups.leave(7)
         with pytest.raises(KeyError):
