@@ -222,10 +222,11 @@ class KVManager:
             self._thank(one)  # if nothing is missing, and the metadata is rank 0's
 
     def _turn_away(self, room: int, engine: int, why: str) -> None:
-        """Rank 0, which talks to all prefill ranks: the room fails before anything was reserved for it."""
-        with self._lock:
-            for i in range(len(self._engines[engine]) if self.tp.rank == 0 else 0):
-                self._link_to(engine, i).send(Fail(room, why))
+        """Rank 0 to rank 0, which closes it for the others: the room ends before anything was reserved for it. A rank that heard of
+        it sooner would have failed for no reason that rank 0 knows."""
+        if self.tp.rank == 0:
+            with self._lock:
+                self._link_to(engine, 0).send(Fail(room, why))
 
     def _link_to(self, engine: int, rank: int) -> Link:
         """The one there is, or if it was lost a new one."""

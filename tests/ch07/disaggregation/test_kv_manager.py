@@ -152,6 +152,14 @@ def test_a_room_that_nobody_has_asked_about_is_forgotten_with_its_link():
     assert manager.why(ROOM) == "rank 0 of the decode side is gone: closed"
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_is_turned_away_hears_why_from_rank_0_at_rank_0(rank):
+    """Else another prefill rank may hear of it sooner, and its side fails before rank 0 knows the reason."""
+    decode, links, _, _ = a_rank("decode", rank, 2)
+    obey(decode, (orders.MEET, (0, *orders.as_words("a b"))), (orders.TURN_AWAY, (ROOM, 0, *orders.as_words("why"))))
+    assert {address: link.said for address, link in links.items()} == ({} if rank else {"a": [Fail(ROOM, "why")]})
+
+
 def test_a_long_prompt_goes_in_several_messages(monkeypatch):
     manager, _, kv, _ = a_rank("prefill")
     monkeypatch.setattr("ch07_sglang_radix.disaggregation.kv_manager.MOST_BYTES", 2 * kv[:, :, :1].numel() * 4)
