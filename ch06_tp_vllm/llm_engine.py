@@ -122,7 +122,7 @@ class LLMEngine:
         )
         step_limit = None if args.enable_chunked_prefill else budget
         self.inputs = InputProcessor(intake, config, args.seed, step_limit)
-        self.batch = InputBatch(self._settle)
+        self.batch = InputBatch(self._settle, size, group=bool(self.runner.table.tile_members))
         self.outputs = OutputProcessor(tokenizer)
         on_gpu = self.tp.device.type == "cuda" and self.speculative is None  # guesses need the last step's tokens
         self.async_scheduling = on_gpu if args.async_scheduling is None else args.async_scheduling
@@ -263,15 +263,19 @@ class LLMEngine:
     def _queue(self, output: SchedulerOutput) -> QueuedStep[Request] | None:
         """Tell all ranks what to do; afterwards every number stands as if it were done."""
         self._note_first(output)
+        output, alike = self.batch.in_order(output)
         emitting = [s.request for s in output.scheduled if s.emits]
-        is_decode = output.is_decode
         guesses = self.speculative.propose(emitting) if output.num_spec_tokens else None
         try:
             if guesses is not None:
                 return self._verify(output, guesses)
+<<<<<<< HEAD
+            logits = self.runner.run(self.batch.metadata(output, alike))
+=======
             for adapter, slot in self.slots.place({s.request.adapter for s in output.scheduled} - {0}):
                 self.runner.place_adapter(adapter, slot)
             logits = self.runner.run(self.batch.metadata(output, self.slots.slots))
+>>>>>>> ada
             self.runner.score_prompts(output)
         except BaseException as error:
             self._fail([s.request for s in output.scheduled], error)
@@ -287,7 +291,7 @@ class LLMEngine:
             request.drawn_here = True
         if not emitting:
             return QueuedStep()
-        return QueuedStep(emitting, self.runner.sample(logits, self.batch.sampling(emitting, is_decode)))
+        return QueuedStep(emitting, self.runner.sample(logits, self.batch.sampling(emitting)))
 
     def _verify(self, output: SchedulerOutput, guesses: np.ndarray) -> VerifiedStep:
         """A step of all decodes, with guesses [B, n] behind the last tokens."""

@@ -6,6 +6,7 @@ Rank 0 schedules; all ranks get the same few integers and execute them, each on 
     per sequence                      row, tokens computed, tokens new, emits, tokens scored (of the new ones, from the
                                       first on: the next token's log-probability is asked for)
     token ids                         of all sequences, end to end; -1: the one drawn last, which every rank has
+    per group that begins alike       first sequence, how many, blocks that all of them begin with; in decode steps
 
 What attention is told (slot_mapping, block tables, query_start, context_lens) follows from these on every rank by
 itself. In a pure decode step there are no token ids at all. Where somebody has an adapter, the slot of each sequence comes behind
@@ -21,7 +22,12 @@ import numpy as np
 import torch
 
 from ch06_tp_vllm.scheduler import SchedulerOutput, num_scored
+<<<<<<< HEAD
+from common.attention.prefix_groups import Alike
+from common.distributed.messages import receive, send
+=======
 from common.distributed.messages import agree, receive, send
+>>>>>>> ada
 from common.executor import Executor, first_of_each
 from common.layers.vocab import gather_logits
 from common.parallel_state import broadcast
@@ -34,8 +40,13 @@ STOP_MESSAGE = np.array([STOP], dtype=np.int64)
 
 @dataclass(frozen=True)
 class StepMetadata:
+<<<<<<< HEAD
+    """See the top of this file. rows, computed, new, emits, scored [B]; token_ids [T], or [0] in a decode step, in which alone some
+    may be alike."""
+=======
     """See the top of this file. rows, computed, new, emits, scored [B]; token_ids [T], or [0] in a decode step. adapters [B]: a
     slot each, 0 for none; None: nobody has one."""
+>>>>>>> ada
 
     updates: Sequence[tuple[int, int, Sequence[int]]]
     rows: np.ndarray
@@ -44,15 +55,23 @@ class StepMetadata:
     emits: np.ndarray
     scored: np.ndarray
     token_ids: np.ndarray
+<<<<<<< HEAD
+    alike: Sequence[Alike] = ()
+
+    def encode(self) -> np.ndarray:
+        """-> int64 [n]"""
+        counts = [STEP, len(self.updates), len(self.rows), len(self.token_ids), len(self.alike)]
+=======
     adapters: np.ndarray | None = None
 
     def encode(self) -> np.ndarray:
         """-> int64 [n]"""
         kind = STEP if self.adapters is None else STEP_WITH_ADAPTERS
         counts = np.array([kind, len(self.updates), len(self.rows), len(self.token_ids)], dtype=np.int64)
+>>>>>>> ada
         return np.concatenate(
             (
-                counts,
+                np.array(counts, dtype=np.int64),
                 _encoded(self.updates),
                 self.rows,
                 self.computed,
@@ -60,13 +79,29 @@ class StepMetadata:
                 self.emits,
                 self.scored,
                 self.token_ids,
+<<<<<<< HEAD
+                np.array(self.alike, dtype=np.int64).reshape(-1),
+=======
                 *([] if self.adapters is None else [self.adapters]),
+>>>>>>> ada
             )
         )
 
     @staticmethod
     def decode(words: np.ndarray) -> "StepMetadata":
         """Raises ValueError for anything that `encode` did not write."""
+<<<<<<< HEAD
+        if len(words) < 5 or words[0] != STEP:
+            raise ValueError(f"not a step: {len(words)} words, kind {words[0] if len(words) else None}")
+        num_updates, batch, tokens, groups = words[1:5].tolist()
+        updates, at = _decoded(words, 5, num_updates)
+        ids = at + 5 * batch
+        end = ids + tokens
+        if end + 3 * groups != len(words):
+            raise ValueError(f"a step of {len(words)} words announces {end + 3 * groups}")
+        alike = [Alike(*group) for group in words[end:].reshape(groups, 3).tolist()]
+        return StepMetadata(updates, *words[at:ids].reshape(5, batch), words[ids:end], alike)
+=======
         if len(words) < 4 or words[0] not in (STEP, STEP_WITH_ADAPTERS):
             raise ValueError(f"not a step: {len(words)} words, kind {words[0] if len(words) else None}")
         num_updates, batch, tokens = words[1:4].tolist()
@@ -77,6 +112,7 @@ class StepMetadata:
             raise ValueError(f"a step of {len(words)} words announces {behind + slots}")
         columns = words[at : at + 5 * batch].reshape(5, batch)
         return StepMetadata(updates, *columns, words[at + 5 * batch : behind], words[behind:] if slots else None)
+>>>>>>> ada
 
 
 @dataclass(frozen=True)
@@ -99,7 +135,7 @@ class VerifyMetadata:
         if len(words) < 4 or words[0] != VERIFY:
             raise ValueError(f"not a verify step: {len(words)} words, kind {words[0] if len(words) else None}")
         num_updates, batch, n = words[1:4].tolist()
-        updates, at = _decoded(words, num_updates)
+        updates, at = _decoded(words, 4, num_updates)
         if at + batch * (2 + n) != len(words):
             raise ValueError(f"a verify step of {len(words)} words announces {at + batch * (2 + n)}")
         rows, computed = words[at : at + 2 * batch].reshape(2, batch)
@@ -111,9 +147,9 @@ def _encoded(updates: Sequence[tuple[int, int, Sequence[int]]]) -> np.ndarray:
     return np.fromiter(heads, dtype=np.int64)
 
 
-def _decoded(words: np.ndarray, count: int) -> tuple[list[tuple[int, int, list[int]]], int]:
-    """The updates behind four words of counts, and where they end."""
-    at, updates = 4, []
+def _decoded(words: np.ndarray, at: int, count: int) -> tuple[list[tuple[int, int, list[int]]], int]:
+    """So many updates from word `at` on, and where they end."""
+    updates = []
     for _ in range(count):
         row, first, n = words[at : at + 3].tolist()
         updates.append((row, first, words[at + 3 : at + 3 + n].tolist()))
@@ -212,7 +248,11 @@ class ModelRunner(Executor):
             chains = np.tile(np.arange(n), batch)  # each guess follows the one before
             logits = self.verify(step.rows, step.computed, 1 + n, step.guesses.reshape(-1), chains)
         elif len(step.token_ids) == 0:
+<<<<<<< HEAD
+            logits = self.decode(step.rows, step.computed, step.alike)
+=======
             logits = self.decode(step.rows, step.computed, adapters=step.adapters)
+>>>>>>> ada
         else:
             scored = first_of_each(step.new, step.scored)
             logits = self.ragged(

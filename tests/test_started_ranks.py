@@ -2,12 +2,12 @@
 
 import asyncio
 import itertools
-import subprocess
 
 import pytest
 
 from ch06_tp_vllm import LLM, LoRARequest, SamplingParams
 from ch07_sglang_radix import Engine
+from common.distributed import spawn
 from common.layers.mlp import MLP
 from common.parallel_state import RankFailure
 from common.tiny_qwen import ADAPTERS_PATH, TINY_QWEN_PATH
@@ -98,6 +98,6 @@ def test_a_step_that_rank_0_breaks_off_is_an_error_at_once_and_the_last(monkeypa
     ],
 )  # fmt: skip
 def test_what_is_refused_starts_nobody(make, monkeypatch):
-    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a process was started"))
+    monkeypatch.setattr(spawn.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a process was started"))
     with pytest.raises(ValueError, match=r"must be|is unknown"):
         make()
