@@ -3,12 +3,8 @@
 vLLM keeps the same in a persistent batch on the worker (v1/worker/gpu_input_batch.py).
 """
 
-<<<<<<< HEAD
-from collections.abc import Callable
-from dataclasses import replace
-=======
 from collections.abc import Callable, Mapping
->>>>>>> ada
+from dataclasses import replace
 
 import numpy as np
 
@@ -35,7 +31,6 @@ class InputBatch:
         self._drawn_for: list[Request] = []  # in the last step, and how
         self._sampling: SamplingBatch | None = None
 
-<<<<<<< HEAD
     def in_order(self, output: SchedulerOutput) -> tuple[SchedulerOutput, tuple[Alike, ...]]:
         """A decode step's sequences with those that begin with the same blocks side by side, and which ones do.
 
@@ -59,12 +54,11 @@ class InputBatch:
     def _full_blocks(self, s: ScheduledRequest) -> np.ndarray:
         return np.array(s.request.block_table[: s.num_computed // self.block_size], dtype=np.int64)
 
-    def metadata(self, output: SchedulerOutput, alike: tuple[Alike, ...] = ()) -> StepMetadata:
-        """alike: who of a decode step's sequences, as they stand, begins with the same blocks."""
-=======
-    def metadata(self, output: SchedulerOutput, slots: Mapping[int, int]) -> StepMetadata:
-        """slots: of the adapters that lie in one, by number."""
->>>>>>> ada
+    def metadata(
+        self, output: SchedulerOutput, slots: Mapping[int, int], alike: tuple[Alike, ...] = ()
+    ) -> StepMetadata:  # fmt: skip
+        """slots: of the adapters that lie in one, by number. alike: who of a decode step's sequences, as they stand, begins with
+        the same blocks."""
         updates, tokens = self._updates(output), []
         columns = [(s.request.row, s.num_computed, s.num_new, s.emits, num_scored(s)) for s in output.scheduled]
         if not output.is_decode:
@@ -73,15 +67,11 @@ class InputBatch:
                     tokens.append(LAST_TOKEN)
                 else:
                     tokens += s.request.all_token_ids[s.num_computed : s.num_computed + s.num_new]
-<<<<<<< HEAD
-        return StepMetadata(updates, *np.array(columns, dtype=np.int64).T, np.array(tokens, dtype=np.int64), alike)
-=======
         adapters = [slots[s.request.adapter] if s.request.adapter else 0 for s in output.scheduled]
         return StepMetadata(
-            updates, *np.array(columns, dtype=np.int64).T, np.array(tokens, dtype=np.int64),
+            updates, *np.array(columns, dtype=np.int64).T, np.array(tokens, dtype=np.int64), alike,
             np.array(adapters, dtype=np.int64) if any(adapters) else None,
         )  # fmt: skip
->>>>>>> ada
 
     def verify_metadata(self, output: SchedulerOutput, guesses: np.ndarray) -> VerifyMetadata:
         """guesses [B, n] behind the last token of each."""

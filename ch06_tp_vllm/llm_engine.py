@@ -269,13 +269,9 @@ class LLMEngine:
         try:
             if guesses is not None:
                 return self._verify(output, guesses)
-<<<<<<< HEAD
-            logits = self.runner.run(self.batch.metadata(output, alike))
-=======
             for adapter, slot in self.slots.place({s.request.adapter for s in output.scheduled} - {0}):
                 self.runner.place_adapter(adapter, slot)
-            logits = self.runner.run(self.batch.metadata(output, self.slots.slots))
->>>>>>> ada
+            logits = self.runner.run(self.batch.metadata(output, self.slots.slots, alike))
             self.runner.score_prompts(output)
         except BaseException as error:
             self._fail([s.request for s in output.scheduled], error)

@@ -22,12 +22,8 @@ import numpy as np
 import torch
 
 from ch06_tp_vllm.scheduler import SchedulerOutput, num_scored
-<<<<<<< HEAD
 from common.attention.prefix_groups import Alike
-from common.distributed.messages import receive, send
-=======
 from common.distributed.messages import agree, receive, send
->>>>>>> ada
 from common.executor import Executor, first_of_each
 from common.layers.vocab import gather_logits
 from common.parallel_state import broadcast
@@ -40,13 +36,8 @@ STOP_MESSAGE = np.array([STOP], dtype=np.int64)
 
 @dataclass(frozen=True)
 class StepMetadata:
-<<<<<<< HEAD
     """See the top of this file. rows, computed, new, emits, scored [B]; token_ids [T], or [0] in a decode step, in which alone some
-    may be alike."""
-=======
-    """See the top of this file. rows, computed, new, emits, scored [B]; token_ids [T], or [0] in a decode step. adapters [B]: a
-    slot each, 0 for none; None: nobody has one."""
->>>>>>> ada
+    may be alike. adapters [B]: a slot each, 0 for none; None: nobody has one."""
 
     updates: Sequence[tuple[int, int, Sequence[int]]]
     rows: np.ndarray
@@ -55,20 +46,13 @@ class StepMetadata:
     emits: np.ndarray
     scored: np.ndarray
     token_ids: np.ndarray
-<<<<<<< HEAD
     alike: Sequence[Alike] = ()
-
-    def encode(self) -> np.ndarray:
-        """-> int64 [n]"""
-        counts = [STEP, len(self.updates), len(self.rows), len(self.token_ids), len(self.alike)]
-=======
     adapters: np.ndarray | None = None
 
     def encode(self) -> np.ndarray:
         """-> int64 [n]"""
         kind = STEP if self.adapters is None else STEP_WITH_ADAPTERS
-        counts = np.array([kind, len(self.updates), len(self.rows), len(self.token_ids)], dtype=np.int64)
->>>>>>> ada
+        counts = [kind, len(self.updates), len(self.rows), len(self.token_ids), len(self.alike)]
         return np.concatenate(
             (
                 np.array(counts, dtype=np.int64),
@@ -79,40 +63,27 @@ class StepMetadata:
                 self.emits,
                 self.scored,
                 self.token_ids,
-<<<<<<< HEAD
                 np.array(self.alike, dtype=np.int64).reshape(-1),
-=======
                 *([] if self.adapters is None else [self.adapters]),
->>>>>>> ada
             )
         )
 
     @staticmethod
     def decode(words: np.ndarray) -> "StepMetadata":
         """Raises ValueError for anything that `encode` did not write."""
-<<<<<<< HEAD
-        if len(words) < 5 or words[0] != STEP:
+        if len(words) < 5 or words[0] not in (STEP, STEP_WITH_ADAPTERS):
             raise ValueError(f"not a step: {len(words)} words, kind {words[0] if len(words) else None}")
         num_updates, batch, tokens, groups = words[1:5].tolist()
         updates, at = _decoded(words, 5, num_updates)
         ids = at + 5 * batch
-        end = ids + tokens
-        if end + 3 * groups != len(words):
-            raise ValueError(f"a step of {len(words)} words announces {end + 3 * groups}")
-        alike = [Alike(*group) for group in words[end:].reshape(groups, 3).tolist()]
-        return StepMetadata(updates, *words[at:ids].reshape(5, batch), words[ids:end], alike)
-=======
-        if len(words) < 4 or words[0] not in (STEP, STEP_WITH_ADAPTERS):
-            raise ValueError(f"not a step: {len(words)} words, kind {words[0] if len(words) else None}")
-        num_updates, batch, tokens = words[1:4].tolist()
-        updates, at = _decoded(words, num_updates)
-        behind = at + 5 * batch + tokens
-        slots = batch if words[0] == STEP_WITH_ADAPTERS else 0
-        if behind + slots != len(words):
-            raise ValueError(f"a step of {len(words)} words announces {behind + slots}")
-        columns = words[at : at + 5 * batch].reshape(5, batch)
-        return StepMetadata(updates, *columns, words[at + 5 * batch : behind], words[behind:] if slots else None)
->>>>>>> ada
+        behind = ids + tokens
+        slots = behind + 3 * groups
+        end = slots + (batch if words[0] == STEP_WITH_ADAPTERS else 0)
+        if end != len(words):
+            raise ValueError(f"a step of {len(words)} words announces {end}")
+        alike = [Alike(*group) for group in words[behind:slots].reshape(groups, 3).tolist()]
+        adapters = words[slots:end] if words[0] == STEP_WITH_ADAPTERS else None
+        return StepMetadata(updates, *words[at:ids].reshape(5, batch), words[ids:behind], alike, adapters)
 
 
 @dataclass(frozen=True)
@@ -248,11 +219,7 @@ class ModelRunner(Executor):
             chains = np.tile(np.arange(n), batch)  # each guess follows the one before
             logits = self.verify(step.rows, step.computed, 1 + n, step.guesses.reshape(-1), chains)
         elif len(step.token_ids) == 0:
-<<<<<<< HEAD
-            logits = self.decode(step.rows, step.computed, step.alike)
-=======
-            logits = self.decode(step.rows, step.computed, adapters=step.adapters)
->>>>>>> ada
+            logits = self.decode(step.rows, step.computed, step.alike, adapters=step.adapters)
         else:
             scored = first_of_each(step.new, step.scored)
             logits = self.ragged(

@@ -146,7 +146,7 @@ def test_who_is_in_a_step_has_a_slot_of_its_own(steps, more):
 def test_the_slots_of_a_step_travel_behind_its_tokens():
     columns = np.arange(10).reshape(5, 2)
     plain = StepMetadata([(0, 0, [7])], *columns, np.array([5, 6, 7]))
-    with_slots = StepMetadata([(0, 0, [7])], *columns, np.array([5, 6, 7]), np.array([0, 2]))
+    with_slots = StepMetadata([(0, 0, [7])], *columns, np.array([5, 6, 7]), adapters=np.array([0, 2]))
     assert StepMetadata.decode(plain.encode()).adapters is None
     back = StepMetadata.decode(with_slots.encode())
     assert (back.token_ids.tolist(), back.adapters.tolist()) == ([5, 6, 7], [0, 2])
