@@ -215,7 +215,7 @@ def as_bytes(named_tensors: Any) -> bytes:
     """Of a safetensors file. Raises ValueError for what is no tensor, and for a name that comes twice."""
     if isinstance(named_tensors, bytes | bytearray | memoryview):
         return bytes(named_tensors)
-    given = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
+    given = list(named_tensors.items()) if isinstance(named_tensors, Mapping) else named_tensors
     pairs = walked("named_tensors", given, "pairs (name, tensor), or safetensors' bytes")
     tensors = {}
     for one in pairs:
