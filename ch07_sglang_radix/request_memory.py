@@ -9,7 +9,6 @@ The scheduler says who gets and who gives; here is how. Slots of a row, from the
 """
 
 from collections.abc import Callable, Sequence
-from itertools import groupby
 
 import numpy as np
 
@@ -17,10 +16,7 @@ from ch07_sglang_radix.memory_pool import ReqToTokenPool, TokenToKVPool
 from ch07_sglang_radix.radix_cache import MatchResult, RadixCache
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.session_memory import SessionMemory
-from ch07_sglang_radix.tasks import Alike, PageUpdate
-from common.attention.sequence_table import MIN_ALIKE
-
-MIN_ALIKE_TOKENS = 256  # a shorter common prefix is read again by each
+from ch07_sglang_radix.tasks import PageUpdate
 
 
 class RequestMemory:
@@ -130,22 +126,9 @@ class RequestMemory:
                 req.sent_len = req.allocated_len
         return tuple(updates)
 
-    def alike(self, reqs: Sequence[Req]) -> tuple[list[Req], tuple[Alike, ...]]:
-        """The same requests with those that begin with the same pages side by side, and which ones do.
-
-        Only what lies in the tree counts: pages that no request writes to.
-        """
-        begin = {req.row: int(self.rows.req_to_token[req.row, 0]) if req.prefix_len else -1 - req.row for req in reqs}
-        ordered, groups, first = sorted(reqs, key=lambda req: begin[req.row]), [], 0
-        for members in (list(group) for _, group in groupby(ordered, key=lambda req: begin[req.row])):
-            length = min(req.prefix_len for req in members)
-            if len(members) >= MIN_ALIKE and length >= MIN_ALIKE_TOKENS:
-                table = self.rows.req_to_token[[req.row for req in members], : length : self.page_size]
-                same = int((table == table[0]).all(axis=0).cumprod().sum())
-                if same * self.page_size >= MIN_ALIKE_TOKENS:
-                    groups.append(Alike(first, len(members), same))
-            first += len(members)
-        return ordered, tuple(groups)
+    def tree_pages(self, req: Req) -> np.ndarray:
+        """[n] page ids of its beginning that lies in the tree: no request writes to these."""
+        return self.rows.req_to_token[req.row, : req.prefix_len : self.page_size] // self.page_size
 
     def whole_pages(self, tokens: int) -> int:
         return -(-tokens // self.page_size) * self.page_size

@@ -11,7 +11,8 @@ import numpy as np
 
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.request_memory import RequestMemory
-from ch07_sglang_radix.tasks import Alike, PageUpdate
+from ch07_sglang_radix.tasks import PageUpdate
+from common.attention.prefix_groups import ALONE, Alike, PrefixGroups
 from common.sampling.batch import SamplingBatch
 
 
@@ -23,16 +24,16 @@ class ScheduleBatch:
     """
 
     def __init__(self, memory: RequestMemory, group: bool):
-        self.memory, self.group = memory, group
+        self.memory = memory
+        self.groups = PrefixGroups(memory.page_size) if group else None
         self.reqs: list[Req] = []
-        self.rows = self.positions = self.ends = np.zeros(0, dtype=np.int64)
         self.alike: tuple[Alike, ...] = ()
-        self.sampling: SamplingBatch | None = None  # of the last step; None once the batch has changed
-        self.counted, self.needs_last_token = 0, False
+        self.sampling: SamplingBatch | None = None  # of the last step; None if the next one's is to be made anew
         self.steps_left = 0  # until the first of them has all its tokens drawn
         self._members: set[Req] = set()
         self._chosen_from: list[Req] = []  # those that ran when it was made
         self._unsent: list[Req] = []  # whose newest pages the ranks may not know
+        self._hold([], np.zeros((6, 0), dtype=np.int64))
 
     def is_of(self, running: list[Req]) -> bool:
         """Does everybody still want a token, and has nobody come or gone since `running` was what `become` chose from?"""
@@ -45,27 +46,28 @@ class ScheduleBatch:
             wanted = set(reqs)
             self.filter(np.array([req in wanted for req in self.reqs], dtype=bool))
             self.merge([req for req in reqs if req not in self._members])
-            if self.group and self.reqs:
-                self.reqs, self.alike = self.memory.alike(self.reqs)
-                self._read()
-            self.counted = sum([not req.probe for req in self.reqs])
-            self.needs_last_token = any([req.needs_last_token for req in self.reqs])
+            if self.groups:
+                order, self.alike = self.groups.in_order(self._numbers)
+                self._pick(order)
         self.steps_left = min([req.wanted for req in self.reqs], default=0)
 
     def filter(self, keep: np.ndarray) -> None:
         """Only those where keep [B] is true stay."""
         if not keep.all():
-            self.reqs = [req for req, stays in zip(self.reqs, keep.tolist(), strict=True) if stays]
-            self.rows, self.positions, self.ends = self.rows[keep], self.positions[keep], self.ends[keep]
-            self._members, self.alike, self.sampling = set(self.reqs), (), None
+            for row in self.rows[~keep].tolist() if self.groups else ():
+                self.groups.leave(row)
+            self._pick(keep.nonzero()[0])
 
     def merge(self, reqs: Sequence[Req]) -> None:
         """These join at the end."""
         if reqs:
-            self.reqs = [*self.reqs, *reqs]
-            self._members, self.alike = set(self.reqs), ()
+            new = np.array([self._told(req) for req in reqs], dtype=np.int64).T
             self._unsent += reqs
-            self._read()
+            if any([req.needs_last_token for req in reqs]):
+                self.sampling = None
+            elif self.sampling:
+                self.sampling.merge_batch([req.sampling_row() for req in reqs])
+            self._hold([*self.reqs, *reqs], np.concatenate((self._columns, new), axis=1))
 
     def grow(self) -> tuple[PageUpdate, ...]:
         """A page more for each whose last one is full; returns what the ranks do not know yet of all pages."""
@@ -88,15 +90,30 @@ class ScheduleBatch:
             req.wanted -= 1
 
     def next_sampling(self) -> SamplingBatch:
-        """The sampling parameters of the next step; they only move on while the batch stays the same."""
-        if self.sampling and not self.sampling.needs_last_token:
+        """The sampling parameters of the next step; who stays in the batch only moves on."""
+        if self.sampling:
             self.sampling.advance()
-        else:
-            self.sampling = SamplingBatch([req.sampling_row() for req in self.reqs])
-        return self.sampling
+            return self.sampling
+        sampling = SamplingBatch([req.sampling_row() for req in self.reqs])
+        if not self.needs_last_token:
+            self.sampling = sampling
+        return sampling
 
-    def _read(self) -> None:
-        self.rows, self.positions, self.ends = np.array(
-            [(req.row, req.kv_len, req.allocated_len) for req in self.reqs], dtype=np.int64
-        ).T.copy()
-        self.sampling = None
+    def _told(self, req: Req) -> tuple[int, ...]:
+        """What its column says of it, its group included."""
+        number = self.groups.join(req.row, self.memory.tree_pages(req)) if self.groups else ALONE
+        return req.row, req.kv_len, req.allocated_len, number, req.probe, req.needs_last_token
+
+    def _pick(self, order: np.ndarray) -> None:
+        """These stay, in this order [n]."""
+        if len(order) == len(self.reqs) and (order[1:] > order[:-1]).all():
+            return
+        if self.sampling:
+            self.sampling.filter_batch(order)
+        self._hold([self.reqs[i] for i in order.tolist()], self._columns[:, order])
+
+    def _hold(self, reqs: list[Req], columns: np.ndarray) -> None:
+        """columns [6, B]: a request's is what `_told` says."""
+        self.reqs, self._columns, self._members = reqs, columns, set(reqs)
+        self.rows, self.positions, self.ends, self._numbers, probes, need = columns
+        self.counted, self.needs_last_token = len(reqs) - int(probes.sum()), bool(need.any())

@@ -41,6 +41,8 @@ from zlib import crc32
 
 import numpy as np
 
+from common.attention.prefix_groups import Alike
+
 MAGIC = 0x5A11_0000
 VERSION = 3
 HEADER = 10
@@ -48,8 +50,9 @@ STOP, PREFILL, DECODE, NOTE, PARALLEL, TOKENS, WING, VERIFY = 1, 2, 3, 4, 5, 6, 
 LEAVE = -1
 # name -> number on the wire. scored: of a prefill sequence's new tokens, from the first on, so many whose next token's
 # log-probability is asked for. shift: by how much the pictures before a prefill sequence's tokens shift their positions.
-# adapter: the slot of the sequence's LoRA adapter, 0 for none
-COLUMNS = {"scored": 1, "shift": 2, "adapter": 3}
+# adapter: the slot of the sequence's LoRA adapter, 0 for none. temperature, in millionths (0: greedy), and seed: with what a
+# drafter draws a verify step's guesses
+COLUMNS = {"scored": 1, "shift": 2, "adapter": 3, "temperature": 4, "seed": 5}
 
 
 class PageUpdate(NamedTuple):
@@ -67,14 +70,6 @@ class PrefillSequence(NamedTuple):
     cached: int
     new: int
     emits: int
-
-
-class Alike(NamedTuple):
-    """Sequences first .. first+count-1 of a decode step begin with the same pages: attention may read them once."""
-
-    first: int
-    count: int
-    pages: int
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from common.attention.contract import AttentionMetadata, SharedPrefixes
+from common.attention.prefix_groups import MIN_ALIKE
 from common.distributed.transfer import upload_all
 from common.draft_tree import DraftTree
 
@@ -29,9 +30,6 @@ class StepInputs:
     positions: torch.Tensor  # [T]
     rows: torch.Tensor  # [B]
     meta: AttentionMetadata | None  # None: no sequence at all
-
-
-MIN_ALIKE = 4  # sequences that begin alike are worth a tile if they are as many
 
 
 class SequenceTable:

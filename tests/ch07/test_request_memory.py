@@ -1,13 +1,12 @@
-"""What a request holds while it is admitted, and who begins like whom."""
+"""What a request holds while it is admitted."""
 
-import numpy as np
 import pytest
 
 from ch07_sglang_radix.memory_pool import ReqToTokenPool, TokenToKVPool
 from ch07_sglang_radix.radix_cache import RadixCache
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.request_memory import RequestMemory
-from ch07_sglang_radix.tasks import Alike, PageUpdate
+from ch07_sglang_radix.tasks import PageUpdate
 from common.sampling.params import SamplingParams
 
 
@@ -81,28 +80,3 @@ def test_slots_are_lacked_by_whole_pages_and_only_to_the_end_of_the_answer(kv_le
     memory.grow(req, 8)
     req.kv_len = kv_len
     assert memory.slots_needed([req], steps) == slots
-
-
-@pytest.mark.parametrize(
-    ("members", "page_size", "shared", "alike"),
-    [
-        (4, 1, 256, True),
-        (4, 1, 255, False),
-        (3, 1, 256, False),
-        (4, 1, 304, True),
-        (4, 16, 256, True),
-        (4, 16, 240, False),
-    ],
-)
-def test_four_requests_that_begin_with_the_same_256_tokens_stand_side_by_side(members, page_size, shared, alike):
-    """Less is not worth a tile of attention's. Here they share `shared` of the 304 tokens that each found in the tree."""
-    memory = memory_of(pages=4000, page_size=page_size)
-    common = memory.pool.alloc(shared // page_size)
-    reqs = [Req(rid, None, [1] * 400, SamplingParams(), 0, row=memory.rows.alloc()) for rid in range(members + 1)]
-    for req in reqs[:1] + reqs[2:]:  # the second one has found nothing
-        req.prefix_len = 304
-        slots = np.concatenate((common, memory.pool.alloc(304 // page_size)))
-        memory.rows.req_to_token[req.row, :304] = slots[:304]
-    ordered, groups = memory.alike(reqs)
-    assert [req.rid for req in ordered] == [1, 0, *range(2, members + 1)]
-    assert groups == ((Alike(1, members, shared // page_size),) if alike else ())

@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 from ch07_sglang_radix.tasks import (
     COLUMNS,
     HEADER,
-    Alike,
     DecodeTask,
     NoteTask,
     PageUpdate,
@@ -22,6 +21,7 @@ from ch07_sglang_radix.tasks import (
     encode,
     num_words,
 )
+from common.attention.prefix_groups import Alike
 
 small = st.integers(0, 1 << 40)
 updates = st.lists(st.builds(PageUpdate, small, small, st.lists(small, max_size=5).map(tuple)), max_size=4).map(tuple)
