@@ -4,9 +4,9 @@
     CodedMatrices   the matrices of a rank's experts
 
 On a CPU this is about memory and not about speed: PIECE numbers are made, multiplied by all rows of x and let go, in each
-product anew. Making one takes 0.8 ns (INT8), 4 (GPTQ, 4 bits), 5 (FP8 in blocks) or 8 (MXFP4), multiplying by it 0.16 for one row
-of x (one core of a Zen 3, CPU time, torch 2.13). So `auto` does not take it there. Experts are where it costs least: a step makes
-the numbers of those alone that its tokens have chosen.
+product anew. Making one takes 0.8 ns (INT8), 4 (GPTQ, 4 bits), 5 (FP8 in blocks) or 8 (MXFP4), multiplying by it 0.16 for one
+row of x (one core of an AMD EPYC, CPU time, torch 2.13). So `auto` does not take it there. Experts are where it costs least: a
+step makes the numbers of those alone that its tokens have chosen.
 """
 
 from collections.abc import Sequence

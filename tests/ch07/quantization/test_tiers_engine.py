@@ -103,6 +103,22 @@ def test_another_engine_finds_what_this_one_has_computed(plain, tmp_path, policy
     assert facts["storage_fetched_tokens"] >= stored / 4
 
 
+def test_two_engines_that_run_at_once_find_each_other_s_pages(plain, tmp_path):
+    """What one has written is the other's at its next request."""
+    with (
+        Engine(**on_disk(tmp_path, max_total_tokens=256)) as one,
+        Engine(**on_disk(tmp_path, max_total_tokens=256)) as other,
+    ):
+        for i, (writer, reader) in enumerate(((one, other), (other, one))):
+            assert ask(writer, PROMPTS[i])["output_ids"] == plain[i]
+            while writer.scheduler.tiers.controller.storage.backlog:
+                time.sleep(0.001)
+            again = ask(reader, PROMPTS[i])
+            assert again["output_ids"] == plain[i]
+            assert again["meta_info"]["cached_tokens_details"]["storage"] == (len(PROMPTS[i]) - 1) // 4 * 4
+        assert [engine.get_server_info()["storage_damaged_pages"] for engine in (one, other)] == [0, 0]
+
+
 def disk_is_done(engine: Engine) -> bool:
     """Waits for what has been looked up and what is being read; as in StepLoop.beside: nothing is on its way then."""
     waited_for = engine.scheduler.tiers.prefetch
