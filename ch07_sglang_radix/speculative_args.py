@@ -81,6 +81,8 @@ def check_speculative(args: Any) -> dict[str, Any]:
     if len(rules) > 1:
         raise ValueError(f"{rules[0]} with {rules[1]}: each is a rule for what is kept; use one of the two")
     if args.speculative_algorithm is None:
+        if rules:
+            raise ValueError(f"{rules[0]} without speculative_algorithm: there are no guesses to keep; give one")
         given = ("draft_model_path", "num_steps", "eagle_topk", "num_draft_tokens")
         for name in (f"speculative_{one}" for one in given):
             if getattr(args, name) is not None:

@@ -11,7 +11,7 @@ import torch
 
 from ch07_sglang_radix.tasks import DecodeTask, ParallelTask, PrefillTask, VerifyTask
 from common.executor import NO_TOKENS, Executor, StepParts, first_of_each
-from common.models.drafters.draws import DrawnRows
+from common.sampling.draws import DrawnRows
 from common.values import flag, shown
 
 LAST_TOKEN = -1  # in a prefill step: the last token of the row, which may be known to the device only

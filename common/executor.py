@@ -34,8 +34,7 @@ from common.layers.cpu_linear import choose_forms
 from common.layers.expert_placement import ExpertPlacement
 from common.layers.moe import MoEOptions
 from common.models.config import ModelConfig
-from common.models.drafters.contract import DraftOptions, Target
-from common.models.drafters.draws import DrawnRows
+from common.models.drafters.contract import Drafter, DraftOptions, Target
 from common.models.drafters.load import load_drafter
 from common.models.graph_runner import DecodeGraphs, StepGraphs
 from common.models.hub import resolve_model
@@ -52,6 +51,7 @@ from common.parallel_state import ParallelState, TPGroup, all_gather, all_reduce
 from common.pool_size import SGLANG_WORDS, PoolWords, num_pages
 from common.quantization.packed_codes import CodedMatrices
 from common.sampling.batch import SamplingRow
+from common.sampling.draws import DrawnRows, Draws
 from common.sampling.logprobs import Logprobs
 from common.sampling.params import SamplingParams
 from common.sampling.sampler import sample
@@ -376,7 +376,7 @@ class Executor:
         """
         everybody = [range(n) for n in parts or [len(rows)]]
         own = self._slice_of(everybody)
-        if self.verifier and self.verifier.drafter:  # it is told what was computed, and goes on from there
+        if self.drafter:  # it is told what was computed, and goes on from there
             return self._decode_for_drafter(rows, positions, alike, adapters)
         if self.graphs:
             out = self.graphs.run(rows, positions, alike, self.links.receive_hidden(len(rows)), parts, adapters)
@@ -432,7 +432,10 @@ class Executor:
         makes them, and draws them if `drawn` says with what. The pages of a sequence must have room for positions[b] + N tokens.
         adapters [B]: as in `ragged`.
         """
-        tree, chain = self.verifier.tree(rows, positions, nodes, guesses, parents, drawn)
+        draws = None
+        if drawn:
+            draws = Draws(drawn, positions, self.config.vocab_size, self.tp.device, keeps=self.tp.rank == 0)
+        tree, chain = self.verifier.tree(rows, positions, nodes, guesses, parents, draws)
         if self.tree_graphs and self.tree_graphs.holds(len(rows), nodes):
             return self._replay_tree(rows, positions, tree, chain, adapters)
         slots = None if adapters is None else np.repeat(adapters, nodes)
@@ -440,6 +443,17 @@ class Executor:
         hidden = self._forward(step, None, heard, slots)
         self._emitting.append(self.verifier.waits(rows, positions, step, hidden, heard, tree, chain))
         return self._logits(hidden, slots)
+
+    @property
+    def drafter(self) -> Drafter | None:
+        """Who guesses on this rank; None if nobody, or rank 0 does."""
+        return self.verifier.drafter if self.verifier else None
+
+    @property
+    def caches(self) -> list[PagedKVCache]:
+        """The model's pages, and a drafter's own."""
+        own = self.drafter.cache if self.drafter else None
+        return [self.kv_cache, own] if own else [self.kv_cache]
 
     @property
     def recorded(self) -> list[StepGraphs]:

@@ -17,12 +17,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
-from common.attention.kv_cache import PagedKVCache
 from common.distributed.processes import give_back_freed_memory
 from common.executor import Executor
 from common.layers.cpu_linear import packed, row_major
 from common.models.decoder import CausalLM
-from common.models.drafters.contract import Drafter
 from common.models.quantized_tensors import held_tensors
 
 WEIGHTS, PAGES, GRAPHS = TAGS = ("weights", "kv_cache", "cuda_graph")
@@ -69,7 +67,7 @@ class MemoryOccupation:
                 self._layout[name] = None if x.is_mkldnn else (x.shape, x.stride())
                 x.data = packed(torch.zeros(1, 1, dtype=x.dtype)) if x.is_mkldnn else x.new_empty(0)
         if PAGES in tags:
-            for cache in self._caches():
+            for cache in self.executor.caches:
                 cache.release()
         self.away |= tags
         if self.executor.tp.device.type == "cuda":
@@ -83,7 +81,7 @@ class MemoryOccupation:
         if WEIGHTS in tags:
             self._bring_weights_back()
         if PAGES in tags:
-            for cache in self._caches():
+            for cache in self.executor.caches:
                 cache.resume()
 
     @torch.no_grad()
@@ -110,7 +108,7 @@ class MemoryOccupation:
 
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each once: parameters, and the second form of a tied head; then a drafter's."""
-        model, drafter = self.executor.model, self._drafter
+        model, drafter = self.executor.model, self.executor.drafter
         for whose, module in (("", model), ("draft.", drafter.module if drafter else None)):
             if module is None:
                 continue
@@ -119,11 +117,3 @@ class MemoryOccupation:
             head = module.lm_head if isinstance(module, CausalLM) else None
             if head is not None and head.copy is not None:
                 yield f"{whose}lm_head.copy", head.copy
-
-    def _caches(self) -> list[PagedKVCache]:
-        drafter = self._drafter
-        return [self.executor.kv_cache, *([drafter.cache] if drafter and drafter.cache else [])]
-
-    @property
-    def _drafter(self) -> Drafter | None:
-        return self.executor.verifier.drafter if self.executor.verifier else None

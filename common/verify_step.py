@@ -20,8 +20,7 @@ from common.attention.kv_cache import PagedKVCache
 from common.attention.sequence_table import SequenceTable, StepInputs
 from common.distributed.transfer import upload, upload_all
 from common.draft_tree import Accepted, DraftTree, walk
-from common.models.drafters.contract import Drafter, DraftOptions
-from common.models.drafters.draws import DrawnRows, Draws
+from common.models.drafters.contract import Drafter, DraftOptions, Draws
 
 
 @dataclass(frozen=True)
@@ -65,16 +64,15 @@ class Verifier:
 
     def tree(
         self, rows: np.ndarray, positions: np.ndarray, nodes: int, guesses: Sequence[int] = (),
-        parents: Sequence[int] = (), drawn: DrawnRows | None = None,
+        parents: Sequence[int] = (), draws: Draws | None = None,
     ) -> tuple[DraftTree, bool]:  # fmt: skip
         """The tree of the step, and whether it is a chain for certain. guesses, parents: B * (N-1) numbers, if rank 0 has made
-        them. drawn: with what a drafter draws its guesses; None: it chooses them."""
+        them. draws: with what a drafter draws its guesses; None: it chooses them."""
         (there,) = upload_all(self.table.device, rows)
         last = self.table.last_token[there]
         if not len(guesses) and nodes > 1:
             if self.drafter is None:
                 raise ValueError(f"a verify step of {nodes} nodes without guesses, and this rank has no drafter")
-            draws = Draws(drawn, positions, self.vocab_size, self.table.device) if drawn else None
             return self._inside(
                 self.drafter.draft(self.table, rows, last, positions, nodes, draws)
             ), self.drafter.chains

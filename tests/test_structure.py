@@ -166,8 +166,7 @@ ROOMS = {
     "text": {"bounded", "values"},
     "vision": {"attention", "distributed", "layers", "parallel_state", "values"},
     "models": {
-        "attention", "distributed", "draft_tree", "kernels", "layers", "parallel_state", "quantization", "sampling", "values",
-        "vision",
+        "attention", "distributed", "draft_tree", "kernels", "layers", "parallel_state", "quantization", "values", "vision",
     },
     "pool_size": {"parallel_state"},
     "verify_step": {"attention", "distributed", "draft_tree", "models"},

@@ -83,6 +83,14 @@ def gather_logits(logits_local: torch.Tensor, vocab_size: int, tp: TPGroup) -> t
     return None if parts is None else join_logits(parts, vocab_size)
 
 
+def all_logits(logits_local: torch.Tensor, vocab_size: int, tp: TPGroup) -> torch.Tensor:
+    """logits_local [n, V/R] of a draft -> [n, V] on every rank, without the padding: all draw the same guess from them."""
+    if tp.size == 1:
+        return logits_local[:, :vocab_size]
+    parts = all_gather(logits_local, tp, "draft logits")  # COMM all-gather [n, V/R]: every rank draws the same guess
+    return join_logits(parts, vocab_size)
+
+
 def gather_best_logits(logits_local: torch.Tensor, best: int, vocab_size: int, tp: TPGroup) -> torch.Tensor | None:
     """logits_local [B, V/R] -> [B, V] on rank 0 with all but each rank's `best` best at -inf; None elsewhere.
 

@@ -19,7 +19,7 @@ that token is distributed as p, whatever was guessed; tests draw and count.
 
 The engine needs none of them to be exact: it draws a token at every node, as a plain decode would, and follows the child that
 carries it (common/draft_tree.py). For chosen guesses that keeps x with p(x), too, and the text is that of a plain decode, token for
-token. `decide` is for those who ask for another rule, or whose guesses are drawn (drafters/draws.py): what it writes at the nodes
+token. `decide` is for those who ask for another rule, or whose guesses are drawn (draws.py): what it writes at the nodes
 makes the same walk give the rule's path.
 """
 

@@ -25,6 +25,7 @@ standalone_worker_v2.py, ngram_worker.py), and no Medusa heads. vLLM's are propo
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -34,7 +35,6 @@ from common.attention.kv_cache import PagedKVCache
 from common.attention.sequence_table import SequenceTable
 from common.draft_tree import Accepted, DraftTree
 from common.models.decoder import CausalLM
-from common.models.drafters.draws import Draws
 from common.parallel_state import TPGroup
 
 
@@ -65,13 +65,25 @@ class Target:
     max_context: int  # positions that a sequence may have
 
 
+class Draws(Protocol):
+    """Draws the guesses of a chain for each of B sequences (sampling/draws.py)."""
+
+    def guess(self, logits: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
+        """logits [B, V'] of the draft -> the next guesses [B]; ids [V']: its vocabulary in the target's ids."""
+        ...
+
+    def q(self, nodes: int) -> torch.Tensor | None:
+        """[B, N, V], for DraftTree.q."""
+        ...
+
+
 class Drafter(ABC):
     """`features`: the hidden states of the target that it wants to be told. None: none, and it gets None for them. (): the last
     ones, after the final norm, [.., D]. (i, j, ...): those that enter layers i, j, ..., side by side [.., n * D]; a layer's
     input is the sum that its first norm reads. `page_bytes`: what a page of its own cache costs on this rank; 0 without one.
     `chains`: its trees are chains, always, so that no accepted token ever has to be moved.
     `cache` and `module`: its own pages, and what holds its own weights; None without. An engine that sleeps gives up both
-    (common/memory_occupation.py). `draws`: of chains it can draw the guesses, and not only choose them (draws.py).
+    (common/memory_occupation.py). `draws`: of chains it can draw the guesses, and not only choose them.
 
     Everything is called under inference_mode, and nothing may wait for a GPU. rows, cached, new, positions: int64 arrays on the
     CPU, since rank 0 has decided them; tokens, trees and features: tensors on the device.

@@ -23,9 +23,8 @@ from common.attention.sequence_table import SequenceTable
 from common.attention.torch_native import TorchNativeAttention
 from common.distributed.transfer import upload_all
 from common.draft_tree import Accepted, DraftTree
-from common.layers.vocab import best_logprobs
-from common.models.drafters.contract import Drafter, DraftOptions, Target
-from common.models.drafters.draws import Draws
+from common.layers.vocab import all_logits, best_logprobs
+from common.models.drafters.contract import Drafter, DraftOptions, Draws, Target
 from common.models.drafters.eagle_head import load_head
 from common.models.drafters.growth import Growth
 from common.models.drafters.levels import CopiedLevels, PagedLevels
@@ -127,7 +126,7 @@ class EagleDrafter(Drafter):
             for turn in zip(cos, sin, strict=True):
                 hidden, logits = self._run(chain[-1], hidden, turn, levels.level(None))
                 if draws:
-                    chain.append(draws.guess(logits, self._vocab, self.ids, self.target.tp))
+                    chain.append(draws.guess(all_logits(logits, self._vocab, self.target.tp), self.ids))
                 else:
                     chain.append(self._best(logits, 1)[1].squeeze(1))
             chain += [torch.zeros_like(last_tokens)] * (nodes - len(chain))

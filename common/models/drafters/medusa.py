@@ -37,8 +37,7 @@ from common.layers.heads import split_evenly
 from common.layers.linear import load_pieces, loadable
 from common.layers.vocab import best_logprobs
 from common.models.checkpoint import Stored, checkpoint_files, open_tensors
-from common.models.drafters.contract import Drafter, DraftOptions, Target
-from common.models.drafters.draws import Draws
+from common.models.drafters.contract import Drafter, DraftOptions, Draws, Target
 from common.models.hub import resolve_model
 from common.models.json_file import json_shown, read_json
 from common.models.quantized_tensors import plain_tensors

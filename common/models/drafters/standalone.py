@@ -25,10 +25,9 @@ from common.distributed.transfer import upload_all
 from common.draft_tree import Accepted, DraftTree
 from common.layers.cpu_linear import choose_forms
 from common.layers.rotary import RotaryEmbedding
-from common.layers.vocab import best_logprobs
+from common.layers.vocab import all_logits, best_logprobs
 from common.models.config import ModelConfig
-from common.models.drafters.contract import Drafter, DraftOptions, Target
-from common.models.drafters.draws import Draws
+from common.models.drafters.contract import Drafter, DraftOptions, Draws, Target
 from common.models.drafters.growth import Growth
 from common.models.hub import resolve_model
 from common.models.weights import load_model
@@ -121,7 +120,8 @@ class StandaloneDrafter(Drafter):
     def _next(self, hidden: torch.Tensor, draws: Draws | None) -> torch.Tensor:
         """The guesses [B] behind hidden [B, D]."""
         if draws:
-            return draws.guess(self.model.compute_logits(hidden), self.model.config.vocab_size, None, self.target.tp)
+            logits = self.model.compute_logits(hidden)
+            return draws.guess(all_logits(logits, self.model.config.vocab_size, self.target.tp), None)
         return self._best(hidden, 1)[1].squeeze(1)
 
     def _catch_up(

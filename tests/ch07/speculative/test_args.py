@@ -33,6 +33,8 @@ def test_nothing_is_asked_for_by_default():
     [
         ({"algorithm": "EAGLE2"}, "speculative_algorithm='EAGLE2' is unknown; use NGRAM, STANDALONE"),
         ({"num_steps": 3}, "speculative_num_steps=3 without speculative_algorithm: nothing is guessed"),
+        ({"typical_acceptance": True}, "speculative_typical_acceptance without speculative_algorithm: there are no guesses"),
+        ({"accept_threshold_acc": 0.5}, "speculative_accept_threshold_acc=0.5 without speculative_algorithm"),
         ({"algorithm": "NGRAM", "eagle_topk": 2}, "speculative_eagle_topk=2 with speculative_algorithm=NGRAM, which has no draft"),
         ({"algorithm": "NGRAM", "num_draft_tokens": 1}, "speculative_num_draft_tokens=1 must be"),
         ({"algorithm": "NGRAM", "num_draft_tokens": "x"}, "speculative_num_draft_tokens"),

@@ -17,8 +17,6 @@ import numpy as np
 import torch
 
 from common.distributed.transfer import upload
-from common.layers.vocab import join_logits
-from common.parallel_state import TPGroup, all_gather
 from common.sampling.batch import uniform
 
 GUESSES = np.uint64(0xC2B2AE3D27D4EB4F)  # the stream, beside those of sampling/nodes.py
@@ -34,23 +32,21 @@ class DrawnRows:
 
 
 class Draws:
-    """Of one chain for each of the B rows, whose last tokens stand at positions [B]. vocab_size V: the target's."""
+    """Of one chain for each of the B rows, whose last tokens stand at positions [B]. vocab_size V: the target's.
+    keeps: q, for whoever verifies, which is rank 0."""
 
-    def __init__(self, rows: DrawnRows, positions: np.ndarray, vocab_size: int, device: torch.device):
-        self.rows, self.positions, self.vocab_size = rows, positions.astype(np.uint64), vocab_size
+    def __init__(
+        self, rows: DrawnRows, positions: np.ndarray, vocab_size: int, device: torch.device, keeps: bool = True
+    ):
+        self.rows, self.positions, self.vocab_size, self.keeps = rows, positions.astype(np.uint64), vocab_size, keeps
         self.temperatures = upload(rows.temperatures.astype(np.float32), device).unsqueeze(1)
-        self._q: list[torch.Tensor] = []  # of each guess so far [B, V]; rank 0's
+        self._q: list[torch.Tensor] = []  # of each guess so far [B, V]
         self._depth = 0
 
-    def guess(
-        self, logits_local: torch.Tensor, draft_vocab: int, ids: torch.Tensor | None, tp: TPGroup
-    ) -> torch.Tensor:
-        """logits_local [B, V'/R] of the draft -> the next guesses [B], the target's ids. ids [V']: where the draft's
-        vocabulary is another one, which tokens of the target it says."""
-        parts = [logits_local]
-        if tp.size > 1:
-            parts = all_gather(logits_local, tp, "draft logits")  # COMM all-gather [B, V/R]: all ranks draw alike
-        logits = join_logits(parts, draft_vocab).float()
+    def guess(self, logits: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
+        """logits [B, V'] of the draft -> the next guesses [B], the target's ids. ids [V']: where the draft's vocabulary is
+        another one, which tokens of the target it says."""
+        logits = logits.float()
         greedy = self.temperatures == 0
         q = (logits / self.temperatures.masked_fill(greedy, 1)).softmax(dim=-1)
         certain = torch.zeros_like(q).scatter_(1, logits.argmax(dim=-1, keepdim=True), 1)
@@ -60,15 +56,15 @@ class Draws:
         u = upload(numbers, q.device).unsqueeze(1)  # [B, 1] float64
         counts = (q.double() * WHOLE).long().cumsum(dim=-1)
         at = torch.searchsorted(counts, (u * counts[:, -1:]).long(), right=True).clamp(
-            max=draft_vocab - 1
+            max=q.shape[1] - 1
         )  # NaN has no place
-        if tp.rank == 0:
+        if self.keeps:
             self._q.append(q if ids is None else q.new_zeros(len(q), self.vocab_size).index_copy_(1, ids, q))
         return (at if ids is None else ids[at]).squeeze(1)
 
     def q(self, nodes: int) -> torch.Tensor | None:
-        """[B, N, V] on rank 0: what the guess below each node was drawn from; below the last one is none."""
-        if not self._q:
+        """[B, N, V]: what the guess below each node was drawn from; below the last one is none. None where it is not kept."""
+        if not self.keeps:
             return None
         none = self._q[0].new_zeros(len(self.temperatures), nodes - len(self._q), self.vocab_size)
         none[..., 0] = 1  # guesses that fill a chain up are token 0 for certain

@@ -4,22 +4,21 @@ import numpy as np
 import pytest
 import torch
 
-from common.models.drafters.draws import DrawnRows, Draws
-from common.parallel_state import TPGroup
+from common.sampling.draws import DrawnRows, Draws
 from tests.common.sampling.test_acceptance import LIMIT, chi_square
 
 ROWS = 20_000
 LOGITS = torch.tensor([0.3, 1.2, -0.5, 0.0, 2.0])
-ONE = TPGroup(device=torch.device("cpu"))
+CPU = torch.device("cpu")
 
 
 def draws(temperature, count=ROWS, position=7, seeds=None, vocab_size=5):
     rows = DrawnRows(np.full(count, temperature), np.arange(count, dtype=np.uint64) if seeds is None else seeds)
-    return Draws(rows, np.full(count, position), vocab_size, ONE.device)
+    return Draws(rows, np.full(count, position), vocab_size, CPU)
 
 
 def guess(one, logits=LOGITS, ids=None):
-    return one.guess(logits.expand(len(one.temperatures), -1), len(LOGITS), ids, ONE)
+    return one.guess(logits.expand(len(one.temperatures), -1), ids)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
@@ -36,7 +35,7 @@ def test_a_guess_is_drawn_from_the_draft_at_the_request_s_temperature(temperatur
 
 def test_a_greedy_row_is_certain_of_its_best_token():
     rows = DrawnRows(np.array([0.0, 1.0]), np.array([1, 1], dtype=np.uint64))
-    one = Draws(rows, np.array([3, 3]), len(LOGITS), ONE.device)
+    one = Draws(rows, np.array([3, 3]), len(LOGITS), CPU)
     assert guess(one)[0] == 4
     assert one.q(2)[0, 0].tolist() == [0, 0, 0, 0, 1]
     assert one.q(2)[1, 0].max() < 1
@@ -72,4 +71,7 @@ def test_what_fills_a_chain_up_is_token_0_for_certain_and_other_ranks_keep_nothi
     one = draws(1.0, 3)
     guess(one)
     assert one.q(4)[:, 1:].argmax(-1).eq(0).all()
-    assert draws(1.0, 3).q(4) is None
+    rows = DrawnRows(np.ones(3), np.zeros(3, dtype=np.uint64))
+    other = Draws(rows, np.zeros(3), 5, CPU, keeps=False)
+    guess(other)
+    assert other.q(4) is None
