@@ -3,6 +3,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import multiprocessing.util
 import shutil
 import subprocess
 from collections import Counter
@@ -242,10 +243,11 @@ def no_group_left_over():
 
 @pytest.fixture(scope="session", autouse=True)
 def forked():
-    """The ranks and replicas that an engine in this process starts are forked (warm.py): 0.6 CPU seconds each, not 2.9.
+    """The ranks and replicas that an engine in this process starts are forked (warm.py): 1.1 CPU seconds each, not 2.9.
 
     That they start as Python processes do is held where a script, a notebook or a server starts them.
     """
+    multiprocessing.util.get_temp_dir()  # made now: some tests have a temporary folder of their own, which must stay empty
     with pytest.MonkeyPatch.context() as patch:
         for module in (spawn, child):
             patch.setattr(module, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": warm.Popen}))

@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,11 +36,11 @@ POSIX = pytest.mark.skipif(os.name != "posix", reason="sends signals")
 
 @pytest.fixture(autouse=True)
 def no_torchrun(monkeypatch, tmp_path):
-    """A process that torchrun did not start; every temporary folder that a start makes lies in tmp_path."""
+    """A process that torchrun did not start; the temporary folder that a start makes lies in tmp_path."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(parallel_state, "_state", None)
-    monkeypatch.setattr(spawn.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(spawn, "tempfile", SimpleNamespace(mkdtemp=partial(tempfile.mkdtemp, dir=tmp_path)))
 
 
 def pids(tp: TPGroup) -> list[int]:
