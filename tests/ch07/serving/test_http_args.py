@@ -66,7 +66,7 @@ def test_a_model_has_two_names(alias):
         (["--base-gpu-id", "one"], "CUDA_VISIBLE_DEVICES"),
         (["--lora-drain-wait-threshold", "5"], "who has waited for 4 prefill steps gets a place"),
         (["--lora-paths", "a=x", "a=y"], "lora_paths has 2 adapters of the name 'a'"),
-        (["--lora-paths", "a=x", "--pp-size", "2"], "enable_lora with pp_size=2"),
+        (["--lora-paths", "a=x", "--cp-size", "2"], "enable_lora with cp_size=2"),
         (["--lora-eviction-policy", "lfu"], "lora_eviction_policy='lfu' is unknown; use lru or fifo"),
         (["--port", "70000"], "port=70000 must be at most 65535"),
         (["--tp-size", "0"], "tp_size=0"),
