@@ -170,7 +170,7 @@ class SequenceTable:
         return StepInputs((tokens * real).flatten(), places.flatten(), rows, meta)
 
     def max_tiles(self, batch: int) -> int:
-        """Room that any `alike` of so many sequences fits into: of small tiles, a group of one sequence more than fits takes two."""
+        """Room that any `alike` of so many sequences fits into: a group of one sequence more than a tile serves takes two."""
         if self.tile_members < MIN_ALIKE:
             return 0
         return max(batch // MIN_ALIKE, 2 * batch // (self.tile_members + 1))
