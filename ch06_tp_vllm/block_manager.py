@@ -34,13 +34,17 @@ from common.layers.heads import HeadLayout
 NO_PARENT = b""
 
 
-def hash_block(parent: bytes, token_ids: Sequence[int], extra_key: str | None = None) -> bytes:
+def hash_block(
+    parent: bytes, token_ids: Sequence[int], extra_key: str | None = None, adapter: int = 0
+) -> bytes:  # fmt: skip
     """The name of a full block: its tokens behind `parent`, the hash of the block before (vLLM: hash_block_tokens).
 
-    `extra_key` keeps apart what must not be shared (an adapter, a tenant). 128 bits: two contents never meet.
+    `extra_key` keeps apart what must not be shared (a tenant), and so does the number of an adapter, 0 for none: one word more in
+    front of as many tokens as any block has. 128 bits: two contents never meet.
     """
     text = b"" if extra_key is None else extra_key.encode()
-    data = parent + len(text).to_bytes(4, "little") + text + np.asarray(token_ids, dtype=np.int64).tobytes()
+    words = [adapter, *token_ids] if adapter else token_ids
+    data = parent + len(text).to_bytes(4, "little") + text + np.asarray(words, dtype=np.int64).tobytes()
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
@@ -116,9 +120,8 @@ class BlockManager:
         hashes, tokens = request.block_hashes, request.all_token_ids
         for i in range(len(hashes), count):
             parent = hashes[-1] if hashes else NO_PARENT
-            hashes.append(
-                hash_block(parent, tokens[i * self.block_size : (i + 1) * self.block_size], request.extra_key)
-            )
+            part = tokens[i * self.block_size : (i + 1) * self.block_size]
+            hashes.append(hash_block(parent, part, request.extra_key, request.adapter))
         return hashes[:count]
 
     # --- take

@@ -17,7 +17,6 @@ ELSEWHERE = {
     "data_parallel_size": "one engine is one replica; start several",
     "all2all_backend": "every rank has all rows, and nothing travels to experts; leave it out",
     "enable_eplb": "experts stay where they are in this chapter; leave it out",
-    "enable_lora": "adapters are not here; merge them into the weights",
     "swap_space": "preempted requests are computed again, as in vLLM V1; leave it out",
     "cpu_offload_gb": "weights stay on the device; use more ranks or a smaller dtype",
     "max_logprobs": "any number up to the vocabulary is given; leave it out",
@@ -45,18 +44,19 @@ ELSEWHERE = {
     "profiler_config": "see demo_10_profile.py",
     "kv_transfer_config": "prefill and decode run in one engine here",
     "nnodes": "several hosts: start it under torchrun on each",
-    "max_loras": "adapters are not here; merge them into the weights",
+    "max_cpu_loras": "an adapter stays in memory once it was asked for; leave it out",
+    "fully_sharded_loras": "A and B are cut as the base is; leave it out",
+    "lora_dtype": "adapters have the model's dtype; leave it out",
     "moe_backend": "it is moe_runner= here: auto, loop, grouped or triton",
-    "max_lora_rank": "adapters are not here; merge them into the weights",
 }  # fmt: skip
 # values that ask for nothing of it, besides None: vLLM's own defaults (0.33, engine/arg_utils.py, config/, entrypoints/llm.py)
 IDLE = dict.fromkeys(ELSEWHERE) | {
-    "pipeline_parallel_size": 1, "data_parallel_size": 1, "nnodes": 1, "enable_lora": False,
+    "pipeline_parallel_size": 1, "data_parallel_size": 1, "nnodes": 1,
     "all2all_backend": "allgather_reducescatter", "enable_eplb": False,
     "cpu_offload_gb": 0, "swap_space": 4, "max_logprobs": 20, "disable_log_stats": True, "hf_overrides": {},
     "tokenizer_mode": "auto", "task": "generate", "runner": "auto", "convert": "auto",
     "config_format": "auto", "limit_mm_per_prompt": {}, "long_prefill_token_threshold": 0, "disable_sliding_window": False,
-    "max_loras": 1, "max_lora_rank": 16, "moe_backend": "auto",
+    "fully_sharded_loras": False, "lora_dtype": "auto", "moe_backend": "auto",
 }  # fmt: skip
 
 
@@ -76,7 +76,8 @@ class EngineArgs:
     moe_runner: the form in which experts are computed (common/layers/moe_runner.py). quantization: fp8, w8a8_fp8 or w8a8_int8
     rounds a full-precision checkpoint as it is read; quantized_compute: "dequantise", "weight_only", "activations" or auto, what
     becomes of quantized weights (common/quantization/linear_methods.py).
-    speculative_config: guesses that are verified, several tokens a step (ngram_proposer.py).
+    speculative_config: guesses that are verified, several tokens a step (ngram_proposer.py). enable_lora: requests may bring an
+    adapter (lora_request.py), max_loras of them run together, none of a rank above max_lora_rank.
     async_scheduling: queue a step before the last one's tokens are seen; None: on a GPU. generation_config: "auto" takes
     sampling defaults from the model's generation_config.json, "vllm" takes vLLM's own. check_finite: look for NaN and
     infinity in the weights before they are used, and name them. check: test the conservation of blocks after every step.
@@ -114,6 +115,9 @@ class EngineArgs:
     moe_runner: str = "auto"
     async_scheduling: bool | None = None
     speculative_config: Mapping[str, Any] | None = None
+    enable_lora: bool = False
+    max_loras: int = 1
+    max_lora_rank: int = 16
     attention_backend: str = "auto"
     generation_config: str = "auto"
     check_finite: bool = False
@@ -132,13 +136,13 @@ class EngineArgs:
         for name in ("block_size", "max_num_seqs", "enable_prefix_caching", "enable_chunked_prefill"):
             if getattr(self, name) is None:  # vLLM's own default
                 self._set(name, type(self).__dataclass_fields__[name].default)
-        for name in ("block_size", "max_num_seqs"):
+        for name in ("block_size", "max_num_seqs", "max_loras", "max_lora_rank"):
             self._set(name, whole(name, getattr(self, name), 1))
         self._set("seed", whole("seed", self.seed, -(1 << 63), (1 << 63) - 1))
         switches = (
             "skip_tokenizer_init", "trust_remote_code", "enable_prefix_caching", "enable_chunked_prefill",
             "scheduler_reserve_full_isl", "enforce_eager", "disable_custom_all_reduce", "check_finite", "check",
-            "enable_expert_parallel",
+            "enable_expert_parallel", "enable_lora",
         )  # fmt: skip
         for name in switches:
             self._set(name, flag(name, getattr(self, name)))
@@ -146,6 +150,10 @@ class EngineArgs:
             self._set("async_scheduling", flag("async_scheduling", self.async_scheduling))
         if self.speculative_config is not None:
             SpeculativeConfig.of(self.speculative_config)
+            if self.enable_lora:
+                raise ValueError(
+                    "enable_lora with speculative_config: a verify step knows no adapters here; leave one of the two out"
+                )
             if self.async_scheduling:
                 raise ValueError(
                     "async_scheduling with speculative_config: guesses need the last step's tokens; leave one of the two out"

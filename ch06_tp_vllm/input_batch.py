@@ -3,7 +3,7 @@
 vLLM keeps the same in a persistent batch on the worker (v1/worker/gpu_input_batch.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -54,8 +54,11 @@ class InputBatch:
     def _full_blocks(self, s: ScheduledRequest) -> np.ndarray:
         return np.array(s.request.block_table[: s.num_computed // self.block_size], dtype=np.int64)
 
-    def metadata(self, output: SchedulerOutput, alike: tuple[Alike, ...] = ()) -> StepMetadata:
-        """alike: who of a decode step's sequences, as they stand, begins with the same blocks."""
+    def metadata(
+        self, output: SchedulerOutput, slots: Mapping[int, int], alike: tuple[Alike, ...] = ()
+    ) -> StepMetadata:  # fmt: skip
+        """slots: of the adapters that lie in one, by number. alike: who of a decode step's sequences, as they stand, begins with
+        the same blocks."""
         updates, tokens = self._updates(output), []
         columns = [(s.request.row, s.num_computed, s.num_new, s.emits, num_scored(s)) for s in output.scheduled]
         if not output.is_decode:
@@ -64,7 +67,11 @@ class InputBatch:
                     tokens.append(LAST_TOKEN)
                 else:
                     tokens += s.request.all_token_ids[s.num_computed : s.num_computed + s.num_new]
-        return StepMetadata(updates, *np.array(columns, dtype=np.int64).T, np.array(tokens, dtype=np.int64), alike)
+        adapters = [slots[s.request.adapter] if s.request.adapter else 0 for s in output.scheduled]
+        return StepMetadata(
+            updates, *np.array(columns, dtype=np.int64).T, np.array(tokens, dtype=np.int64), alike,
+            np.array(adapters, dtype=np.int64) if any(adapters) else None,
+        )  # fmt: skip
 
     def verify_metadata(self, output: SchedulerOutput, guesses: np.ndarray) -> VerifyMetadata:
         """guesses [B, n] behind the last token of each."""

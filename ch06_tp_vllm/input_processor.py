@@ -86,9 +86,10 @@ class InputProcessor:
         return room if params.max_tokens is None else params.max_tokens
 
     def requests(
-        self, request_id: str, ids: list[int], params: SamplingParams, priority: int, salt: str | None, first: int
-    ) -> list[Request]:
-        """The n requests of a prompt; `first` is the number of the first of them since the engine was made."""
+        self, request_id: str, ids: list[int], params: SamplingParams, priority: int, salt: str | None, first: int,
+        adapter: int = 0,
+    ) -> list[Request]:  # fmt: skip
+        """The n requests of a prompt; `first` is the number of the first of them since the engine was made. adapter: 0 for none."""
         row = params.row(self.max_tokens(ids, params), self.intake.tokenizer)
         ends = frozenset(row.stop_token_ids + self.config.eos_token_ids)
         stops = frozenset(row.stop_token_ids) if row.ignore_eos else ends
@@ -105,7 +106,7 @@ class InputProcessor:
             )  # fmt: skip
             requests.append(
                 Request(
-                    request_id, i, ids, row, seed, priority, first + i, salt, stops=stops, text=words, held_back=ends,
+                    request_id, i, ids, row, seed, priority, first + i, salt, adapter, stops=stops, text=words, held_back=ends,
                     grammar=self._grammar(row),
                 )
             )  # fmt: skip

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ch06_tp_vllm.engine_args import EngineArgs
 from ch06_tp_vllm.input_processor import Prompt
 from ch06_tp_vllm.llm_engine import LLMEngine
+from ch06_tp_vllm.lora_request import LoRARequest, lora_requests
 from ch06_tp_vllm.metrics import Metric, engine_metrics
 from ch06_tp_vllm.outputs import RequestOutput
 from ch06_tp_vllm.sampling_params import SamplingParams
@@ -25,10 +26,10 @@ from common.parallel_state import shutdown_tensor_parallel
 from common.request.intake import NO_TOKENIZER
 from common.values import flag, one_each, shown
 
+Loras = LoRARequest | Sequence[LoRARequest | None] | None
 Params = SamplingParams | Sequence[SamplingParams] | None
 # arguments of vLLM's generate and chat that are not here; None asks for nothing of them
 ELSEWHERE = {
-    "lora_request": "adapters are not here; merge them into the weights",
     "tokenization_kwargs": "texts are encoded as they stand; give token ids",
     "mm_processor_kwargs": "this engine reads text only",
     "chat_template_content_format": "a message's content is a text; leave it out",
@@ -69,9 +70,10 @@ class LLM:
     @asked
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, *, use_tqdm: bool = True,
-        priority: Sequence[int] | None = None,
+        priority: Sequence[int] | None = None, lora_request: Loras = None,
     ) -> list[RequestOutput]:  # fmt: skip
-        """Answer all prompts; the outputs come in their order. priority: one for each, lower goes first.
+        """Answer all prompts; the outputs come in their order. priority: one for each, lower goes first. lora_request: an adapter
+        for all, or one for each (lora_request.py).
 
         Raises ValueError, and nothing runs, if one of them is refused, or if the engine's own loop has unfinished requests.
         """
@@ -88,10 +90,13 @@ class LLM:
         for prompt, one, urgency in zip(prompts, params, priorities, strict=True):
             engine.inputs.intake.priority(urgency)
             engine.inputs.check(engine.inputs.read(prompt)[1], one)
+        adapters = lora_requests(lora_request, len(prompts))
+        for adapter in adapters:
+            engine.adapter(adapter)
         names = [str(self._next_id + i) for i in range(len(prompts))]
         self._next_id += len(prompts)
         try:
-            outputs = self._run(names, prompts, params, priorities, use_tqdm)
+            outputs = self._run(names, prompts, params, priorities, adapters, use_tqdm)
         except BaseException:  # Ctrl-C too: leave nothing behind that the next call would trip over
             engine.abort_request(names)
             raise
@@ -101,12 +106,13 @@ class LLM:
         return sorted(outputs, key=lambda output: int(output.request_id))
 
     def _run(
-        self, names: list[str], prompts: list[Prompt], params: list[SamplingParams], priorities: list[int], use_tqdm: bool
+        self, names: list[str], prompts: list[Prompt], params: list[SamplingParams], priorities: list[int],
+        adapters: list[LoRARequest | None], use_tqdm: bool,
     ) -> list[RequestOutput]:  # fmt: skip
         """Queue and step to the end; the outputs on rank 0."""
         engine, outputs = self.llm_engine, []
-        for name, prompt, one, priority in zip(names, prompts, params, priorities, strict=True):
-            engine.add_request(name, prompt, one, priority=priority)
+        for name, prompt, one, priority, adapter in zip(names, prompts, params, priorities, adapters, strict=True):
+            engine.add_request(name, prompt, one, priority=priority, lora_request=adapter)
         if engine.tp.rank > 0:
             engine.runner.follow()
             return []
@@ -124,7 +130,7 @@ class LLM:
         self, messages: Sequence[dict[str, str]] | Sequence[Sequence[dict[str, str]]], sampling_params: Params = None,
         use_tqdm: bool = True, *, priority: Sequence[int] | None = None, chat_template: str | None = None,
         add_generation_prompt: bool = True, continue_final_message: bool = False, tools: list[dict[str, Any]] | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None, lora_request: Loras = None,
     ) -> list[RequestOutput]:  # fmt: skip
         """generate, for one conversation or several: lists of {"role": ..., "content": ...}.
 
@@ -142,7 +148,7 @@ class LLM:
             "continue_final_message": continue_final_message,
         } | (chat_template_kwargs or {})  # fmt: skip
         prompts = [tokenizer.encode_chat(conversation, **more) for conversation in several]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, priority=priority)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, priority=priority, lora_request=lora_request)
 
     def get_tokenizer(self) -> Any:
         """The checkpoint's tokenizer, of transformers; None if it has none."""

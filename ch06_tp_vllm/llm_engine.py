@@ -12,6 +12,7 @@ the same outputs. Rank 0 schedules and samples. Each question of a step has a pl
     may this request be queued        input_processor.py, common/request/intake.py
     who runs, and who goes back       scheduler.py
     which blocks                      block_manager.py
+    whose adapter lies where          lora_request.py
     who guesses, and what is kept     ngram_proposer.py
     what a step is made of            input_batch.py
     how all ranks carry it out        model_runner.py
@@ -28,6 +29,7 @@ from ch06_tp_vllm.block_manager import BlockManager
 from ch06_tp_vllm.engine_args import EngineArgs
 from ch06_tp_vllm.input_batch import InputBatch
 from ch06_tp_vllm.input_processor import WORDS, InputProcessor, Prompt, check_name
+from ch06_tp_vllm.lora_request import LoRARequest, LoRASlotBook, lora_requests
 from ch06_tp_vllm.model_runner import ModelRunner
 from ch06_tp_vllm.ngram_proposer import SpeculativeConfig, SpeculativeStats, VerifiedStep
 from ch06_tp_vllm.output_processor import Group, OutputProcessor
@@ -41,6 +43,7 @@ from common.distributed.spawn import Follower
 from common.models.config import ModelConfig
 from common.models.drafters.contract import DraftOptions
 from common.models.hub import resolve_model
+from common.models.lora_manager import LoRAOptions
 from common.parallel_state import get_parallel_state, initialize_tensor_parallel
 from common.pool_size import VLLM_WORDS
 from common.request.answer import End
@@ -91,6 +94,7 @@ class LLMEngine:
             quantized_compute=args.quantized_compute, tp=self.tp, words=VLLM_WORDS,
             moe_runner=args.moe_runner, parallel=get_parallel_state() if cut_by_experts else None,
             speculative=DraftOptions("NGRAM", None, 0, 0, self.speculative.nodes) if self.speculative else None,
+            lora=LoRAOptions(args.max_loras, args.max_lora_rank) if args.enable_lora else None,
         )  # fmt: skip
         config, tokenizer = self.runner.config, self.runner.tokenizer
         self.blocks = BlockManager(
@@ -103,7 +107,10 @@ class LLMEngine:
             enable_chunked_prefill=args.enable_chunked_prefill,
             scheduler_reserve_full_isl=args.scheduler_reserve_full_isl, watermark=args.watermark,
             num_spec_tokens=self.speculative.num_speculative_tokens if self.speculative else 0, settle=self._settle,
+            max_loras=args.max_loras,
         )  # fmt: skip
+        self.loras: dict[int, LoRARequest] = {}  # those that every rank has read, by number
+        self.slots = LoRASlotBook(args.max_loras)
         intake = Intake(
             tokenizer,
             config.vocab_size,
@@ -128,10 +135,11 @@ class LLMEngine:
 
     def add_request(
         self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0,
-        cache_salt: str | None = None,
+        cache_salt: str | None = None, lora_request: LoRARequest | None = None,
     ) -> None:  # fmt: skip
         """Queue a prompt: a text, token ids, {"prompt": text} or {"prompt_token_ids": ids}. `priority`: lower goes first.
 
+        lora_request: its adapter, which is read now if nobody has asked for it before.
         cache_salt (here or in the dict): its blocks are shared only with requests of the same salt. Raises ValueError, and
         nothing has changed, for a request id in use, an empty prompt, a token outside the vocabulary, lengths that can never
         fit, and values of a wrong kind.
@@ -146,12 +154,35 @@ class LLMEngine:
         if own and salt and own != salt:
             raise ValueError(f"cache_salt={own!r}, but the prompt says {salt!r}; give one of the two")
         self.inputs.check(ids, params)
-        requests = self.inputs.requests(request_id, ids, params, priority, own or salt, self._num_requests)
+        adapter = self.adapter(lora_request)
+        requests = self.inputs.requests(request_id, ids, params, priority, own or salt, self._num_requests, adapter)
         self._num_requests += len(requests)
         self.outputs.add(Group(request_id, words, params, requests, RequestMetrics(arrival_time=time.time())))
         if self.tp.rank == 0:
             for request in requests:
                 self.scheduler.add(request)
+
+    def adapter(self, wanted: LoRARequest | None) -> int:
+        """Its number, 0 for none; all ranks have read it when this returns. Raises ValueError, and none has kept it."""
+        if wanted is None:
+            return 0
+        (wanted,) = lora_requests(wanted, 1)
+        if not self.args.enable_lora:
+            raise ValueError(
+                f"lora_request asks for {wanted.lora_name}, and there is no room for adapters; start with enable_lora=True"
+            )
+        number, known = wanted.lora_int_id, self.loras.get(wanted.lora_int_id)
+        if known is None:
+            if self.tp.spawned and self.tp.rank == 0:
+                self.runner.tell_adapter(number, wanted.lora_path)
+            if wrong := self.runner.load_adapter(number, wanted.lora_path):
+                raise ValueError(wrong)
+            self.loras[number] = wanted
+        elif known != wanted:
+            raise ValueError(
+                f"lora_int_id={number} is {known.lora_name} from {known.lora_path}; give {wanted.lora_name} a number of its own"
+            )
+        return number
 
     def abort_request(self, request_ids: str | Sequence[str]) -> None:
         """Drop requests, wherever they are; their blocks are free at once. Those that are unknown or have finished are left
@@ -238,7 +269,9 @@ class LLMEngine:
         try:
             if guesses is not None:
                 return self._verify(output, guesses)
-            logits = self.runner.run(self.batch.metadata(output, alike))
+            for adapter, slot in self.slots.place({s.request.adapter for s in output.scheduled} - {0}):
+                self.runner.place_adapter(adapter, slot)
+            logits = self.runner.run(self.batch.metadata(output, self.slots.slots, alike))
             self.runner.score_prompts(output)
         except BaseException as error:
             self._fail([s.request for s in output.scheduled], error)

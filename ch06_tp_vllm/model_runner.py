@@ -9,8 +9,9 @@ Rank 0 schedules; all ranks get the same few integers and execute them, each on 
     per group that begins alike       first sequence, how many, blocks that all of them begin with; in decode steps
 
 What attention is told (slot_mapping, block tables, query_start, context_lens) follows from these on every rank by
-itself. In a pure decode step there are no token ids at all. A verify step (ngram_proposer.py) has the first part, then rows, tokens
-computed, and n guesses for each sequence.
+itself. In a pure decode step there are no token ids at all. Where somebody has an adapter, the slot of each sequence comes behind
+them (0 for none); a message has told what lies there (lora_request.py). A verify step (ngram_proposer.py) has the first part,
+then rows, tokens computed, and n guesses for each sequence.
 """
 
 from collections.abc import Sequence
@@ -22,21 +23,21 @@ import torch
 
 from ch06_tp_vllm.scheduler import SchedulerOutput, num_scored
 from common.attention.prefix_groups import Alike
-from common.distributed.messages import receive, send
+from common.distributed.messages import agree, receive, send
 from common.executor import Executor, first_of_each
 from common.layers.vocab import gather_logits
 from common.parallel_state import broadcast
 from common.sampling.batch import SamplingBatch
 from common.sampling.sampler import Drawn, sample
 
-STOP, STEP, VERIFY = 0, 1, 2
+STOP, STEP, VERIFY, STEP_WITH_ADAPTERS, LOAD, PLACE = range(6)
 STOP_MESSAGE = np.array([STOP], dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class StepMetadata:
     """See the top of this file. rows, computed, new, emits, scored [B]; token_ids [T], or [0] in a decode step, in which alone some
-    may be alike."""
+    may be alike. adapters [B]: a slot each, 0 for none; None: nobody has one."""
 
     updates: Sequence[tuple[int, int, Sequence[int]]]
     rows: np.ndarray
@@ -46,10 +47,12 @@ class StepMetadata:
     scored: np.ndarray
     token_ids: np.ndarray
     alike: Sequence[Alike] = ()
+    adapters: np.ndarray | None = None
 
     def encode(self) -> np.ndarray:
         """-> int64 [n]"""
-        counts = [STEP, len(self.updates), len(self.rows), len(self.token_ids), len(self.alike)]
+        kind = STEP if self.adapters is None else STEP_WITH_ADAPTERS
+        counts = [kind, len(self.updates), len(self.rows), len(self.token_ids), len(self.alike)]
         return np.concatenate(
             (
                 np.array(counts, dtype=np.int64),
@@ -61,22 +64,26 @@ class StepMetadata:
                 self.scored,
                 self.token_ids,
                 np.array(self.alike, dtype=np.int64).reshape(-1),
+                *([] if self.adapters is None else [self.adapters]),
             )
         )
 
     @staticmethod
     def decode(words: np.ndarray) -> "StepMetadata":
         """Raises ValueError for anything that `encode` did not write."""
-        if len(words) < 5 or words[0] != STEP:
+        if len(words) < 5 or words[0] not in (STEP, STEP_WITH_ADAPTERS):
             raise ValueError(f"not a step: {len(words)} words, kind {words[0] if len(words) else None}")
         num_updates, batch, tokens, groups = words[1:5].tolist()
         updates, at = _decoded(words, 5, num_updates)
         ids = at + 5 * batch
-        end = ids + tokens
-        if end + 3 * groups != len(words):
-            raise ValueError(f"a step of {len(words)} words announces {end + 3 * groups}")
-        alike = [Alike(*group) for group in words[end:].reshape(groups, 3).tolist()]
-        return StepMetadata(updates, *words[at:ids].reshape(5, batch), words[ids:end], alike)
+        behind = ids + tokens
+        slots = behind + 3 * groups
+        end = slots + (batch if words[0] == STEP_WITH_ADAPTERS else 0)
+        if end != len(words):
+            raise ValueError(f"a step of {len(words)} words announces {end}")
+        alike = [Alike(*group) for group in words[behind:slots].reshape(groups, 3).tolist()]
+        adapters = words[slots:end] if words[0] == STEP_WITH_ADAPTERS else None
+        return StepMetadata(updates, *words[at:ids].reshape(5, batch), words[ids:behind], alike, adapters)
 
 
 @dataclass(frozen=True)
@@ -156,6 +163,16 @@ class ModelRunner(Executor):
             mine, told = told[:n], told[n:]
             request.prompt_logprobs += mine[len(request.prompt_logprobs) - first :]  # what was told before it went back
 
+    def place_adapter(self, adapter: int, slot: int) -> None:
+        """Have it in this slot on all ranks, from the next step on."""
+        if self.tp.size > 1:
+            send(np.array([PLACE, adapter, slot], dtype=np.int64), self.tp, "adapter")
+        self.lora.place(adapter, slot)
+
+    def tell_adapter(self, adapter: int, folder: str) -> None:
+        """To ranks that run no script of their own: `load_adapter`, which is to be called here, too."""
+        send(np.array([LOAD, adapter, *folder.encode()], dtype=np.int64), self.tp, "adapter")
+
     def stop(self) -> None:
         """Let the others out of `follow`."""
         self.together.check()
@@ -173,6 +190,12 @@ class ModelRunner(Executor):
                 tokens = len(verify.rows) + verify.guesses.size
                 self._share_tokens(torch.empty(tokens, dtype=torch.int64, device=self.tp.device))
                 continue
+            if words[0] == PLACE:
+                self.lora.place(*words[1:].tolist())
+                continue
+            if words[0] == LOAD:
+                self.load_adapter(int(words[1]), bytes(words[2:].tolist()).decode())
+                continue
             step = StepMetadata.decode(words)
             self._execute(step)
             if step.scored.any():
@@ -182,6 +205,13 @@ class ModelRunner(Executor):
 
     # --- both
 
+    def load_adapter(self, adapter: int, folder: str) -> str | None:
+        """Read this rank's part of it. Why no rank has it, or None if all have."""
+        _, wrong = agree(lambda: self.lora.load(adapter, folder), self.tp, "has read another adapter than rank 0")
+        if wrong and adapter in self.lora.loaded:
+            self.lora.unload(adapter)
+        return wrong
+
     def _execute(self, step: StepMetadata | VerifyMetadata) -> torch.Tensor | None:
         self.table.set_pages(step.updates)
         if isinstance(step, VerifyMetadata):
@@ -189,10 +219,12 @@ class ModelRunner(Executor):
             chains = np.tile(np.arange(n), batch)  # each guess follows the one before
             logits = self.verify(step.rows, step.computed, 1 + n, step.guesses.reshape(-1), chains)
         elif len(step.token_ids) == 0:
-            logits = self.decode(step.rows, step.computed, step.alike)
+            logits = self.decode(step.rows, step.computed, step.alike, adapters=step.adapters)
         else:
             scored = first_of_each(step.new, step.scored)
-            logits = self.ragged(step.token_ids, step.rows, step.computed, step.new, step.emits, scored)
+            logits = self.ragged(
+                step.token_ids, step.rows, step.computed, step.new, step.emits, scored, adapters=step.adapters
+            )
         return None if logits is None else gather_logits(logits, self.config.vocab_size, self.tp)
 
     def _share_tokens(self, tokens: torch.Tensor) -> None:

@@ -42,6 +42,7 @@ class Request:
     priority: int = 0  # lower goes first, under the priority policy
     arrival: int = 0  # the n-th request
     extra_key: str | None = None  # keeps its blocks apart from those of other keys
+    adapter: int = 0  # lora_int_id of its adapter, 0 for none
     stops: frozenset[int] = frozenset()
     text: AnswerText | None = None
     held_back: frozenset[int] = frozenset()  # tokens that min_tokens forbids: all that could end an answer

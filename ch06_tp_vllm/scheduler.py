@@ -60,13 +60,14 @@ class Scheduler:
     left of the budget is cut; without it, it waits for a step of its own. scheduler_reserve_full_isl: a request enters only
     if there are blocks for all its tokens, not just for the first chunk of them ("input sequence length"). watermark: and
     if this share of the pool stays free for those who run. num_spec_tokens: guesses that a decode step may have behind each
-    last token. settle: makes every token that is still being drawn known; called before a request is preempted.
+    last token. max_loras: adapters that run together at most. settle: makes every token that is still being drawn known; called
+    before a request is preempted.
     """
 
     def __init__(
         self, blocks: BlockManager, *, max_num_batched_tokens: int, max_num_seqs: int, policy: str = "fcfs",
         enable_chunked_prefill: bool = True, scheduler_reserve_full_isl: bool = True, watermark: float = 0.0,
-        num_spec_tokens: int = 0, settle: Callable[[], None] = lambda: None,
+        num_spec_tokens: int = 0, max_loras: int = 0, settle: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         if policy not in POLICIES:
             raise ValueError(f"scheduling_policy={policy!r} is unknown; use {' or '.join(POLICIES)}")
@@ -78,6 +79,7 @@ class Scheduler:
         self.max_num_batched_tokens, self.max_num_seqs = max_num_batched_tokens, max_num_seqs
         self.enable_chunked_prefill = enable_chunked_prefill
         self.scheduler_reserve_full_isl, self.num_spec_tokens = scheduler_reserve_full_isl, num_spec_tokens
+        self.max_loras = max_loras
         self.watermark_blocks = int(watermark * len(blocks.blocks))
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -112,6 +114,8 @@ class Scheduler:
         for request in list(self.waiting) if not preempted else ():
             if budget == 0 or not self.free_rows:
                 break
+            if request.adapter and not self._adapter_has_place(request.adapter):
+                continue  # as in vLLM: whoever comes later may enter first
             num_new = self._start(request, budget)
             if num_new == 0:
                 break
@@ -152,6 +156,10 @@ class Scheduler:
             self.blocks.stats.queries += len(request.prompt_token_ids)
             self.blocks.stats.hits += cached
         return num_new
+
+    def _adapter_has_place(self, adapter: int) -> bool:
+        running = {request.adapter for request in self.running} - {0}
+        return adapter in running or len(running) < self.max_loras
 
     def _may_enter(self, request: Request, num_tokens: int, computed: list[int]) -> bool:
         """The gate of admission: are there blocks for its first num_tokens, or for all of its tokens?

@@ -22,6 +22,10 @@ ELSEWHERE = (
         "deepep_mode": "exact sizes in prefill and fixed buffers in decode, always; leave it out",
         "init_expert_location": "expert p % num_experts lies in place p; leave it out",
         "attn_cp_size": "it is cp_size= here",
+        "tensor_parallel_size": "it is tp_size= here, as in SGLang's Engine",
+        "pipeline_parallel_size": "it is pp_size= here, as in SGLang's Engine",
+        "data_parallel_size": "it is dp_size= here, as in SGLang's Engine",
+        "expert_parallel_size": "it is ep_size= here, as in SGLang's Engine",
         "dcp_size": "use cp_size=, which spreads the tokens of a request in decode as well",
         "grammar_backend": "llguidance is the only one here; leave it out",
         "max_queued_requests": "the queue has no end here; leave it out",
@@ -48,6 +52,7 @@ ELSEWHERE = (
 # values that ask for nothing of it, besides None: SGLang's own defaults (0.5.23, srt/arg_groups/fields/)
 IDLE = dict.fromkeys(ELSEWHERE) | {
     "enable_priority_scheduling": False, "enable_metrics": False, "log_requests": False,
+    "tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1, "expert_parallel_size": 1,
     "attn_cp_size": 1, "dcp_size": 1, "moe_a2a_backend": "none", "deepep_mode": "auto",
     "eplb_algorithm": "auto", "eplb_min_rebalancing_utilization_threshold": 1.0,
     "init_expert_location": "trivial", "base_gpu_id": 0, "stream_interval": 1,

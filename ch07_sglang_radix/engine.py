@@ -97,6 +97,7 @@ class Engine(GenerateCalls, EngineWeights, LoRACalls):
             speculative=draft_options(args), lora=lora_options(args),
             torch_compile_max_bs=args.torch_compile_max_bs if args.enable_torch_compile else None,
             enable_deterministic_inference=args.enable_deterministic_inference,
+            prefill_graph_tokens=args.cuda_graph_max_bs_prefill,
         )  # fmt: skip
         tiers = import_module(HICACHE) if args.enable_hierarchical_cache else None
         overlap = None if args.disable_overlap_schedule is None else not args.disable_overlap_schedule

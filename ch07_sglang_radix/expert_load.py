@@ -13,22 +13,23 @@ class ExpertLoad:
     """layers: the numbers of those that have experts. num_experts: E; ranks: how many share them out (ep).
 
     of_expert [L', E], of_rank [L', ranks]: rows since the start, of each logical expert and of each rank, in these layers.
-    newest [L', ranks]: rows of each rank between the last two readings. readings, rebalanced: how often; moved: slots that
-    have got another expert so far.
+    newest [L', ranks], newest_of_expert [L', E]: the same between the last two readings. readings, rebalanced: how often; moved:
+    slots that have got another expert so far.
     """
 
     def __init__(self, layers: list[int], num_experts: int, ranks: int):
         self.layers = layers
         self.of_expert = np.zeros((len(layers), num_experts), dtype=np.int64)
         self.of_rank = np.zeros((len(layers), ranks), dtype=np.int64)
-        self.newest = np.zeros_like(self.of_rank)
+        self.newest, self.newest_of_expert = np.zeros_like(self.of_rank), np.zeros_like(self.of_expert)
         self.readings = self.rebalanced = self.moved = 0
 
     def add(self, of_expert: np.ndarray, of_rank: np.ndarray) -> None:
         """A reading: rows [L', E] and [L', ranks] since the last one."""
         self.of_expert += of_expert
         self.of_rank += of_rank
-        self.newest, self.readings = of_rank, self.readings + 1
+        self.newest, self.newest_of_expert = of_rank, of_expert
+        self.readings += 1
 
     @property
     def balancedness(self) -> float:

@@ -111,6 +111,7 @@ class GenerateCall:
         the seed of all requests that bring none is made of; None if each of them gets another."""
         if (prompt is None) == (input_ids is None):
             raise ValueError("give either prompt or input_ids")
+        intake = intake.from_now()
         extra_key, priority = intake.namespace("extra_key", extra_key), intake.priority(priority)
         routing_key = text("routing_key", routing_key, empty=False, none=True)
         more = logprobs.params() | {"after_thinking": flag("require_reasoning", require_reasoning)}

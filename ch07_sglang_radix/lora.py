@@ -4,7 +4,7 @@ It imports nothing that brings torch: a wrong argument is told at once.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -34,6 +34,10 @@ class LoRARef(NamedTuple):
     name: str
     path: str
     pinned: bool = False
+
+    def words(self) -> dict[str, str | bool]:
+        """As JSON, in SGLang's words."""
+        return {"lora_name": self.name, "lora_path": self.path, "pinned": self.pinned}
 
 
 class LoRABook(Protocol):
@@ -145,7 +149,7 @@ def checked_lora(args: Any) -> dict[str, Any]:
     if enabled:
         refuse_too_few(refs, per_batch, limits["max_loaded_loras"])
         _refuse_what_is_not_combined(args)
-    paths = tuple({"lora_name": ref.name, "lora_path": ref.path, "pinned": ref.pinned} for ref in refs)
+    paths = tuple(ref.words() for ref in refs)
     return limits | {
         "enable_lora": enabled, "max_loras_per_batch": per_batch, "lora_paths": paths or None,
         "lora_target_modules": targets or None,
@@ -155,11 +159,27 @@ def checked_lora(args: Any) -> dict[str, Any]:
 def _refuse_what_is_not_combined(args: Any) -> None:
     for name, reason in (
         ("attn_dp_size", "rows of a step are cut over ranks"), ("cp_size", "rows of a step are cut over ranks"),
-        ("pp_size", "stages overlap steps, and a slot may be in use in one of them"),
-        ("dp_size", "each replica would have to load the same at the same moment"),
     ):  # fmt: skip
         if getattr(args, name) > 1:
             raise ValueError(f"enable_lora with {name}={getattr(args, name)}: {reason}; use one of the two")
+
+
+def one_voice(said: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """What each replica has said of a load or an unload, by its rank -> the same as of one engine: done on all, or refused."""
+    wrong = {rank: one["error_message"] for rank, one in sorted(said.items()) if not one["success"]}
+    alike = len(wrong) == len(said) and len(set(wrong.values())) == 1
+    why = next(iter(wrong.values())) if alike else "; ".join(f"replica {rank}: {one}" for rank, one in wrong.items())
+    first, *others = (one["loaded_adapters"] for one in said.values())
+    loaded = {name: path for name, path in first.items() if all(name in names for names in others)}
+    return {"success": not wrong, "error_message": why, "loaded_adapters": loaded}
+
+
+def refuse_unknown(names: Iterable[str | None], loaded: Collection[str]) -> None:
+    """Raises ValueError for an adapter that nobody has loaded."""
+    for name in names:
+        if name is not None and name not in loaded:
+            known = ", ".join(sorted(loaded)) or "none"
+            raise ValueError(f"lora_path={shown(name)} is not loaded; loaded: {known}")
 
 
 def refuse_too_few(refs: Sequence[LoRARef], per_batch: int, loaded: int | None) -> None:

@@ -6,14 +6,14 @@ from importlib import import_module
 from typing import Any
 
 from ch07_sglang_radix.generate_request import GenerateCall
-from ch07_sglang_radix.lora import lora_ref, lora_refs
+from ch07_sglang_radix.lora import lora_ref, lora_refs, refuse_unknown
 from ch07_sglang_radix.server_args import ServerArgs
 from ch07_sglang_radix.tasks import StopTask
 from common.distributed.messages import share
 from common.layers.lora import TARGETS
 from common.models.adapter_files import AdapterConfig
 from common.models.lora_manager import LoRAOptions
-from common.values import shown, text
+from common.values import text
 
 ADAPTERS = "ch07_sglang_radix.adapters.control"  # a wing
 DEFAULT_RANK = 16  # without lora_paths to read it from
@@ -32,7 +32,7 @@ def lora_options(args: ServerArgs) -> LoRAOptions | None:
 
 
 class LoRACalls:
-    """Of an Engine: it has `scheduler`, `_loop`, `_turn` and `_at_rest`."""
+    """Of an Engine: it has `scheduler`, `_replicas`, `_loop`, `_turn` and `_at_rest`."""
 
     def _attach_adapters(self, args: ServerArgs) -> None:
         self.enable_lora = args.enable_lora
@@ -44,10 +44,7 @@ class LoRACalls:
             self._lora_names |= {ref.name for ref in refs}
 
     def _refuse_unknown_adapters(self, call: GenerateCall) -> None:
-        for one in call.requests:
-            if one.lora_path is not None and one.lora_path not in self._lora_names:
-                known = ", ".join(sorted(self._lora_names)) or "none"
-                raise ValueError(f"lora_path={shown(one.lora_path)} is not loaded; loaded: {known}")
+        refuse_unknown((one.lora_path for one in call.requests), self._lora_names)
 
     def load_lora_adapter(self, lora_name: str, lora_path: str, pinned: bool = False) -> dict[str, Any]:
         """Read an adapter on all ranks, while requests run or not; from now on it can be asked for.
@@ -55,7 +52,10 @@ class LoRACalls:
         Returns what SGLang's does: success, and the names and folders of all that are loaded. Raises ValueError, and
         nothing has changed, if it cannot be read or has no room.
         """
-        return self._on_all_ranks(lambda: self.loaded_lora_adapter(lora_name, lora_path, pinned))
+        return self._on_all_ranks(
+            lambda: self.loaded_lora_adapter(lora_name, lora_path, pinned),
+            undo=lambda: self.unloaded_lora_adapter(lora_name),
+        )
 
     def unload_lora_adapter(self, lora_name: str) -> dict[str, Any]:
         """Nobody can ask for it any more; returns when its last request has ended and no rank has it. Raises ValueError."""
@@ -103,8 +103,20 @@ class LoRACalls:
         except (ValueError, FileNotFoundError) as why:
             return self._said(str(why))
 
-    def _on_all_ranks(self, change: Callable[[], Any]) -> Said:
-        """Rank 0 does it, and ranks that run the same script follow it meanwhile; all return the same, or raise the same."""
+    def _on_all_ranks(self, change: Callable[[], Any], undo: Callable[[], Any] | None = None) -> Said:
+        """All ranks return the same, or raise the same. Of several replicas those that did what others could not undo it."""
+        said = ours = self._on_our_ranks(change)
+        if self._replicas:
+            said = self._replicas.one_voice(ours)
+            if undo and ours["success"] and not said["success"]:
+                self._on_our_ranks(undo)
+        self._lora_names = set(said["loaded_adapters"])
+        if said["error_message"]:
+            raise ValueError(said["error_message"])
+        return said
+
+    def _on_our_ranks(self, change: Callable[[], Any]) -> Said:
+        """Rank 0 does it, and ranks that run the same script follow it meanwhile; all return the same."""
         s = self.scheduler
         leads = s.replica.rank == 0
         with self._turn:
@@ -120,7 +132,4 @@ class LoRACalls:
             if not s.replica.spawned and s.replica.size > 1:
                 s.control.send_task(StopTask(s.step_number))
                 share(said, s.replica)
-        self._lora_names = set(said["loaded_adapters"])
-        if said["error_message"]:
-            raise ValueError(said["error_message"])
         return said

@@ -37,7 +37,6 @@ from ch07_sglang_radix.request import Req, RequestOutput
 from ch07_sglang_radix.step_loop import StepLoop
 from ch07_sglang_radix.tasks import StopTask
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
-from common.distributed.layout import Layout
 from common.distributed.messages import share
 from common.parallel_state import RankFailure
 from common.request.intake import Intake, Words
@@ -73,7 +72,8 @@ class TPScheduler(StepLoop):
     trace: a file to which every step writes a line (trace.py). load_balance_method: which data rank a request goes to
     (data_rank.py), where the wrapper has several; each gets its share of chunked_prefill_size. num_lanes: steps on their way
     through the pipeline's stages at once, by default one a stage. max_lane_size: requests that run in a lane at most, by
-    default their share. tp_size, pp_size, ...: how the ranks are laid out; the wrapper knows, and what is given must agree.
+    default their share. tp_size, ..., enable_layernorm_sp: how the ranks are laid out; the wrapper knows, and what is given
+    must agree: else ValueError.
     """
 
     def __init__(
@@ -84,10 +84,11 @@ class TPScheduler(StepLoop):
         check: bool = False, trace: str | Path | None = None, num_lanes: int | None = None,
         max_lane_size: int | None = None, load_balance_method: str = LOAD_BALANCE_METHODS[0], tp_size: int | None = None,
         pp_size: int | None = None, dp_size: int | None = None, attn_dp_size: int | None = None, cp_size: int | None = None,
-        enable_dynamic_chunking: bool = False, tree: type[RadixCache] | None = None, num_continuous_decode_steps: int = 1,
+        enable_layernorm_sp: bool | None = None, enable_dynamic_chunking: bool = False, tree: type[RadixCache] | None = None,
+        num_continuous_decode_steps: int = 1,
     ):  # fmt: skip
         sizes = {"tp": tp_size, "pp": pp_size, "dp": dp_size, "attn_dp": attn_dp_size, "cp": cp_size}
-        _refuse_other_sizes(wrapper.parallel.layout, sizes)
+        wrapper.refuse_another_layout(sizes, enable_layernorm_sp)
         default, num_data_ranks = DEFAULT_CHUNK[wrapper.tp.device.type], wrapper.parallel.layout.attn_dp
         chunk = chunk_size(chunked_prefill_size, wrapper.page_size, default)
         self.chunked_prefill_size = share_of_chunk(chunk, wrapper.page_size, num_data_ranks)
@@ -336,12 +337,3 @@ class TPScheduler(StepLoop):
         for rank in self.data_ranks:
             rank.forget_batches()
         self.results, self.grown = {}, {}
-
-
-def _refuse_other_sizes(layout: Layout, asked: Mapping[str, int | None]) -> None:
-    for name, size in asked.items():
-        if size not in (None, getattr(layout, name)):
-            raise ValueError(
-                f"{name}_size={size}, but the wrapper's ranks are laid out as {layout}; give the same to "
-                "ParallelState.initialize, or leave it out"
-            )

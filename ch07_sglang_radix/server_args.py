@@ -65,6 +65,8 @@ class ServerArgs:
     nnodes, node_rank: this is one of several hosts, with the same arguments on each; tp_size is the total, dist_init_addr HOST:PORT
     of node 0, dist_timeout the seconds that they wait for each other (common/distributed/nodes.py).
     enable_torch_compile: in steps of at most torch_compile_max_bs tokens the small layers are compiled (common/layers/compiled.py).
+    cuda_graph_max_bs_prefill: prefills of so many tokens at most, of a few sequences, are CUDA graphs as decode steps are; 0, the
+    default, until it is measured: none (common/models/prefill_graphs.py; SGLang: with cuda_graph_backend_prefill="full").
     context_length: tokens of a request at most. random_seed: None draws one. log_level: of this project's loggers, and
     whether a bar shows that weights are read (info and debug). dp_size: replicas, each of tp_size ranks and with a tree
     and a pool of its own; load_balance_method says which of them a request goes to. schedule_conservativeness: more than 1 admits
@@ -79,13 +81,15 @@ class ServerArgs:
     decode, if another engine does the other half (disaggregation/); the bootstrap port is the prefill side's, 0 any free one;
     disaggregation_transfer_backend: tcp, shm between processes of one host, cuda_ipc between its GPUs;
     disaggregation_timeout: seconds that a request waits for the other side; num_reserved_decode_tokens: free for each answer before
-    another prompt may come. speculative_algorithm: NGRAM, STANDALONE, MEDUSA, EAGLE or EAGLE3 guesses several tokens, which a step
-    verifies: the same text, sooner (speculative_args.py has all that goes with it). enable_deterministic_inference: what a request
-    gets does not depend on what runs beside it, on the tree and on chunks (common/layers/batch_invariant.py); all requests without
-    a seed then draw by one, which random_seed gives and which all replicas share. allow_image_urls:
-    pictures may come from the net (images/fetch.py). enable_lora, lora_paths and the others about LoRA: checked_lora in lora.py.
-    enable_hierarchical_cache and the others about lower tiers: check_hicache in hicache_args.py. All others are those of
-    TPRadixAttentionModelWrapper and TPScheduler. Raises ValueError for a value of a wrong kind or outside its range.
+    another prompt may come; disaggregation_deflect_tokens: the decode engine computes a prompt itself of which its tree lacks at
+    most so many tokens, 0: none (disaggregation/decode.py). speculative_algorithm: NGRAM, STANDALONE, MEDUSA, EAGLE or EAGLE3
+    guesses several tokens, which a step verifies: the same text, sooner (speculative_args.py has all that goes with it).
+    enable_deterministic_inference: what a request gets does not depend on what runs beside it, on the tree and on chunks
+    (common/layers/batch_invariant.py); all requests without a seed then draw by one, which random_seed gives and which all replicas
+    share. allow_image_urls: pictures may come from the net (images/fetch.py). enable_lora, lora_paths and the others about LoRA:
+    checked_lora in lora.py. enable_hierarchical_cache and the others about lower tiers: check_hicache in hicache_args.py. The
+    others are those of TPRadixAttentionModelWrapper and TPScheduler. Raises ValueError for a value of a wrong kind or outside its
+    range.
     """
 
     model_path: str | None = None
@@ -136,6 +140,7 @@ class ServerArgs:
     disable_overlap_schedule: bool | None = None
     gather_best: bool = False
     disable_cuda_graph: bool = False
+    cuda_graph_max_bs_prefill: int = 0
     enable_torch_compile: bool = False
     torch_compile_max_bs: int = 32
     disable_custom_all_reduce: bool = False
@@ -154,6 +159,7 @@ class ServerArgs:
     disaggregation_transfer_backend: str = "tcp"
     disaggregation_timeout: float = 300.0
     num_reserved_decode_tokens: int = 512
+    disaggregation_deflect_tokens: int = 0
     speculative_algorithm: str | None = None
     speculative_draft_model_path: str | None = None
     speculative_num_steps: int | None = None
@@ -213,6 +219,7 @@ class ServerArgs:
         most = MAX_RUNNING if self.max_running_requests is None else self.max_running_requests
         self._set("max_running_requests", whole("max_running_requests", most, 1))
         self._set("torch_compile_max_bs", whole("torch_compile_max_bs", self.torch_compile_max_bs, 1))
+        self._set("cuda_graph_max_bs_prefill", whole("cuda_graph_max_bs_prefill", self.cuda_graph_max_bs_prefill, 0))
         switches = (
             "skip_tokenizer_init", "enable_mixed_chunk", "disable_radix_cache", "gather_best", "disable_cuda_graph",
             "enable_torch_compile",
@@ -288,7 +295,9 @@ class ServerArgs:
         self._set("ep_num_redundant_experts", redundant)
         asked = Layout(pp=self.pp_size, attn_dp=self.attn_dp_size, cp=self.cp_size, ep=self.ep_size)
         # before any rank is started
-        asked.refuse_what_is_not_combined(self.enable_layernorm_sp, self.ep_dispatch, redundant)
+        asked.refuse_what_is_not_combined(
+            self.enable_layernorm_sp, self.enable_two_batch_overlap, self.ep_dispatch, redundant
+        )
         every = whole("eplb_rebalance_num_iterations", self.eplb_rebalance_num_iterations, 1)
         self._set("eplb_rebalance_num_iterations", every)
         choice("expert_balancedness_report_mode", self.expert_balancedness_report_mode, REPORT_MODES)
@@ -327,6 +336,13 @@ class ServerArgs:
         seconds = real("disaggregation_timeout", self.disaggregation_timeout, 0, 86400, open_below=True)
         self._set("disaggregation_timeout", seconds)
         self._set("num_reserved_decode_tokens", whole("num_reserved_decode_tokens", self.num_reserved_decode_tokens, 0))
+        deflect = whole("disaggregation_deflect_tokens", self.disaggregation_deflect_tokens, 0)
+        self._set("disaggregation_deflect_tokens", deflect)
+        if deflect and mode != "decode":
+            raise ValueError(
+                f"disaggregation_deflect_tokens={deflect} with disaggregation_mode={mode}: it is the decode engine that takes "
+                "prompts over; give it to that one, or leave it out"
+            )
         for name in ("pp_size", "dp_size", "attn_dp_size", "cp_size", "nnodes"):
             if mode != "null" and getattr(self, name) > 1:
                 raise ValueError(

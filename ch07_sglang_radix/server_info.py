@@ -14,7 +14,7 @@ def what_it_is(scheduler: TPScheduler) -> dict[str, Any]:
         "tp_size": s.tp.size, "tp_rank": s.tp.rank, "pp_size": wrapper.parallel.pp.size,
         "pp_rank": wrapper.parallel.pp.rank, "cp_size": wrapper.parallel.cp.size,
         "attn_dp_size": wrapper.parallel.layout.attn_dp, "ep_size": wrapper.parallel.layout.ep,
-        "enable_layernorm_sp": wrapper.communicator.spreads and wrapper.communicator.parts == 1,
+        "enable_layernorm_sp": wrapper.communicator.enable_layernorm_sp,
         "device": str(s.tp.device), "dtype": str(wrapper.dtype).removeprefix("torch."),
         "kv_cache_dtype": kv_name(wrapper.kv_dtype), "page_size": s.page_size,
         "chunked_prefill_size": s.chunked_prefill_size, "steps": dict(s.steps), "weight_version": s.weight_version,

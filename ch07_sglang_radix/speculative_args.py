@@ -8,7 +8,8 @@
     speculative_stand_down           plain steps while these bring more tokens a second (speculative/stand_down.py; not SGLang's)
     speculative_accept_threshold_*, speculative_use_rejection_sampling, speculative_typical_acceptance (not SGLang's)
                                      other rules for what is kept (common/sampling/acceptance.py); thresholds below 1 and
-                                     typical acceptance are lossy: answers are no longer distributed as the model says
+                                     typical acceptance are lossy: answers are no longer distributed as the model says.
+                                     Rejection sampling is exact, and has a draft's chains drawn from its own distribution
     speculative_ngram_*              the trie of NGRAM
 
 Like server_args.py it imports nothing that brings torch. What the algorithms do: speculative/ and common/models/drafters/.

@@ -50,8 +50,9 @@ STOP, PREFILL, DECODE, NOTE, PARALLEL, TOKENS, WING, VERIFY = 1, 2, 3, 4, 5, 6, 
 LEAVE = -1
 # name -> number on the wire. scored: of a prefill sequence's new tokens, from the first on, so many whose next token's
 # log-probability is asked for. shift: by how much the pictures before a prefill sequence's tokens shift their positions.
-# adapter: the slot of the sequence's LoRA adapter, 0 for none
-COLUMNS = {"scored": 1, "shift": 2, "adapter": 3}
+# adapter: the slot of the sequence's LoRA adapter, 0 for none. temperature, in millionths (0: greedy), and seed: with what a
+# drafter draws a verify step's guesses
+COLUMNS = {"scored": 1, "shift": 2, "adapter": 3, "temperature": 4, "seed": 5}
 
 
 class PageUpdate(NamedTuple):

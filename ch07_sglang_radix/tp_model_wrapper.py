@@ -4,17 +4,36 @@
 is not here.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
 from ch07_sglang_radix.tasks import DecodeTask, ParallelTask, PrefillTask, VerifyTask
 from common.executor import NO_TOKENS, Executor, StepParts, first_of_each
+from common.models.drafters.draws import DrawnRows
+from common.values import flag, shown
 
 LAST_TOKEN = -1  # in a prefill step: the last token of the row, which may be known to the device only
 
 
 class TPRadixAttentionModelWrapper(Executor):
     """This rank's model, pages and page table (common/executor.py has the arguments)."""
+
+    def refuse_another_layout(self, sizes: Mapping[str, int | None], enable_layernorm_sp: bool | None) -> None:
+        """Whoever asks for one must mean this wrapper's; None asks for nothing. Raises ValueError on every rank alike."""
+        layout, cuts_rows = self.parallel.layout, self.communicator.enable_layernorm_sp
+        for name, size in sizes.items():
+            if size not in (None, getattr(layout, name)):
+                raise ValueError(
+                    f"{name}_size={shown(size)}, but the wrapper's ranks are laid out as {layout}; give the same to "
+                    "ParallelState.initialize, or leave it out"
+                )
+        if enable_layernorm_sp is not None and flag("enable_layernorm_sp", enable_layernorm_sp) != cuts_rows:
+            raise ValueError(
+                f"enable_layernorm_sp={enable_layernorm_sp}, but the wrapper was made with {cuts_rows}; give it the same, or "
+                "leave it out"
+            )
 
     def execute_prefill_task(self, task: PrefillTask) -> torch.Tensor | None:
         """Several prompts (or chunks of them) behind their cached prefixes, in one ragged step.
@@ -34,7 +53,7 @@ class TPRadixAttentionModelWrapper(Executor):
         """One token or more for each running row: feed in its last token and guesses. Returns logits [B * N, V/R] of this rank."""
         self.table.set_pages(task.updates)
         rows, positions = np.array(task.rows, dtype=np.int64), np.array(task.positions, dtype=np.int64)
-        return self.verify(rows, positions, task.nodes, task.guesses, task.parents, _adapters(task))
+        return self.verify(rows, positions, task.nodes, task.guesses, task.parents, _adapters(task), _drawn(task))
 
     def execute_parallel_task(self, task: ParallelTask) -> torch.Tensor | None:
         """This data rank's part, in step with the others: the logits are of all sequences that emit, part by part.
@@ -60,6 +79,14 @@ def _adapters(task: PrefillTask | DecodeTask | VerifyTask) -> np.ndarray | None:
     """[B] slots, 0 for none; None if no sequence has an adapter."""
     slots = task.columns.get("adapter")
     return None if slots is None else np.array(slots, dtype=np.int64)
+
+
+def _drawn(task: VerifyTask) -> DrawnRows | None:
+    """With what guesses are drawn; None where they are chosen."""
+    temperatures = task.columns.get("temperature")
+    if temperatures is None:
+        return None
+    return DrawnRows(np.array(temperatures) / 1e6, np.array(task.columns["seed"], dtype=np.uint64))
 
 
 def _ragged(task: PrefillTask | DecodeTask | None) -> tuple[np.ndarray, ...]:

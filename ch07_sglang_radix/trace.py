@@ -13,8 +13,9 @@
     finished   requests whose results appeared in this step; retracted: how many went back to the queue
     pages      taken, given back; free afterwards
     tree       slots inserted and evicted, nodes split; evictable and protected afterwards
-    experts    of an engine that reads it, in the line of a step after which it was read: rows of each rank, summed over layers,
-               since the last reading, balancedness (expert_load.py), and moved: slots that got another expert
+    experts    of an engine that reads it, in the line of a step after which it was read: since the last reading rows of each
+               rank, summed over layers, and of_experts: of each expert, in each layer that has some; balancedness
+               (expert_load.py), and moved: slots that got another expert
     parts      with attention data parallelism, in place of scheduled: kind is "parallel", and each data rank has kind, scheduled,
                held and decodes of its own, or null for no work; all numbers above are sums over them, chunked is the first's
     verified   where guesses are verified, in the line of the step in which their fate became known (the verify step itself, or with
@@ -61,7 +62,8 @@ class Trace(StepLog):
         if change["readings"]:
             more = {
                 "experts": {
-                    "rows": load.newest.sum(0).tolist(), "balancedness": round(load.balancedness, 4), "moved": change["moved"],
+                    "rows": load.newest.sum(0).tolist(), "of_experts": load.newest_of_expert.tolist(),
+                    "balancedness": round(load.balancedness, 4), "moved": change["moved"],
                 }
             }  # fmt: skip
         if s.speculation and s.speculation.newest:

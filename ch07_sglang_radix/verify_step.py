@@ -29,6 +29,7 @@ from common.draft_tree import Accepted, DraftTree
 from common.sampling.acceptance import Rule
 from common.sampling.logprobs import TokenLogprobs
 from common.sampling.nodes import node_batch
+from common.sampling.params import MASK64
 from common.sampling.sampler import Drawn
 
 Columns = dict[str, tuple[int, ...]]
@@ -66,6 +67,7 @@ class Speculation:
         self.guesser: Guesser | None = None
         self.rule: StandDown | None = None
         self.acceptance: Rule | None = None  # which guesses are kept, if not those that are drawn
+        self.draws = False  # the drafter draws its guesses
         self.launched = self.steps = self.sequences = self.correct = self.tokens = 0
         self._keeps = False  # requests have pages for guesses
         self.reqs: Sequence[Req] = ()  # of the step that was planned last
@@ -97,7 +99,7 @@ class Speculation:
         rows, positions = tuple(req.row for req in reqs), tuple(req.kv_len for req in reqs)
         task = VerifyTask(
             s.front.step_number, memory.page_updates(reqs), rows, positions, self.nodes, guesses, parents, best(reqs),
-            columns(reqs),
+            columns(reqs) | (_draws(reqs) if self.draws else {}),
         )  # fmt: skip
         return StepPlan(
             task, reqs, reqs, 0, any(req.needs_last_token for req in reqs), launched,
@@ -122,6 +124,16 @@ class Speculation:
         self.sequences += 1
         self.correct += tokens - 1
         self.tokens += tokens
+
+
+def _draws(reqs: Sequence[Req]) -> Columns:
+    """With what a drafter draws its guesses: the request's own temperature, up to what a word holds, and seed."""
+    return {
+        "temperature": tuple(
+            0 if req.params.greedy else min(round(req.params.temperature * 1e6), 1 << 62) for req in reqs
+        ),
+        "seed": tuple(req.seed & (MASK64 >> 1) for req in reqs),
+    }
 
 
 class QueuedRuns:

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from ch07_sglang_radix.scheduler import PAUSE_MODES, TPScheduler
 from common.distributed.update_group import MAX_MEMBERS, reach, refuse_size
 from common.memory_occupation import TAGS
-from common.values import choice, flag, host_name, texts, whole
+from common.values import choice, flag, host_name, texts, walked, whole
 
 WEIGHT_UPDATER = "ch07_sglang_radix.adapters.weight_updater"  # in a wing that comes when it is asked for
 ACTIONS = ("checksum", "snapshot", "compare")
@@ -27,7 +27,7 @@ GROUP = "weight_update_group"  # SGLang's default name
 EXCHANGES = (
     "update_weights_from_disk", "update_weights_from_tensor", "update_weights_from_distributed",
     "init_weights_update_group", "destroy_weights_update_group", "update_weight_version", "get_weights_by_name",
-    "weights_checker", "release_memory_occupation", "resume_memory_occupation",
+    "weights_checker", "release_memory_occupation", "resume_memory_occupation", "finish_update",
 )  # fmt: skip
 Told = dict[str, Any]
 
@@ -37,27 +37,33 @@ class WeightCalls(ABC):
 
     def update_weights_from_disk(
         self, model_path: str, load_format: str | None = None, *, flush_cache: bool = True,
-        abort_all_requests: bool = False, weight_version: str | None = None,
+        abort_all_requests: bool = False, weight_version: str | None = None, hold: bool = False,
     ) -> Told:  # fmt: skip
         """All weights, from a folder with a checkpoint of the same architecture.
 
         flush_cache: what the old weights have cached is not found any more; without it the caller must know that it is not used.
         abort_all_requests: end who waits or runs; else there must be nobody, or generation is paused. Requests that were paused
-        in_place go on with the K and V of the old weights. weight_version: what meta_info tells from here on.
+        in_place go on with the K and V of the old weights. weight_version: what meta_info tells from here on. hold: look at
+        them and keep them beside the old ones until `finish_update`, so that several engines can change together; no step runs
+        meanwhile.
         """
         _refuse_formats(load_format)
-        options = _options(flush_cache, abort_all_requests, weight_version)
+        options = _options(flush_cache, abort_all_requests, weight_version, hold)
         return self._exchange("update_weights_from_disk", model_path=str(model_path), **options)
 
     def update_weights_from_tensor(
         self, named_tensors: bytes | Mapping[str, torch.Tensor] | Sequence[tuple[str, torch.Tensor]],
         load_format: str | None = None, *, flush_cache: bool = True, abort_all_requests: bool = False,
-        weight_version: str | None = None,
+        weight_version: str | None = None, hold: bool = False,
     ) -> Told:  # fmt: skip
         """Some weights or all: (name, whole tensor), or a safetensors file's bytes. SGLang sends pickles, which can run code."""
         _refuse_formats(load_format)
-        options = _options(flush_cache, abort_all_requests, weight_version)
+        options = _options(flush_cache, abort_all_requests, weight_version, hold)
         return self._exchange("update_weights_from_tensor", as_bytes(named_tensors), **options)
+
+    def finish_update(self, write: bool) -> Told:
+        """Write the weights that are held, or drop them."""
+        return self._exchange("finish_update", write=flag("write", write))
 
     def init_weights_update_group(
         self, master_address: str, master_port: int, rank_offset: int, world_size: int, group_name: str = GROUP,
@@ -209,7 +215,8 @@ def as_bytes(named_tensors: Any) -> bytes:
     """Of a safetensors file. Raises ValueError for what is no tensor, and for a name that comes twice."""
     if isinstance(named_tensors, bytes | bytearray | memoryview):
         return bytes(named_tensors)
-    pairs = list(named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors)
+    given = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
+    pairs = walked("named_tensors", given, "pairs (name, tensor), or safetensors' bytes")
     tensors = {}
     for one in pairs:
         if not (isinstance(one, tuple | list) and len(one) == 2 and isinstance(one[1], torch.Tensor)):
@@ -232,12 +239,14 @@ def tags_of(tags: Any) -> list[str]:
     return sorted(set(chosen))
 
 
-def _options(flush_cache: bool, abort_all_requests: bool, weight_version: str | None) -> dict[str, Any]:
+def _options(
+    flush_cache: bool, abort_all_requests: bool, weight_version: str | None, hold: bool = False
+) -> dict[str, Any]:  # fmt: skip
     return {
         "flush_cache": flag("flush_cache", flush_cache),
         "abort_all_requests": flag("abort_all_requests", abort_all_requests),
         "weight_version": None if weight_version is None else str(weight_version),
-    }
+    } | ({"hold": True} if flag("hold", hold) else {})
 
 
 def _refuse_formats(load_format: str | None) -> None:

@@ -25,15 +25,17 @@ import torch
 
 @dataclass(frozen=True)
 class DraftTree:
-    """tokens [B, N]: node 0 the last token, then guesses. parents [B, N]: parents[b, i] < i, and -1 for the root; int64."""
+    """tokens [B, N]: node 0 the last token, then guesses. parents [B, N]: parents[b, i] < i, and -1 for the root; int64.
+    q [B, N, V]: what the guesses below each node were drawn from; None if they were chosen, or on ranks that need not know."""
 
     tokens: torch.Tensor
     parents: torch.Tensor
+    q: torch.Tensor | None = None
 
     @classmethod
-    def chain(cls, tokens: torch.Tensor) -> "DraftTree":
+    def chain(cls, tokens: torch.Tensor, q: torch.Tensor | None = None) -> "DraftTree":
         """tokens [B, N], each a guess of what follows the one before."""
-        return cls(tokens, torch.arange(-1, tokens.shape[1] - 1, device=tokens.device).expand(tokens.shape))
+        return cls(tokens, torch.arange(-1, tokens.shape[1] - 1, device=tokens.device).expand(tokens.shape), q)
 
     @cached_property
     def ancestors(self) -> torch.Tensor:

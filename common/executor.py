@@ -35,11 +35,13 @@ from common.layers.expert_placement import ExpertPlacement
 from common.layers.moe import MoEOptions
 from common.models.config import ModelConfig
 from common.models.drafters.contract import DraftOptions, Target
+from common.models.drafters.draws import DrawnRows
 from common.models.drafters.load import load_drafter
 from common.models.graph_runner import DecodeGraphs, StepGraphs
 from common.models.hub import resolve_model
 from common.models.links import StageLinks
 from common.models.lora_manager import LoRAManager, LoRAOptions
+from common.models.prefill_graphs import PrefillGraphs
 from common.models.quantized_tensors import weight_bytes
 from common.models.stages import Stage, layer_partition
 from common.models.two_batch_overlap import Half, Ragged, forward_in_halves, halves_of
@@ -48,6 +50,7 @@ from common.models.vision import image_processor
 from common.models.weights import load_model
 from common.parallel_state import ParallelState, TPGroup, all_gather, all_reduce, get_parallel_state, pick_device
 from common.pool_size import SGLANG_WORDS, PoolWords, num_pages
+from common.quantization.packed_codes import CodedMatrices
 from common.sampling.batch import SamplingRow
 from common.sampling.logprobs import Logprobs
 from common.sampling.params import SamplingParams
@@ -100,7 +103,8 @@ class Executor:
     quantized_compute: those of load_model (common/models/weights.py). torch_compile_max_bs: in steps of so many tokens at most the
     small layers are those of torch.compile (common/layers/compiled.py); None: in none. enable_deterministic_inference: what a
     request gets does not depend on what else runs, on what is cached and on how its prompt is cut
-    (common/layers/batch_invariant.py); `self.deterministic` says so to who gives out seeds and keeps pages.
+    (common/layers/batch_invariant.py); `self.deterministic` says so to who gives out seeds and keeps pages. prefill_graph_tokens:
+    prefills of so many tokens at most are CUDA graphs, too, where decode steps are (common/models/prefill_graphs.py); 0: none.
     Raises ValueError or FileNotFoundError, on every rank alike, for what cannot be run.
     """
 
@@ -115,7 +119,7 @@ class Executor:
         moe_runner: str = "auto", ep_dispatch: str = "replicated", ep_num_redundant_experts: int = 0,
         ep_dispatch_algorithm: str = "static", speculative: DraftOptions | None = None, lora: LoRAOptions | None = None,
         quantization: str | None = None, quantized_compute: str = "auto", torch_compile_max_bs: int | None = None,
-        enable_deterministic_inference: bool = False,
+        enable_deterministic_inference: bool = False, prefill_graph_tokens: int = 0,
     ):  # fmt: skip
         self.parallel = parallel or (ParallelState.of(tp) if tp else get_parallel_state(device))
         self.tp = self.parallel.tp  # inside the stage
@@ -124,17 +128,10 @@ class Executor:
         self.communicator = LayerCommunicator(
             self.tp, self.parallel.attn_tp, enable_layernorm_sp, enable_all_reduce_fusion, enable_two_batch_overlap
         )
-        if enable_two_batch_overlap and self.parallel.pp.size > 1:
-            raise ValueError(
-                f"enable_two_batch_overlap with pp_size={self.parallel.pp.size}: stages overlap steps already; use one of the two"
-            )
-        if self.communicator.spreads and self.parallel.pp.size > 1:
-            raise ValueError(
-                f"pp_size={self.parallel.pp.size} with enable_layernorm_sp, attn_dp_size or cp_size: a stage hands over whole "
-                f"rows, and these cut them over ranks; use one of the two"
-            )
         self.ep_dispatch = ep_dispatch
-        self.parallel.layout.refuse_what_is_not_combined(enable_layernorm_sp, ep_dispatch, ep_num_redundant_experts)
+        self.parallel.layout.refuse_what_is_not_combined(
+            enable_layernorm_sp, enable_two_batch_overlap, ep_dispatch, ep_num_redundant_experts
+        )
         if page_size < 1:
             raise ValueError(f"page_size={page_size} must be at least 1")
         if max_running_requests < 1:
@@ -256,7 +253,7 @@ class Executor:
         self.spans: list[tuple[float, float]] | None = None  # a list: note when each step was computed here (CPU)
         self._scored: torch.Tensor | None = None  # hidden states [S, D] that wait for `prompt_logprobs`
         self._scored_slots: np.ndarray | None = None  # and their adapters
-        self.graphs = self.tree_graphs = None
+        self.graphs = self.tree_graphs = self.prefill_graphs = None
         capturable = (
             self.attention.capturable and self.model.capturable and (not self.lora or self.lora.form.capturable)
         )
@@ -268,6 +265,8 @@ class Executor:
             if speculative:
                 nodes = (1, speculative.nodes) if drafter else (speculative.nodes,)
                 self.tree_graphs = VerifyGraphs(*parts, nodes, self.verifier.listening() or (), most)
+            if prefill_graph_tokens and self._plain_prefills(speculative):
+                self.prefill_graphs = PrefillGraphs(*parts[:-1], prefill_graph_tokens, most)
         if self.tp.device.type == "cuda":
             self._get_ready()
             if self.config.mixture:
@@ -289,11 +288,38 @@ class Executor:
         part. adapters [B]: the LoRA slot of each sequence, 0 for none; None: no adapter at all. shifts [B]: where there are
         pictures, by how much those before cached[b] shift positions (vision/mrope.py).
         """
+        emitting = np.flatnonzero(emits)
+        last = np.cumsum(new)[emitting] - 1
+        if self.prefill_graphs and self.prefill_graphs.holds(len(token_ids), len(rows)):
+            hidden = self.prefill_graphs.run(token_ids, rows, cached, new, adapters)
+            parts, step, spread = StepParts([len(token_ids)], [last], [scored]), None, None
+        else:
+            hidden, parts, step, spread = self._prefill(
+                token_ids, rows, cached, new, last, scored, parts, adapters, shifts
+            )
+        if any(map(len, parts.scored)) and hidden is not None:  # [S, D]
+            if spread:
+                self._scored = self._collect(hidden, spread, parts.scored, step, scored)
+            else:
+                self._scored = hidden[upload(scored, self.tp.device)]
+                self._scored_slots = None if adapters is None else np.repeat(adapters, new)[scored]
+        if not any(map(len, parts.emitting)):
+            return None
+        at, waiting = upload_all(self.tp.device, last, rows[emitting])
+        self._emitting.append((waiting, self._slice_of(parts.emitting)))
+        if hidden is None:
+            return None
+        hidden = self._collect(hidden, spread, parts.emitting, step, last) if spread else hidden[at]
+        return self._logits(hidden, None if adapters is None else adapters[emitting])
+
+    def _prefill(
+        self, token_ids: np.ndarray, rows: np.ndarray, cached: np.ndarray, new: np.ndarray, last: np.ndarray,
+        scored: np.ndarray, parts: StepParts | None, adapters: np.ndarray | None, shifts: Sequence[int] | None,
+    ) -> tuple[torch.Tensor | None, StepParts, StepInputs, TokenRows | None]:  # fmt: skip
+        """The forward of `ragged`, launch by launch -> (hidden [T, D], what all data ranks do, the step, how rows are spread)."""
         seen = self.images and self.images.chunk(token_ids, new, cached, shifts)
         if seen:
             token_ids = seen.token_ids
-        emitting = np.flatnonzero(emits)
-        last = np.cumsum(new)[emitting] - 1
         step = self.table.prefill(token_ids, rows, cached, new) if len(rows) else self.table.nothing()
         if isinstance(step, RingInputs):  # the parts are shares of the same tokens
             parts = StepParts(step.meta.tokens, step.by_rank(last), step.by_rank(scored))
@@ -313,20 +339,7 @@ class Executor:
             hidden = self._forward(step, spread, heard, None if adapters is None else np.repeat(adapters, new), hidden)
         if self.verifier:
             self.verifier.prefilled(token_ids, rows, cached, new, hidden, heard)
-        if any(map(len, parts.scored)) and hidden is not None:  # [S, D]
-            if spread:
-                self._scored = self._collect(hidden, spread, parts.scored, step, scored)
-            else:
-                self._scored = hidden[upload(scored, self.tp.device)]
-                self._scored_slots = None if adapters is None else np.repeat(adapters, new)[scored]
-        if not any(map(len, parts.emitting)):
-            return None
-        at, waiting = upload_all(self.tp.device, last, rows[emitting])
-        self._emitting.append((waiting, self._slice_of(parts.emitting)))
-        if hidden is None:
-            return None
-        hidden = self._collect(hidden, spread, parts.emitting, step, last) if spread else hidden[at]
-        return self._logits(hidden, None if adapters is None else adapters[emitting])
+        return hidden, parts, step, spread
 
     @torch.inference_mode()
     def prompt_logprobs(
@@ -411,14 +424,15 @@ class Executor:
     @torch.inference_mode()
     def verify(
         self, rows: np.ndarray, positions: np.ndarray, nodes: int, guesses: Sequence[int] = (), parents: Sequence[int] = (),
-        adapters: np.ndarray | None = None,
+        adapters: np.ndarray | None = None, drawn: DrawnRows | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """The last token of each sequence, at positions [B], and guesses below it, N nodes each -> logits [B * N, V/R], one a node.
 
         guesses: the tokens of the nodes 1 .. N-1, sequence by sequence, with their parents' numbers; none: this rank's drafter
-        makes them. The pages of a sequence must have room for positions[b] + N tokens. adapters [B]: as in `ragged`.
+        makes them, and draws them if `drawn` says with what. The pages of a sequence must have room for positions[b] + N tokens.
+        adapters [B]: as in `ragged`.
         """
-        tree, chain = self.verifier.tree(rows, positions, nodes, guesses, parents)
+        tree, chain = self.verifier.tree(rows, positions, nodes, guesses, parents, drawn)
         if self.tree_graphs and self.tree_graphs.holds(len(rows), nodes):
             return self._replay_tree(rows, positions, tree, chain, adapters)
         slots = None if adapters is None else np.repeat(adapters, nodes)
@@ -430,7 +444,7 @@ class Executor:
     @property
     def recorded(self) -> list[StepGraphs]:
         """The CUDA graphs of all kinds of steps; none on a CPU."""
-        return [graphs for graphs in (self.graphs, self.tree_graphs) if graphs]
+        return [graphs for graphs in (self.graphs, self.tree_graphs, self.prefill_graphs) if graphs]
 
     def decode_rows(self, batch: int, alike: bool = False) -> int:
         """Rows that a decode step of `batch` sequences computes: CUDA graphs pad it to a captured size."""
@@ -475,7 +489,8 @@ class Executor:
     @torch.inference_mode()
     def move_experts(self, physical_to_logical: torch.Tensor) -> None:
         """physical_to_logical [L, P], the same on all ranks of the replica, which all call it between two steps: weights move, and
-        from the next step on rows follow them. Raises ValueError on all of them for what is no placement."""
+        from the next step on rows follow them. Raises ValueError on all of them for what is no placement, or codes."""
+        self.refuse_experts_of_codes("experts that move")
         placement, new = self.placement, physical_to_logical.cpu()
         placement.refuse_a_misfit(new)
         for layer in self.model.model.layers:
@@ -483,6 +498,13 @@ class Executor:
                 layer.mlp.move_experts(new[layer.mlp.layer])
         placement.place(new)
         placement.load.zero_()
+
+    def refuse_experts_of_codes(self, what: str) -> None:
+        if any(isinstance(module, CodedMatrices) for module in self.model.modules()):
+            raise ValueError(
+                f"{what}: this model's experts are kept as codes, which stay where they were read; start the engine with "
+                "quantized_compute=auto"
+            )
 
     # --- inside
 
@@ -583,6 +605,18 @@ class Executor:
         if any(stop != start for (_, stop), (start, _) in pairwise(ends)):
             said = ", ".join(f"{start}..{stop - 1}" for start, stop in ends)
             raise ValueError(f"the stages hold the layers {said}; give every rank the same pp_layer_partition")
+
+    def _plain_prefills(self, speculative: DraftOptions | None) -> bool:
+        """Does a prefill launch the same for the same number of tokens, whatever they are?
+
+        Not where a drafter listens, where pictures are set in, where rows or layers are on several ranks, where experts get as many
+        rows as come to them, and where what is read of latent pages is expanded.
+        """
+        config, here = self.config, self.parallel
+        elsewhere = here.pp.size > 1 or here.cp.size > 1 or self.communicator.parts > 1 or self.communicator.spreads
+        return not (
+            speculative or elsewhere or self.two_batch_overlap or config.vision or config.mixture or config.latent
+        )
 
     def _get_ready(self) -> None:
         """Compile all kernels, first of all and side by side; then capture, and run what is not captured once."""

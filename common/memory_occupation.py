@@ -2,6 +2,7 @@
 
     weights     their numbers go to files (of a GPU: to the host's memory), and come back from there
     kv_cache    pages; what was in them is lost
+                (of both also what is a drafter's own, where guesses are verified: drafters/contract.py)
     cuda_graph  recorded steps; as they name addresses, they go with either of the others, and are recorded again in the end
 
 A tensor stays the object that it is and loses its numbers: tied weights and whoever holds it need not hear of it. (SGLang
@@ -15,11 +16,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
-from torch import nn
 
+from common.attention.kv_cache import PagedKVCache
 from common.distributed.processes import give_back_freed_memory
 from common.executor import Executor
 from common.layers.cpu_linear import packed, row_major
+from common.models.decoder import CausalLM
+from common.models.drafters.contract import Drafter
 from common.models.quantized_tensors import held_tensors
 
 WEIGHTS, PAGES, GRAPHS = TAGS = ("weights", "kv_cache", "cuda_graph")
@@ -66,7 +69,8 @@ class MemoryOccupation:
                 self._layout[name] = None if x.is_mkldnn else (x.shape, x.stride())
                 x.data = packed(torch.zeros(1, 1, dtype=x.dtype)) if x.is_mkldnn else x.new_empty(0)
         if PAGES in tags:
-            self.executor.kv_cache.release()
+            for cache in self._caches():
+                cache.release()
         self.away |= tags
         if self.executor.tp.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -79,7 +83,8 @@ class MemoryOccupation:
         if WEIGHTS in tags:
             self._bring_weights_back()
         if PAGES in tags:
-            self.executor.kv_cache.resume()
+            for cache in self._caches():
+                cache.resume()
 
     @torch.no_grad()
     def awake(self, tags: set[str]) -> None:
@@ -104,8 +109,21 @@ class MemoryOccupation:
         return Path(self._files.name, f"{name}.safetensors")
 
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each once: parameters, and the second form of a tied head."""
-        model: nn.Module = self.executor.model
-        yield from held_tensors(model).items()
-        if model.lm_head is not None and model.lm_head.copy is not None:
-            yield "lm_head.copy", model.lm_head.copy
+        """Each once: parameters, and the second form of a tied head; then a drafter's."""
+        model, drafter = self.executor.model, self._drafter
+        for whose, module in (("", model), ("draft.", drafter.module if drafter else None)):
+            if module is None:
+                continue
+            for name, x in held_tensors(module).items():
+                yield whose + name, x
+            head = module.lm_head if isinstance(module, CausalLM) else None
+            if head is not None and head.copy is not None:
+                yield f"{whose}lm_head.copy", head.copy
+
+    def _caches(self) -> list[PagedKVCache]:
+        drafter = self._drafter
+        return [self.executor.kv_cache, *([drafter.cache] if drafter and drafter.cache else [])]
+
+    @property
+    def _drafter(self) -> Drafter | None:
+        return self.executor.verifier.drafter if self.executor.verifier else None

@@ -195,7 +195,9 @@ def _start(
     timeout = timedelta(seconds=timeout_s or (CPU_TIMEOUT_S if where.type == "cpu" else GPU_TIMEOUT_S))
     if spawning:
         shutdown_tensor_parallel()
-        _spawned = start_ranks(follower, size, f"tensor_parallel_size={size}" if layout.tp == size else f"{layout}")
+        _spawned = start_ranks(
+            follower, size, f"tensor_parallel_size={size}" if layout == Layout(size) else f"{layout}"
+        )
     if size == 1:
         _state = ParallelState.of(TPGroup(device=where))
         return _state

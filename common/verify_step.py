@@ -21,6 +21,7 @@ from common.attention.sequence_table import SequenceTable, StepInputs
 from common.distributed.transfer import upload, upload_all
 from common.draft_tree import Accepted, DraftTree, walk
 from common.models.drafters.contract import Drafter, DraftOptions
+from common.models.drafters.draws import DrawnRows, Draws
 
 
 @dataclass(frozen=True)
@@ -64,16 +65,19 @@ class Verifier:
 
     def tree(
         self, rows: np.ndarray, positions: np.ndarray, nodes: int, guesses: Sequence[int] = (),
-        parents: Sequence[int] = (),
+        parents: Sequence[int] = (), drawn: DrawnRows | None = None,
     ) -> tuple[DraftTree, bool]:  # fmt: skip
         """The tree of the step, and whether it is a chain for certain. guesses, parents: B * (N-1) numbers, if rank 0 has made
-        them."""
+        them. drawn: with what a drafter draws its guesses; None: it chooses them."""
         (there,) = upload_all(self.table.device, rows)
         last = self.table.last_token[there]
         if not len(guesses) and nodes > 1:
             if self.drafter is None:
                 raise ValueError(f"a verify step of {nodes} nodes without guesses, and this rank has no drafter")
-            return self._inside(self.drafter.draft(self.table, rows, last, positions, nodes)), self.drafter.chains
+            draws = Draws(drawn, positions, self.vocab_size, self.table.device) if drawn else None
+            return self._inside(
+                self.drafter.draft(self.table, rows, last, positions, nodes, draws)
+            ), self.drafter.chains
         shape = (len(rows), nodes - 1)
         below = np.array(parents, dtype=np.int64).reshape(shape)
         known = np.concatenate((np.array(guesses, dtype=np.int64).reshape(shape), below), axis=1)
@@ -85,7 +89,7 @@ class Verifier:
 
     def _inside(self, tree: DraftTree) -> DraftTree:
         """A guess that is no token of the target's becomes another one, as wrong."""
-        return DraftTree(tree.tokens.clamp(0, self.vocab_size - 1), tree.parents)
+        return DraftTree(tree.tokens.clamp(0, self.vocab_size - 1), tree.parents, tree.q)
 
     def waits(
         self, rows: np.ndarray, positions: np.ndarray, step: StepInputs, hidden: torch.Tensor, heard,

@@ -20,6 +20,8 @@ control_plane.svg     <- control_plane.csv     torchrun --nproc_per_node=2 ch07_
                          control_plane_gpu.csv the same on two GPUs, --out figures/control_plane_gpu.csv
 experts_forms.svg     <- experts_forms.csv     python -m ch07_sglang_radix.benchmarks.bench_experts --part forms
                          experts_kernels.csv   the same on a GPU, --part kernels; left out while it is not there
+hot_experts.svg       <- hot_experts.csv       python ch07_sglang_radix/experts/demo_5_hot_experts.py --csv figures/hot_experts.csv
+cache_bytes.svg       <- cache_bytes.csv       python ch07_sglang_radix/experts/demo_8_cache_bytes.py --csv figures/cache_bytes.csv
 pipeline.svg          <- pipeline.csv          torchrun --nproc_per_node=2 ch07_sglang_radix/parallelism/demo_3_pipeline_timeline.py
                                                    --csv figures/pipeline.csv
 all_reduce_cpu.svg    <- all_reduce_cpu.csv, all_reduce_decode.csv     python -m common.distributed.bench_all_reduce
@@ -517,13 +519,88 @@ def experts_forms():
             )
         for said, factor in (("claimed: packed", 2.5), ("claimed: fused", 4.0)):
             axis.axhline(factor, color=RED, linewidth=0.8, linestyle="--")
-            axis.text(len(loop), factor, said, fontsize=7, color=RED, va="bottom", ha="right")
+            if axis is axes[0][0]:  # where no bar is as high
+                axis.text(len(loop), factor, said, fontsize=7, color=RED, va="bottom", ha="right")
         axis.set_xticks([i + 0.4 for i in range(len(loop))], loop)
+        axis.set_yscale("log")
+        axis.set_yticks([1, 2, 5, 10, 20, 50, 100], [1, 2, 5, 10, 20, 50, 100])
+        axis.minorticks_off()
+        axis.set_ylim(0.7, 120)
         axis.set_xlabel("tokens a step")
         axis.set_title(shape, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("times as fast as the loop")
-    axes[0][0].legend(fontsize=7, loc=(0.02, 0.66))  # between the two claims
+    axes[0][-1].legend(fontsize=7, loc="upper right")
+    return figure
+
+
+def hot_experts():
+    """Rows of four ranks in each layer: experts in order of their numbers, and placed by load; without copies and with."""
+    rows = read("hot_experts.csv")
+    cases = list(dict.fromkeys((row["copies"], row["placement"]) for row in rows))
+    figure, axes = plt.subplots(1, len(cases), figsize=(11, 2.9), sharey=True, layout="constrained")
+    for axis, (copies, placement) in zip(axes, cases, strict=True):
+        mine = [row for row in rows if (row["copies"], row["placement"]) == (copies, placement)]
+        layers = list(dict.fromkeys(row["layer"] for row in mine))
+        even = []
+        for n, layer in enumerate(layers):
+            loads = [int(row["rows"]) for row in mine if row["layer"] == layer]
+            waits = [BLUE if load < max(loads) else RED for load in loads]
+            axis.bar([n + 0.21 * (rank - 1.5) for rank in range(len(loads))], loads, 0.19, color=waits)
+            even.append(statistics.mean(loads) / max(loads))
+        axis.axhline(statistics.mean(int(row["rows"]) for row in mine), color="black", linewidth=0.8, linestyle="--")
+        slots = "no copies" if copies == "0" else f"{copies} copies"
+        axis.set_title(f"{slots}, placed {placement}\nmean / max {statistics.mean(even):.2f}", fontsize=9)
+        axis.set_xticks(range(len(layers)), [f"layer {layer}" for layer in layers], fontsize=8)
+        axis.tick_params(axis="x", length=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("rows that a rank computes")
+    handles = [Patch(color=RED, label="the rank that all wait for"), Patch(color=BLUE, label="the others")]
+    figure.legend(handles=handles, loc="outside lower center", ncol=2, fontsize=8, frameon=False)
+    return figure
+
+
+def cache_bytes():
+    """Bytes of a token in the cache, by model; and how many times the ranks that cut the heads hold it together."""
+    rows = read("cache_bytes.csv")
+    colours = {"MHA": GREY, "GQA": BLUE, "MLA": ORANGE}
+    alone = [row for row in rows if row["ranks"] == "1"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), width_ratios=(3, 2), layout="constrained")
+    bars = left.barh(
+        [row["model"] for row in alone],
+        [int(row["on a rank"]) for row in alone],
+        color=[colours[row["kind"]] for row in alone],
+    )
+    left.bar_label(bars, [f"{int(row['on a rank']):,}" for row in alone], fontsize=7, padding=2)
+    left.set_xscale("log")
+    left.set_xlim(200, 2e6)
+    left.set_xticks([1e3, 1e4, 1e5, 1e6], ["1,000", "10,000", "100,000", "1,000,000"])
+    left.invert_yaxis()
+    left.set_xlabel("bytes of a token in all layers, bfloat16")
+    ranks = [int(row["ranks"]) for row in rows if row["model"] == alone[0]["model"]]
+    for name, shift in (("DeepSeek-V3", 1.03), ("Qwen3-30B-A3B", 1), ("Llama-3.1-70B", 0.97)):
+        mine = [row for row in rows if row["model"] == name]
+        copies = [
+            shift * int(row["on all"]) / int(mine[0]["on all"]) for row in mine
+        ]  # shifted: one would hide the other
+        right.plot(ranks, copies, "o-", markersize=4, color=colours[mine[0]["kind"]])
+        right.text(ranks[-1] * 1.08, copies[-1], name, fontsize=8, va="center")
+    for scale in (right.set_xscale, right.set_yscale):
+        scale("log", base=2)
+    right.set_xticks(ranks, ranks)
+    right.set_yticks(ranks, ranks)
+    right.set_xlim(0.9, 26)
+    right.set_xlabel("ranks that cut the heads")
+    right.set_ylabel("copies of a token on all of them")
+    for axis in (left, right):
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    left.legend(
+        handles=[Patch(color=c, label=kind) for kind, c in colours.items()],
+        fontsize=8,
+        frameon=False,
+        loc="lower right",
+    )
     return figure
 
 
@@ -737,8 +814,8 @@ def quantization():
 
 FIGURES: tuple[Callable, ...] = (
     toy_split, parallel_layers, heads, two_ways, loading, kv_cache, blocks, batching, messages,
-    overlap_gaps, prefix, load_balance, control_plane, all_reduce_cpu, experts_forms, links, pipeline, disaggregation, speculation,
-    quantization, quantization_kv,
+    overlap_gaps, prefix, load_balance, control_plane, all_reduce_cpu, experts_forms, hot_experts, cache_bytes, links, pipeline,
+    disaggregation, speculation, quantization, quantization_kv,
     *((disaggregation_gpu,) if (HERE / "disaggregation_gpu.csv").exists() else ()),
 )  # fmt: skip
 

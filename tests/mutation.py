@@ -59,6 +59,7 @@ ch07_sglang_radix | scheduler scheduler_state admission outcome request schedule
                     ch07/test_scheduler ch07/test_overlap ch07/test_schedule_policy ch07/test_engine_api
 common/attention  | torch_native kv_cache            | common/attention/test_torch_native common/attention/test_shared_prefix
 common/attention  | sequence_table                   | common/attention/test_sequence_table
+common/attention  | prefix_groups                    | common/attention/test_prefix_groups
 common/layers     | linear heads vocab               | common/layers/test_linear common/layers/test_heads common/layers/test_vocab
 common/models     | weights                          |
                     common/models/test_weights common/models/test_weights_refused common/models/test_stored_head

@@ -1,13 +1,9 @@
 """A chapter's README: its commands, what it says they print, and whether they do."""
 
-import multiprocessing.connection
 import os
 import re
 import tempfile
-import time
 from pathlib import Path
-
-import torch.distributed
 
 from tests import warm
 
@@ -54,43 +50,17 @@ def run(command: str, shown: str) -> None:
     Its processes are those of tests/warm.py, torchrun's ranks too: what torchrun itself does is tested with torchrun.
     """
     program, *args = command.split()
-    size = 1
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if program == "torchrun":
         (size,) = (int(arg.partition("=")[2]) for arg in args if arg.startswith("--nproc_per_node="))
         args = [arg for arg in args if not arg.startswith("--nproc_per_node=")]
-    with tempfile.TemporaryDirectory() as folder:
-        done, printed, said = _finish(args, size, torchrun=program == "torchrun", folder=Path(folder))
+        with tempfile.TemporaryDirectory() as place:
+            done, printed, said = warm.Torchrun(args, size, ROOT, env, Path(place)).finish(TIMEOUT_S)
+    else:
+        one = warm.run(args, ROOT, TIMEOUT_S, env)
+        done, printed, said = one.returncode, one.stdout, one.stderr
     assert not done, said[-2000:]
     expect(printed, shown)
-
-
-def _finish(args: list[str], size: int, torchrun: bool, folder: Path) -> tuple[int, str, str]:
-    """(0 or the exit status of the first rank that failed, what all printed, and on stderr)."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    if torchrun:  # as its agent does: a store on a free port, which all ranks join
-        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-        env |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "GROUP_RANK": "0"}
-    files = [(folder / f"{rank}.out", folder / f"{rank}.err") for rank in range(size)]
-    ranks = [
-        warm.script(args, ROOT, env | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if torchrun else {}), *files[rank])
-        for rank in range(size)
-    ]
-    until, failed, started = time.monotonic() + TIMEOUT_S, 0, []
-    try:
-        for rank in ranks:
-            rank.start()
-            started.append(rank)
-        while not failed and any(rank.is_alive() for rank in ranks) and time.monotonic() < until:
-            multiprocessing.connection.wait([rank.sentinel for rank in ranks if rank.is_alive()], timeout=1)
-            failed = next((rank.exitcode for rank in ranks if rank.exitcode), 0)
-    finally:
-        for rank in started:  # those that wait for the one that failed, or for ever
-            failed = failed or (1 if rank.is_alive() else rank.exitcode)
-            rank.kill()
-            rank.join()
-    printed, said = ("".join(path.read_text(encoding="utf-8") for path in paths) for paths in zip(*files, strict=True))
-    return failed, printed, said
 
 
 def expect(printed: str, shown: str) -> None:

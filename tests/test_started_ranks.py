@@ -2,15 +2,16 @@
 
 import asyncio
 import itertools
-import subprocess
 
 import pytest
 
-from ch06_tp_vllm import LLM, SamplingParams
+from ch06_tp_vllm import LLM, LoRARequest, SamplingParams
 from ch07_sglang_radix import Engine
+from common.distributed import spawn
 from common.layers.mlp import MLP
 from common.parallel_state import RankFailure
-from common.tiny_qwen import TINY_QWEN_PATH
+from common.tiny_qwen import ADAPTERS_PATH, TINY_QWEN_PATH
+from tests.adapters import greedy_with
 from tests.oracle import greedy
 
 PROMPTS = [[5, 6, 7], [8] * 40, [9, 10]]
@@ -34,10 +35,20 @@ def test_chapter_7_s_engine_starts_its_ranks_and_ends_them():
 
 
 def test_chapter_6_s_llm_starts_its_ranks_and_ends_them():
-    with LLM(tensor_parallel_size=2, device="cpu", check=True) as llm:
+    with LLM(tensor_parallel_size=2, device="cpu", check=True, enable_lora=True) as llm:
         ranks = llm.llm_engine.tp.spawned.processes
         outputs = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True), use_tqdm=False)
         assert [o.outputs[0].token_ids for o in outputs] == [greedy(TINY_QWEN_PATH, p, 6) for p in PROMPTS]
+        with pytest.raises(ValueError, match="nowhere"):
+            llm.generate(PROMPTS, lora_request=LoRARequest("a", 1, "nowhere"), use_tqdm=False)
+        pirate = LoRARequest("pirate", 1, str(ADAPTERS_PATH / "pirate"))
+        (output,) = llm.generate(
+            PROMPTS[:1],
+            SamplingParams(temperature=0, max_tokens=6, ignore_eos=True),
+            lora_request=pirate,
+            use_tqdm=False,
+        )
+        assert output.outputs[0].token_ids == greedy_with(TINY_QWEN_PATH, ADAPTERS_PATH / "pirate", PROMPTS[0], 6)
         engine = llm.llm_engine
         engine.add_request("a", PROMPTS[0], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
         while engine.has_unfinished_requests():
@@ -87,6 +98,6 @@ def test_a_step_that_rank_0_breaks_off_is_an_error_at_once_and_the_last(monkeypa
     ],
 )  # fmt: skip
 def test_what_is_refused_starts_nobody(make, monkeypatch):
-    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a process was started"))
+    monkeypatch.setattr(spawn.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a process was started"))
     with pytest.raises(ValueError, match=r"must be|is unknown"):
         make()

@@ -166,7 +166,8 @@ ROOMS = {
     "text": {"bounded", "values"},
     "vision": {"attention", "distributed", "layers", "parallel_state", "values"},
     "models": {
-        "attention", "distributed", "draft_tree", "kernels", "layers", "parallel_state", "quantization", "values", "vision",
+        "attention", "distributed", "draft_tree", "kernels", "layers", "parallel_state", "quantization", "sampling", "values",
+        "vision",
     },
     "pool_size": {"parallel_state"},
     "verify_step": {"attention", "distributed", "draft_tree", "models"},
@@ -174,7 +175,7 @@ ROOMS = {
         "attention", "distributed", "draft_tree", "kernels", "layers", "models", "parallel_state", "pool_size", "quantization",
         "sampling", "text", "tiny_qwen", "verify_step", "vision",
     },
-    "memory_occupation": {"distributed", "executor", "layers", "models"},
+    "memory_occupation": {"attention", "distributed", "executor", "layers", "models"},
     "request": {"sampling", "text", "values"},
     "planner": {"attention", "distributed", "layers", "models", "quantization"},
     "teaching": {"distributed", "text", "values"},

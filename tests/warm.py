@@ -7,18 +7,28 @@ values that they had when the first process was started from here. Where there i
 """
 
 import atexit
+import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import IO
+
+import torch.distributed
 
 IMPORTED = ["torch", "transformers.models.qwen2.modeling_qwen2", "transformers.models.auto.tokenization_auto"]
 FORK = "forkserver" in multiprocessing.get_all_start_methods()
+AGENT_WAITS_S = 30.0  # for ranks that it has sent SIGTERM
 
 
 def process(target: Callable, *args, env: dict[str, str] | None = None, **options) -> BaseProcess:
@@ -29,24 +39,136 @@ def process(target: Callable, *args, env: dict[str, str] | None = None, **option
     return context.Process(target=_in_environment, args=(dict(env or os.environ), target, args), **options)
 
 
-def script(args: list[str], folder: Path, env: dict[str, str], out: Path, err: Path) -> BaseProcess:
-    """`python *args` in `folder`: a file, or -m and a module, each with its arguments; what it prints goes to two files."""
-    return process(_script, args, folder, out, err, env=env)
+class _Forked:
+    """subprocess.Popen([sys.executable, *args], ...) of a file, or of -m and a module: as much of it as is asked of one here."""
+
+    def __init__(self, args, cwd=None, env=None, stdin=None, stdout=None, stderr=None, text=False):
+        self.args, self._lock = args, threading.Lock()
+        self.stdin, stdin = _ours_and_its(0, stdin, text)
+        self.stdout, stdout = _ours_and_its(1, stdout, text)
+        self.stderr, stderr = _ours_and_its(2, stderr, text)
+        folder = Path.cwd() if cwd is None else Path(cwd)
+        its = [stdin, stdout, stderr]
+        self._process = process(_script, [str(arg) for arg in args[1:]], folder, its, env=env, daemon=True)
+        self._process.start()
+        for end in its:
+            end.close()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def poll(self) -> int | None:
+        with self._lock:  # it is read once from a pipe, and two threads may ask
+            return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        until = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            left = None if until is None else until - time.monotonic()
+            if left is not None and left <= 0:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            multiprocessing.connection.wait([self._process.sentinel], left)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
-def run(args: list[str], folder: Path, timeout_s: float = 300) -> subprocess.CompletedProcess:
-    """`script` to its end, in this environment, as subprocess.run tells it; a negative status is a signal."""
+Popen = _Forked if FORK else subprocess.Popen
+
+
+def run(
+    args: list[str], folder: Path, timeout_s: float = 300, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    """`python *args` in `folder`, to its end, as subprocess.run tells it; a negative status is a signal. env: default, ours."""
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
-        one = script(args, folder, dict(os.environ), out, err)
-        one.start()
+        with out.open("wb") as stdout, err.open("wb") as stderr:
+            one = Popen([sys.executable, *args], cwd=folder, env=env, stdout=stdout, stderr=stderr)
         try:
-            one.join(timeout_s)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                one.wait(timeout_s)
         finally:
             one.kill()  # if it has not ended
-            one.join()
+            one.wait()
         printed = [path.read_text(encoding="utf-8") for path in (out, err)]
-        return subprocess.CompletedProcess(args, one.exitcode, *printed)
+        return subprocess.CompletedProcess(args, one.returncode, *printed)
+
+
+class Torchrun:
+    """`torchrun --standalone --nproc_per_node=SIZE *args` in `folder`, less the process of its agent, which imports torch, too.
+
+    What the agent does is done here: a store on a free port that all ranks join, and all end when one has failed.
+    ranks: their processes. place: a folder, where what each prints is kept.
+    """
+
+    def __init__(self, args: list[str], size: int, folder: Path, env: dict[str, str], place: Path):
+        self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._files = [(place / f"{rank}.out", place / f"{rank}.err") for rank in range(size)]
+        env = env | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port), "WORLD_SIZE": str(size)}
+        env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "LOCAL_WORLD_SIZE": str(size), "GROUP_RANK": "0"}
+        self.ranks = []
+        try:
+            for rank, files in enumerate(self._files):
+                own = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                with files[0].open("wb") as out, files[1].open("wb") as err:
+                    self.ranks.append(Popen([sys.executable, *args], cwd=folder, env=own, stdout=out, stderr=err))
+        except BaseException:
+            self._end()
+            raise
+
+    def printed(self) -> tuple[str, str]:
+        """What all have printed so far, rank by rank, and on stderr."""
+        return tuple(
+            "".join(path.read_text(encoding="utf-8") for path in paths) for paths in zip(*self._files, strict=True)
+        )
+
+    def finish(self, timeout_s: float) -> tuple[int, str, str]:
+        """(0 or the exit status of the first rank that failed, 1 if one never ends; what all printed, and on stderr)."""
+        until = time.monotonic() + timeout_s
+        try:
+            while (
+                None in (codes := [rank.poll() for rank in self.ranks]) and not any(codes) and time.monotonic() < until
+            ):
+                time.sleep(0.02)
+        finally:
+            self._end()
+        return (next((code for code in codes if code), int(None in codes)), *self.printed())
+
+    def _end(self) -> None:
+        """Those that wait for the one that failed, or for ever."""
+        for rank in self.ranks:
+            rank.terminate()
+        until = time.monotonic() + AGENT_WAITS_S
+        for rank in self.ranks:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                rank.wait(max(0.0, until - time.monotonic()))
+            rank.kill()
+            rank.wait()
+
+
+def _ours_and_its(number: int, asked: int | IO | None, text: bool) -> tuple[IO | None, Connection]:
+    """Of standard input (0), output or error: our end of the pipe, if one is asked for, and what the process has as its own.
+
+    A connection, because multiprocessing hands that over; no message is sent on it.
+    """
+    if asked == subprocess.PIPE:
+        read, write = os.pipe()
+        ours, its = (write, read) if number == 0 else (read, write)
+        mode = "w" if number == 0 else "r"
+        return open(ours, mode if text else f"{mode}b", encoding="utf-8" if text else None), Connection(its)
+    if asked == subprocess.DEVNULL:
+        return None, Connection(os.open(os.devnull, os.O_RDWR))
+    return None, Connection(os.dup(number if asked is None else asked.fileno()))
 
 
 def _in_environment(env: dict[str, str], target: Callable, args: tuple) -> None:
@@ -55,14 +177,14 @@ def _in_environment(env: dict[str, str], target: Callable, args: tuple) -> None:
     target(*args)
 
 
-def _script(args: list[str], folder: Path, out: Path, err: Path) -> None:
-    import torch  # noqa: PLC0415, in the child only
-
+def _script(args: list[str], folder: Path, standard: list[Connection]) -> None:
+    multiprocessing.current_process().daemon = False  # it may have processes of its own
     os.chdir(folder)
-    for number, name, path in ((1, "stdout", out), (2, "stderr", err)):
-        with path.open("wb") as file:
-            os.dup2(file.fileno(), number)
-        setattr(sys, name, open(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False))  # noqa: SIM115
+    for number, (name, end) in enumerate(zip(("stdin", "stdout", "stderr"), standard, strict=True)):
+        os.dup2(end.fileno(), number)
+        end.close()
+        file = open(number, "w" if number else "r", 1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        setattr(sys, name, file)
     threads = os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())  # who imports it now reads that
     torch.set_num_threads(int(threads))
     try:
@@ -72,5 +194,10 @@ def _script(args: list[str], folder: Path, out: Path, err: Path) -> None:
         else:
             sys.argv, sys.path[:0] = args, [str((folder / args[0]).parent)]
             runpy.run_path(str(folder / args[0]), run_name="__main__")
+    except SystemExit:
+        raise
+    except BaseException:  # as Python ends with one: who is called at exit may look there
+        sys.last_type, sys.last_value, sys.last_traceback = sys.exc_info()
+        raise
     finally:
         atexit._run_exitfuncs()  # multiprocessing leaves them out

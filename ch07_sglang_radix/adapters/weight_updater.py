@@ -42,6 +42,7 @@ class OldOnes(NamedTuple):
     flush_cache: bool = True
     abort_all_requests: bool = False
     weight_version: str | None = None
+    hold: bool = False
 
 
 class WeightUpdater:
@@ -58,6 +59,8 @@ class WeightUpdater:
         self._groups: dict[str, UpdateGroup] = {}
         self._snapshot: dict[str, str] | None = None
         self._updates = 0  # a name for what each has set apart
+        self._held: tuple[Staged, OldOnes] | None = None  # looked at, and neither written nor dropped yet
+        self._pauses = False  # while that is so, nobody begins with weights that may change under him
 
     def close(self) -> None:
         for group in self._groups.values():
@@ -126,6 +129,21 @@ class WeightUpdater:
         ours, wrong = self._agree(staged, lambda one: one.digest)
         if wrong:
             return _failed(wrong)
+        if not old.hold:
+            return self._write(ours, old)
+        self._held, self._pauses = (ours, old), not self.scheduler.paused
+        self.scheduler.paused = True
+        return {"success": True, "message": f"{ours.tensors} tensors held", "digest": ours.digest}
+
+    def finish_update(self, write: bool) -> Told:
+        """Of one that is held. Writing cannot fail: all ranks have all they need."""
+        if self._held is None:
+            return _failed("no update is held; give hold=True to one")
+        (ours, old), self._held = self._held, None
+        self.scheduler.paused = self.scheduler.paused and not self._pauses
+        return self._write(ours, old) if write else {"success": True, "message": "the old weights answer"}
+
+    def _write(self, ours: Staged, old: OldOnes) -> Told:
         paused = self._make_way(old)
         ours.write()
         for call in self.scheduler.at_new_weights:
@@ -144,6 +162,8 @@ class WeightUpdater:
             )
         if WEIGHTS in self.occupation.away:
             raise ValueError("the weights are away; call resume_memory_occupation(['weights']) first")
+        if self._held is not None:
+            raise ValueError("another update is held; write or drop it first, with finish_update")
         scheduler = self.scheduler
         if self.replica.rank > 0 or scheduler.paused or old.abort_all_requests:
             return
@@ -263,6 +283,8 @@ class WeightUpdater:
                 raise ValueError(
                     f"kv_cache cannot be given back: its pages are mapped by {reader}; leave it out of tags"
                 )
+            if self._held is not None:
+                raise ValueError("an update is held; write or drop it first, with finish_update")
             if WEIGHTS in set(tags) - self.occupation.away:
                 self.occupation.keep_a_copy()
 

@@ -8,7 +8,7 @@
     python -m ch07_sglang_radix.benchmarks.bench_gpu --part layouts      Qwen2.5-7B: D, A64, C, first token of a long prompt
     torchrun --nproc_per_node=2 -m ch07_sglang_radix.benchmarks.bench_gpu --part layouts [--pp-size 2]
     python -m ch07_sglang_radix.benchmarks.bench_gpu --part deterministic    Qwen3-0.6B: A and D with it and without, and E
-
+    python -m ch07_sglang_radix.benchmarks.bench_gpu --part prefill      0.5B, 0.6B, 7B: F and A by cuda_graph_max_bs_prefill
 
 Real configs, random bfloat16 weights, token ids in, no detokenisation, end of sequence ignored:
 
@@ -19,6 +19,8 @@ Real configs, random bfloat16 weights, token ids in, no detokenisation, end of s
     D     one request, 128 in, 512 out, greedy
     E     500 prompts of 20 to 300 tokens, 64 out, greedy: all at once and cold, then in another order, in chunks of 512, from
           the tree; how many texts differ, and how many requests' logprobs
+    F     200 requests one after the other, 16, 128 or 512 in, 1 out: ms to that token, and of the same prompt once more, from the
+          tree; median and the 99th of 100
     32k   one request, 32,000 in, 1 out: seconds to the first token, in chunks of 8192, 4096 and 2048 tokens. Stages compute
           chunks side by side: m chunks take m + N - 1 turns of N stages, so smaller ones fill the pipeline better
 
@@ -39,13 +41,14 @@ from common.models.published_configs import shared_random_weights
 from common.parallel_state import ParallelState
 from common.teaching.report import FIGURES, write_csv
 
+PREFILL_GRAPHS = (0, 512, 2048)  # tokens
 KV_DTYPES_HERE = ("bfloat16", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--part", required=True, choices=("small", "large", "kv", "compile", "layouts", "deterministic")
+        "--part", required=True, choices=("small", "large", "kv", "compile", "layouts", "deterministic", "prefill")
     )
     parser.add_argument("--pp-size", type=int, default=1, help="stages; the other ranks share each layer")
     parser.add_argument("--dp-size", type=int, default=1, help="replicas, each of the other ranks")
@@ -61,6 +64,8 @@ def main() -> None:
         rows = measure_compile("Qwen2.5-0.5B", parallel)
     elif args.part == "deterministic":
         rows = measure_deterministic("Qwen3-0.6B", parallel)
+    elif args.part == "prefill":
+        rows = [row for name in ("Qwen2.5-0.5B", "Qwen3-0.6B", *names) for row in measure_prefill(name, parallel)]
     else:
         rows = [row for name in names for row in measure_model(name, parallel, args.part)]
     if parallel.world.rank == 0:
@@ -172,6 +177,25 @@ def measure_deterministic(name: str, parallel: ParallelState) -> list[dict]:
         told = {"D ms per token": work.d()} | {f"A tokens/s run {i}": work.a(256) for i in (1, 2)}
         told |= work.e()
         rows += report(told, parallel, model=name, deterministic=on)
+        engine.shutdown()
+        engine = work = None  # the next one needs the room
+        gc.collect()
+        torch.cuda.empty_cache()
+    return rows
+
+
+def measure_prefill(name: str, parallel: ParallelState) -> list[dict]:
+    """Seconds to ready, F and A of one model with prefills as CUDA graphs up to so many tokens."""
+    folder, rows = shared_random_weights(name, parallel.world), []
+    for most in PREFILL_GRAPHS:
+        began = time.perf_counter()
+        engine = Engine(str(folder), device="cuda", cuda_graph_max_bs_prefill=most)
+        told = {"seconds to ready": time.perf_counter() - began}
+        work = Workloads(engine)
+        for length in (16, 128, 512):
+            told |= {f"F {length} {metric}": value for metric, value in work.f(length).items()}
+        told |= {f"A tokens/s run {i}": work.a(256) for i in (1, 2)}
+        rows += report(told, parallel, model=name, cuda_graph_max_bs_prefill=most)
         engine.shutdown()
         engine = work = None  # the next one needs the room
         gc.collect()

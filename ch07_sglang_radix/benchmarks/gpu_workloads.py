@@ -3,6 +3,7 @@
 import random
 import time
 
+import numpy as np
 import torch
 
 from ch07_sglang_radix.engine import Engine
@@ -11,7 +12,7 @@ LONG, LONG_CHUNKS = 32_000, (8192, 4096, 2048)
 
 
 class Workloads:
-    """The requests A, C, D, E and 32k of bench_gpu.py, on one engine. last_id: of the tokens that prompts are made of."""
+    """The requests A, C, D, E, F and 32k of bench_gpu.py, on one engine. last_id: of the tokens that prompts are made of."""
 
     def __init__(self, engine: Engine, last_id: int = 10_000):
         self.engine, self.last_id = engine, last_id
@@ -54,6 +55,21 @@ class Workloads:
         if scheduler.replica.rank == 0:
             scheduler.admission.budget = before
         return seconds
+
+    def f(self, length: int, count: int = 200) -> dict[str, float]:
+        """ms to the only token of a prompt of `length` that nobody has asked yet, and of the same one asked again."""
+        self.forget()
+        times: dict[str, list[float]] = {"new": [], "again": []}
+        for _ in range(count):
+            prompt = [random.randint(0, self.last_id) for _ in range(length)]
+            for which in times.values():
+                seconds, _ = self.run([prompt], [1])
+                which.append(1000 * seconds)
+        return {
+            f"{which}, {name}": float(np.percentile(each, q))
+            for which, each in times.items()
+            for name, q in (("median ms", 50), ("p99 ms", 99))
+        }
 
     def c(self, fresh: bool) -> tuple[float, float]:
         """Tokens put out a second, and the share of prompt tokens that were cached."""

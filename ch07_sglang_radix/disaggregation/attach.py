@@ -48,8 +48,8 @@ class Disaggregation:
             self.bootstrap = BootstrapServer(route, args.disaggregation_bootstrap_port)
             self.side = Prefill(scheduler, self.manager, args.disaggregation_timeout)
         else:
-            reserved = args.num_reserved_decode_tokens
-            self.side = Decode(scheduler, self.manager, args.disaggregation_timeout, reserved, mine)
+            limits = args.disaggregation_timeout, args.num_reserved_decode_tokens, args.disaggregation_deflect_tokens
+            self.side = Decode(scheduler, self.manager, *limits, mine)
 
     def _addresses(self) -> list[str]:
         """Of all ranks' transports, on rank 0."""

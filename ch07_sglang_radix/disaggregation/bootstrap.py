@@ -1,6 +1,6 @@
 """Where the decode side asks who computes prompts: GET /route of the prefill side's bootstrap server.
 
-    {"version": 3, "engine": "3f2a...", "model": ..., "page_size": 16, "kv_cache_dtype": "float32", "ranks": 2, "addresses": [...]}
+    {"version": 4, "engine": "3f2a...", "model": ..., "page_size": 16, "kv_cache_dtype": "float32", "ranks": 2, "addresses": [...]}
 
 The answer is compared with what the asking engine is: pages of another size, dtype or model would be read as numbers that mean
 nothing, so they are refused here, by name and with both numbers, before any page is reserved. SGLang's ranks each register by PUT

@@ -4,6 +4,8 @@
                  between them
     two engines  who runs waits for a step. The prompt's pages leave chunk by chunk, in line: behind its last chunk it waits for
                  that chunk's pages alone if the wire is as fast as the computing, else for those that queue before them
+    deflected    the decode engine computes the prompt itself and is one engine for it: who runs waits for its chunks, and it for
+                 nothing that is on the prefill engine or on the wire
 
 Prompts that come every so many seconds wait for each other as soon as one takes longer than that: `Arrivals`. What the model leaves
 out: cores that two processes share, the meeting of the two sides, and attention, by which a later chunk takes longer than a first.
@@ -52,6 +54,11 @@ class Times:
             computed += self.chunk_s
             left = max(left, computed) + travel
         return Felt(chunks, self.step_s, self.step_s, left, chunks * max(self.chunk_s, travel))
+
+    def least_backlog(self, prompt: int, wire: float = inf) -> float:
+        """Seconds of others' prompts on the prefill engine beyond which a deflected prompt has its first token sooner. Of one chunk
+        always: only the steps between its chunks can make it later."""
+        return max(self.together(prompt).first_s - self.apart(prompt, wire).first_s, 0.0)
 
     @property
     def even_wire(self) -> float:

@@ -7,13 +7,17 @@
                  overtake who waits for a place for one, so that places come free for those who came first
     running      the scheduler's own, as if a prefill step had just given it its first token
 
+    deflected    from prealloc into the scheduler's queue: the tree lacks at most deflect_tokens of its prompt, so it is computed
+                 here. Nothing travels, and who runs waits for a step that computes so many tokens. The prefill engine is told
+
 If pages run out later, the scheduler retracts as always, and the prompt is then computed here: this engine has the model, too. Who
 is retracted waits for the pages of those above: nothing is reserved meanwhile, so that they become fewer, and no adapter's place
-is kept for it, so that they can go on.
+is kept for it, so that they can go on. So it waits for no more than those who have pages at that moment.
 SGLang 0.5.23: DecodePreallocQueue and DecodeTransferQueue in srt/disaggregation/decode.py; there what is retracted is copied to
 the CPU and comes back.
 """
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ClassVar
@@ -24,15 +28,17 @@ from ch07_sglang_radix.disaggregation import orders
 from ch07_sglang_radix.disaggregation.bootstrap import ask_route, refuse_another
 from ch07_sglang_radix.disaggregation.held import Held
 from ch07_sglang_radix.disaggregation.kv_manager import KVManager
-from ch07_sglang_radix.disaggregation.rooms import State
+from ch07_sglang_radix.disaggregation.rooms import DEFLECTED, State
 from ch07_sglang_radix.disaggregation.side import Passage, Side
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.scheduler import TPScheduler
 from common.sampling.logprobs import TokenLogprobs
 
+ASKED_AT_ONCE = 8  # bootstrap servers: one that does not answer must not hold up the others
+
 
 class Decode(Side):
-    """mine: what this engine is, to be compared with a prefill engine's route (bootstrap.py)."""
+    """mine: what this engine is, to be compared with a prefill engine's route (bootstrap.py). deflected: how many prompts were."""
 
     stages = ("prealloc", "transfer", "arrived")
     polled = ("transfer",)
@@ -42,11 +48,16 @@ class Decode(Side):
     }  # fmt: skip
 
     def __init__(
-        self, scheduler: TPScheduler, manager: KVManager, timeout: float, reserved_tokens: int, mine: dict[str, Any]
-    ):
+        self, scheduler: TPScheduler, manager: KVManager, timeout: float, reserved_tokens: int, deflect_tokens: int,
+        mine: dict[str, Any],
+    ):  # fmt: skip
         super().__init__(scheduler, manager, timeout)
-        self.reserved_tokens, self.mine = reserved_tokens, mine
-        self._asking = ThreadPoolExecutor(1, "bootstrap")  # an answer may take seconds, and a step milliseconds
+        self.reserved_tokens, self.deflect_tokens, self.mine = reserved_tokens, deflect_tokens, mine
+        self.deflected = 0
+        self._asking = ThreadPoolExecutor(
+            ASKED_AT_ONCE, "bootstrap"
+        )  # an answer may take seconds, and a step milliseconds
+        self._numbering = threading.Lock()
         self._routes: dict[tuple[str, int], Future[int]] = {}  # where a bootstrap server is -> the number of its engine
         self._engines: list[list[str]] = []  # their ranks' addresses
         self._met: set[int] = set()
@@ -66,8 +77,9 @@ class Decode(Side):
         """In a thread. Raises ValueError if nobody is there, or somebody else than it should be."""
         route = ask_route(host, port)
         refuse_another(self.mine, route, f"{host}:{port}")
-        self._engines.append([str(address) for address in route["addresses"]])
-        return len(self._engines) - 1
+        with self._numbering:
+            self._engines.append([str(address) for address in route["addresses"]])
+            return len(self._engines) - 1
 
     def before_poll(self) -> None:
         for req in self.scheduler.waiting:
@@ -82,6 +94,10 @@ class Decode(Side):
                 continue
             if error := route.exception():
                 self.fail(one, str(error))
+            elif self.scheduler.waiting or self.scheduler.chunked:  # retracted ones, or deflected: they came first
+                break
+            elif self._lacks_little(one.req):
+                self._deflect(one)
             elif not self._reserve(one, route.result()):
                 break
 
@@ -93,9 +109,7 @@ class Decode(Side):
     # --- prealloc
 
     def _reserve(self, one: Passage, engine: int) -> bool:
-        """Pages for what the tree has not, and the order to all ranks; False if there are too few, or retracted ones are first."""
-        if self.scheduler.waiting or self.scheduler.chunked:
-            return False
+        """Pages for what the tree has not, and the order to all ranks; False if there are too few."""
         memory, req = self.memory, one.req
         match = memory.tree.match_prefix(req.all_ids, req.extra_key)
         memory.tree.inc_lock_ref(match.last_node)  # first: what is locked cannot be evicted for what is missing
@@ -124,12 +138,30 @@ class Decode(Side):
             self._met.add(engine)
             self.order(orders.MEET, engine, *orders.as_words(" ".join(self._engines[engine])))
 
-    def fail(self, one: Passage, why: str) -> None:
+    def _lacks_little(self, req: Req) -> bool:
+        """Few tokens, and nothing else: in the queue it stands before all that are in prealloc."""
+        if not self.deflect_tokens:
+            return False
+        match = self.memory.tree.match_prefix(req.all_ids, req.extra_key)
+        return len(req.prompt_ids) - len(match.slots) <= self.deflect_tokens and self._passes(req)
+
+    def _deflect(self, one: Passage) -> None:
+        self.deflected += 1
+        self._turn_away(one, DEFLECTED)
+        self.leave(one)
+        self.scheduler.elsewhere.remove(one.req)
+        self.scheduler.waiting.append(one.req)
+
+    def _turn_away(self, one: Passage, why: str) -> None:
         """What has reserved nothing has no link by which the other side would hear of it."""
+        engine = self._routes[one.host, one.port].result()
+        self._introduce(engine)
+        self.order(orders.TURN_AWAY, one.room, engine, *orders.as_words(why))
+
+    def fail(self, one: Passage, why: str) -> None:
         route = self._routes[one.host, one.port]
         if one.stage == "prealloc" and route.done() and not route.exception():
-            self._introduce(route.result())
-            self.order(orders.TURN_AWAY, one.room, route.result(), *orders.as_words(why))
+            self._turn_away(one, why)
         super().fail(one, why)
 
     def _will_grow(self, req: Req) -> int:
@@ -146,10 +178,14 @@ class Decode(Side):
                 return
             if (req.params.grammar and not req.grammar) or (held_up and req.lora_id):
                 continue
-            if all(gate(req, 0) for gate in self.scheduler.admission.gates):
+            if self._passes(req):
                 self._run(one)
             else:
                 held_up = True
+
+    def _passes(self, req: Req) -> bool:
+        """Its grammar is there, and a place for its adapter."""
+        return all(gate(req, 0) for gate in self.scheduler.admission.gates)
 
     def _run(self, one: Passage) -> None:
         """What a prefill step would have left behind, without one: a row, pages, the first token."""
@@ -158,7 +194,7 @@ class Decode(Side):
         s.elsewhere.remove(req)
         req.row, req.last_node, req.prefix_len = memory.rows.alloc(), held.last_node, held.prefix_len
         req.kv_len, req.allocated_len, req.sent_len = len(req.prompt_ids), len(held.slots), 0
-        req.cached_tokens = metadata.cached_tokens
+        req.cached_tokens, req.seed = metadata.cached_tokens, metadata.seed
         memory.rows.req_to_token[req.row, : len(held.slots)] = held.slots
         memory.share(req)
         self.order(
@@ -170,6 +206,9 @@ class Decode(Side):
         req.prompt_logprobs += map(_told, metadata.prompt_logprobs)
         s.running.append(req)
         s.outcome.take([(req, metadata.token, _told(metadata.logprobs[0]) if metadata.logprobs else None)])
+
+    def counts(self) -> dict[str, Any]:
+        return super().counts() | {"deflected": self.deflected}
 
 
 def _told(values: Sequence[Any]) -> TokenLogprobs:

@@ -88,7 +88,7 @@ def dies(half: Half) -> Half:
 def another_room_s_token(both: Pair, asked: Asked) -> None:
     both.in_transfer(asked)
     slot = both.decode.manager.rooms()[0].slot
-    both.prefill.manager._links[asked[0], 0].send(Metadata(slot, 5, 13, 0))
+    both.prefill.manager._links[asked[0], 0].send(Metadata(slot, 5, 13, 0, 0))
 
 
 def prefill_aborts(both: Pair, asked: Asked) -> None:

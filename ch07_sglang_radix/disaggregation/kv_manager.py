@@ -11,6 +11,7 @@ MooncakeKVManager) has the same two halves.
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -152,13 +153,13 @@ class KVManager:
         with self._lock:
             return self._rooms[room].digest
 
-    def metadata(self, room: int, token: int, cached_tokens: int, logprobs: list, prompt_logprobs: list) -> None:
+    def metadata(self, room: int, token: int, cached_tokens: int, seed: int, *logprobs: list) -> None:
         """Rank 0: the last message of a room, behind its pages."""
         with self._lock:
             one = self._rooms.get(room)
             if one and not one.why:
                 slot = one.reserved[0].slot
-                told = Metadata(slot, room, token, cached_tokens, logprobs, prompt_logprobs)
+                told = Metadata(slot, room, token, cached_tokens, seed, *logprobs)
                 self._links[room, 0].send(told)
                 self._note(0, told)
 
@@ -174,8 +175,13 @@ class KVManager:
                     link = self._links[room, peer]
                     if mine := self._slice_for(peer, link.peer.ranks):
                         size = self.pages.bytes_of(len(some), len(mine.heads))
-                        link.send(write, self.pages.cut(some, mine.heads, ready), size)
+                        link.send(write, self.pages.cut(some, mine.heads, ready, partial(self._keeps, one)), size)
                         self._note(peer, write)
+
+    def _keeps(self, one: Sender) -> bool:
+        """Are its pages still the room's? A room that fails keeps them until `close`."""
+        with self._lock:
+            return self._rooms.get(one.number) is one
 
     def _slice_for(self, peer: int, decode_ranks: int) -> HeadSlice | None:
         slices = self._slices(self.tp.size, peer, decode_ranks)

@@ -4,7 +4,7 @@ On a GPU a side stream does it, behind the step that computes the pages and besi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -36,8 +36,10 @@ class KVPages:
     def bytes_of(self, pages: int, heads: int) -> int:
         return sum(math.prod(_shape(part, pages, heads)) * part.element_size() for part in self.parts)
 
-    def cut(self, pages: Sequence[int], heads: tuple[int, ...], ready: torch.cuda.Event | None) -> "Cut":
-        return Cut(self, pages, heads, ready)
+    def cut(
+        self, pages: Sequence[int], heads: tuple[int, ...], ready: torch.cuda.Event | None, kept: Callable[[], bool]
+    ) -> "Cut":
+        return Cut(self, pages, heads, ready, kept)
 
     def event(self) -> torch.cuda.Event | None:
         """On a GPU: what was queued so far has been computed."""
@@ -109,15 +111,18 @@ def _shape(part: torch.Tensor, pages: int, heads: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """transport.Payload: these heads of these pages, once the step behind which `ready` was recorded is over."""
+    """transport.Payload: these heads of these pages, once the step behind which `ready` was recorded is over. kept: are they still
+    the room's? Asked when they have been read: a link may be slow, and the pages another prompt's by then."""
 
     of: KVPages
     pages: Sequence[int]
     heads: tuple[int, ...]
     ready: torch.cuda.Event | None
+    kept: Callable[[], bool]
 
-    def __call__(self) -> memoryview:
-        return self.of.read(self.pages, self.heads, self.ready)
+    def __call__(self) -> memoryview | None:
+        read = self.of.read(self.pages, self.heads, self.ready)
+        return read if self.kept() else None
 
     def wait(self) -> None:
         if self.ready:

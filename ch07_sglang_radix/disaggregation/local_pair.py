@@ -44,13 +44,13 @@ def _wrapper(
 
 
 class Half:
-    """One engine. Conservation is checked after each of its steps. reserved: num_reserved_decode_tokens. transport: another one,
-    which has no gate and no slow wire. folder, lora: another model, with room for adapters. attach: what other wings have to do
-    with the scheduler. options: TPScheduler's."""
+    """One engine. Conservation is checked after each of its steps. reserved, deflect: num_reserved_decode_tokens and
+    disaggregation_deflect_tokens. transport: another one, which has no gate and no slow wire. folder, lora: another model, with
+    room for adapters. attach: what other wings have to do with the scheduler. options: TPScheduler's."""
 
     def __init__(
         self, mode: str, gate: threading.Event, page_size: int = 4, pool: int = 512, timeout: float = 20.0,
-        reserved: int = 8, kv_cache_dtype: str = "auto", transport: Callable[[Handler], Transport] | None = None,
+        reserved: int = 8, deflect: int = 0, kv_cache_dtype: str = "auto", transport: Callable[[Handler], Transport] | None = None,
         folder: str | None = None, lora: LoRAOptions | None = None,
         attach: Callable[[TPScheduler], Any] = lambda scheduler: None, **options: Any,
     ):  # fmt: skip
@@ -71,7 +71,10 @@ class Half:
             _wrapper(mode, folder, page_size, pool, kv_cache_dtype, lora), check=True, **options
         )
         attach(self.scheduler)
-        args = ServerArgs(disaggregation_mode=mode, disaggregation_timeout=timeout, num_reserved_decode_tokens=reserved)
+        args = ServerArgs(
+            disaggregation_mode=mode, disaggregation_timeout=timeout, num_reserved_decode_tokens=reserved,
+            disaggregation_deflect_tokens=deflect,
+        )  # fmt: skip
         self.half = Disaggregation(self.scheduler, args, transport or Gated)
         self.manager, self.side = self.half.manager, self.half.side
         self.manager.log = []

@@ -19,7 +19,7 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 
-VERSION = 3  # of this file
+VERSION = 4  # of this file
 MAGIC = 0x4B56_0000 | VERSION  # "KV"
 HEAD = struct.Struct("<IIQ")
 HANDLE = 64  # bytes of a CUipcMemHandle
@@ -61,12 +61,14 @@ class Write(Message):
 
 
 class Metadata(Message):
-    """What a decode engine must know to go on. room: a check that the slot has not been given to another room meanwhile."""
+    """What a decode engine must know to go on. room: a check that the slot has not been given to another room meanwhile. seed: by
+    which the first token was drawn, and the others are to be: of a request that brings none each engine would make another."""
 
     slot: int
     room: int
     token: int
     cached_tokens: int
+    seed: int
     logprobs: list[Told] = []
     prompt_logprobs: list[Told] = []
 

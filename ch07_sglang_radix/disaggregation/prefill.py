@@ -13,9 +13,10 @@ from typing import ClassVar
 
 from ch07_sglang_radix.disaggregation import orders
 from ch07_sglang_radix.disaggregation.held import Held
-from ch07_sglang_radix.disaggregation.rooms import State
+from ch07_sglang_radix.disaggregation.rooms import DEFLECTED, State
 from ch07_sglang_radix.disaggregation.side import Passage, Side
 from ch07_sglang_radix.request import Req
+from common.request.answer import End
 
 
 class Prefill(Side):
@@ -53,6 +54,14 @@ class Prefill(Side):
         elif one.stage == "inflight" and state is State.SUCCESS:
             self.leave(one)
 
+    def fail(self, one: Passage, why: str) -> None:
+        """Who is deflected has not failed: it ends without a token, which nobody waits for."""
+        if why == DEFLECTED and not one.req.ended:
+            self.scheduler.outcome.stop(one.req, End("length"))
+            self.leave(one)
+        else:
+            super().fail(one, why)
+
     def _send_what_is_whole(self, one: Passage) -> None:
         """Of a prompt that is being computed: the pages that no later chunk writes to."""
         req = one.req
@@ -83,7 +92,7 @@ class Prefill(Side):
         self._send(one, True, self.held.pages(one.room)[first + one.sent :])
         self._tell_all([])  # now: the metadata comes behind the last pages
         told = [[astuple(token) for token in tokens] for tokens in (req.answer.logprobs, req.prompt_logprobs)]
-        self.manager.metadata(one.room, req.output_ids[0], req.cached_tokens or 0, *told)
+        self.manager.metadata(one.room, req.output_ids[0], req.cached_tokens or 0, req.seed, *told)
 
     def _send(self, one: Passage, last: bool, pages: list[int]) -> None:
         one.sent += len(pages)

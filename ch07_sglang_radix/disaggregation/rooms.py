@@ -18,6 +18,8 @@ from enum import IntEnum
 
 from ch07_sglang_radix.disaggregation.messages import Done, Fail, Kept, Metadata, Reserve, RoomMessage, Write
 
+DEFLECTED = "the decode engine computes this prompt itself"  # the one reason to give a room up that is no failure
+
 
 class State(IntEnum):
     FAILED = 0

@@ -106,9 +106,12 @@ class TcpLink:
             self._lose(first_line(error))
 
     def _put(self, message: AnyMessage, payload: Payload | None, size: int) -> None:
+        data = payload() if payload else None
+        if payload and data is None:
+            return
         self._socket.sendall(encode(message, size))
-        if payload:
-            self._give_payload(payload())
+        if data is not None:
+            self._give_payload(data)
 
     def _give_payload(self, payload: memoryview) -> None:
         self._socket.sendall(payload)

@@ -26,8 +26,8 @@ class Payload(Protocol):
 
     pages: Sequence[int]
 
-    def __call__(self) -> memoryview:
-        """Its bytes, when they are about to leave."""
+    def __call__(self) -> memoryview | None:
+        """Its bytes, when they are about to leave. None: the room has been given up, and the Write is not sent."""
         ...
 
     def wait(self) -> None:

@@ -11,12 +11,14 @@ times, and in the middle of the second time experts change ranks.
 
 import argparse
 import os
+from pathlib import Path
 
 import numpy as np
 
 from ch07_sglang_radix import Engine
 from ch07_sglang_radix.experts.eplb import balancedness, pack, place, rank_loads, replicate
 from common.distributed.launch import run_main
+from common.teaching.report import write_csv
 from common.teaching.show import check, heading, table
 from common.tiny_qwen.upcycle import MIXTURE_PATH
 
@@ -29,11 +31,15 @@ EVERY = 40  # steps; a round has 24
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, help="real ranks; by default as many as torchrun started, or 1: on paper")
-    ranks = parser.parse_args().ranks or int(os.environ.get("WORLD_SIZE", "1"))
+    parser.add_argument("--csv", type=Path, help="write what the ranks that are only counted would have to compute")
+    args = parser.parse_args()
+    ranks = args.ranks or int(os.environ.get("WORLD_SIZE", "1"))
     if int(os.environ.get("RANK", "0")) == 0:
         the_published_example()
     if ranks == 1:
-        counted_in_one_process()
+        told = counted_in_one_process()
+        if args.csv:
+            write_csv(told, args.csv, measured=False)
     else:
         on_real_ranks(ranks)
 
@@ -68,25 +74,33 @@ def ask(engine: Engine) -> list[list[int]]:
     return [answer["output_ids"] for answer in engine.generate(input_ids=[ids] * CLIENTS, sampling_params=params)]
 
 
-def counted_in_one_process() -> None:
+def counted_in_one_process() -> list[dict]:
+    """The rows of every rank, by layer, copies and placement."""
     heading(f"{CLIENTS} clients ask {QUESTION!r}: rows of every expert, counted in one process")
     with Engine(MIXTURE_PATH, tp_size=1, device="cpu", disable_radix_cache=True) as engine:
         ask(engine)
         load = engine.wrapper.expert_load().tolist()
     table(("layer", "rows of expert 0 .. 7"), [(i, " ".join(f"{n:5,}" for n in layer)) for i, layer in enumerate(load)])
     heading(f"What each of {RANKS} ranks would have to compute of it")
-    rows = []
+    rows, told = [], []
     for copies in (0, RANKS):
         room = (len(load[0]) + copies) // RANKS
         slots = [slot % len(load[0]) for slot in range(room * RANKS)]
         by_number = [slots[first : first + room] for first in range(0, len(slots), room)]
         for layer, of in enumerate(load):
             placed = place(of, [room] * RANKS)
-            rows.append((copies, layer, *shown(rank_loads(of, by_number)), *shown(rank_loads(of, placed)), str(placed)))
+            plain, better = rank_loads(of, by_number), rank_loads(of, placed)
+            rows.append((copies, layer, *shown(plain), *shown(better), str(placed)))
+            told += [
+                {"copies": copies, "layer": layer, "placement": name, "rank": rank, "rows": round(load)}
+                for name, loads in (("by number", plain), ("by load", better))
+                for rank, load in enumerate(loads)
+            ]
     table(("copies", "layer", "by number", "mean / max", "placed", "mean / max", "experts of each rank"), rows)
     even = lambda column, copies: sum(float(row[column]) for row in rows if row[0] == copies) / len(load)  # noqa: E731
     check("placed by load is better than by number, and better still with copies",
           even(3, 0) < even(5, 0) < even(5, RANKS))  # fmt: skip
+    return told
 
 
 def shown(loads: list[float]) -> tuple[str, str]:

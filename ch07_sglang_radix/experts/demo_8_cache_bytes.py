@@ -17,6 +17,7 @@ from common.distributed.launch import run_main
 from common.layers.heads import HeadLayout
 from common.models.config import ModelConfig
 from common.models.published_configs import published_shape
+from common.teaching.report import csv_option, write_csv
 from common.teaching.show import check, heading, table
 from common.tiny_qwen import LATENT_PATH, TINY_QWEN_PATH
 
@@ -37,12 +38,29 @@ class Cut(NamedTuple):
 
 
 def main() -> None:
-    bundled = {"tiny_qwen": TINY_QWEN_PATH, "tiny_qwen/latent": LATENT_PATH}
-    shapes = {name: ModelConfig.from_folder(folder) for name, folder in bundled.items()}
-    shapes |= {name: published_shape(name) for name in MODELS}
+    path = csv_option(__doc__.splitlines()[0])
+    shapes = models()
     one_token(shapes)
     cut_over_ranks(shapes)
     on_two_ranks()
+    if path:
+        write_csv(rows_of(shapes), path, measured=False)
+
+
+def models() -> dict[str, ModelConfig]:
+    bundled = {"tiny_qwen": TINY_QWEN_PATH, "tiny_qwen/latent": LATENT_PATH}
+    shapes = {name: ModelConfig.from_folder(folder) for name, folder in bundled.items()}
+    return shapes | {name: published_shape(name) for name in MODELS}
+
+
+def rows_of(shapes: dict[str, ModelConfig]) -> list[dict]:
+    """For the picture: bytes of a token on one of R ranks that cut the heads, and on all of them together."""
+    cuts = {name: {ranks: measured(config, ranks) for ranks in RANKS} for name, config in shapes.items()}
+    return [
+        {"model": name, "kind": kind(config), "ranks": ranks, "on a rank": cut.rank, "on all": cut.everywhere}
+        for name, config in shapes.items()
+        for ranks, cut in cuts[name].items()
+    ]
 
 
 def kind(config: ModelConfig) -> str:

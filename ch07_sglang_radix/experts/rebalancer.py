@@ -37,7 +37,7 @@ class Rebalancer:
 
     every: rebalance after so many steps, None: never. reads: ask for the load after each step. says: write each reading to the
     log. nodes: hosts over which the ranks of a stage are spread evenly. Raises ValueError, on every rank alike, for a model
-    without experts.
+    without experts, or with such as cannot move.
     """
 
     def __init__(
@@ -50,6 +50,8 @@ class Rebalancer:
                 f"enable_eplb and expert_balancedness_report_mode are about experts, and {wrapper.config.architecture} has none; "
                 "leave them out"
             )
+        if every is not None:
+            wrapper.refuse_experts_of_codes("enable_eplb")
         ranks = len(wrapper.placement.shares)
         self._scheduler, self._every, self._reads, self._says = scheduler, every, reads, says
         self._executor, self._placement = wrapper, wrapper.placement

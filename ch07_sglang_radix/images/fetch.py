@@ -21,7 +21,7 @@ from urllib.parse import quote, urljoin, urlsplit
 from common.distributed.reach import lookup
 from common.values import shown
 
-TIMEOUT_S = 10.0  # for all of it
+TIMEOUT_S = 10.0  # for all pictures of a request
 MAX_REDIRECTS = 3
 REDIRECTS = (301, 302, 303, 307, 308)
 PORTS = {"http": 80, "https": 443}
@@ -120,5 +120,5 @@ def _break_off(sock: socket.socket) -> None:
 def _left(url: str, deadline: float) -> float:
     left = deadline - time.monotonic()
     if left <= 0:
-        raise ValueError(f"{shown(url)} takes longer than {TIMEOUT_S:g} s")
+        raise ValueError(f"{shown(url)} takes longer than the {TIMEOUT_S:g} s that all pictures of a request have")
     return left

@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ class PictureIntake:
         """None for a model that reads text only."""
         vision = ModelConfig.from_folder(folder).vision
         return vision and cls(vision, image_processor(folder, vision.tower), sources)
+
+    def from_now(self) -> "PictureIntake":
+        return replace(self, sources=self.sources.from_now())
 
     def opened(self, image: Any) -> Pixels:
         """As it travels. Raises ValueError for what is no picture, or none that may be read."""

@@ -15,15 +15,16 @@ import binascii
 import io
 import re
 import struct
+import time
 import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
 
-from ch07_sglang_radix.images.fetch import fetch
+from ch07_sglang_radix.images.fetch import TIMEOUT_S, fetch
 from common.values import shown
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -36,10 +37,15 @@ WHITE = (255, 255, 255, 255)  # what shines through transparency, as in transfor
 
 @dataclass(frozen=True)
 class Sources:
-    """files: paths of this machine are read; urls: pictures are fetched from the net."""
+    """files: paths of this machine are read; urls: pictures are fetched from the net, until a time of time.monotonic()."""
 
     files: bool = False
     urls: bool = False
+    until: float | None = None
+
+    def from_now(self) -> "Sources":
+        """For one request: 64 addresses that are slow, one after the other, would keep a thread for minutes."""
+        return replace(self, until=time.monotonic() + TIMEOUT_S)
 
     def picture(self, source: Any) -> Image.Image:
         """Mode RGB. Raises ValueError."""
@@ -67,7 +73,7 @@ class Sources:
                 raise ValueError(
                     "pictures are not fetched from the net; send a data: URL, or start with --allow-image-urls"
                 )
-            return fetch(source, MAX_BYTES)
+            return fetch(source, MAX_BYTES, TIMEOUT_S if self.until is None else self.until - time.monotonic())
         if "://" in source[:16]:
             raise ValueError(f"{shown(source)}: use a data: URL")
         _refuse_long(source)

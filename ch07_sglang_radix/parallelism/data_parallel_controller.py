@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
+from ch07_sglang_radix.lora import one_voice
 from ch07_sglang_radix.parallelism.load_balancing import LoadBalancer, Sent
 from ch07_sglang_radix.serving.channels import Pull, Push
 from ch07_sglang_radix.serving.messages import (
@@ -43,12 +44,15 @@ from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
 
 @dataclass(eq=False)
 class _Asked:
-    """A Control that all replicas must answer. number: the manager's. replies: of those that have, by rank."""
+    """A Control that all replicas must answer. number: the manager's. replies: of those that have, by rank. told: what the
+    manager will hear, once they have undone it."""
 
     number: int
     op: str
-    missing: set[int]
+    arguments: dict[str, Any]
+    missing: set[int] = field(default_factory=set)
     replies: dict[int, ControlReply] = field(default_factory=dict)
+    told: ControlReply | None = None
 
 
 @dataclass(eq=False)
@@ -122,13 +126,18 @@ class DataParallelController:
             ranks = ranks[:1]  # a page shows one engine
         if op == "close_session":
             self._sessions.pop(control.arguments["name"], None)  # the next of this name is another one
-        asked = _Asked(control.number, op, set(ranks))
+        arguments = control.arguments | ({"hold": True} if op in UPDATES else {})
+        asked = _Asked(control.number, op, arguments)
         if op == "flush_cache" and any(one.sent for one in self._on_their_way.values()):
             op, asked.op = "ping", "busy"  # all flush, or none
+        self._ask_these(ranks, asked, op, arguments)
+
+    def _ask_these(self, ranks: Sequence[int], asked: _Asked, op: str, arguments: dict[str, Any]) -> None:
+        asked.missing |= set(ranks)
         for rank in ranks:
             number = next(self._numbers)
             self._asked[number] = (rank, asked)
-            self._schedulers[rank].send(Control(number, op, control.arguments))
+            self._schedulers[rank].send(Control(number, op, arguments))
 
     # --- for the manager
 
@@ -169,8 +178,25 @@ class DataParallelController:
         if asked is None:
             return None
         asked.missing.discard(rank)
-        asked.replies[rank] = reply
-        return None if asked.missing else merged(asked.number, asked.op, asked.replies)
+        if asked.told is None:
+            asked.replies[rank] = reply
+        elif asked.op in UPDATES and reply.value:
+            asked.told = _added_up(asked.told, reply.value)
+        return None if asked.missing else self._together(asked)
+
+    def _together(self, asked: _Asked) -> ControlReply | None:
+        """All have replied. None if there is a second round: what some have done, and others could not, is undone; weights that
+        all have looked at are written."""
+        if asked.told is None:
+            asked.told = merged(asked.number, asked.op, asked.replies)
+            if asked.op in (LOAD, *UPDATES):
+                values = {rank: one.value for rank, one in asked.replies.items() if rank in self._schedulers}
+                done = [rank for rank, value in values.items() if value and value["success"]]
+                if asked.op in UPDATES:
+                    self._ask_these(done, asked, "finish_update", {"write": asked.told.error is None})
+                elif len(done) < len(values):
+                    self._ask_these(done, asked, UNLOAD, {"lora_name": asked.arguments["lora_name"]})
+        return None if asked.missing else asked.told
 
     # --- a replica dies
 
@@ -196,11 +222,8 @@ class DataParallelController:
             _, asked = self._asked.pop(number)
             asked.missing.discard(dp_rank)
             if not asked.missing:
-                told.append(
-                    merged(asked.number, asked.op, asked.replies)
-                    if asked.replies
-                    else ControlReply(asked.number, None, what)
-                )
+                reply = self._together(asked) if asked.replies else ControlReply(asked.number, None, what)
+                told += [reply] if reply else []
         return told
 
 
@@ -227,7 +250,10 @@ def merged(number: int, op: str, replies: dict[int, ControlReply]) -> ControlRep
     if errors:
         return ControlReply(number, error="; ".join(errors))
     values = {rank: reply.value for rank, reply in sorted(replies.items())}
-    return ControlReply(number, MERGE.get(op, _first)(values))
+    try:
+        return ControlReply(number, MERGE.get(op, _first)(values))
+    except ValueError as why:
+        return ControlReply(number, error=str(why))
 
 
 def _first(values: dict[int, Any]) -> Any:
@@ -257,6 +283,25 @@ def _server_info(values: dict[int, dict[str, Any]]) -> dict[str, Any]:
     return _first(values) | total | {"steps": steps, "hit_rate": hit_rate, "replicas": each}
 
 
+def _one_digest(values: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Of updates that all replicas hold. Raises ValueError if they are not the same."""
+    first, told = next(iter(values.items()))
+    for rank, one in values.items():
+        if one["digest"] != told["digest"]:
+            raise ValueError(f"replica {rank} has read other weights than replica {first}; give all the same files")
+    return {"num_paused_requests": 0}
+
+
+def _added_up(told: ControlReply, written: dict[str, Any]) -> ControlReply:
+    """What is told of an update, with what one more replica says that it has written."""
+    if told.error is not None:
+        return told
+    paused = told.value["num_paused_requests"] + written["num_paused_requests"]
+    return ControlReply(told.number, written | {"num_paused_requests": paused})
+
+
+LOAD, UNLOAD = "load_lora_adapter", "unload_lora_adapter"
+UPDATES = ("update_weights_from_disk", "update_weights_from_tensor")  # held by each, and written once all could
 MERGE: dict[str, Callable[[dict[int, Any]], Any]] = {
     "flush_cache": _all,
     "busy": lambda values: False,
@@ -265,4 +310,6 @@ MERGE: dict[str, Callable[[dict[int, Any]], Any]] = {
     "pause": _sum,
     "step": _sum,
     "server_info": _server_info,
-}
+    LOAD: one_voice,
+    UNLOAD: one_voice,
+} | dict.fromkeys(UPDATES, _one_digest)

@@ -21,6 +21,7 @@ import zmq
 
 from ch07_sglang_radix.generate_calls import Answer, GenerateCalls
 from ch07_sglang_radix.generate_request import GenerateCall, check_rid
+from ch07_sglang_radix.lora import lora_ref, lora_refs, refuse_unknown
 from ch07_sglang_radix.scheduler import PAUSE_MODES
 from ch07_sglang_radix.server_args import ServerArgs
 from ch07_sglang_radix.serving.http_args import HttpArgs
@@ -32,7 +33,7 @@ from ch07_sglang_radix.serving.weights import exchange
 from ch07_sglang_radix.weight_calls import Told, WeightCalls
 from common.request.intake import Intake
 from common.text.tokenizer import Tokenizer
-from common.values import choice, flag, whole
+from common.values import choice, flag, text, whole
 
 T = TypeVar("T")
 
@@ -43,6 +44,8 @@ class ReplicaEngine(GenerateCalls, WeightCalls):
     def __init__(self, model_path: str | None = None, **server_args):
         self.server_args = ServerArgs.of({"model_path": model_path} | server_args)
         args = HttpArgs(engine=self.server_args)
+        self.enable_lora = self.server_args.enable_lora
+        self._lora_names = {ref.name for ref in lora_refs(self.server_args.lora_paths)}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="replicas", daemon=True)
         self._thread.start()
@@ -88,9 +91,11 @@ class ReplicaEngine(GenerateCalls, WeightCalls):
 
     def _answers(self, call: GenerateCall, stream: bool) -> Answer | list[Answer] | Iterator[Answer]:
         """Each result says which replica it is from."""
+        refuse_unknown((one.lora_path for one in call.requests), self._lora_names)
         return _Stream(self, call) if stream else self._run(self._whole(call))
 
     async def _async_answers(self, call: GenerateCall, stream: bool) -> Answer | list[Answer] | AsyncIterator[Answer]:
+        refuse_unknown((one.lora_path for one in call.requests), self._lora_names)
         if stream:
             return _listen(_Stream(self, call))
         return await asyncio.wrap_future(self._submit(self._whole(call)))
@@ -114,6 +119,21 @@ class ReplicaEngine(GenerateCalls, WeightCalls):
         """Of all replicas, or of none."""
         return self._run(self.manager.flush_cache())
 
+    def load_lora_adapter(self, lora_name: str, lora_path: str, pinned: bool = False) -> dict[str, Any]:
+        """As Engine's: on all replicas, or on none."""
+        return self._adapters_changed("load_lora_adapter", **lora_ref(lora_name, lora_path, pinned).words())
+
+    def unload_lora_adapter(self, lora_name: str) -> dict[str, Any]:
+        """As Engine's: returns when the last request of any replica that uses it has ended."""
+        return self._adapters_changed("unload_lora_adapter", lora_name=text("lora_name", lora_name, empty=False))
+
+    def _adapters_changed(self, op: str, **arguments: Any) -> dict[str, Any]:
+        said = self._run(self.manager.control(op, **arguments))
+        self._lora_names = set(said["loaded_adapters"])
+        if said["error_message"]:
+            raise ValueError(said["error_message"])
+        return said
+
     def pause_generation(self, mode: str = "abort") -> int:
         return self._run(self.manager.pause(choice("mode", mode, PAUSE_MODES)))
 
@@ -121,7 +141,8 @@ class ReplicaEngine(GenerateCalls, WeightCalls):
         self._run(self.manager.resume())
 
     def _exchange(self, op: str, payload: bytes | None = None, /, **arguments: Any) -> Told:
-        told = self._run(exchange(self.manager, op, **arguments))
+        given = arguments if payload is None else arguments | {"named_tensors": payload}
+        told = self._run(exchange(self.manager, op, **given))
         return {"parameter": told} if op == "get_weights_by_name" else told
 
     def get_server_info(self) -> dict[str, Any]:

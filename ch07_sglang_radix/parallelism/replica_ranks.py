@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ch07_sglang_radix.generate_request import GenerateCall, GenerateRequest
+from ch07_sglang_radix.lora import one_voice
 from ch07_sglang_radix.parallelism.load_balancing import LoadBalancer
 from ch07_sglang_radix.request import RequestOutput
 from ch07_sglang_radix.scheduler import TPScheduler
@@ -52,6 +53,10 @@ class ReplicaRanks:
         told = share_all([[number, output.to_json()] for number, output in mine.items()], self.group)
         outputs = {number: RequestOutput.from_json(value) for part in told for number, value in part}
         return dict(sorted(outputs.items()))
+
+    def one_voice(self, said: dict[str, Any]) -> dict[str, Any]:
+        """What this replica has said of a load or an unload of an adapter -> what all have, the same on every rank."""
+        return one_voice(dict(enumerate(share_all(said, self.group))))
 
     def generate(
         self, scheduler: TPScheduler, call: GenerateCall, enqueue: Callable[[GenerateRequest], int], stream: bool

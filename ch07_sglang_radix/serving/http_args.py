@@ -14,6 +14,7 @@ from typing import Any
 from ch07_sglang_radix.arguments_not_here import ELSEWHERE, IDLE
 from ch07_sglang_radix.server_args import ServerArgs
 from common.arguments import refuse_unknown, without_idle
+from common.distributed.processes import refuse_too_many_ranks
 from common.text.reasoning import FORCED
 from common.values import choice, flag, real, shown, text, texts, whole
 
@@ -105,6 +106,10 @@ class HttpArgs:
                 f"single_process has one process, dp_size={self.engine.dp_size} replicas of {self.engine.ranks} ranks need one "
                 "each; leave it out"
             )
+        if self.engine.dp_size > 1:  # of one replica the ranks are refused where they are started
+            each, all_of_them = self.engine.ranks, self.engine.ranks * self.engine.dp_size
+            of = f" x {each} ranks" if each > 1 else ""
+            refuse_too_many_ranks(f"dp_size={self.engine.dp_size}{of}", all_of_them)
         self._about_text()
         name = text("served_model_name", self.served_model_name, empty=False, none=True)
         self._set("served_model_name", name or str(self.engine.model_path or "tiny-qwen"))

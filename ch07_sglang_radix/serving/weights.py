@@ -23,11 +23,8 @@ from ch07_sglang_radix.serving.responses import as_json, read_body
 from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
 from ch07_sglang_radix.weight_calls import group_to_join
 
-# what replicas would do one by one: if it failed on the second, the first would have done it
-OF_ONE_WILL = (
-    "update_weights_from_disk", "update_weights_from_tensor", "update_weights_from_distributed",
-    "init_weights_update_group", "destroy_weights_update_group", "update_weight_version",
-)  # fmt: skip
+# a trainer's group counts ranks, and each replica counts its own
+OF_ONE_WILL = ("update_weights_from_distributed", "init_weights_update_group", "destroy_weights_update_group")
 
 
 class FromDisk(msgspec.Struct, forbid_unknown_fields=True):
@@ -139,8 +136,8 @@ async def exchange(manager: TokenizerManager, op: str, **arguments: Any) -> Any:
     size = manager.args.engine.dp_size
     if size > 1 and op in OF_ONE_WILL:
         raise RequestError(
-            400, f"{op} with dp_size={size}: one replica could fail after another has changed; start {size} servers behind the "
-            "router, and update each",
+            400, f"{op} with dp_size={size}: a trainer's group would have {size} ranks of each number; use "
+            f"update_weights_from_disk or update_weights_from_tensor, or start {size} servers behind the router",
         )  # fmt: skip
     if op == "init_weights_update_group":  # here, where others are answered meanwhile
         try:

@@ -23,12 +23,14 @@ def attach(scheduler: TPScheduler, args: ServerArgs) -> None:
     if args.speculative_stand_down:
         scheduler.speculation.rule = StandDown(scheduler)
     scheduler.speculation.acceptance = acceptance_of(args)
+    drafter = scheduler.wrapper.verifier.drafter
+    scheduler.speculation.draws = args.speculative_use_rejection_sampling and drafter is not None and drafter.draws
 
 
 def acceptance_of(args: ServerArgs) -> Rule | None:
     """Which guesses are kept; None for the engine's own way, which changes no token."""
     single, acc = args.speculative_accept_threshold_single, args.speculative_accept_threshold_acc
-    if args.speculative_use_rejection_sampling:  # guesses are chosen here, not drawn: a draft is certain of them
+    if args.speculative_use_rejection_sampling:  # where guesses are chosen, not drawn: who guesses is certain of them
         return zero_and_renormalise
     if args.speculative_typical_acceptance or min(single, acc) < 1:
         warnings.warn("what is kept of guesses is lossy: answers are not distributed as the model says", stacklevel=2)

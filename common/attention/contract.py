@@ -9,6 +9,7 @@ A step is T new tokens of B sequences, laid end to end (ragged). Attention is to
     page_size     P, and max_query_len, so that nobody has to ask the GPU for it
     prefixes      who begins alike, or None: a hint that saves reading the same pages twice, results are the same
     window        [T, W], or None: which of the last W tokens of its sequence a new token sees, where that is not all up to itself
+    padded        there may be tokens behind query_start[B]: of no sequence, to slot -1, and what they get is 0
 
 Prefill, prefill behind a cached prefix, decode and any mix of them differ in these numbers alone. In each layer the K and V
 of the whole step are written before anybody attends: a sequence may begin with pages that another one fills in this very
@@ -55,6 +56,7 @@ class AttentionMetadata:
     max_query_len: int = 0  # no query is longer, known on the host: a GPU launch needs it; 1: a decode step; 0: unknown
     prefixes: SharedPrefixes | None = None  # decode only
     window: torch.Tensor | None = None  # [T, W] bool; each row has a True: its own token's
+    padded: bool = False  # tokens of no sequence may follow, and a sequence may have none: a recorded prefill
 
     def refuse_other_pages(self, page_size: int) -> None:
         """page_size: the cache's. Raises ValueError for another one: the step's page ids would mean other tokens."""

@@ -22,13 +22,13 @@ blank a page that its last owner left NaN in.
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from common.attention.contract import AttentionMetadata
 from common.attention.kv_cache import PagedKVCache
 from common.attention.torch_native import QUERY_BLOCK, ROOM_BYTES, causal_blocks, similar_lengths
 
 EXPANDED_BYTES = 256 << 20  # of k and v that are there at a time; more heads than fit take turns
-QUERY_BLOCK_ON_GPU = 1024  # there a launch costs more than what is computed and masked away
 
 
 class LatentNativeAttention:
@@ -179,8 +179,7 @@ class _Extend:
         self.cache, self.rows, device = cache, slice(start, stop), meta.page_table.device
         at = torch.arange(length, device=device)
         self.slots = meta.page_table[b, at // meta.page_size] * meta.page_size + at % meta.page_size  # [S]
-        size = QUERY_BLOCK_ON_GPU if device.type == "cuda" else QUERY_BLOCK
-        self.blocks = causal_blocks(stop - start, length, size, device)
+        self.blocks = None if skips_above(device) else causal_blocks(stop - start, length, QUERY_BLOCK, device)
 
     def attend(self, layer: int, q: torch.Tensor, kv_b: torch.Tensor, scale: float) -> torch.Tensor:
         """q [n, H/R, dn + r], kv_b [H/R, dn + dv, c] -> o [n, H/R, dv]."""
@@ -199,6 +198,8 @@ class _Extend:
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """q [n, H, x], k [H, S, x], v [H, S, y] -> [n, H, y]."""
+        if self.blocks is None:
+            return attend_in_one_call(q, k, v, scale)
         q, k, v = q.transpose(0, 1)[None], k[None], v[None]
         o = [
             F.scaled_dot_product_attention(
@@ -208,6 +209,23 @@ class _Extend:
             for first, mask in self.blocks
         ]  # fmt: skip
         return torch.cat(o, dim=1).transpose(0, 1)
+
+
+def skips_above(device: torch.device) -> bool:
+    """Whether torch has attention here that leaves out what lies above the diagonal, and is told so without a mask."""
+    return device.type == "cuda"
+
+
+def attend_in_one_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """q [n, H, x] of the last n of S positions, k [H, S, x], v [H, S, y] -> [n, H, y].
+
+    No mask of n times S is built or read: at 32,000 tokens it would be more bytes than all else. Values that
+    are narrower than keys are filled up with zeros, because flash attention wants one width.
+    """
+    width, causal = v.shape[-1], causal_lower_right(len(q), k.shape[1])
+    v = F.pad(v, (0, max(0, k.shape[-1] - width)))
+    o = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], attn_mask=causal, scale=scale)
+    return o[0, ..., :width].transpose(0, 1)
 
 
 def multiplications(new: int, length: int, c: int, r: int, dn: int, dv: int) -> tuple[int, int]:

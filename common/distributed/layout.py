@@ -163,8 +163,9 @@ class Layout:
                 )
 
     def refuse_what_is_not_combined(
-        self, enable_layernorm_sp: bool = False, ep_dispatch: str = "replicated", redundant_experts: int = 0
-    ) -> None:
+        self, enable_layernorm_sp: bool = False, enable_two_batch_overlap: bool = False, ep_dispatch: str = "replicated",
+        redundant_experts: int = 0,
+    ) -> None:  # fmt: skip
         """Raises ValueError for a layout that has groups, but that no engine here runs."""
         sizes = {name: getattr(self, name) for name in ("pp", "attn_dp", "cp")}
         asked = [f"{name}_size={size}" for name, size in sizes.items() if size > 1]
@@ -172,7 +173,15 @@ class Layout:
             raise ValueError(
                 f"{' and '.join(asked)} are not combined here; use one of them, beside tp_size= and dp_size="
             )
-        if enable_layernorm_sp and self.attn_dp * self.cp > 1:
+        if enable_two_batch_overlap and self.pp > 1:
+            raise ValueError(
+                f"enable_two_batch_overlap with {asked[0]}: stages overlap steps already; use one of the two"
+            )
+        if enable_layernorm_sp and self.pp > 1:
+            raise ValueError(
+                f"enable_layernorm_sp with {asked[0]}: a stage hands over whole rows, and it cuts them over ranks; leave it out"
+            )
+        if enable_layernorm_sp and asked:
             raise ValueError(
                 f"enable_layernorm_sp with {asked[0]}, which cuts the rows over ranks already; leave it out"
             )

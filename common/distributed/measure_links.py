@@ -25,7 +25,8 @@ from common.distributed.cost_model import Link, Sample
 from common.distributed.launch import run_main
 from common.distributed.machines import Machine, Speed
 from common.distributed.messages import receive
-from common.distributed.spawn import RANKS_A_CORE, Follower
+from common.distributed.processes import refuse_too_many_ranks
+from common.distributed.spawn import Follower
 from common.layers.cpu_linear import column_major, packed, row_major
 from common.layers.linear import multiply
 from common.parallel_state import (
@@ -71,8 +72,7 @@ def main() -> None:
     else:
         if min(args.nproc) < 2:
             raise ValueError(f"--nproc {min(args.nproc)}: one rank has nobody to talk to; use 2 or more")
-        if max(args.nproc) > (most := RANKS_A_CORE * (os.cpu_count() or 1)):
-            raise ValueError(f"--nproc {max(args.nproc)}: this machine takes {most} ranks")
+        refuse_too_many_ranks(f"--nproc {max(args.nproc)}", max(args.nproc), started=max(args.nproc) - 1)
         samples, speeds = measure_here(args.nproc)
     link = link_between(samples)
     report(samples, link)

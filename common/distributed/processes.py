@@ -1,6 +1,7 @@
 """What is asked of the operating system about processes, in a way that Linux, macOS and Windows all answer (psutil)."""
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable
 
@@ -8,10 +9,23 @@ import psutil
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt's, from glibc's malloc.h
 KEPT_BYTES = 256 << 20  # of freed memory, that stay with the process
+RANKS_A_CORE = 8
 
 
 class RankFailure(RuntimeError):
     """A collective could not finish because another rank died, stopped or stayed away."""
+
+
+def refuse_too_many_ranks(asked: str, ranks: int, started: int | None = None) -> None:
+    """Before any is started: a mistyped number would fill the memory of a machine, and nobody could stop it.
+
+    asked: for them, in words; started: of these ranks, by this process; by default all. Raises ValueError.
+    """
+    most = RANKS_A_CORE * (os.cpu_count() or 1)
+    if ranks > most:
+        raise ValueError(
+            f"{asked} would start {ranks if started is None else started} processes; this machine takes {most} ranks"
+        )
 
 
 class Together:

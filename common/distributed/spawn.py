@@ -26,14 +26,13 @@ from typing import Any
 
 from common.distributed.membership import Membership
 from common.distributed.nodes import Node, choose_interface, meet
-from common.distributed.processes import RankFailure
+from common.distributed.processes import RankFailure, refuse_too_many_ranks
 
 FRAME = 256  # words of the message that a rank without work waits for (messages.py); the first is how many are meant
 LEAVE = -1  # in its place: no more work, ever
 ROOT = Path(__file__).parents[2]
 START_S = 180.0  # to import torch on a machine that is busy
 LEAVE_S = 3.0
-RANKS_A_CORE = 8
 EXIT_CODE_S = 5.0
 BEREAVED = 3  # exit code of a rank that ends because another one has
 
@@ -174,11 +173,7 @@ def start_ranks(follower: Follower, size: int, asked: str = "") -> SpawnedRanks:
     """
     node = follower.node
     here = node.ranks(size) if node else range(size)
-    most = RANKS_A_CORE * (os.cpu_count() or 1)
-    if len(here) > most:
-        raise ValueError(
-            f"{asked or f'{size} ranks'} would start {len(here) - 1} processes; this machine takes {most} ranks"
-        )
+    refuse_too_many_ranks(asked or f"{size} ranks", len(here), started=len(here) - 1)
     arguments = _as_json(follower.arguments)
     members = meet(node) if node else None
     if members:

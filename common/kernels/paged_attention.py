@@ -498,7 +498,7 @@ def extend(
     contract the scaling of a score and what is taken off it into one rounding, and which blocks need none depends on the step.
     """
     (_, heads, d), kv_heads = q.shape, pages.k.shape[2]
-    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    o = (torch.zeros if meta.padded else torch.empty)(q.shape, dtype=q.dtype, device=q.device)
     longest = max_query_len + block_m - 1 if fixed else max_query_len  # with what stands before it in its block
     grid = (triton.cdiv(longest, block_m), heads, len(meta.context_lens))
     launch(

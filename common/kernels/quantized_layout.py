@@ -12,7 +12,7 @@ in the order of their groups, each filled up to whole turns, and x is brought in
 Bytes a weight: 1, or 1/2; and a scale, of 2 bytes if it is a 16-bit float exactly, and a zero point for each group of a row.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from common.quantization.codes import Codes
 
 ROWS = 64  # of a tile
 TURN = 128  # columns, at most
+ROWS_ALIGNED = 128  # a multiple of ROWS, and of all numbers of rows that share a scale
 SMALLEST_TURN = 32
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the low three bits of a code; the fourth is the sign
 
@@ -60,6 +61,14 @@ class PackedCodes:
         """x [T, in] -> [T, width], its columns in the order of the codes."""
         return x if self.order is None else F.pad(x, (0, 1)).index_select(1, self.order)
 
+    def rows(self, part: slice) -> "PackedCodes":
+        """Of some rows, that begin at a multiple of ROWS_ALIGNED."""
+        q, shared = part, slice(part.start // self.share, -(-part.stop // self.share))
+        if self.bits == 4:
+            q = slice(part.start // ROWS, -(-part.stop // ROWS))
+        zero = None if self.zero is None else self.zero[:, part]
+        return replace(self, q=self.q[q], scale=self.scale[:, shared], zero=zero, out=part.stop - part.start)
+
 
 def pack(codes: Codes, bits: int) -> PackedCodes:
     """bits: of a code. Two of at most 4 bits are put in a byte."""
@@ -85,7 +94,10 @@ def pack(codes: Codes, bits: int) -> PackedCodes:
     width = q.shape[1]
     turn = min(group or TURN, TURN)
     share = _rows_that_share(scale) if zero is None else 1
-    scale = _narrowest(scale[::share].t().contiguous())
+    scale = (
+        scale[::share].t().clone(memory_format=torch.contiguous_format)
+    )  # contiguous() lets a stride of 128 be, of one column
+    scale = _narrowest(scale)
     if bits <= 4:
         q = _tiles(q.to(torch.uint8), turn)
     return PackedCodes(q.contiguous(), scale, zero, order, out, width, in_features, turn, group, share, offset, e2m1)
@@ -99,12 +111,23 @@ def unpack(packed: PackedCodes) -> Codes:
         q = torch.cat([low, high], dim=-1).transpose(1, 2).flatten(2).flatten(0, 1)[: packed.out, : packed.width]
         if packed.e2m1:
             table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=q.device) * 2
-            q = table[q.long()].to(torch.float8_e4m3fn)
+            octets = table.to(torch.float8_e4m3fn).view(torch.uint8)
+            q = octets.index_select(0, q.flatten().int()).view(q.shape).view(torch.float8_e4m3fn)
     columns = torch.arange(packed.width, device=q.device)
     group = columns // packed.group if packed.group else torch.zeros_like(columns)
     scale = packed.scale.float().t().repeat_interleave(packed.share, dim=0)[: packed.out]
     zero = torch.full_like(scale, float(packed.offset)) if packed.zero is None else packed.zero.float().t()
     return Codes(q, scale, zero, group)
+
+
+def numbers(packed: PackedCodes, dtype: torch.dtype) -> torch.Tensor:
+    """[out, in]: what the codes stand for, the columns in x's order."""
+    values = unpack(packed).dequantise(dtype)
+    if packed.order is None:
+        return values
+    in_order = values.new_zeros(packed.out, packed.in_features + 1)
+    in_order[:, packed.order] = values
+    return in_order[:, :-1]
 
 
 def multiply_plain(x: torch.Tensor, packed: PackedCodes) -> torch.Tensor:

@@ -97,6 +97,7 @@ class LayerCommunicator:
         self.tp, self.attn_tp = tp, attn_tp or tp
         self.parts = tp.size // self.attn_tp.size
         self.part = tp.rank // self.attn_tp.size
+        self.enable_layernorm_sp = enable_layernorm_sp
         self.spreads = (enable_layernorm_sp and tp.size > 1) or self.parts > 1
         self.fuses = enable_all_reduce_fusion
         self.defers = (enable_all_reduce_fusion or enable_two_batch_overlap) and tp.size > 1

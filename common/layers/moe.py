@@ -27,10 +27,11 @@ from common.layers.expert_placement import ExpertPlacement
 from common.layers.heads import split_evenly
 from common.layers.linear import ReplicatedLinear, loadable
 from common.layers.mlp import MLP
-from common.layers.moe_runner import grouped_mm_takes, pick_runner
+from common.layers.moe_runner import Matrices, grouped_mm_takes, pick_runner
 from common.layers.router import Router, RouterRule
 from common.parallel_state import TPGroup, all_reduce
 from common.quantization.method import PLAIN, LayerMethods
+from common.quantization.packed_codes import CodedMatrices
 
 
 @dataclass(frozen=True)
@@ -84,41 +85,65 @@ class Experts(nn.Module):
     once. A checkpoint has three tensors for each expert, by shard id (expert, part): gate, up and down are parts 0, 1 and 2.
     Or it has all experts in two, gate_up_proj [E, 2F, D] and down_proj [E, D, F], of which an expert is one matrix
     (`fused_shapes`).
+
+    methods: of "w13" and "w2". One with a method has no memory, as the weight of a linear layer; `coded` has its codes.
     """
 
-    def __init__(self, hidden_size: int, mixture: Mixture, moe_tp: TPGroup, held: Sequence[int | None] | None = None):
+    def __init__(
+        self, hidden_size: int, mixture: Mixture, moe_tp: TPGroup, held: Sequence[int | None] | None = None,
+        methods: LayerMethods = PLAIN,
+    ):  # fmt: skip
         super().__init__()
+        self.coded = nn.ModuleDict()
         count, self.width = mixture.num_experts, mixture.intermediate_size
         held = range(count) if held is None else held
         self.slots_of = {e: [slot for slot, one in enumerate(held) if one == e] for e in held if e is not None}
         self.local, self.pieces = split_evenly(self.width, moe_tp.rank, moe_tp.size)
-        self.w13 = self._packed((len(held), 2 * self.local, hidden_size), (0, 1), (self.width, hidden_size))
+        self.w13 = self._packed(
+            "w13", (len(held), 2 * self.local, hidden_size), (0, 1), (self.width, hidden_size), methods
+        )
         self.w13.fused_shapes = {None: (count, 2 * self.width, hidden_size)}
-        self.w2 = self._packed((len(held), hidden_size, self.local), (2,), (hidden_size, self.width))
+        self.w2 = self._packed("w2", (len(held), hidden_size, self.local), (2,), (hidden_size, self.width), methods)
         self.w2.fused_shapes = {None: (count, hidden_size, self.width)}
 
-    def _packed(self, shape: tuple[int, int, int], parts: tuple[int, ...], full: tuple[int, int]) -> nn.Parameter:
+    def _packed(
+        self, name: str, shape: tuple[int, int, int], parts: tuple[int, ...], full: tuple[int, int], methods: LayerMethods
+    ) -> nn.Parameter:  # fmt: skip
         shards = {(expert, part): full for expert in self.slots_of for part in parts}
-        return loadable(torch.zeros(shape), self.load_down if parts == (2,) else self.load_gate_up, shards)
+        if (method := methods(name)) is not None:
+            self.coded[name] = CodedMatrices(method, shape)
+        values = torch.zeros(shape) if method is None else torch.empty(shape, device="meta")
+        return loadable(values, self.load_down if parts == (2,) else self.load_gate_up, shards)
+
+    @property
+    def matrices(self) -> tuple[Matrices, Matrices]:
+        """(w13, w2), as a runner takes them: codes where such are kept."""
+        return tuple(self.coded[name] if name in self.coded else getattr(self, name) for name in ("w13", "w2"))
 
     def load_gate_up(self, source, shard_id) -> None:
         fused = shard_id is None
         for expert, part in self.w13.shard_shapes if fused else [shard_id]:
-            one = {"matrix": expert} if fused else {}
             first = part * self.width if fused else 0  # gate above up, in the file as here
             for dst, src, n in self.pieces:
-                rows = source.read(0, first + src, first + src + n, **one)
-                for slot in self.slots_of[expert]:
-                    self.w13[slot].narrow(0, part * self.local + dst, n).copy_(rows)
+                rows = slice(first + src, first + src + n)
+                self._load("w13", source, expert if fused else None, 0, rows, part * self.local + dst, expert)
 
     def load_down(self, source, shard_id) -> None:
         fused = shard_id is None
         for expert, _ in self.w2.shard_shapes if fused else [shard_id]:
-            one = {"matrix": expert} if fused else {}
             for dst, src, n in self.pieces:
-                columns = source.read(1, src, src + n, **one)
-                for slot in self.slots_of[expert]:
-                    self.w2[slot].narrow(1, dst, n).copy_(columns)
+                self._load("w2", source, expert if fused else None, 1, slice(src, src + n), dst, expert)
+
+    def _load(self, name: str, source, matrix: int | None, dim: int, part: slice, at: int, expert: int) -> None:
+        """Rows (dim 0) or columns (dim 1) of an expert's matrix, of that number if several are stacked -> from `at` on here."""
+        one = {} if matrix is None else {"matrix": matrix}
+        if name in self.coded:
+            rows, columns = (slice(0, size) if i != dim else part for i, size in enumerate(source.shape[-2:]))
+            self.coded[name].put(self.slots_of[expert], dim, at, source.codes(rows, columns, **one))
+            return
+        values = source.read(dim, part.start, part.stop, **one)
+        for slot in self.slots_of[expert]:
+            getattr(self, name)[slot].narrow(dim, at, values.shape[dim]).copy_(values)
 
 
 class MoE(nn.Module):
@@ -138,7 +163,11 @@ class MoE(nn.Module):
         self.travels = options.dispatch == "all_to_all"
         self.placement = placement or options.placement(1, mixture, tp)
         self.gate = Router(hidden_size, mixture.num_experts, mixture.router)
-        self.experts = Experts(hidden_size, mixture, self.placement.moe_tp, self.placement.held(layer))
+        self.runner = pick_runner(options.runner, tp.device)
+        self.experts = Experts(
+            hidden_size, mixture, self.placement.moe_tp, self.placement.held(layer),
+            PLAIN if self.runner.name == "triton" else methods.under("experts"),
+        )  # fmt: skip
         self.shared_expert = self.shared_expert_gate = None
         if mixture.shared_size:
             ranks = TPGroup(device=tp.device) if self.travels else tp
@@ -148,7 +177,6 @@ class MoE(nn.Module):
             )  # fmt: skip
         if mixture.shared_gate:
             self.shared_expert_gate = ReplicatedLinear(hidden_size, 1, tp, name=f"{name}.shared_expert_gate")
-        self.runner = pick_runner(options.runner, tp.device)
 
     def forward(self, x: torch.Tensor, rows: TokenRows | None = None, live: torch.Tensor | None = None) -> torch.Tensor:
         """rows: how the step's rows are spread, if they are; live [T]: else which are real, None for all."""
@@ -158,7 +186,7 @@ class MoE(nn.Module):
         weights, experts = self.gate.route(x, live)  # [T, k]
         experts = self.placement.here(self.layer, experts)
         self.placement.note(self.layer, experts, live)
-        y = self.runner.run(x, weights, experts, self.experts.w13, self.experts.w2)  # [T, D], a partial sum
+        y = self.runner.run(x, weights, experts, *self.experts.matrices)  # [T, D], a partial sum
         if self.shared_expert is not None:
             y = y + self.shared(x)
         if self.reduce_results:
@@ -179,7 +207,7 @@ class MoE(nn.Module):
         came, slots = there.received()  # [n, D], [n]
         slots = slots.unsqueeze(1)
         self.placement.note(self.layer, slots)
-        y = self.runner.run(came, came.new_ones(slots.shape), slots, self.experts.w13, self.experts.w2)
+        y = self.runner.run(came, came.new_ones(slots.shape), slots, *self.experts.matrices)
         y = add_at_home(there.home(y), weights, experts)
         y = F.pad(y, (0, 0, 0, len(x) - here)) if here < len(x) else y
         return y if shared is None else y + shared
@@ -187,7 +215,7 @@ class MoE(nn.Module):
     @property
     def capturable(self) -> bool:
         """Whether a CUDA graph may hold it."""
-        one_product = all(map(grouped_mm_takes, (self.experts.w13, self.experts.w2)))
+        one_product = all(map(grouped_mm_takes, self.experts.matrices))
         return self.runner.capturable and (self.runner.name != "grouped" or one_product)
 
     def move_experts(self, new: torch.Tensor) -> None:

@@ -4,6 +4,7 @@
 
 `experts` are this rank's own numbers 0 .. E'-1, and -1 is an expert that is not here and adds nothing; F' are this rank's
 columns of each, gate above up in w13. What comes out are partial sums wherever other ranks have other experts or columns.
+`loop` and `grouped` take codes in place of w13 and w2, too, and make an expert's numbers when its turn comes.
 
     loop      an expert after the other: its tokens, its two products, its weights              to read
     grouped   all (token, expert) pairs sorted by expert, and two products with one matrix a group of rows
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from common.layers.activation import SiluAndMul
+from common.quantization.packed_codes import CodedMatrices
 
 try:  # a CPU build of torch comes without Triton
     from common.kernels import moe as fused
@@ -30,13 +32,12 @@ try:  # a CPU build of torch comes without Triton
 except ImportError:
     fused, INTERPRETED = None, False
 
-Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Matrices = torch.Tensor | CodedMatrices
+Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Matrices, Matrices], torch.Tensor]
 silu_and_mul = SiluAndMul()
 
 
-def loop(
-    x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor
-) -> torch.Tensor:
+def loop(x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, w13: Matrices, w2: Matrices) -> torch.Tensor:
     out = torch.zeros_like(x)
     for expert in experts.unique().tolist():  # ascending
         if expert < 0:
@@ -66,9 +67,7 @@ def sort_by_expert(experts: torch.Tensor, num_experts: int) -> Pairs:
     return Pairs(order, ends.int())
 
 
-def grouped(
-    x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor
-) -> torch.Tensor:
+def grouped(x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, w13: Matrices, w2: Matrices) -> torch.Tensor:
     top_k = experts.shape[1]
     order, ends = sort_by_expert(experts, len(w13))
     if not x.is_cuda:
@@ -84,23 +83,27 @@ def grouped(
     return by_pair.unflatten(0, (-1, top_k)).sum(dim=1)
 
 
-def multiply_groups(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def multiply_groups(x: torch.Tensor, weight: Matrices, ends: torch.Tensor) -> torch.Tensor:
     """x [n, in] sorted by group, weight [E', out, in] -> [n, out]: each row times its group's matrix; rows behind the last one
     are left as they are."""
     if len(x) and grouped_mm_takes(weight):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     out, start = x.new_empty(len(x), weight.shape[1]), 0
-    for matrix, end in zip(weight, ends.tolist(), strict=True):
-        if end > start:
-            torch.mm(x[start:end], matrix.t(), out=out[start:end])
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:  # codes become numbers as they are asked for, those of idle experts never
+            torch.mm(x[start:end], weight[expert].t(), out=out[start:end])
         start = end
     return out
 
 
-def grouped_mm_takes(weight: torch.Tensor) -> bool:
+def grouped_mm_takes(weight: Matrices) -> bool:
     """Whether torch's grouped product takes weight [E', out, in]: rows of `in` numbers must begin at multiples of 16 bytes, those
     of x too, and on a GPU they must be bfloat16."""
-    return weight.shape[2] * weight.itemsize % 16 == 0 and (not weight.is_cuda or weight.dtype == torch.bfloat16)
+    return (
+        isinstance(weight, torch.Tensor)
+        and weight.shape[2] * weight.itemsize % 16 == 0
+        and (not weight.is_cuda or weight.dtype == torch.bfloat16)
+    )
 
 
 # --- which one

@@ -13,12 +13,14 @@ import torch
 from torch import nn
 
 from common.layers.linear import LinearBase
+from common.layers.moe import Experts
 from common.models.checkpoint import Stored
 from common.models.tensor_names import EMBEDDING, Needed
 from common.quantization.config import QuantizationConfig
-from common.quantization.linear_methods import pick_linear_method
+from common.quantization.linear_methods import pick_experts_method, pick_linear_method
 from common.quantization.method import PLAIN, Hardware, LayerMethods, LinearMethod
 from common.quantization.methods import METHODS
+from common.quantization.packed_codes import CodedMatrices
 from common.quantization.reader import QuantizedTensor, RoundedTensor
 from common.quantization.scheme import QUANTIZED_COMPUTE, Expected, Scheme
 
@@ -104,7 +106,13 @@ class CheckpointWeights:
                     f"{self.where} is not quantized: quantized_compute={compute} is for one that is; leave it out"
                 )
             return PLAIN
-        layers = {id(layer.weight): name for name, layer in model.named_modules() if isinstance(layer, LinearBase)}
+        layers, experts = {}, set()
+        for name, module in model.named_modules():
+            if isinstance(module, LinearBase):
+                layers[id(module.weight)] = name
+            elif isinstance(module, Experts):
+                experts |= {f"{name}.w13", f"{name}.w2"}
+                layers |= {id(module.w13): f"{name}.w13", id(module.w2): f"{name}.w2"}
         schemes: dict[str, set[Scheme | None]] = {}
         for one in needed:
             if id(one.param) in layers:
@@ -113,13 +121,19 @@ class CheckpointWeights:
         def pick(name: str) -> LinearMethod | None:
             alike = schemes.get(name, set())
             scheme = next(iter(alike)) if len(alike) == 1 else None
-            return None if scheme is None else pick_linear_method(scheme, Hardware.of(device), dtype, compute)
+            by = pick_experts_method if name in experts else pick_linear_method
+            return None if scheme is None else by(scheme, Hardware.of(device), dtype, compute)
 
         return LayerMethods(pick)
 
     def account(self, model: nn.Module, needed: Iterable[Needed]) -> list[str]:
         """A line for each scheme: how many matrices of this rank have it, and what has become of them."""
-        kept = {id(layer.weight): layer.method.name for layer in codes_of(model).values()}
+        kept = {}
+        for module in model.modules():
+            if isinstance(module, LinearBase) and module.weight.is_meta:
+                kept[id(module.weight)] = module.method.name
+            elif isinstance(module, Experts):
+                kept |= {id(getattr(module, name)): one.method.name for name, one in module.coded.items()}
         seen = Counter((str(scheme), kept.get(id(one.param))) for one in needed if (scheme := self.scheme_of(one)))
         held = weight_bytes(model) / 1e6
         return [
@@ -130,10 +144,13 @@ class CheckpointWeights:
         ]
 
 
-def codes_of(model: nn.Module) -> dict[str, LinearBase]:
-    """{name: layer} of those that keep codes in place of a weight."""
-    modules = model.named_modules()
-    return {name: layer for name, layer in modules if isinstance(layer, LinearBase) and layer.weight.is_meta}
+def codes_of(model: nn.Module) -> dict[str, LinearBase | CodedMatrices]:
+    """{name: layer, or matrices of experts} of those that keep codes in place of a weight."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, CodedMatrices) or (isinstance(module, LinearBase) and module.weight.is_meta):
+            found[name] = module
+    return found
 
 
 def held_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

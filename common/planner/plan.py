@@ -75,10 +75,9 @@ class Way:
 def ways(gpus: int, config: ModelConfig, load: Load, ranks_a_host: int | None = None) -> list[Way]:
     """Every legal one that uses all GPUs; without `ranks_a_host` on whatever hosts.
 
-    What an engine combines (Layout.refuse_what_is_not_combined, and no rows cut over ranks with stages); no more stages than
-    layers, no more parts of a context than pages; a stage's tp ranks take part of one host or all of several. Experts are cut
-    by columns, or dealt out over parts of these ranks; where rows are spread, over all of them, and with an all-to-all too.
-    A latent cache has no context parallelism.
+    What an engine combines (Layout.refuse_what_is_not_combined); no more stages than layers, no more parts of a context than
+    pages; a stage's tp ranks take part of one host or all of several. Experts are cut by columns, or dealt out over parts of
+    these ranks; where rows are spread, over all of them, and with an all-to-all too. A latent cache has no context parallelism.
     """
     found = []
     for outer in layouts(gpus):
@@ -90,7 +89,7 @@ def ways(gpus: int, config: ModelConfig, load: Load, ranks_a_host: int | None = 
         inner += [Way(replace(outer, cp=n)) for n in cuts if n <= load.pages and config.latent is None]
         if config.mixture:
             inner += [dealt for way in inner for dealt in _dealt_out(way, config.mixture.num_experts)]
-        found += [way for way in dict.fromkeys(inner) if not (way.spreads and outer.pp > 1) and _is_combined(way)]
+        found += [way for way in dict.fromkeys(inner) if _is_combined(way)]
     return found
 
 
@@ -103,7 +102,7 @@ def _dealt_out(way: Way, experts: int) -> list[Way]:
 
 def _is_combined(way: Way) -> bool:
     try:
-        way.layout.refuse_what_is_not_combined(way.sp, way.ep_dispatch)
+        way.layout.refuse_what_is_not_combined(way.sp, ep_dispatch=way.ep_dispatch)
     except ValueError:
         return False
     return True

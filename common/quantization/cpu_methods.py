@@ -18,7 +18,7 @@ So `auto` takes HalfCodes for matrices of SMALLEST numbers and more, and the sma
 dozen small operations, which only a large matrix pays for: Int8OfHalves is for whoever asks. What did not win:
 _weight_int8pack_mm and _weight_int4pack_mm_for_cpu want x in bfloat16, and lose to float32 from some ten rows on (9728 x 896:
 1.8, 4.6, 42 and 1.4, 5.4, 48 ms); given float32 they are ten times slower than dequantised weights. Groups of 4 bits are not
-exact in float16.
+exact in float16; whoever has no room for their numbers keeps them as codes all the same (packed_codes.py).
 
 Where there are no instructions that add products of bytes in 32 bits (AVX-512 VNNI), FBGEMM adds two of them in 16, which is
 too little: 2 * 255 * 127 saturates, and y is wrong by a tenth. torch's own way out is x of 7 bits. Here x keeps its 8:
@@ -28,6 +28,7 @@ x = 2 h + r, with h of 7 bits and r of one; both are rows of one product, W is r
 import math
 import warnings
 from functools import cache
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ MIDDLE = 64  # is 0, in the unsigned bytes that FBGEMM wants of x
 
 
 class PackedOnCpu(LinearMethod):
-    """One scale a row, symmetric. What torch packs is no tensor: it stays where it is when other weights are put aside."""
+    """One scale a row, symmetric. What torch packs is no tensor: it stays where it is when other weights are put aside, and nobody
+    can look at its numbers, so a digest of them stands beside the scales for whoever asks which weights these are."""
 
     bytes_each = 0  # a weight
 
@@ -67,12 +69,14 @@ class PackedOnCpu(LinearMethod):
 
     def pack(self, layer: Any, codes: Codes) -> None:
         layer.register_buffer("scale", codes.scale[:, 0].contiguous(), persistent=False)
+        digest = sha256(codes.q.contiguous().view(torch.uint8).numpy()).digest()
+        layer.register_buffer("digest", torch.tensor(list(digest), dtype=torch.uint8), persistent=False)
         self.scale, self.matrix = layer.scale, self.packed(codes.q, layer.scale)
         self.opaque_bytes = codes.q.numel() * self.bytes_each
         self.static = max(self.input_scales) if self.input_scales else None
 
     def packed_bytes(self, outline: Outline, dtype: torch.dtype) -> int:
-        return outline.numel * self.bytes_each + len(outline.rows) * torch.float32.itemsize
+        return outline.numel * self.bytes_each + len(outline.rows) * torch.float32.itemsize + sha256().digest_size
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         y = self.multiply(x, self.matrix)

@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 
-from common.kernels.quantized_layout import PackedCodes, pack, packed_bytes
 from common.quantization.codes import Codes
-from common.quantization.method import Hardware, LinearMethod, Outline
-from common.quantization.methods import METHODS
+from common.quantization.method import Hardware, Outline
+from common.quantization.packed_codes import CodesInMemory
 from common.quantization.scheme import Scheme
 
 try:  # a CPU build of torch comes without Triton
@@ -21,33 +20,17 @@ GROUP = 128  # columns that share a scale where both factors are rounded
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class WeightOnlyKernels(LinearMethod):
+class WeightOnlyKernels(CodesInMemory):
     """Any codes of at most 8 bits; x keeps its dtype, no weight is rounded (common/kernels/quantized_linear.py)."""
 
-    name = "weight-only kernels"
-    packed: PackedCodes
+    name, unasked = "weight-only kernels", True
 
     @classmethod
     def takes(cls, scheme: Scheme, on: Hardware, dtype: torch.dtype) -> bool:
         return on.triton and on.type == "cuda" and dtype in FLOATS and scheme.bits <= 8
 
-    def pack(self, layer: Any, codes: Codes) -> None:
-        self.packed = pack(codes, self.scheme.bits)
-        for name in ("q", "scale", "zero", "order"):
-            if (tensor := getattr(self.packed, name)) is not None:
-                layer.register_buffer(name, tensor, persistent=False)
-
-    def packed_bytes(self, outline: Outline, dtype: torch.dtype) -> int:
-        return packed_bytes(*outline, self.scheme.bits, scale_bytes(self.scheme), self.scheme.symmetric)
-
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return weight_only.linear(x, self.packed, bias)
-
-
-def scale_bytes(scheme: Scheme) -> int:
-    """Of a scale as codes are packed, if it came from a file as make.py writes it: 2 where 16 bits hold it exactly."""
-    power_of_two = scheme.kind == "float" and scheme.bits == 4
-    return 2 if power_of_two else METHODS[scheme.method].stored.itemsize
 
 
 class RoundedActivations(WeightOnlyKernels):

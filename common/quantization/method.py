@@ -60,6 +60,7 @@ class LinearMethod:
     name = ""  # as reports say it
     smallest = 0  # a matrix of fewer numbers is dequantised
     opaque_bytes = 0  # of what pack() made that is no tensor
+    unasked = True  # may `auto` take it?
 
     @classmethod
     def takes(cls, scheme: Scheme, on: Hardware, dtype: torch.dtype) -> bool:

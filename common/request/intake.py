@@ -6,7 +6,7 @@ model and the pool, stop texts against a missing tokenizer, namespaces that must
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from common.sampling.params import SamplingParams
@@ -28,6 +28,9 @@ class Words:
 
 class Eyes(Protocol):
     """What a model that sees lets in (ch07_sglang_radix/images/intake.py)."""
+
+    def from_now(self) -> "Eyes":
+        """For one request: what it fetches from elsewhere has its time from now on, all of it together."""
 
     def opened(self, image: Any) -> Any:
         """A picture as it travels. Raises ValueError for what is none."""
@@ -59,6 +62,10 @@ class Intake:
                 raise ValueError(f"{NO_TOKENIZER}; give {self.words.token_ids} instead of text")
             prompt = self.tokenizer.encode(prompt)
         return prompt_ids(name, prompt, self.vocab_size)
+
+    def from_now(self) -> "Intake":
+        """The same for one request, whose pictures have a limited time to come, all of them together."""
+        return self if self.see is None else replace(self, see=self.see.from_now())
 
     def opened(self, images: Sequence[Any]) -> list[Any]:
         """The same pictures as they travel, which know how many rows they have; `shown` takes them, too. May take a while."""

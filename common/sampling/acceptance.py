@@ -19,7 +19,8 @@ that token is distributed as p, whatever was guessed; tests draw and count.
 
 The engine needs none of them to be exact: it draws a token at every node, as a plain decode would, and follows the child that
 carries it (common/draft_tree.py). For chosen guesses that keeps x with p(x), too, and the text is that of a plain decode, token for
-token. `decide` is for those who ask for another rule: what it writes at the nodes makes the same walk give the rule's path.
+token. `decide` is for those who ask for another rule, or whose guesses are drawn (drafters/draws.py): what it writes at the nodes
+makes the same walk give the rule's path.
 """
 
 from collections.abc import Callable
@@ -146,6 +147,7 @@ def with_thresholds(single: float, acc: float) -> Rule:
 def decide(tree: DraftTree, p: torch.Tensor, coins: torch.Tensor, last: torch.Tensor, rule: Rule) -> torch.Tensor:
     """A rule's decisions down each tree, from the root as far as a child is kept -> drawn [B, N] for `draft_tree.walk`.
 
+    The rule is for guesses that were chosen; where the tree says what they were drawn from, it is `rejection_sampling`.
     p [B, N, V] at all nodes; coins [B, N]: the n-th is that of node n as a guess; last [B]. Nodes off the path get -1: no child
     carries it.
     """
@@ -168,7 +170,11 @@ def decide(tree: DraftTree, p: torch.Tensor, coins: torch.Tensor, last: torch.Te
         there = numbers < n
         numbers = numbers.clamp(max=n - 1)
         children = tree.tokens.gather(1, numbers).masked_fill(~there, -1)
-        choice = rule(p[everybody, at], children, coins.gather(1, numbers), last)
+        own, own_coins = p[everybody, at], coins.gather(1, numbers)
+        if tree.q is None:
+            choice = rule(own, children, own_coins, last)
+        else:
+            choice = rejection_sampling(own, tree.q[everybody, at], children, own_coins, last)
         drawn[everybody[alive], at[alive]] = choice.token[alive]
         alive = alive & (choice.child >= 0)
         if not bool(alive.any()):

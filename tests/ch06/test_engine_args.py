@@ -12,7 +12,6 @@ SMALL = {"device": "cpu", "num_gpu_blocks_override": 8}
 def test_vllm_s_defaults_spelled_out_make_the_engine_without_them():
     given = {
         "pipeline_parallel_size": 1,
-        "enable_lora": False,
         "hf_overrides": {},
         "swap_space": 4,
     }
@@ -95,12 +94,12 @@ def llm():
 
 def test_generate_and_chat_take_vllm_s_arguments_that_ask_for_nothing(llm):
     params, chat = SamplingParams(temperature=0, max_tokens=2), [{"role": "user", "content": "Hi"}]
-    idle = {"lora_request": None, "tokenization_kwargs": None, "mm_processor_kwargs": None}
+    idle = {"tokenization_kwargs": None, "mm_processor_kwargs": None}
     assert llm.generate("a", params, **idle)[0].finished
     assert llm.chat(chat, params, False, chat_template_content_format="auto", tools=None, **idle)[0].finished
     for call in (llm.generate, llm.chat):
-        with pytest.raises(ValueError, match=r"^argument lora_request is not here: adapters"):
-            call(chat, params, lora_request=object())
+        with pytest.raises(ValueError, match=r"^argument mm_processor_kwargs is not here: this engine reads text only"):
+            call(chat, params, mm_processor_kwargs={})
         with pytest.raises(ValueError, match=r"^unknown argument sampling_param; known: .*sampling_params"):
             call(chat, sampling_param=params)
 

@@ -45,7 +45,7 @@ def serve(engine, requests, group, seen=None):
     engine.batch = batch = InputBatch(engine._settle, BLOCK, group)
     metadata, began = batch.metadata, {}
 
-    def watched(output, alike=()):
+    def watched(output, slots, alike):
         if output.is_decode:
             for s in output.scheduled:
                 began.setdefault((s.request, s.request.num_preemptions), s.num_computed // BLOCK)
@@ -55,7 +55,7 @@ def serve(engine, requests, group, seen=None):
                 assert_alike(blocks, alike, BLOCK)
         if seen is not None:
             seen.append(alike)
-        return metadata(output, alike)
+        return metadata(output, slots, alike)
 
     batch.metadata = watched
     tokens, step, waiting = {}, 0, list(enumerate(requests))

@@ -2,10 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+from tests import warm
 from tests.anatomy import ROOT
 
 REPLICAS = """
@@ -33,13 +32,10 @@ def answers_of_replicas(folder: Path, prompts: list[list[int]], layouts: list[di
     """
     script = folder / "replicas.py"
     script.write_text(REPLICAS, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", script,
-         json.dumps(prompts), json.dumps(layouts)],
-        capture_output=True, text=True, timeout=300, cwd=folder, check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if "elastic" not in line)[-3000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS")]
-    assert len(lines) == len(layouts), done.stdout[-3000:]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    argv = [str(script), json.dumps(prompts), json.dumps(layouts)]
+    code, out, err = warm.Torchrun(argv, 4, folder, env, folder).finish(300)
+    assert code == 0, err[-3000:]
+    lines = [line for line in out.splitlines() if line.startswith("ANSWERS")]
+    assert len(lines) == len(layouts), out[-3000:]
     return [json.loads(line.removeprefix("ANSWERS")) for line in lines]

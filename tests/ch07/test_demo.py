@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from ch07_sglang_radix import demo_tp_radix
+from ch07_sglang_radix.serving.watch import wait_until
+from common import parallel_state
 from common.distributed.cost_model import wire_bytes
 from common.tiny_qwen import TINY_QWEN_PATH
+from tests import warm
 from tests.oracle import greedy
 
 ROOT = Path(__file__).parents[2]
@@ -20,23 +22,30 @@ DEMO = "ch07_sglang_radix/demo_tp_radix.py"
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "0", "PYTHONUNBUFFERED": "1"}
 
 
-def torchrun(*args, size=2, script=DEMO, wait=True):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}", script]
-    if size == 1:
-        command = [sys.executable, script]
-    process = subprocess.Popen(
-        [*command, *map(str, args)], cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+def command(*argv):
+    """(exit code, output, errors) of `python *argv`, a process of its own."""
+    done = subprocess.run(
+        [sys.executable, *map(str, argv)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=200, check=False
     )
-    if not wait:
-        return process
-    out, err = process.communicate(timeout=200)
-    return process.returncode, out, err
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(flags, size) -> the demo's ranks, as torchrun starts them."""
+    return lambda *args, size=2: warm.Torchrun([DEMO, *map(str, args)], size, ROOT, ENV, tmp_path)
+
+
+@pytest.fixture
+def torchrun(start):
+    """torchrun(flags, size) -> (exit code, output, errors)."""
+    return lambda *args, size=2: start(*args, size=size).finish(200)
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     path = tmp_path_factory.mktemp("demo") / "report.json"
-    code, out, err = torchrun("--json", path)
+    code, out, err = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", DEMO, "--json", path)
     assert code == 0, err
     return out, json.loads(path.read_text())
 
@@ -113,7 +122,7 @@ def test_the_readme_shows_this_output(demo):
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_two_stages_give_the_same_answers_and_say_what_the_formula_says(size, tmp_path):
+def test_two_stages_give_the_same_answers_and_say_what_the_formula_says(size, tmp_path, torchrun):
     path = tmp_path / "report.json"
     code, out, err = torchrun("--pp-size", 2, "--json", path, "--max-new-tokens", 20, size=size)
     assert code == 0, err
@@ -128,29 +137,52 @@ def test_two_stages_give_the_same_answers_and_say_what_the_formula_says(size, tm
     assert "NOT the formula" not in out
 
 
+SPREAD = {  # flags that spread a step's rows over ranks, and all kinds of message that there are then
+    ("--attn-dp-size", "2"): {"all_gather", "reduce_scatter", "all_to_all", "broadcast", "gather"},
+    ("--cp-size", "2"): {"exchange", "all_gather", "reduce_scatter", "all_to_all", "all_reduce", "broadcast", "gather"},
+    ("--enable-layernorm-sp",): {"all_gather", "reduce_scatter", "all_to_all", "broadcast", "gather"},
+}
+
+
+def write_reports(path: Path) -> None:
+    """On each rank of a pool the demo itself, once for each of SPREAD; rank 0 writes."""
+    before = parallel_state._state
+    for i, flags in enumerate(SPREAD):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [DEMO, *flags, "--json", f"{path}{i}", "--max-new-tokens", "6", "--force-cpu"])
+            demo_tp_radix.main()
+        parallel_state._state = before
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_way_to_spread_rows_has_the_same_report(size, ranks, tmp_path):
+    ranks(size).run(write_reports, tmp_path / "report")
+    told = [json.loads((tmp_path / f"report{i}").read_text("utf-8")) for i in range(len(SPREAD))]
+    questions = [question for _, question in demo_tp_radix.QUESTIONS]
+    for kinds, report in zip(SPREAD.values(), told, strict=True):
+        assert (report["world_size"], report["invariants_ok"]) == (size, True)
+        prompts = [request["prompt"] for request in report["requests"]]
+        assert sorted(prompts) == sorted([*questions, demo_tp_radix.FOLLOW_UP])
+        assert [prompt for prompt in prompts if prompt != demo_tp_radix.FOLLOW_UP] == questions, "in their order"
+        for request in report["requests"]:
+            assert request["output_ids"] == greedy(TINY_QWEN_PATH, request["prompt_ids"], 6), request["prompt"]
+        assert set(report["comm"]) == kinds
+        assert report["hit_rate"] > 0.5
+        assert all(said["calls"] > 0 for said in report["comm"].values())
+
+
 def test_own_prompts_one_a_line_and_one_rank(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("What is a page?\n什么是控制面？\n", encoding="utf-8")
     report = tmp_path / "report.json"
-    code, out, err = torchrun(
-        "--prompts-file",
-        prompts,
-        "--json",
-        report,
-        "--page-size",
-        1,
-        "--max-new-tokens",
-        9,
-        "--temperature",
-        0.8,
-        size=1,
-    )
-    assert code == 0, err
+    flags = ["--page-size", "1", "--max-new-tokens", "9", "--temperature", "0.8"]
+    done = warm.run([DEMO, "--prompts-file", str(prompts), "--json", str(report), *flags], ROOT, env=ENV)
+    assert done.returncode == 0, done.stderr
     said = json.loads(report.read_text())
     assert [r["prompt"] for r in said["requests"]] == ["What is a page?", "什么是控制面？"]
     assert said["world_size"] == 1
     assert said["comm"] == {}
-    assert "conservation" in out
+    assert "conservation" in done.stdout
 
 
 @pytest.fixture
@@ -239,7 +271,7 @@ def test_a_bad_flag_is_one_line(args, message, refused):
     ],
 )
 def test_a_process_says_nothing_but_this_line_and_exits_with_1(args, message):
-    code, _, err = torchrun(*args, size=1)
+    code, _, err = command(DEMO, *args)
     assert code == 1
     assert len(err.strip().splitlines()) == 1, err
     assert re.search(f"^error: .*{message}", err)
@@ -258,36 +290,27 @@ def test_an_empty_line_among_the_prompts_is_named(tmp_path, refused):
         (["--max-new-tokens", 5000], "error: prompt 187 + max_new_tokens 5000"),  # found by rank 0 alone
     ],
 )
-def test_two_ranks_say_it_once(args, line):
+def test_two_ranks_say_it_once(args, line, torchrun):
     code, _, err = torchrun(*args)
     assert code != 0
     assert err.count(line) == 1
     assert err.count("error: ") == 1
 
 
-def children(pid):
-    listing = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
-    return [int(word) for word in listing.stdout.split()]
-
-
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_the_others_and_is_named(victim, tmp_path):
+def test_a_killed_rank_ends_the_others_and_is_named(victim, tmp_path, start):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Tell me everything.\n" * 400)
-    process = torchrun("--prompts-file", prompts, "--max-new-tokens", 900, wait=False)
-    for line in process.stdout:  # until they are in the middle of it
-        if "prefill" in line:
-            break
-    ranks = sorted(children(process.pid))
-    assert len(ranks) == 2
-    os.kill(ranks[victim], signal.SIGKILL)
-    _, err = process.communicate(timeout=200)
-    assert process.returncode != 0
-    assert re.search(rf"error: rank {1 - victim}.* rank {victim} \(pid {ranks[victim]}\) has died", err), err
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in ranks), "orphans"
+    both = start("--prompts-file", prompts, "--max-new-tokens", 900)
+    assert wait_until(lambda: "prefill" in both.printed()[0], 200), "until they are in the middle of it"
+    dead, other = both.ranks[victim], both.ranks[1 - victim]
+    dead.kill()
+    assert other.wait(200) != 0, "by itself: nobody has told it to"
+    _, _, err = both.finish(200)
+    assert re.search(rf"error: rank {1 - victim}.* rank {victim} \(pid {dead.pid}\) has died", err), err
 
 
-def test_two_replicas_answer_what_one_does_and_each_its_share(demo, tmp_path):
+def test_two_replicas_answer_what_one_does_and_each_its_share(demo, tmp_path, torchrun):
     """round_robin: #0, #2, ... and the second turn of #0 in one, #1, #3, ... in the other."""
     code, out, err = torchrun("--dp-size", 2, "--json", tmp_path / "report.json")
     assert code == 0, err
@@ -307,7 +330,7 @@ def test_two_replicas_answer_what_one_does_and_each_its_share(demo, tmp_path):
     assert "replica 1: 4 requests" in out
 
 
-def test_two_replicas_of_two_ranks_torchrun_s_four(demo, tmp_path):
+def test_two_replicas_of_two_ranks_torchrun_s_four(demo, tmp_path, torchrun):
     code, out, err = torchrun("--dp-size", 2, "--json", tmp_path / "report.json", size=4)
     assert code == 0, err
     report = json.loads((tmp_path / "report.json").read_text())

@@ -541,7 +541,9 @@ def test_sglang_s_defaults_spelled_out_make_the_engine_without_them(engine):
     ],
 )
 def test_a_layout_that_cannot_be_is_refused_before_any_rank_is_started(given, complaint, monkeypatch):
-    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a process was started"))
+    monkeypatch.setattr(
+        "common.distributed.spawn.subprocess.Popen", lambda *_, **__: pytest.fail("a process was started")
+    )
     with pytest.raises(ValueError, match=complaint):
         Engine(device="cpu", **given)
 

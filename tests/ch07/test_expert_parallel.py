@@ -221,3 +221,15 @@ def test_every_family_of_mixtures(sizes, options, family, checkpoint, ranks):
     expected = [greedy(folder, prompt, 6) for prompt in prompts] * 2
     for said in ranks(2).run(answers, folder, sizes, options, prompts):
         assert said == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "family"),
+    [(3, "mixtral"), (3, "one_of_60"), *((4, name) for name in ("qwen2_moe", "qwen3_moe", "mixtral"))],
+)
+def test_columns_of_every_expert_on_three_and_four_ranks(size, family, checkpoint, ranks):
+    """Tensor parallelism alone; widths of 75, 24, 37 and 41, of which most ranks get a column of padding."""
+    folder, prompts = checkpoint(family), some_prompts(1009, 5, shared=20, longest=12)
+    expected = [greedy(folder, prompt, 6) for prompt in prompts] * 2
+    for said in ranks(size).run(answers, folder, {}, {}, prompts):
+        assert said == expected

@@ -270,6 +270,11 @@ def refuse(layout, options):
             "pp_size=3, but the wrapper's ranks are laid out as pp2; give the same to ParallelState.initialize, or leave it out",
         ),
         ((1, 2), {"pp_size": 2, "tp_size": 1}, None),
+        ((1, 2), {"enable_layernorm_sp": False}, None),
+        (
+            (1, 2), {"enable_layernorm_sp": True},
+            "enable_layernorm_sp=True, but the wrapper was made with False; give it the same, or leave it out",
+        ),
         ((2, 1), {"num_lanes": 2}, "num_lanes=2 for one stage of 2 ranks; lanes need pp_size > 1"),
     ],
 )  # fmt: skip

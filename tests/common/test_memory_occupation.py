@@ -8,6 +8,7 @@ import torch
 from common.executor import Executor
 from common.layers.cpu_linear import choose_forms, packs
 from common.memory_occupation import PAGES, TAGS, WEIGHTS, MemoryOccupation
+from common.models.drafters.contract import DraftOptions
 from common.models.held_weights import checksums
 
 FORMS = ["row-major", "column-major", *(["packed"] if packs(torch.float32) else [])]
@@ -49,6 +50,25 @@ def test_pages_come_back_empty_and_every_view_of_them_sees_that(checkpoint):
     assert not cache.kv.any()
     cache.write(1, torch.tensor([5]), *torch.ones(2, 1, *cache.k.shape[3:]))
     assert cache.k[1].flatten(0, 1)[5].eq(1).all()
+
+
+@pytest.mark.parametrize("algorithm", ["STANDALONE", "EAGLE3", "MEDUSA"])
+def test_a_drafter_sleeps_with_the_model(algorithm):
+    """Its weights and pages are its own, and the model's memory would not be enough for who asks for room."""
+    guesses = DraftOptions(algorithm, None, 3, 1, 4)
+    executor = Executor(None, "cpu", 16, max_total_tokens=256, speculative=guesses)
+    drafter, occupation = executor.verifier.drafter, MemoryOccupation(executor)
+    held = lambda: sum(p.untyped_storage().nbytes() for p in drafter.module.parameters() if not p.is_mkldnn)  # noqa: E731
+    sums, size = checksums(drafter.module), held()
+    occupation.keep_a_copy()
+    occupation.release(set(TAGS))
+    assert (held(), size > 0) == (0, True)
+    assert drafter.cache is None or drafter.cache.kv.untyped_storage().nbytes() == 0
+    occupation.resume(set(TAGS))
+    occupation.awake(set(TAGS))
+    assert (checksums(drafter.module), held()) == (sums, size)
+    if drafter.cache:
+        assert drafter.cache.kv.untyped_storage().nbytes() == executor.num_pages * drafter.page_bytes
 
 
 def test_what_cannot_be_put_aside_is_kept(checkpoint, monkeypatch):

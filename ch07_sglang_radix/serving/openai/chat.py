@@ -61,11 +61,13 @@ async def opened_pictures(manager: TokenizerManager, urls: dict[str, str]) -> li
     """Pictures as they travel, off the event loop. Raises APIError for what is none."""
     if len(urls) > MAX_PICTURES:
         raise APIError(f"{len(urls)} pictures of a request; this server takes {MAX_PICTURES} at most", "messages")
-    pictures = []
+    if not urls:
+        return []
+    room_for(manager, [0], None)  # is the server ready?
+    pictures, intake = [], manager.intake.from_now()
     for where, url in urls.items():
-        room_for(manager, [0], None)  # is the server ready?
         try:
-            pictures += await asyncio.get_running_loop().run_in_executor(LOOKERS, manager.intake.opened, [url])
+            pictures += await asyncio.get_running_loop().run_in_executor(LOOKERS, intake.opened, [url])
         except ValueError as error:
             raise APIError(f"{where}: {error}", where) from None
     return pictures

@@ -28,10 +28,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
+from common.attention.kv_cache import PagedKVCache
 from common.attention.sequence_table import SequenceTable
 from common.draft_tree import Accepted, DraftTree
 from common.models.decoder import CausalLM
+from common.models.drafters.draws import Draws
 from common.parallel_state import TPGroup
 
 
@@ -67,6 +70,8 @@ class Drafter(ABC):
     ones, after the final norm, [.., D]. (i, j, ...): those that enter layers i, j, ..., side by side [.., n * D]; a layer's
     input is the sum that its first norm reads. `page_bytes`: what a page of its own cache costs on this rank; 0 without one.
     `chains`: its trees are chains, always, so that no accepted token ever has to be moved.
+    `cache` and `module`: its own pages, and what holds its own weights; None without. An engine that sleeps gives up both
+    (common/memory_occupation.py). `draws`: of chains it can draw the guesses, and not only choose them (draws.py).
 
     Everything is called under inference_mode, and nothing may wait for a GPU. rows, cached, new, positions: int64 arrays on the
     CPU, since rank 0 has decided them; tokens, trees and features: tensors on the device.
@@ -76,6 +81,9 @@ class Drafter(ABC):
     features: Sequence[int] | None = None
     page_bytes: int = 0
     chains: bool = False
+    cache: PagedKVCache | None = None
+    module: nn.Module | None = None
+    draws: bool = False
 
     def allocate(self, num_pages: int) -> None:  # noqa: B027, not every drafter has one
         """Make the cache: so many pages, those of the target. Called once, before anything else."""
@@ -97,8 +105,9 @@ class Drafter(ABC):
 
     @abstractmethod
     def draft(
-        self, table: SequenceTable, rows: np.ndarray, last_tokens: torch.Tensor, positions: np.ndarray, nodes: int
-    ) -> DraftTree:
+        self, table: SequenceTable, rows: np.ndarray, last_tokens: torch.Tensor, positions: np.ndarray, nodes: int,
+        draws: Draws | None = None,
+    ) -> DraftTree:  # fmt: skip
         """A tree of `nodes` nodes for each sequence below its last token [B], which stands at positions [B]. Every rank comes to
         the same one. Pages for positions up to positions + nodes - 1 are in the table: a drafter may write its own K and V
-        there."""
+        there. draws: how guesses are drawn, for those that can; None: they are chosen."""

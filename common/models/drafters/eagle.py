@@ -25,6 +25,7 @@ from common.distributed.transfer import upload_all
 from common.draft_tree import Accepted, DraftTree
 from common.layers.vocab import best_logprobs
 from common.models.drafters.contract import Drafter, DraftOptions, Target
+from common.models.drafters.draws import Draws
 from common.models.drafters.eagle_head import load_head
 from common.models.drafters.growth import Growth
 from common.models.drafters.levels import CopiedLevels, PagedLevels
@@ -42,7 +43,8 @@ class EagleDrafter(Drafter):
         folder = resolve_model(options.path)
         version = 3 if options.algorithm == "EAGLE3" else 1
         self.head, config, self.ids = load_head(Path(folder), version, target, options.steps)
-        self.features, self.chains = config.features, options.topk == 1
+        self.module, self.features = self.head, config.features
+        self.chains = self.draws = options.topk == 1
         self.draft_vocab = config.draft_vocab
         heads, base, size = self.head.layer.self_attn.heads, config.base, target.page_size
         self._shape = (1, size, heads.num_kv, base.head_dim)
@@ -110,7 +112,7 @@ class EagleDrafter(Drafter):
 
     # --- guesses
 
-    def draft(self, table, rows, last_tokens, positions, nodes) -> DraftTree:
+    def draft(self, table, rows, last_tokens, positions, nodes, draws: Draws | None = None) -> DraftTree:
         if nodes == 1:
             return DraftTree.chain(last_tokens.unsqueeze(1))
         there, root = upload_all(self.device, rows, positions)
@@ -123,10 +125,13 @@ class EagleDrafter(Drafter):
         if self.chains:
             chain = [last_tokens]
             for turn in zip(cos, sin, strict=True):
-                hidden, _, tokens = self._guess(chain[-1], hidden, turn, levels.level(None), 1)
-                chain.append(tokens.squeeze(1))
+                hidden, logits = self._run(chain[-1], hidden, turn, levels.level(None))
+                if draws:
+                    chain.append(draws.guess(logits, self._vocab, self.ids, self.target.tp))
+                else:
+                    chain.append(self._best(logits, 1)[1].squeeze(1))
             chain += [torch.zeros_like(last_tokens)] * (nodes - len(chain))
-            return DraftTree.chain(torch.stack(chain, dim=1))
+            return DraftTree.chain(torch.stack(chain, dim=1), draws.q(nodes) if draws else None)
         growth = Growth()
         hidden, logprobs, tokens = self._guess(last_tokens, hidden, (cos[0], sin[0]), levels.level(None), k)
         growth.start(logprobs, tokens)
@@ -150,13 +155,24 @@ class EagleDrafter(Drafter):
 
     def _guess(self, tokens, hidden, rotary, attention, best: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """tokens [n], hidden [n, D] -> the head's guesses [n, D], log-probabilities and ids of the best next tokens [n, best]."""
+        out, logits = self._run(tokens, hidden, rotary, attention)
+        return out, *self._best(logits, best)
+
+    def _run(self, tokens, hidden, rotary, attention) -> tuple[torch.Tensor, torch.Tensor]:
+        """tokens [n], hidden [n, D] -> the head's guesses [n, D], and this rank's logits behind them, of its own vocabulary."""
         residual, x = self.head.inputs(self._embed(tokens), hidden)
         out = self.head(residual, x, rotary, attention)
         model = self.target.model
         read = self.head.norm(out) if self.head.version == 3 else out
-        logits = model.compute_logits(read) if self.draft_vocab is None else self.head.lm_head(read)
-        logprobs, ids = best_logprobs(logits, best, self.draft_vocab or model.config.vocab_size, self.target.tp)
-        return out, logprobs, ids if self.ids is None else self.ids[ids]
+        return out, model.compute_logits(read) if self.draft_vocab is None else self.head.lm_head(read)
+
+    def _best(self, logits: torch.Tensor, best: int) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs, ids = best_logprobs(logits, best, self._vocab, self.target.tp)
+        return logprobs, ids if self.ids is None else self.ids[ids]
+
+    @property
+    def _vocab(self) -> int:
+        return self.draft_vocab or self.target.model.config.vocab_size
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.target.model.model.embed_tokens(tokens)

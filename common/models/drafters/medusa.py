@@ -38,6 +38,7 @@ from common.layers.linear import load_pieces, loadable
 from common.layers.vocab import best_logprobs
 from common.models.checkpoint import Stored, checkpoint_files, open_tensors
 from common.models.drafters.contract import Drafter, DraftOptions, Target
+from common.models.drafters.draws import Draws
 from common.models.hub import resolve_model
 from common.models.json_file import json_shown, read_json
 from common.models.quantized_tensors import plain_tensors
@@ -111,14 +112,15 @@ class MedusaDrafter(Drafter):
     def __init__(self, options: DraftOptions, target: Target):
         self.options, self.target, self.device = options, target, target.tp.device
         self.heads, choices = load_heads(resolve_model(options.path), target)
-        count = self.heads.weight.shape[1]
+        self.module, count = self.heads, self.heads.weight.shape[1]
         if options.steps > count:
             raise ValueError(
                 f"speculative_num_steps={options.steps}, but there are {count} Medusa heads, which guess as many tokens; "
                 f"use {count} or fewer"
             )
         kept = chosen(choices or likely_choices(count, options.topk, options.nodes - 1), options)
-        self.chains = all(set(choice) == {0} for choice in kept)
+        # what the list does not fill hangs below the root, and may be right as well: then there is something to move
+        self.chains = len(kept) == options.nodes - 1 and all(set(choice) == {0} for choice in kept)
         self._depth = max(map(len, kept), default=0)
         self._most = 1 + max((choice[-1] for choice in kept), default=0)  # ranks of a head that are looked at
         number = {choice: i for i, choice in enumerate([(), *kept])}
@@ -143,8 +145,9 @@ class MedusaDrafter(Drafter):
         self._newest[there] = features.gather(1, last.unsqueeze(-1).expand(-1, -1, features.shape[2])).squeeze(1)
 
     def draft(
-        self, table: SequenceTable, rows: np.ndarray, last_tokens: torch.Tensor, positions: np.ndarray, nodes: int
-    ) -> DraftTree:
+        self, table: SequenceTable, rows: np.ndarray, last_tokens: torch.Tensor, positions: np.ndarray, nodes: int,
+        draws: Draws | None = None,
+    ) -> DraftTree:  # fmt: skip
         (there,) = upload_all(self.device, rows)
         guesses = last_tokens.new_zeros(len(rows), nodes - 1)
         real = min(self._real, nodes - 1)  # every beginning of the list is a tree

@@ -28,6 +28,7 @@ from common.layers.rotary import RotaryEmbedding
 from common.layers.vocab import best_logprobs
 from common.models.config import ModelConfig
 from common.models.drafters.contract import Drafter, DraftOptions, Target
+from common.models.drafters.draws import Draws
 from common.models.drafters.growth import Growth
 from common.models.hub import resolve_model
 from common.models.weights import load_model
@@ -38,7 +39,7 @@ class StandaloneDrafter(Drafter):
 
     def __init__(self, options: DraftOptions, target: Target):
         self.options, self.target, self.device = options, target, target.tp.device
-        self.chains = options.topk == 1
+        self.chains = self.draws = options.topk == 1
         need = 1 + options.topk * (options.steps - 1)
         if options.nodes < need:
             raise ValueError(
@@ -49,6 +50,7 @@ class StandaloneDrafter(Drafter):
         folder = resolve_model(options.path)
         _refuse_another_vocabulary(folder, target.model.config)
         self.model, _ = load_model(folder, target.tp, target.dtype)
+        self.module = self.model
         config = self.model.config
         if config.latent or config.mixture:
             raise ValueError(f"{folder} has latent attention or experts; a draft model is a plain decoder")
@@ -86,15 +88,16 @@ class StandaloneDrafter(Drafter):
         self._before[there] = path.gather(1, accepted.counts.unsqueeze(1) - 1).squeeze(1)
 
     def draft(
-        self, table: SequenceTable, rows: np.ndarray, last_tokens: torch.Tensor, positions: np.ndarray, nodes: int
-    ) -> DraftTree:
+        self, table: SequenceTable, rows: np.ndarray, last_tokens: torch.Tensor, positions: np.ndarray, nodes: int,
+        draws: Draws | None = None,
+    ) -> DraftTree:  # fmt: skip
         steps = min(self.options.steps, nodes - 1)
         if not steps:
             return DraftTree.chain(last_tokens.unsqueeze(1))
         there, root = upload_all(self.device, rows, positions)
         hidden = self._catch_up(table, there, root, positions, last_tokens)
         if self.chains:
-            return self._chain(table, rows, last_tokens, positions, nodes, hidden, steps)
+            return self._chain(table, rows, last_tokens, positions, nodes, hidden, steps, draws)
         growth, k = Growth(), self.options.topk
         growth.start(*self._best(hidden, k))
         pages = -(-(int(positions.max()) + 1 + k * (steps - 1)) // table.page_size)
@@ -105,13 +108,21 @@ class StandaloneDrafter(Drafter):
             growth.grow(logprobs.unflatten(0, (-1, k)), tokens.unflatten(0, (-1, k)))
         return growth.tree(last_tokens, nodes)
 
-    def _chain(self, table, rows, last_tokens, positions, nodes: int, hidden: torch.Tensor, steps: int) -> DraftTree:
-        chain = [last_tokens, self._best(hidden, 1)[1].squeeze(1)]
+    def _chain(
+        self, table, rows, last_tokens, positions, nodes: int, hidden: torch.Tensor, steps: int, draws: Draws | None
+    ) -> DraftTree:
+        chain = [last_tokens, self._next(hidden, draws)]
         for depth in range(1, steps):
             hidden = self._feed(table.decode(rows, positions + depth), chain[-1])
-            chain.append(self._best(hidden, 1)[1].squeeze(1))
+            chain.append(self._next(hidden, draws))
         chain += [torch.zeros_like(last_tokens)] * (nodes - len(chain))
-        return DraftTree.chain(torch.stack(chain, dim=1))
+        return DraftTree.chain(torch.stack(chain, dim=1), draws.q(nodes) if draws else None)
+
+    def _next(self, hidden: torch.Tensor, draws: Draws | None) -> torch.Tensor:
+        """The guesses [B] behind hidden [B, D]."""
+        if draws:
+            return draws.guess(self.model.compute_logits(hidden), self.model.config.vocab_size, None, self.target.tp)
+        return self._best(hidden, 1)[1].squeeze(1)
 
     def _catch_up(
         self, table, there: torch.Tensor, root: torch.Tensor, positions: np.ndarray, tokens: torch.Tensor

@@ -20,22 +20,23 @@ SMALL_POOL = 112
 
 
 @cache
-def wrapper(folder, page_size: int, pool: int, max_loras: int, ranks: int) -> TPRadixAttentionModelWrapper:
+def wrapper(folder, page_size: int, pool: int, max_loras: int, layout: tuple) -> TPRadixAttentionModelWrapper:
     return TPRadixAttentionModelWrapper(
         str(folder), "cpu", page_size, max_total_tokens=pool, lora=LoRAOptions(max_loras, RANK),
-        parallel=layout_of_the_pool(ranks),
+        parallel=layout_of_the_pool(*layout),
     )  # fmt: skip
 
 
-def serve(folder, folders: dict, case: dict, ranks: int = 1) -> tuple[list, dict]:
-    """case: limits, options and `script`, (step, what, ...): ask NAME PROMPT NEW, load NAME FOLDER, unload NAME, abort WHICH.
+def serve(folder, folders: dict, case: dict, layout: tuple = (1,)) -> tuple[list, dict]:
+    """layout: tensor-parallel ranks, and stages. case: limits, options and `script`, (step, what, ...):
+    ask NAME PROMPT NEW, load NAME FOLDER, unload NAME, abort WHICH.
 
     Returns of each request the folder that its adapter had when it was asked (None for the base, "unknown"), prompt, length, tokens
     and how it ended; and what was seen.
     """
     page = case["page_size"]
     pool = SMALL_POOL if case["small_pool"] else 4096
-    model = wrapper(folder, page, pool, case["max_loras"], ranks)
+    model = wrapper(folder, page, pool, case["max_loras"], layout)
     for slot in list(model.lora.placed):
         model.lora.free(slot)
     model.lora.loaded.clear()

@@ -332,8 +332,6 @@ def test_what_goes_wrong_on_one_rank_is_told_by_all_and_none_keeps_the_adapter(b
         ({"lora_backend": "csgmv"}, "lora_backend='csgmv' is unknown; use auto, torch_native or triton"),
         ({"attn_dp_size": 2}, "enable_lora with attn_dp_size=2"),
         ({"cp_size": 2}, "enable_lora with cp_size=2"),
-        ({"pp_size": 2}, "enable_lora with pp_size=2"),
-        ({"dp_size": 2}, "enable_lora with dp_size=2"),
         (
             {"max_loras_per_batch": 1, "lora_paths": [{"lora_name": "a", "lora_path": "a", "pinned": True}]},
             "1 adapters are pinned and max_loras_per_batch=1; the others would never get a place: use at least 2",

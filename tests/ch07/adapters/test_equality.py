@@ -4,6 +4,8 @@ for its adapter alone.
 pytest tests/ch07/adapters/test_equality.py --hypothesis-profile=long
 """
 
+from math import prod
+
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -54,8 +56,8 @@ def test_the_adapters_do_say_different_things(base, folders):
         assert len({tuple(greedy(base, PROMPTS[prompt], NEW)), *said}) == 5
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_a_mixed_batch_says_what_each_adapter_says_alone(size, base, folders, ranks):
+@pytest.mark.parametrize(("size", "layout"), [(1, (1,)), (2, (2,)), (3, (3,)), (2, (1, 2))], ids=str)
+def test_a_mixed_batch_says_what_each_adapter_says_alone(size, layout, base, folders, ranks):
     cases = [
         PLAIN | {"script": everybody()},
         PLAIN | {"script": everybody(), "max_loras": 2, "max_loaded": 3, "start": {"a": "a", "b": "b", "c": "c"}},
@@ -64,7 +66,7 @@ def test_a_mixed_batch_says_what_each_adapter_says_alone(size, base, folders, ra
     ]  # fmt: skip
     cases[1]["script"] = [one for one in cases[1]["script"] if one[2] != "d"]
     for case in cases:
-        told = ranks(size).run(serve, base, folders, case, size) if size > 1 else [serve(base, folders, case)]
+        told = ranks(size).run(serve, base, folders, case, layout) if size > 1 else [serve(base, folders, case)]
         answers, seen = told[0]
         assert len(answers) == len(case["script"])
         see(answers, base, folders)
@@ -131,11 +133,12 @@ cases = st.fixed_dictionaries({
 
 @settings(max_examples=max(settings().max_examples // 2, 10), deadline=None, derandomize=settings().max_examples <= 200,
           suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.reuse, Phase.generate))  # fmt: skip
-@given(size=st.sampled_from([1] * 8 + [2]), case=cases)
-def test_no_schedule_changes_an_answer(size, case, base, folders, ranks):
+@given(layout=st.sampled_from([(1,)] * 8 + [(2,), (1, 2)]), case=cases)
+def test_no_schedule_changes_an_answer(layout, case, base, folders, ranks):
     """Arrivals, loads, unloads and aborts at any step; small limits, chunks, retraction, overlap. The limit of adapters that run is
     looked at after every step, and so is the conservation of pages (serve.py)."""
-    told = ranks(size).run(serve, base, folders, case, size) if size > 1 else [serve(base, folders, case)]
+    size = prod(layout)
+    told = ranks(size).run(serve, base, folders, case, layout) if size > 1 else [serve(base, folders, case)]
     see(told[0][0], base, folders)
 
 

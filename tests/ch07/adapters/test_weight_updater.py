@@ -67,6 +67,7 @@ BAD_TENSORS = {
     "no bytes": (b"", "no safetensors"),
     "twice": ([(K_PROJ, torch.ones(16, 112)), (K_PROJ, torch.ones(16, 112))], "each tensor once"),
     "no pairs": ([K_PROJ], "pairs"),
+    "a number": (5, r"named_tensors=5 must be pairs \(name, tensor\)"),
 }  # fmt: skip
 
 
@@ -171,6 +172,31 @@ def test_steps_on_their_way_through_stages_come_back_before_the_ranks_are_asked(
     with Engine(str(folder), tp_size=2, pp_size=2, device="cpu", max_total_tokens=2048) as engine:
         ends = [one["meta_info"]["finish_reason"]["type"] for one in asyncio.run(serve(engine))]
     assert ends == ["abort"] * len(PROMPTS)
+
+
+def test_weights_that_are_held_answer_once_they_are_written(engine, folder):
+    """As replicas change: nothing is computed in between, and no other update comes in between."""
+    ask = {"input_ids": PROMPTS[0], "sampling_params": {"max_new_tokens": 4, "ignore_eos": True}}
+    old = engine.generate(**ask)["output_ids"]
+    new = {K_PROJ: torch.full((16, 112), 0.5)}
+    held = engine.update_weights_from_tensor(new, weight_version="held", hold=True)
+    assert engine.get_weights_by_name(K_PROJ, 1) != [[0.5] * 112]
+    for wrong, words in (
+        (lambda: engine.update_weights_from_disk(str(folder)), "another update is held; write or drop it first"),
+        (engine.release_memory_occupation, "an update is held; write or drop it first"),
+        (lambda: engine.generate(**ask), "generation is paused"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            wrong()
+    engine.finish_update(write=False)
+    assert (engine.generate(**ask)["output_ids"], engine.scheduler.weight_version) == (old, "default")
+    assert engine.update_weights_from_tensor(new, weight_version="held", hold=True) == held
+    assert "weight_version=held" in engine.finish_update(write=True)["message"]
+    assert engine.get_weights_by_name(K_PROJ, 1) == [[0.5] * 112]
+    told = engine.generate(**ask)["meta_info"]
+    assert (told["weight_version"], told["cached_tokens"]) == ("held", 0)
+    with pytest.raises(ValueError, match="no update is held"):
+        engine.finish_update(write=True)
 
 
 # --- one rank alone

@@ -32,7 +32,7 @@ def settled(half: RunningServer) -> None:
 
     deadline = time.monotonic() + 100
     while (info := half.info()) and (queues := info["disaggregation_queues"]):
-        left = {name: n for name, n in queues.items() if n and name != "failed"}
+        left = {name: n for name, n in queues.items() if n and name not in ("failed", "deflected")}
         if not left and not info["running"] and not info["waiting"]:
             break
         assert time.monotonic() < deadline, (left, info)

@@ -86,6 +86,23 @@ def test_who_goes_back_leaves_its_adapter_s_place_to_those_who_hold_the_pages(ba
         assert both.decode.scheduler.retractions == 1
 
 
+def test_who_goes_back_waits_for_those_who_hold_pages_and_for_nobody_who_comes_later(base, adapters):
+    """One place for adapters, and prompts of another one keep coming: they would have it for ever."""
+    first, *others = [[100 * i + t for t in range(5, 25)] for i in range(7)]
+    prefill, decode = with_adapters(2, **adapters), with_adapters(1, **adapters) | {"pool": 96}
+    with a_pair(base, prefill, decode) as both:
+        ahead = [both.ask(first, lora_path="a", max_new_tokens=76)]
+        both.until(lambda: both.decode.scheduler.running)
+        ahead += [both.ask(prompt, lora_path="b", max_new_tokens=NEW) for prompt in others[:2]]
+        both.until(lambda: both.decode.scheduler.waiting)
+        later = [both.ask(prompt, lora_path="b", max_new_tokens=NEW) for prompt in others[2:]]
+        both.until(lambda: not both.decode.scheduler.waiting)
+        assert [both.decode.stage(room) for room, _ in later] == ["prealloc"] * 4, "none of them has gone first"
+        assert both.answer(ahead[0]).output_ids == greedy_with(base, adapters["a"], first, 76)
+        for prompt, one in zip(others, [*ahead[1:], *later], strict=True):
+            assert both.answer(one).output_ids == greedy_with(base, adapters["b"], prompt, NEW)
+
+
 def test_other_files_behind_the_same_name_are_refused_before_anything_is_computed(base, adapters):
     prompt = list(range(40, 60))
     prefill, decode = (

@@ -26,6 +26,8 @@ ROOM = ("127.0.0.1", 8998, 7)
         ({"disaggregation_bootstrap_port": 70000}, "disaggregation_bootstrap_port=70000"),
         ({"disaggregation_timeout": 0}, "disaggregation_timeout=0"),
         ({"num_reserved_decode_tokens": -1}, "num_reserved_decode_tokens=-1"),
+        ({"disaggregation_mode": "decode", "disaggregation_deflect_tokens": -1}, "disaggregation_deflect_tokens=-1"),
+        ({"disaggregation_deflect_tokens": 9}, "9 with disaggregation_mode=prefill: it is the decode engine that"),
     ],
 )
 def test_what_is_no_half_is_refused_in_one_line(given, said):

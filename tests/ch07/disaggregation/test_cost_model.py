@@ -32,6 +32,19 @@ def test_two_engines_the_last_chunk_s_pages_or_all_of_them_in_line(wire, first, 
     assert (two.first_s, two.busy_s) == pytest.approx((first, busy))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "wire", "least"),
+    [
+        (100, inf, 0.0),
+        (300, inf, 2 * 0.1),  # the two steps between its chunks
+        (300, 10_000, 2 * 0.1 - 0.1),  # but the last chunk's pages need not travel
+        (300, 2000, 0.0),
+    ],
+)
+def test_a_deflected_prompt_is_later_by_the_steps_between_its_chunks_alone(prompt, wire, least):
+    assert TIMES.least_backlog(prompt, wire) == pytest.approx(least)
+
+
 def test_a_gap_has_a_chunk_in_it_as_often_as_the_rate_says():
     one = TIMES.together(100)
     often, seldom = Arrivals(every_s=10, count=3), Arrivals(every_s=11, count=3)

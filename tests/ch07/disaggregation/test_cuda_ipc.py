@@ -136,7 +136,7 @@ def test_pages_that_prefill_let_go_while_they_were_read_start_no_answer():
     theirs = torch.ones_like(kv)
     decode.take(links["a"], Write(ROOM, [7]), PeerPages([as_words(theirs)], [3]))
     assert (kv[:, :, 7] == 1).all()
-    decode.take(links["a"], Metadata(SLOT, ROOM, 1, 0), None)
+    decode.take(links["a"], Metadata(SLOT, ROOM, 1, 0, 0), None)
     assert links["a"].said[-1] == Done(ROOM, read=True)
     assert decode.states([ROOM]) == [State.TRANSFERRING]
 
@@ -246,7 +246,7 @@ def test_codes_travel_with_the_scales_of_their_rows(by, name):
         mine = make(1)
         there = KVPages(mine.tensors)
         (one,) = head_slices(2, 1, rank, 2)
-        bytes_of = source.cut([5, 2], one.heads, None)
+        bytes_of = source.cut([5, 2], one.heads, None, lambda: True)
         there.write([0, 7], one, bytes_of() if by == "bytes" else PeerPages(source.parts, [5, 2]))
         for layer in range(2):
             slots = torch.arange(PAGE)

@@ -1,6 +1,7 @@
 """Whatever breaks, and whenever: each request ends with its answer or with an error that says why, and on both sides every page
 comes back. Conservation is checked after every step of both (check=True) and at the end over both pools."""
 
+import socket
 import time
 
 import pytest
@@ -9,6 +10,7 @@ from ch07_sglang_radix.disaggregation.attach import what_it_is
 from ch07_sglang_radix.disaggregation.bootstrap import refuse_another
 from ch07_sglang_radix.disaggregation.local_pair import Pair
 from ch07_sglang_radix.disaggregation.messages import Metadata
+from ch07_sglang_radix.handoff import Handoff
 from ch07_sglang_radix.serving.watch import wait_until
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.tiny_qwen import TINY_QWEN_PATH
@@ -237,7 +239,7 @@ def test_metadata_of_another_room_is_not_taken_for_this_one_s(pair):
     both.in_transfer(asked)
     slot = both.decode.manager.rooms()[0].slot
     sender = both.prefill.manager
-    sender._links[asked[0], 0].send(Metadata(slot, 5, 13, 0))
+    sender._links[asked[0], 0].send(Metadata(slot, 5, 13, 0, 0))
     both.gate.set()
     assert error_of(both.answer(asked)) == f"slot {slot} is room {asked[0]}'s, and got the metadata of room 5"
     assert both.at_rest()
@@ -341,6 +343,52 @@ def test_who_waits_for_a_side_that_was_never_asked_hears_so_in_time(pair, halves
     both.until(lambda: numbers[name] in both.halves[name].results)
     assert said in error_of(both.halves[name].results[numbers[name]])
     assert time.monotonic() - began >= 0.3
+    assert both.at_rest()
+
+
+def test_pages_that_decode_never_says_it_has_come_back_and_are_not_sent_any_more(pair):
+    """Prefill's request has its token by then. What waits for a slow wire would be read from pages that are another prompt's."""
+    both = pair(prefill={"timeout": 0.3, "chunked_prefill_size": 8, "pool": 64})
+    both.gate.clear()
+    asked = both.ask(PROMPT)
+    both.in_transfer(asked)
+    both.until(lambda: both.prefill.side.failed)
+    assert both.prefill.side.held.of == {}
+    assert both.ended(asked, "prefill").output_ids == right(n=1)
+    another = both.ask([200 + t for t in range(60)])
+    both.until(lambda: both.prefill.stage(another[0]) == "inflight")
+    both.gate.set()
+    said = "0.3 s are over in which not all ranks of the decode engine have said that they have the pages"
+    assert error_of(both.answer(asked)) == said
+    both.answer(another)
+    assert both.at_rest()
+
+
+def test_who_waits_for_pages_of_decode_for_too_long_hears_so_on_both_sides(pair):
+    both = pair(decode={"pool": 64, "timeout": 0.3})
+    first = both.ask(PROMPT, max_new_tokens=30)
+    both.until(lambda: both.decode.scheduler.running)
+    second = both.ask([*range(200, 240)])
+    both.prefill.step()
+    both.decode.step()
+    assert both.decode.stage(second[0]) == "prealloc"
+    time.sleep(0.4)
+    assert "0.3 s are over in which no pages were free" in error_of(both.answer(second))
+    assert "0.3 s are over in which no pages were free" in error_of(both.ended(second, "prefill"))
+    assert both.answer(first).output_ids == right(n=30)
+    assert both.at_rest()
+
+
+def test_a_prefill_engine_that_does_not_say_where_it_is_holds_up_nobody_else_s_requests(pair):
+    both = pair()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        handoff = Handoff("", "127.0.0.1", silent.getsockname()[1], 1)
+        number = both.decode.enqueue(handoff, PROMPT)
+        both.decode.step()
+        assert both.answer(both.ask(PROMPT)).output_ids == right()
+        assert both.decode.stage(1) == "prealloc", "it has not been given up before"
+        both.decode.scheduler.abort(number)
+    both.until(lambda: number in both.decode.results)
     assert both.at_rest()
 
 

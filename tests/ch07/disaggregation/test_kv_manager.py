@@ -97,7 +97,7 @@ def test_who_has_everything_says_so_though_a_connection_comes_last():
     links["a"].peer = hello("prefill", 0, 2)
     write = Write(ROOM, [7])
     manager.take(links["a"], write, manager.place(links["a"], write, kv[:, :, :1].numel() * 4))
-    manager.take(links["a"], Metadata(SLOT, ROOM, 1, 0), None)
+    manager.take(links["a"], Metadata(SLOT, ROOM, 1, 0, 0), None)
     assert manager.states([ROOM]) == [State.BOOTSTRAPPING], "prefill's rank 1 has not said who it is"
     assert not any(Done(ROOM) in link.said for link in links.values())
     links["b"].peer = hello("prefill", 1, 2)

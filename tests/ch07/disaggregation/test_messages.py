@@ -26,6 +26,7 @@ from ch07_sglang_radix.disaggregation.messages import (
 from ch07_sglang_radix.disaggregation.orders import LEAST, Order
 
 room = st.integers(0, (1 << 63) - 1)
+seed = st.integers(0, (1 << 64) - 1)
 page = st.integers(0, 1 << 40)
 pages = st.lists(page, max_size=9)
 told = st.tuples(page, st.floats(-100, 0), page, st.just(((3, -0.5),)), st.just(()))
@@ -36,7 +37,7 @@ anything = st.one_of(
     st.builds(Hello, page, st.sampled_from(["prefill", "decode"]), page, page),
     st.builds(Reserve, room, page, page, pages, page),
     st.builds(Write, room, pages),
-    st.builds(Metadata, page, room, page, page, st.lists(told, max_size=2), st.lists(told, max_size=2)),
+    st.builds(Metadata, page, room, page, page, seed, st.lists(told, max_size=2), st.lists(told, max_size=2)),
     st.builds(Done, room, st.booleans()),
     st.builds(Pool, st.text(max_size=36), st.lists(part, min_size=1, max_size=2), block, st.binary()),
     st.builds(Opened, st.text(max_size=20)),

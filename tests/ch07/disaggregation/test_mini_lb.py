@@ -7,11 +7,13 @@ from tests.ch07.disaggregation.halves import a_front, settled, two_halves
 from tests.ch07.serving.running import LEAN, ONE_PROCESS, a_server
 
 TEXT = "What is a radix cache?"
+FEW = [5, 6, 7, 8]  # tokens that the decode half takes over
 
 
 @pytest.fixture(scope="module")
 def halves():
-    with two_halves("--disaggregation-transfer-backend", "shm", prefill=ONE_PROCESS) as halves:
+    deflect = ("--disaggregation-deflect-tokens", str(len(FEW)))
+    with two_halves("--disaggregation-transfer-backend", "shm", prefill=ONE_PROCESS, decode=deflect) as halves:
         yield halves
 
 
@@ -37,6 +39,21 @@ def test_openai_s_routes_answer_what_one_server_answers(halves, engine):
     assert text.endswith("data: [DONE]\n\n")
     assert '"usage":{' in text
     halves.at_rest()
+
+
+def test_a_prompt_that_decode_takes_over_is_answered_alike(halves, engine):
+    params = {"max_new_tokens": 8, "n": 2, "temperature": 0}
+    right = [one["output_ids"] for one in engine.generate(input_ids=FEW, sampling_params=params)]
+    before, moved = halves.decode.info()["disaggregation_queues"]["deflected"], halves.decode.info()["kv_bytes_moved"]
+    assert [one["output_ids"] for one in halves.front.generate(input_ids=FEW, sampling_params=params)] == right
+    assert halves.front.stream(input_ids=FEW, sampling_params={"max_new_tokens": 8})[-1]["output_ids"] == right[0]
+    body = {"prompt": FEW, "max_tokens": 8, "temperature": 0, "logprobs": 1}
+    status, answer = halves.front.call("/v1/completions", body)
+    assert (status, answer["usage"]["completion_tokens"]) == (200, 8)
+    halves.at_rest()
+    info = halves.decode.info()
+    assert info["disaggregation_queues"]["deflected"] - before == 4
+    assert (info["kv_bytes_moved"], halves.prefill.info()["disaggregation_queues"]["failed"]) == (moved, 0)
 
 
 def test_a_grammar_and_a_stop_text_hold_across_the_two(halves, engine):

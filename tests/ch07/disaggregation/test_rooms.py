@@ -101,7 +101,7 @@ class Simulated(RuleBasedStateMachine):
                 if any(slice_.source == i for slice_ in head_slices(KV_HEADS, self.prefill, j, self.decode)):
                     self.wire.append(("decode", i, j, write, tuple(self.ours[begin : begin + count])))
         if last:
-            self.wire.append(("decode", 0, 0, Metadata(SLOT, ROOM, TOKEN, 0), ()))
+            self.wire.append(("decode", 0, 0, Metadata(SLOT, ROOM, TOKEN, 0, 0), ()))
 
     @rule(data=st.data())
     def a_rank_dies(self, data):
@@ -121,7 +121,7 @@ class Simulated(RuleBasedStateMachine):
     @rule()
     def metadata_of_another_room_comes(self):
         if self.receivers[0].state is not State.SUCCESS:
-            self.receivers[0].take(0, Metadata(SLOT, ROOM + 1, 13, 0))
+            self.receivers[0].take(0, Metadata(SLOT, ROOM + 1, 13, 0, 0))
             assert self.receivers[0].state is State.FAILED
 
     @invariant()
@@ -195,7 +195,7 @@ def test_nothing_is_sent_before_it_is_known_where_to():
 
 def test_metadata_of_another_room_fails_the_room_whose_slot_it_is():
     one = receiver()
-    one.take(0, Metadata(SLOT, 5, 1, 0))
+    one.take(0, Metadata(SLOT, 5, 1, 0, 0))
     assert one.state is State.FAILED
     assert one.why == "slot 3 is room 77's, and got the metadata of room 5"
 
@@ -214,10 +214,10 @@ def test_all_pages_without_the_first_token_are_not_enough_and_the_other_way_roun
     for source in (0, 1):
         one.take(source, Write(ROOM, [7, 8]))
     assert one.state is State.TRANSFERRING
-    one.take(0, Metadata(SLOT, ROOM, TOKEN, 0))
+    one.take(0, Metadata(SLOT, ROOM, TOKEN, 0, 0))
     assert one.state is State.SUCCESS
     other = receiver()
-    other.take(0, Metadata(SLOT, ROOM, TOKEN, 0))
+    other.take(0, Metadata(SLOT, ROOM, TOKEN, 0, 0))
     other.take(0, Write(ROOM, [7, 8]))
     assert other.state is State.TRANSFERRING, "source 1 has sent nothing"
 
@@ -226,7 +226,7 @@ def test_who_has_read_pages_waits_until_it_hears_that_they_were_the_room_s():
     one = receiver()
     one.take(0, Write(ROOM, [7, 8]), read=True)
     one.take(1, Write(ROOM, [7, 8]))
-    one.take(0, Metadata(SLOT, ROOM, TOKEN, 0))
+    one.take(0, Metadata(SLOT, ROOM, TOKEN, 0, 0))
     assert one.whole
     assert one.state is State.TRANSFERRING
     other = receiver(got={0: {7, 8}, 1: {7, 8}}, metadata=one.metadata, read_at={0})

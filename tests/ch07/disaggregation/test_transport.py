@@ -90,6 +90,14 @@ def test_sending_does_not_wait_and_a_payload_is_read_when_its_turn_comes(two):
     assert decode.heard[0][1] == b"new."
 
 
+def test_a_payload_whose_room_has_been_given_up_is_not_sent_and_the_link_goes_on(two):
+    prefill, decode = two(8)
+    prefill.links[0].send(Write(1, [1]), lambda: None, 8)
+    prefill.links[0].send(Write(2, [2]), lambda: memoryview(b"12345678"), 8)
+    assert wait_until(lambda: decode.heard, 100)
+    assert decode.heard == [(Write(2, [2]), b"12345678")]
+
+
 def test_a_payload_that_nobody_wants_any_more_is_read_and_forgotten(two):
     prefill, decode = two(None)
     prefill.links[0].send(Write(1, [1]), lambda: memoryview(bytearray(70_000)), 70_000)

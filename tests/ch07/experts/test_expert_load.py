@@ -75,6 +75,8 @@ def test_info_trace_log_and_metrics_tell_the_same(tmp_path, monkeypatch, caplog)
         [sum(layer) for layer in info["rows_of_experts"]] == [sum(layer) for layer in info["rows_of_ranks"]] == by_hand
     )
     assert np.sum(rows, axis=0).tolist() == np.sum(info["rows_of_ranks"], axis=0).tolist()
+    of_experts = [line["experts"]["of_experts"] for line in lines if "experts" in line]
+    assert np.sum(of_experts, axis=0).tolist() == info["rows_of_experts"]
     assert sum(line["experts"]["moved"] for line in lines if "experts" in line) == info["moved"] > 0
     assert info["readings"] == len(rows) == len(lines) == found("eplb_balancedness_count")
     assert found("eplb_balancedness_sum") == pytest.approx(

@@ -29,6 +29,9 @@ class Numbers:
     def expert_load(self):
         return self.counts.clone()
 
+    def refuse_experts_of_codes(self, what):
+        """They are numbers."""
+
     def move_experts(self, placement):
         self.moves.append(placement.clone())
         self.placement.physical_to_logical = placement.clone()

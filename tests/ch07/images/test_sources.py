@@ -5,6 +5,7 @@ import io
 import struct
 import zlib
 from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ch07_sglang_radix.images import sources
+from ch07_sglang_radix.images.fetch import fetch
 from ch07_sglang_radix.images.sources import MAX_BYTES, MAX_PIXELS, Sources
 from tests.common.vision.checkpoints import picture
 
@@ -98,6 +101,18 @@ def test_pil_images_are_looked_at_too():
         OUTSIDE.picture(Image.new("RGB", (0, 0)))
     with pytest.raises(ValueError, match="the PIL image cannot be read"):
         OUTSIDE.picture(Image.open(io.BytesIO(PNG[: len(PNG) // 2])))
+
+
+def test_all_pictures_of_a_request_have_one_time_to_come_in(monkeypatch):
+    clock, asked = iter([100.0, 100.0, 107.0, 111.0]), []  # when it comes, and at each picture
+    monkeypatch.setattr(sources, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(sources, "fetch", lambda url, size, seconds: asked.append(seconds) or PNG)
+    one_request = Sources(urls=True).from_now()
+    for _ in range(3):
+        one_request.picture("http://example.com/a.png")
+    assert asked == [10.0, 3.0, -1.0]
+    with pytest.raises(ValueError, match="takes longer than the 10 s that all pictures of a request have"):
+        fetch("http://example.com/a.png", 2000, -1.0)
 
 
 def test_the_bounds_are_told():

@@ -1,7 +1,10 @@
 """The tokens of each request spread over ranks: the answers are transformers' own, and the messages are what a formula says."""
 
+from functools import cache, partial
+
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
 
 from ch07_sglang_radix.engine import Engine
 from ch07_sglang_radix.scheduler import TPScheduler
@@ -10,7 +13,8 @@ from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.attention.zigzag import share
 from common.executor import Executor
 from common.sampling.params import SamplingParams
-from common.tiny_qwen import TINY_QWEN_PATH
+from tests.ch07.test_product import cases, see
+from tests.ch07.test_product import serve as serve_case
 from tests.oracle import greedy, some_prompts
 from tests.ranks import layout_of_the_pool
 
@@ -18,7 +22,7 @@ NEW_TOKENS = 12
 SMALL_POOL = 96  # tokens; the longest request needs 52, all of them together do not fit
 POOL = 1024  # where all of them fit
 LAYOUTS = {2: (2, 2), 3: (3, 3), 4: (4, 2)}  # by ranks (tp, cp); with four of them the heads are cut over two as well
-CASES = [(2, "tiny"), (2, "qwen2"), (2, "qwen3"), (2, "llama"), (3, "tiny"), (4, "qwen3"), (4, "llama")]
+CASES = [(2, "qwen2"), (2, "qwen3"), (2, "llama"), (4, "qwen3")]
 OPTIONS = [
     {"page_size": 1},
     {"page_size": 16, "chunked_prefill_size": 16, "enable_mixed_chunk": True, "gather_best": True},
@@ -55,7 +59,7 @@ def serve(folder, prompts, options, layout):
 
 @pytest.mark.parametrize(("size", "name"), CASES)
 def test_tokens_equal_transformers(size, name, checkpoint, ranks):
-    folder = TINY_QWEN_PATH if name == "tiny" else checkpoint(name)
+    folder = checkpoint(name)
     prompts = prompts_of()
     expected = [greedy(folder, prompt, NEW_TOKENS) for prompt in prompts]
     retractions = 0
@@ -65,6 +69,28 @@ def test_tokens_equal_transformers(size, name, checkpoint, ranks):
             assert again == expected, (rank, chosen)
             retractions += retracted
     assert retractions > 0, "the small pool was to bring retraction about"
+
+
+@cache
+def spread(tp: int, cp: int, page_size: int, pool: int) -> TPRadixAttentionModelWrapper:
+    parallel = layout_of_the_pool(tp, context_parallel_size=cp)
+    return TPRadixAttentionModelWrapper(None, "cpu", page_size, max_total_tokens=pool, parallel=parallel)
+
+
+def serve_spread(layout, case):
+    return serve_case(case, partial(spread, *layout))
+
+
+@pytest.mark.parametrize("size", LAYOUTS)
+@settings(
+    max_examples=max(settings().max_examples // 14, 3), deadline=None, derandomize=settings().max_examples <= 200,
+    suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.reuse, Phase.generate),
+)  # fmt: skip
+@given(case=cases)
+def test_nothing_changes_an_answer(size, case, ranks):
+    """Pages, chunks, policies, mixed steps, overlap, retraction, aborts, cache on and off, as they are drawn for one rank."""
+    for answers, _ in ranks(size).run(serve_spread, LAYOUTS[size], case):
+        see(answers, case)
 
 
 # --- messages and memory
@@ -179,8 +205,21 @@ def test_an_engine_starts_its_ranks_and_tells_prompt_logprobs():
         ({"cp_size": 2, "tp_size": 3}, "cp_size=2 does not divide tp_size=3, inside which it is cut"),
         ({"cp_size": 2, "attn_dp_size": 2}, "attn_dp_size=2 and cp_size=2 are not combined here"),
         ({"cp_size": 2, "enable_layernorm_sp": True}, "enable_layernorm_sp with cp_size=2, which cuts the rows"),
+        (
+            {"pp_size": 2, "enable_layernorm_sp": True},
+            "enable_layernorm_sp with pp_size=2: a stage hands over whole rows",
+        ),
+        (
+            {"pp_size": 2, "enable_two_batch_overlap": True},
+            "enable_two_batch_overlap with pp_size=2: stages overlap steps",
+        ),
+        ({"cp_size": 4000}, "^tp4000 .cp4000. would start 3999 processes; this machine takes"),
         ({"cp_size": 0}, "cp_size=0"),
         ({"attn_cp_size": 2}, "attn_cp_size is not here: it is cp_size= here"),
+        (
+            {"data_parallel_size": 2},
+            "^engine argument data_parallel_size is not here: it is dp_size= here, as in SGLang's Engine",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line_and_no_rank_is_started(asked, said):

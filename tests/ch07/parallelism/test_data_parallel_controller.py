@@ -167,6 +167,91 @@ def test_who_could_not_do_it_is_named(three):
     assert three.reply(2, 4) == ControlReply(1, error="replica 1: not paused")
 
 
+def said(error="", *loaded):
+    return {"success": not error, "error_message": error, "loaded_adapters": dict.fromkeys(loaded, "folder")}
+
+
+LOADING = Control(7, "load_lora_adapter", {"lora_name": "a", "lora_path": "folder", "pinned": True})
+TAKEN = "all 2 places are taken"
+
+
+def test_an_adapter_is_loaded_on_all_or_on_none(three):
+    three.send(LOADING)
+    assert [three.reply(rank, said("", "a")) for rank in range(3)][-1] == ControlReply(7, said("", "a"))
+    three.send(LOADING)
+    replies = [three.reply(0, said("", "a")), three.reply(1, said(TAKEN)), three.reply(2, said("", "a"))]
+    assert replies == [None] * 3, "those that have it must give it up first"
+    undo = [(pipe.sent[-1].op, pipe.sent[-1].arguments) for pipe in three.pipes]
+    assert undo == [("unload_lora_adapter", {"lora_name": "a"}), (LOADING.op, LOADING.arguments), undo[0]]
+    assert three.reply(2, said()) is None
+    assert three.reply(0, said()) == ControlReply(7, said(f"replica 1: {TAKEN}"))
+
+
+def test_what_no_replica_could_load_is_told_once_and_nothing_is_undone(three):
+    three.send(LOADING)
+    assert [three.reply(rank, said(TAKEN, "b")) for rank in range(3)][-1] == ControlReply(7, said(TAKEN, "b"))
+    assert all(pipe.sent[-1].op == LOADING.op for pipe in three.pipes)
+
+
+@pytest.mark.parametrize("dies", [0, 1, 2])
+def test_who_dies_while_an_adapter_is_undone_is_not_waited_for(three, dies):
+    three.send(LOADING)
+    for rank, error in enumerate(["", TAKEN, ""]):
+        three.reply(rank, said(error))
+    told = three.controller.lose(dies, "died")
+    for rank in {0, 2} - {dies}:
+        assert told[1:] == []
+        told += [reply] if (reply := three.reply(rank, said())) else []
+    assert told[1:] == [ControlReply(7, said(f"replica 1: {TAKEN}"))]
+
+
+UPDATE = Control(8, "update_weights_from_disk", {"model_path": "folder"})
+
+
+def held(digest="d"):
+    return {"success": True, "message": "50 tensors held", "digest": digest}
+
+
+def test_weights_are_written_once_all_replicas_hold_the_same(three):
+    three.send(UPDATE)
+    assert all(pipe.sent[-1].arguments == {"model_path": "folder", "hold": True} for pipe in three.pipes)
+    assert [three.reply(rank, held()) for rank in range(3)] == [None] * 3
+    assert all(
+        (pipe.sent[-1].op, pipe.sent[-1].arguments) == ("finish_update", {"write": True}) for pipe in three.pipes
+    )
+    written = {"success": True, "message": "50 tensors", "num_paused_requests": 2}
+    assert [three.reply(rank, written) for rank in range(3)] == [
+        None, None, ControlReply(8, written | {"num_paused_requests": 6})
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"error": "no room"}, "replica 1: no room"),
+        ({"value": held("e")}, "replica 1 has read other weights than replica 0; give all the same files"),
+    ],
+)
+def test_weights_that_one_replica_cannot_hold_are_dropped_by_all(three, wrong, words):
+    three.send(UPDATE)
+    assert [three.reply(0, held()), three.reply(1, **wrong), three.reply(2, held())] == [None] * 3
+    for rank, pipe in enumerate(three.pipes):
+        if rank != 1 or "value" in wrong:
+            assert (pipe.sent[-1].op, pipe.sent[-1].arguments) == ("finish_update", {"write": False})
+            told = three.reply(rank, {"success": True, "message": "the old weights answer"})
+    assert told == ControlReply(8, error=words)
+
+
+def test_a_replica_that_dies_with_new_weights_in_hand_is_not_waited_for(three):
+    three.send(UPDATE)
+    for rank in (0, 1):
+        three.reply(rank, held())
+    assert len(three.controller.lose(2, "died")) == 1, "the other two go on to write"
+    written = {"success": True, "message": "50 tensors", "num_paused_requests": 0}
+    assert three.reply(0, written) is None
+    assert three.reply(1, written) == ControlReply(8, written)
+
+
 def test_all_flush_or_none(three):
     three.send(request(0))
     three.where()

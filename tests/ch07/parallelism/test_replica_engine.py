@@ -8,18 +8,30 @@ import pytest
 
 from ch07_sglang_radix import Engine
 from ch07_sglang_radix.serving.watch import wait_until
-from common.tiny_qwen import TINY_QWEN_PATH
+from common.tiny_qwen import ADAPTERS_PATH, TINY_QWEN_PATH
+from tests.adapters import greedy_with
 from tests.oracle import greedy
 
 IDS = [[5, 6, 7], [8, 9], [5, 6, 11], [12], [13, 14, 15, 16]]
 PARAMS = {"max_new_tokens": 6, "ignore_eos": True}
 LONG = {"max_new_tokens": 1500, "ignore_eos": True}
 RIGHT = [greedy(TINY_QWEN_PATH, ids, 6) for ids in IDS]
+PIRATE, TERSE = str(ADAPTERS_PATH / "pirate"), str(ADAPTERS_PATH / "terse")
+ADAPTERS = {"lora_paths": {"pirate": PIRATE}, "max_lora_rank": 8, "max_loras_per_batch": 2}
+NAMES = ["pirate", None, "terse", "pirate", "terse"]
+
+
+def right_with(names):
+    """What peft in transformers gives to each of IDS with the adapter of that name."""
+    return [
+        greedy_with(TINY_QWEN_PATH, ADAPTERS_PATH / name, ids, 6) if name else greedy(TINY_QWEN_PATH, ids, 6)
+        for ids, name in zip(IDS, names, strict=True)
+    ]
 
 
 @pytest.fixture(scope="module")
 def engine():
-    with Engine(device="cpu", dp_size=2, max_total_tokens=4096, check=True) as engine:
+    with Engine(device="cpu", dp_size=2, max_total_tokens=4096, check=True, **ADAPTERS) as engine:
         yield engine
         assert wait_until(lambda: engine.get_server_info()["running"] == 0, 100)
         info = engine.get_server_info()
@@ -67,12 +79,43 @@ def test_what_cannot_run_is_refused_in_the_engine_s_words(engine):
         ({"prompt": "a", "input_ids": [1]}, "^give either prompt or input_ids$"),
         ({"input_ids": [10**6]}, "vocabulary"),
         ({"prompt": "a", "sampling_params": {"max_tokens": 1}}, "max_new_tokens"),
-        ({"prompt": "a", "lora_path": "x"}, "asks for an adapter, and there are none here"),
+        ({"prompt": "a", "lora_path": "x"}, "^lora_path='x' is not loaded; loaded: pirate$"),
     ):
         with pytest.raises(ValueError, match=words):
             engine.generate(**wrong)
     with pytest.raises(ValueError, match="nothing says which request to end"):
         engine.abort_request()
+
+
+def test_adapters_are_loaded_and_unloaded_on_both_replicas_or_on_none(engine):
+    ask = {"input_ids": IDS, "sampling_params": PARAMS}
+    assert engine.load_lora_adapter("terse", TERSE)["loaded_adapters"] == {"pirate": PIRATE, "terse": TERSE}
+    for names in (NAMES, NAMES[1:] + NAMES[:1]):  # each of them on each replica
+        assert [one["output_ids"] for one in engine.generate(**ask, lora_path=names)] == right_with(names)
+    busy = engine.generate(input_ids=[[5]] * 4, sampling_params=LONG, lora_path=[*NAMES[:3], None], stream=True)
+    where = {chunk["index"]: chunk["meta_info"]["dp_rank"] for chunk, _ in zip(busy, range(40), strict=False)}
+    assert where[0] == where[2] != where[1], "both places of one replica are taken"
+    with pytest.raises(
+        ValueError, match=rf"^replica {where[0]}: lora_name='more' would be pinned, and all 2 places"
+    ) as e:
+        engine.load_lora_adapter("more", TERSE, pinned=True)
+    assert "\n" not in str(e.value)
+    with pytest.raises(ValueError, match=r"^lora_path='more' is not loaded; loaded: pirate, terse$"):
+        engine.generate(input_ids=IDS[0], lora_path="more")
+    busy.close()
+    assert engine.load_lora_adapter("more", TERSE)["success"], "nobody has kept it"
+    for name in ("more", "terse"):
+        said = engine.unload_lora_adapter(name)
+    assert said == {"success": True, "error_message": "", "loaded_adapters": {"pirate": PIRATE}}
+    assert [one["lora_in_memory"] for one in engine.get_server_info()["replicas"]] == [1, 1]
+    for wrong, words in (
+        (lambda: engine.load_lora_adapter("pirate", TERSE), "^lora_name='pirate' is loaded already"),
+        (lambda: engine.load_lora_adapter("a", "nowhere"), r"^nowhere.adapter_config.json cannot be read"),
+        (lambda: engine.unload_lora_adapter("terse"), "^lora_path='terse' is not loaded; loaded: pirate$"),
+        (lambda: engine.load_lora_adapter("", TERSE), "^lora_name: an empty text is none"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            wrong()
 
 
 def test_abort_and_flush_reach_both(engine):
@@ -130,7 +173,7 @@ def _answers(dp_size, method):
     before = parallel_state._state
     try:
         with Engine(
-            device="cpu", dp_size=dp_size, load_balance_method=method, max_total_tokens=512, check=True
+            device="cpu", dp_size=dp_size, load_balance_method=method, max_total_tokens=512, check=True, **ADAPTERS
         ) as engine:
             calls = [engine.generate(input_ids=IDS, sampling_params=PARAMS) for _ in range(2)]
             one = engine.generate(input_ids=IDS[1], sampling_params=PARAMS)
@@ -140,23 +183,52 @@ def _answers(dp_size, method):
                     wrong()
                 except ValueError as error:
                     refused.append(str(error))
+            with_adapters = _adapters_come_and_go(engine, refused)
             info = engine.get_server_info()
-            return [*calls[0], *calls[1], one], refused, (info["dp_size"], info["dp_rank"], info["tp_size"])
+            return (
+                [*calls[0], *calls[1], one],
+                with_adapters,
+                refused,
+                (info["dp_size"], info["dp_rank"], info["tp_size"]),
+            )
     finally:
         parallel_state._state = before
+
+
+def _adapters_come_and_go(engine, refused):
+    """The tokens with two adapters, of which one is loaded in between; what is wrong on one replica alone is told by all."""
+    engine.load_lora_adapter("terse", TERSE)
+    tokens = [one["output_ids"] for one in engine.generate(input_ids=IDS, sampling_params=PARAMS, lora_path=NAMES)]
+    engine.unload_lora_adapter("terse")
+    with pytest.MonkeyPatch.context() as patch:
+        if engine.get_server_info()["dp_rank"] == 1:
+            patch.setattr(engine._adapters, "load", _no_room)
+        for wrong in (
+            lambda: engine.load_lora_adapter("terse", TERSE), lambda: engine.generate(input_ids=[5], lora_path="terse")
+        ):  # fmt: skip
+            try:
+                wrong()
+            except ValueError as error:
+                refused.append(str(error))
+    return tokens, len(engine.wrapper.lora.loaded)
+
+
+def _no_room(ref):
+    raise ValueError("no room")
 
 
 @pytest.mark.parametrize("method", ["round_robin", "cache_aware", "random"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_rank_has_all_answers_in_order(ranks, size, method):
     said = ranks(size).run(_answers, 2, method)
-    assert all(one == said[0][:2] for one in (part[:2] for part in said)), "the same on all ranks"
-    answers, refused, _ = said[0]
+    assert all(one == said[0][:3] for one in (part[:3] for part in said)), "the same on all ranks"
+    answers, with_adapters, refused, _ = said[0]
     assert [one["output_ids"] for one in answers] == [*RIGHT, *RIGHT, RIGHT[1]]
     replicas = [one["meta_info"]["dp_rank"] for one in answers]
     assert set(replicas) == {0, 1}
     if method == "round_robin":
         assert replicas == [i % 2 for i in range(11)]
-    assert all("start Engine(dp_size=...) without torchrun" in words for words in refused)
-    assert len(refused) == 2
+    assert all("start Engine(dp_size=...) without torchrun" in words for words in refused[:2])
+    assert refused[2:] == ["replica 1: no room", "lora_path='terse' is not loaded; loaded: pirate"]
+    assert with_adapters == (right_with(NAMES), 1)
     assert [facts for *_, facts in said] == [(2, 2 * rank // size, size // 2) for rank in range(size)]

@@ -22,6 +22,7 @@ from ch07_sglang_radix.serving.launcher import ends_of, tokenizer_folder
 from ch07_sglang_radix.serving.processes import Threads
 from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
 from common.text.tokenizer import Tokenizer
+from tests import warm
 
 ROOT = Path(__file__).parents[3]
 START_S = 300
@@ -33,14 +34,14 @@ LEAN = (*ONE_PROCESS, "--skip-tokenizer-init")
 
 class RunningServer:
     """python -m ch07_sglang_radix.launch_server FLAGS. Its temporary files lie in `folder`, so that one sees what is left.
-    variables: of its environment, beside this one's."""
+    variables: of its environment, beside this one's. Its main process is one of tests/warm.py, those that it starts are not."""
 
     def __init__(self, *flags: str, wait: bool = True, variables: Mapping[str, str] | None = None):
         self.folder = Path(tempfile.mkdtemp(prefix="t-"))
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # packages may lie elsewhere
         environment = os.environ | {"TMPDIR": str(self.folder), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
         environment |= variables or {}
-        self.process = subprocess.Popen(
+        self.process = warm.Popen(
             [sys.executable, "-m", "ch07_sglang_radix.launch_server", "--port", "0", *TINY, *flags],
             cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         )  # fmt: skip

@@ -60,6 +60,8 @@ def test_a_model_has_two_names(alias):
         (["--dcp-size", "1", "stray"], "'stray' belongs to no flag"),
         (["--dcp-size"], "flag --dcp-size is not here"),
         (["--pp-size", "2", "--cp-size", "2"], "pp_size=2 and cp_size=2 are not combined here"),
+        (["--dp-size", "100000"], r"^dp_size=100000 would start 100000 processes; this machine takes \d+ ranks$"),
+        (["--dp-size", "5000", "--tp-size", "4"], r"^dp_size=5000 x 4 ranks would start 20000 processes"),
         (["--ep", "0"], "ep_size=0 must be at least 1"),
         (["--base-gpu-id", "one"], "CUDA_VISIBLE_DEVICES"),
         (["--lora-drain-wait-threshold", "5"], "who has waited for 4 prefill steps gets a place"),

@@ -24,6 +24,7 @@ from common.distributed import reach, update_group
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.ch07.serving.running import InThisProcess
 from tests.ch07.serving.web import served
+from tests.oracle import greedy
 
 NORM = "model.norm.weight"
 GROUP = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1}
@@ -70,7 +71,8 @@ def folder(tmp_path_factory):
 
 
 def test_every_exchange_has_a_route():
-    assert {*BODIES, "update_weights_from_tensor", "get_weights_by_name"} == set(EXCHANGES)
+    others = {"update_weights_from_tensor", "get_weights_by_name"}
+    assert {*BODIES, *others} == set(EXCHANGES) - {"finish_update"}  # what a server says to its replicas
     assert set(OF_ONE_WILL) < set(EXCHANGES)
 
 
@@ -197,18 +199,35 @@ def test_a_server_that_sleeps_says_so_and_answers_the_same_when_it_wakes(client)
     assert client.generate()["output_ids"] == want
 
 
-def test_replicas_sleep_together_and_refuse_what_one_could_fail_alone():
+def test_replicas_sleep_together_and_change_together(folder):
+    ids = [[5, 6, 7], [8, 9]]
     with ReplicaEngine(dp_size=2, device="cpu", max_total_tokens=1024) as engine:
-        before = [one["output_ids"] for one in engine.generate(["What?", "Why?"], {"max_new_tokens": 4})]
-        with pytest.raises(ValueError, match="update_weights_from_disk with dp_size=2: one replica could fail"):
-            engine.update_weights_from_disk(str(TINY_QWEN_PATH))
+
+        def answers():
+            told = engine.generate(input_ids=ids, sampling_params={"max_new_tokens": 4, "ignore_eos": True})
+            assert [one["meta_info"]["dp_rank"] for one in told] == [0, 1]
+            return [one["output_ids"] for one in told], {one["meta_info"]["weight_version"] for one in told}
+
+        before, after = ([greedy(path, one, 4) for one in ids] for path in (TINY_QWEN_PATH, folder))
+        assert before != after
+        with pytest.raises(
+            ValueError, match="destroy_weights_update_group with dp_size=2: a trainer's group would have 2"
+        ):
+            engine.destroy_weights_update_group()
+        with pytest.raises(ValueError, match=r"nowhere.config.json is missing"):
+            engine.update_weights_from_disk("nowhere")
+        assert answers() == (before, {"default"})
+        assert engine.update_weights_from_disk(str(folder), weight_version="7")["success"]
+        assert answers() == (after, {"7"})
+        tensors = load_file(TINY_QWEN_PATH / "model.safetensors")
+        assert engine.update_weights_from_tensor(tensors, weight_version="8")["success"]
         assert engine.pause_generation("in_place") == 0
         engine.continue_generation()
         engine.release_memory_occupation()
         with pytest.raises(RuntimeError, match="asleep"):
             engine.generate("What?")
         engine.resume_memory_occupation()
-        assert [one["output_ids"] for one in engine.generate(["What?", "Why?"], {"max_new_tokens": 4})] == before
+        assert answers() == (before, {"8"})
 
 
 def test_a_release_that_is_refused_leaves_the_server_awake():

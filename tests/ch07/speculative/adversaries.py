@@ -75,7 +75,7 @@ class Scripted(Drafter):
         self.stands[rows] = positions + accepted.counts.numpy()
         assert torch.equal(table.last_token[torch.from_numpy(rows)], accepted.last_tokens)
 
-    def draft(self, table, rows, last_tokens, positions, nodes):
+    def draft(self, table, rows, last_tokens, positions, nodes, draws=None):
         assert (self.stands[rows] == positions).all()
         assert torch.equal(table.last_token[torch.from_numpy(rows)], last_tokens)
         tokens, parents = [], []
@@ -97,5 +97,6 @@ DRAFTERS["SCRIPTED"] = f"{__name__}:Scripted"
 
 
 def options(algorithm: str, nodes: int, tree: bool) -> DraftOptions:
-    chain = DraftOptions(algorithm, None, nodes - 1, 1, nodes)
+    most = 3 if algorithm == "MEDUSA" else nodes  # so many heads are bundled; what is left of the nodes is token 0
+    chain = DraftOptions(algorithm, None, min(nodes - 1, most), 1, nodes)
     return replace(chain, topk=3, steps=2 if nodes > 3 else 1) if tree else chain

@@ -9,15 +9,19 @@ from functools import cache
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from ch07_sglang_radix.speculative.ngram_trie import NgramTrie
+from ch07_sglang_radix.speculative.ngram_worker import NgramWorker
+from ch07_sglang_radix.speculative.prompt_lookup import PromptLookup
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.tiny_qwen import DRAFTER_PATHS, TINY_QWEN_PATH
 from tests.ch07.speculative.adversaries import KINDS, Adversary, options
 from tests.ch07.test_product import NEW_TOKENS, PROMPTS, cases, see, serve
 from tests.oracle import greedy
 
-BUNDLED = [name for name in ("STANDALONE", "EAGLE") if DRAFTER_PATHS[name].exists()]
+BUNDLED = [name for name in ("STANDALONE", "MEDUSA", "EAGLE") if DRAFTER_PATHS[name].exists()]
+N_GRAMS = {"TRIE": lambda: NgramWorker(NgramTrie()), "LOOKUP": PromptLookup}
 guesses = st.fixed_dictionaries({
-    "kind": st.sampled_from([*KINDS, "mixed", "right", "SCRIPTED", *BUNDLED]), "tree": st.booleans(),
+    "kind": st.sampled_from([*KINDS, "mixed", "right", "SCRIPTED", *BUNDLED, *N_GRAMS]), "tree": st.booleans(),
     "nodes": st.sampled_from([2, 3, 5, 8]),
 })  # fmt: skip
 
@@ -42,7 +46,8 @@ def speculate(case: dict, how: dict) -> tuple[list, int, tuple[int, ...]]:
     def prepare(scheduler):
         if scheduler.replica.rank == 0 and not on_ranks:
             answers = {tuple(p): greedy(TINY_QWEN_PATH, p, NEW_TOKENS) for p in PROMPTS}
-            scheduler.speculation.guesser = Adversary(kind, answers, tree)
+            guesser = N_GRAMS[kind]() if kind in N_GRAMS else Adversary(kind, answers, tree)
+            scheduler.speculation.guesser = guesser
         seen.append(scheduler.speculation)
 
     make = lambda page, pool: wrapper(page, pool, kind if on_ranks else "NGRAM", nodes, tree)  # noqa: E731

@@ -30,6 +30,24 @@ def test_rejection_sampling_leaves_greedy_text_alone_and_gives_the_asked_number_
     assert len(sampled) == 40
 
 
+def test_guesses_that_are_drawn_are_kept_more_often_where_nobody_is_certain_and_leave_greedy_text_alone(plain):
+    params = [GREEDY, *({**SAMPLED, "temperature": 1.5, "sampling_seed": seed} for seed in range(15))]
+    lengths, columns = [], []
+    for drawn in (False, True):
+        with Engine(
+            device="cpu", speculative_algorithm="EAGLE", speculative_stand_down=False, check=True,
+            speculative_use_rejection_sampling=drawn,
+        ) as engine:  # fmt: skip
+            out = engine.generate([PROMPT] * len(params), params)
+            guesses = engine.scheduler.speculation
+            lengths.append(guesses.tokens / guesses.sequences)
+            columns.append(guesses.tree.q is not None)
+        assert out[0]["output_ids"] == plain[0]
+        assert {len(one["output_ids"]) for one in out[1:]} == {40}
+    assert columns == [False, True]
+    assert lengths[1] > lengths[0]
+
+
 def test_thresholds_leave_greedy_text_alone_and_keep_more_of_what_is_guessed(plain):
     with pytest.warns(UserWarning, match="what is kept of guesses is lossy"):
         greedy, length, sampled = answers(speculative_accept_threshold_single=0.0)

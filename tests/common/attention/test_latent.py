@@ -6,7 +6,7 @@ import torch
 
 from common.attention.backends import pick_attention
 from common.attention.kv_cache import PagedKVCache
-from common.attention.latent import LatentNativeAttention, _Decode, expand, multiplications
+from common.attention.latent import LatentNativeAttention, _Decode, attend_in_one_call, expand, multiplications
 from common.attention.sequence_table import SequenceTable
 
 H, DN, R, DV, C = 5, 6, 4, 7, 12
@@ -201,6 +201,26 @@ def test_heads_take_turns_where_keys_and_values_of_all_would_be_too_many(monkeyp
     monkeypatch.setattr("common.attention.latent.EXPANDED_BYTES", 3000)
     monkeypatch.setattr("common.attention.latent.multiplications", lambda *sizes: (0, 1))
     torch.testing.assert_close(*World(4).step((2, 5, 3, 17, 40)), atol=1e-4, rtol=1e-4)
+
+
+@every_page_size
+@pytest.mark.parametrize("new", [(2, 5, 3, 17, 40), (1, 3, 1, 1, 4)], ids=str)
+@pytest.mark.parametrize("absorbs", [False, True])
+def test_a_gpu_s_way_to_extend_sees_the_same_without_a_mask(absorbs, new, page_size, monkeypatch):
+    """Both forms: values narrower than keys, and as wide."""
+    monkeypatch.setattr("common.attention.latent.skips_above", lambda device: True)
+    monkeypatch.setattr("common.attention.latent.multiplications", lambda *sizes: (1, 0) if absorbs else (0, 1))
+    torch.testing.assert_close(*World(page_size).step(new), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("width", [DV, DN + R, DN + R + 3])
+@pytest.mark.parametrize(("new", "length"), [(1, 9), (4, 4), (4, 9)])
+def test_the_last_queries_see_everything_up_to_themselves(new, length, width):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(new, H, DN + R), torch.randn(H, length, DN + R), torch.randn(H, length, width)
+    later = torch.ones(new, length, dtype=torch.bool).triu(length - new + 1)
+    shares = (SCALE * torch.einsum("nhd,hsd->hns", q, k)).masked_fill(later, -torch.inf).softmax(dim=-1)
+    torch.testing.assert_close(attend_in_one_call(q, k, v, SCALE), torch.einsum("hns,hsd->nhd", shares, v))
 
 
 def test_many_decodes_are_read_in_rounds_that_fit_the_cache(monkeypatch):

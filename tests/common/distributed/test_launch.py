@@ -9,9 +9,23 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
+
 ROOT = Path(__file__).parents[3]
 MODULE = "tests.common.distributed.under_torchrun"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", MODULE]
+
+
+@pytest.fixture
+def two_ranks(tmp_path):
+    """two_ranks(name) -> what they print, and on stderr, as torchrun's ranks."""
+
+    def run(*name: str) -> tuple[str, str]:
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        both = warm.Torchrun(["-m", MODULE, *name], 2, ROOT, env, tmp_path)
+        return both.finish(200)[1:]
+
+    return run
 
 
 def script(*name: str, torchrun: bool, stdout=subprocess.PIPE, unbuffered: bool = False) -> subprocess.Popen:
@@ -31,30 +45,29 @@ def test_a_script_may_end_without_shutdown():
     assert (done.returncode, done.stdout) == (0, "8\n" * 8), done.stderr
 
 
-@pytest.mark.parametrize("times", [2, 10])
-def test_torchrun_s_ranks_start_and_shut_down_again(times):
-    out, err = script("start_and_shut_down", str(times), torchrun=True).communicate(timeout=200)
-    assert out == f"{times} times\n" * 2, err
+def test_torchrun_s_ranks_start_and_shut_down_again(two_ranks):
+    out, err = two_ranks("start_and_shut_down", "10")
+    assert out == "10 times\n" * 2, err
 
 
 @pytest.mark.parametrize(
     "name", ["rank_1_shuts_down_and_goes_on", "rank_1_comes_to_its_end", "rank_1_ends_itself_in_its_engine"]
 )
-def test_a_rank_that_makes_fewer_calls_is_named_and_not_called_dead(name):
-    _, err = script(name, torchrun=True).communicate(timeout=200)
+def test_a_rank_that_makes_fewer_calls_is_named_and_not_called_dead(name, two_ranks):
+    _, err = two_ranks(name)
     said = [line for line in err.splitlines() if line.startswith("error: ")]
     left = "rank 1 has left and makes no such call; every rank must make the same calls"
     assert said == [f"error: rank 0: all_reduce 'y' [4] failed: {left}"], err
 
 
-def test_a_rank_that_leaves_its_engine_by_an_exception_is_named_with_it():
-    _, err = script("rank_1_fails_in_its_engine", torchrun=True).communicate(timeout=200)
+def test_a_rank_that_leaves_its_engine_by_an_exception_is_named_with_it(two_ranks):
+    _, err = two_ranks("rank_1_fails_in_its_engine")
     said = [line for line in err.splitlines() if line.startswith("error: ")]
     assert said == ["error: rank 0: all_reduce 'y' [4] failed: rank 1 has left with KeyError: 'of rank 1'"], err
 
 
-def test_a_rank_that_ends_with_an_exception_has_died():
-    _, err = script("rank_1_fails", torchrun=True).communicate(timeout=200)
+def test_a_rank_that_ends_with_an_exception_has_died(two_ranks):
+    _, err = two_ranks("rank_1_fails")
     said = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(said) == 1
     assert re.search(r"^error: rank 0.* rank 1 \(pid \d+\) has died$", said[0]), err

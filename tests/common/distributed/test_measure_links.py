@@ -59,7 +59,7 @@ def test_this_machine_is_one_host_whose_memory_all_share(tmp_path):
     ("argv", "words"),
     [
         (["--nproc", "1", "2"], "^--nproc 1: one rank has nobody to talk to"),
-        (["--nproc", "2", "100000"], r"^--nproc 100000: this machine takes \d+ ranks$"),
+        (["--nproc", "2", "100000"], r"^--nproc 100000 would start 99999 processes; this machine takes \d+ ranks$"),
         (["--out", "nowhere/links.csv"], "^--out='nowhere/links.csv' must be a file in a folder that exists$"),
         (["--machine", "."], "^--machine='.' must be a file in a folder that exists$"),
     ],

@@ -31,6 +31,34 @@ def test_graphs_give_the_tokens_of_plain_launches_in_bfloat16(name, tmp_path):
     assert answers(folder, "bfloat16", False) == answers(folder, "bfloat16", True)
 
 
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama"])
+def test_prompts_in_graphs_give_the_tokens_of_transformers(name, deterministic, lora, tmp_path):
+    """One by one and together, new, in chunks and from the tree; some prompts and steps are longer than what is recorded."""
+    folder = save_random(name, tmp_path / "base")
+    adapter = save_adapter(folder, tmp_path / "adapter", seed=1, r=4) if lora else None
+    engine = Engine(
+        str(folder), device="cuda", dtype="float32", cuda_graph_max_bs_prefill=64, chunked_prefill_size=48, page_size=1,
+        enable_deterministic_inference=deterministic, enable_lora=lora, lora_paths={"one": str(adapter)} if lora else None,
+    )  # fmt: skip
+    assert engine._wrapper.prefill_graphs is not None
+    names = ["one" if lora and i % 2 else None for i in range(len(PROMPTS))]
+    params = {"max_new_tokens": 12, "temperature": 0.0, "ignore_eos": True}
+    want = [
+        greedy_with(folder, adapter, prompt, 12) if name else greedy(folder, prompt, 12)
+        for name, prompt in zip(names, PROMPTS, strict=True)
+    ]
+    for _ in range(2):
+        got = engine.generate(
+            input_ids=PROMPTS, sampling_params=[params] * len(PROMPTS), lora_path=names if lora else None
+        )
+        assert [one["output_ids"] for one in got] == want
+        for prompt, its, answer in zip(PROMPTS, names, want, strict=True):
+            assert engine.generate(input_ids=prompt, sampling_params=params, lora_path=its)["output_ids"] == answer
+    engine.shutdown()
+
+
 @pytest.mark.parametrize("disable_cuda_graph", [False, True], ids=["graphs", "eager"])
 @pytest.mark.parametrize("backend", ["triton", "torch_native"])
 def test_every_request_has_its_adapter(backend, disable_cuda_graph, tmp_path):

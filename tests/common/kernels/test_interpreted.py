@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.attention.contract import SharedPrefixes
+from common.attention.contract import AttentionMetadata, SharedPrefixes
 from common.attention.kv_cache import PagedKVCache
 from common.attention.merge import merge_two
 from common.attention.sequence_table import SequenceTable
@@ -46,6 +46,27 @@ def test_pages_that_sequences_begin_with_are_read_once():
     for prefixes, right in ((tokens, True), (tokens + 16 * (tokens > 0), False)):
         hinted = replace(meta, prefixes=SharedPrefixes(tiles.view(3, -1), prefixes))
         assert (relative_error(TritonAttention(cache, hinted)(0, *qkv), want) < 2e-6) == right, "the hint is read"
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_tokens_and_seats_of_nobody(fixed):
+    """A recorded prefill: three sequences, a seat without new tokens, and eleven tokens of no sequence."""
+    from common.kernels.paged_attention import BatchInvariantTritonAttention, TritonAttention  # noqa: PLC0415
+
+    cache, meta, qkv = step([5, 1, 20], [30, 9, 0], 4, (7, 1), 8, device=DEVICE)
+    cache.kv.nan_to_num_()
+    before, attention = cache.kv.clone(), BatchInvariantTritonAttention if fixed else TritonAttention
+    want = attention(cache, meta)(0, *qkv)
+    written = cache.kv.clone()
+    cache.kv.copy_(before)
+    padded = AttentionMetadata(
+        F.pad(meta.slot_mapping, (0, 11), value=-1), F.pad(meta.page_table, (0, 0, 0, 1)),
+        F.pad(meta.query_start, (0, 1), value=26), F.pad(meta.context_lens, (0, 1)), 4, 37, padded=True,
+    )  # fmt: skip
+    got = attention(cache, padded)(0, *(F.pad(x, (0, 0, 0, 0, 0, 11), value=torch.nan) for x in qkv))
+    assert torch.equal(got[:26], want)
+    assert not got[26:].any()
+    assert torch.equal(cache.kv, written)
 
 
 def test_parts_of_one_attention_are_merged():

@@ -35,7 +35,7 @@ def test_every_legal_layout_is_there_once():
     }  # fmt: skip
     for way in found:
         cut = [way.layout.attn_dp > 1, way.layout.cp > 1, way.sp, way.layout.pp > 1]
-        assert sum(cut) <= 1 or cut == [False, False, True, True], f"{way}: sp goes with stages, nothing else combines"
+        assert sum(cut) <= 1, f"{way}: one cuts rows, or there are stages"
         assert way.layout.tp % (way.layout.attn_dp * way.layout.cp) == 0
 
 

@@ -6,12 +6,11 @@ from itertools import count
 import pytest
 import torch
 
-from common.layers.moe import MoEOptions
+from common.kernels.quantized_layout import numbers
+from common.layers.moe import Experts, MoEOptions
 from common.models.quantized_tensors import codes_of, held_tensors, weight_bytes
 from common.models.weights import load_model, load_then_shard
 from common.parallel_state import TPGroup
-from common.quantization import linear_methods
-from common.quantization.method import LinearMethod
 from tests.common.quantization.checkpoints import FORMATS, quantise_folder
 from tests.common.test_executor import prompts_of
 from tests.common.test_lora import NEW, answer
@@ -55,8 +54,8 @@ def test_a_rank_holds_what_the_codes_stand_for(folders, name, ranks):
 @pytest.mark.parametrize(
     ("model", "name"),
     [
-        ("qwen3", "fp8 block"), ("llama", "gptq"), ("llama", "mixed"), ("qwen2_moe", "int8"), ("qwen3_moe", "fp8 block"),
-        ("qwen3_moe", "pack 4"), ("mixtral", "gptq"), ("deepseek_v2", "fp8 block"), ("deepseek_v3", "w4afp8"),
+        ("qwen3", "fp8 block"), ("llama", "gptq"), ("llama", "mixed"), ("qwen2_moe", "int8"), ("mixtral", "gptq"),
+        ("deepseek_v2", "fp8 block"),
     ],
 )  # fmt: skip
 def test_every_family_is_read_so(folders, model, name):
@@ -89,28 +88,9 @@ def test_a_rank_reads_its_slices_and_what_they_are_widened_to(folders):
     check(old[0], load_model(quantized, TPGroup(0, 4))[0])
 
 
-class Kept(LinearMethod):
-    """Keeps codes and dequantises them at each product: what a kernel does at once."""
-
-    name = "kept"
-
-    @classmethod
-    def takes(cls, scheme, device, dtype):
-        return True
-
-    def pack(self, layer, codes):
-        self.codes = codes
-        for name, x in zip(codes._fields, codes, strict=True):
-            layer.register_buffer(f"codes_{name}", x, persistent=False)
-
-    def apply(self, layer, x, bias):
-        return torch.nn.functional.linear(x, self.codes.dequantise(), bias)
-
-
 @over_ranks
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_rank_may_keep_the_codes(folders, name, ranks, monkeypatch):
-    monkeypatch.setitem(linear_methods.LINEAR_METHODS, "weight_only", (Kept,))
+def test_a_rank_may_keep_the_codes(folders, name, ranks, keeps_codes):
     quantized, plain = folders(DENSE.get(name, "qwen2"), name)
     for rank in range(ranks):
         got, report = load_model(quantized, TPGroup(rank, ranks), quantized_compute="weight_only")
@@ -119,20 +99,63 @@ def test_a_rank_may_keep_the_codes(folders, name, ranks, monkeypatch):
         assert len(kept) == (
             6 if name == "mixed" else 12
         )  # o_proj and down_proj; qkv_proj and gate_up_proj if their parts agree
-        assert "kept as codes (kept)" in "".join(report.notes)
+        assert "kept as codes (codes, widened at each product)" in "".join(report.notes)
         held = held_tensors(got)
         for own, layer in kept.items():
-            assert torch.equal(layer.method.codes.dequantise(), want.get_parameter(f"{own}.weight")), own
-            assert f"{own}.codes_q" in held
+            weight = want.get_parameter(f"{own}.weight")
+            assert torch.equal(numbers(layer.method.packed, torch.float32), weight), own
+            x, bias = torch.randn(3, weight.shape[1]), torch.randn(len(weight))
+            got_y, want_y = layer.method.apply(layer, x, bias), torch.nn.functional.linear(x, weight, bias)
+            assert torch.allclose(got_y, want_y, rtol=1e-5, atol=1e-5), own
+            assert f"{own}.q" in held
             assert f"{own}.weight" not in held
             if name.startswith("fp8 tensor static"):
                 assert set(layer.method.input_scales) == {0.25}
         assert weight_bytes(got) < weight_bytes(want)
 
 
-def test_what_is_merged_and_grouped_apart_is_dequantised(monkeypatch, checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("qwen3_moe", "fp8 block"), ("qwen3_moe", "gptq desc_act"), ("qwen3_moe", "pack 4"), ("qwen2_moe", "int-quantized"),
+        ("qwen2_moe", "mxfp4"), ("deepseek_v3", "w4afp8"),
+    ],
+)  # fmt: skip
+def test_experts_are_dequantised_or_keep_their_codes(folders, model, name, keeps_codes):
+    """On one to four ranks, of each method; columns of an expert are cut inside groups and blocks."""
+    quantized, plain = folders(model, name)
+    for ranks in (1, 2, 3, 4):
+        rank = ranks // 2
+        want, _ = load_model(plain, TPGroup(rank, ranks))
+        check(load_model(quantized, TPGroup(rank, ranks))[0], want)
+        got, _ = load_model(quantized, TPGroup(rank, ranks), quantized_compute="weight_only")
+        experts = {own: one for own, one in got.named_modules() if isinstance(one, Experts)}
+        assert experts
+        for own, one in experts.items():
+            for matrices, which in zip(one.matrices, ("w13", "w2"), strict=True):
+                weight = want.get_parameter(f"{own}.{which}")
+                assert one.get_parameter(which).is_meta
+                assert matrices.shape == weight.shape
+                assert torch.equal(torch.stack([matrices[slot] for slot in range(len(matrices))]), weight), own
+        assert weight_bytes(got) < weight_bytes(want)
+
+
+@pytest.mark.parametrize("runner", ["loop", "grouped"])
+def test_a_mixture_of_codes_says_what_its_numbers_say(folders, runner, keeps_codes):
+    """With an expert that lies twice, and slots that nobody chooses."""
+    quantized, plain = folders("qwen3_moe", "pack 4")
+    moe = MoEOptions(runner=runner, redundant=2)
+    got, _ = load_model(quantized, TPGroup(), moe=moe, quantized_compute="weight_only")
+    want, _ = load_model(plain, TPGroup(), moe=moe)
+    x = torch.randn(5, got.config.hidden_size)
+    for one, other in zip(got.model.layers, want.model.layers, strict=True):
+        if one.sparse:
+            assert one.mlp.experts.coded
+            torch.testing.assert_close(one.mlp(x), other.mlp(x), rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_merged_and_grouped_apart_is_dequantised(keeps_codes, checkpoint, tmp_path):
     """GPTQ with an order of columns of each matrix's own: a layer of three has no one order."""
-    monkeypatch.setitem(linear_methods.LINEAR_METHODS, "weight_only", (Kept,))
     seeds = count()
     quantized, plain = quantise_folder(
         checkpoint("qwen2"), tmp_path, FORMATS["gptq desc_act"], lambda name: next(seeds)

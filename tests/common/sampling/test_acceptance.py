@@ -207,6 +207,30 @@ def test_two_tokens_behind_a_tree_are_distributed_as_the_target_says(rule):
     assert chi_square(first * 3 + second, (after[0].unsqueeze(1) * after).flatten()) < LIMIT
 
 
+def drawn_pairs(q, told):
+    """Two tokens behind a chain of two guesses, drawn from q [3, 3] by the token before; `told` is what the rule hears of that."""
+    after = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1]], dtype=torch.float64)
+    root = torch.zeros(DRAWS, dtype=torch.int64)
+    one = draw(q[root], uniforms(DRAWS, seed=6))
+    tokens = torch.stack((root, one, draw(q[one], uniforms(DRAWS, seed=7))), dim=1)
+    tree = DraftTree.chain(tokens, told[tokens])
+    drawn = decide(tree, after[tokens], uniforms(DRAWS, 3), uniforms(DRAWS, seed=1), zero_and_renormalise)
+    accepted = walk(tree, drawn)
+    first = accepted.tokens[:, 0]
+    second = accepted.tokens[:, 1].where(accepted.counts > 1, draw(after[first], uniforms(DRAWS, seed=5)))
+    return chi_square(first * 3 + second, (after[0].unsqueeze(1) * after).flatten()), accepted.counts.double().mean()
+
+
+def test_a_chain_of_guesses_that_were_drawn_is_distributed_as_the_target_says():
+    q = torch.tensor([[0.3, 0.4, 0.3], [0.5, 0.1, 0.4], [0.3, 0.5, 0.2]], dtype=torch.float64)
+    off, tokens = drawn_pairs(q, q)
+    assert off < LIMIT
+    # min(p, q) of the root is 0.7, and then 0.7, 0.7 or 0.7 of the next: 1 + 0.7 + 0.49
+    assert abs(tokens - 2.18) < 0.03
+    for wrong in (q.roll(1, 0), torch.full_like(q, 1 / 3)):  # of another node; of another temperature
+        assert drawn_pairs(q, wrong)[0] > 5 * LIMIT
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 8), st.integers(0, 1000))
 def test_what_decide_writes_makes_the_walk_give_the_rule_s_path(n, seed):

@@ -134,6 +134,15 @@ def test_a_chain_is_one_if_only_the_best_are_taken(tmp_path):
     assert not drafter(folder).chains
 
 
+def test_a_list_too_short_for_a_chain_makes_a_tree(tmp_path):
+    """Token 0 below the root may be what the target says: its K and V are then not where its path ends."""
+    folder, _ = random_heads(tmp_path / "heads", medusa_choices=[[0], [0, 0]])
+    one = drafter(folder, topk=1, nodes=4)
+    tree, _ = draft(one, torch.randn(2, D), nodes=4)
+    assert tree.parents.tolist() == [[-1, 0, 1, 0]] * 2
+    assert not one.chains
+
+
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 40))
 def test_a_list_made_up_is_a_tree_of_the_likeliest(heads, topk, count):
     found = likely_choices(heads, topk, count)

@@ -9,6 +9,7 @@ from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.models.drafters.contract import DraftOptions
 from common.models.drafters.standalone import StandaloneDrafter
+from common.sampling.acceptance import zero_and_renormalise
 from common.sampling.params import SamplingParams
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.oracle import greedy, some_prompts
@@ -87,6 +88,46 @@ def test_a_small_pool_retracts_and_the_draft_s_pages_are_the_next_owner_s(checkp
     ((rounds, _, retractions),) = ranks(1).run(serve, folder, folder, (3, 2, 8), 4, 128, prompts, 8, False, 50)
     assert rounds == [expected, expected]
     assert retractions
+
+
+def serve_sampled(folder, draft, prompts, temperatures, page_size):
+    """On each rank: sampled answers, guesses drawn from the draft's distribution; rank 0 tells what the verify steps brought."""
+    wrapper = TPRadixAttentionModelWrapper(
+        str(folder), "cpu", page_size, max_total_tokens=600, speculative=DraftOptions("STANDALONE", str(draft), 3, 1, 4)
+    )
+    scheduler = TPScheduler(wrapper, check=True)
+    speculation = scheduler.speculation
+    if speculation:
+        speculation.acceptance, speculation.draws = zero_and_renormalise, True
+    for seed, (prompt, temperature) in enumerate(zip(prompts, temperatures, strict=True)):
+        params = SamplingParams(max_new_tokens=NEW, ignore_eos=True, temperature=temperature, seed=seed)
+        scheduler.add_request(input_ids=prompt, sampling_params=params)
+    answers = [one.output_ids for one in scheduler.process_requests().values()]
+    return answers, speculation and (speculation.sequences, speculation.correct)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_guesses_that_the_target_itself_has_drawn_are_all_kept_at_any_temperature(checkpoint, ranks, size):
+    """p = q, so min(1, p/q) is 1: another temperature, place or seed in the draft's q than in the target's p, or ranks that have
+    drawn different guesses, and some would be refused."""
+    folder = checkpoint("qwen2")
+    prompts, expected = prompts_and_answers(folder)
+    heat = [0.0, 0.5, 1.0, 1.3, 2.0, 0.0]
+    by_rank = ranks(size).run(serve_sampled, folder, folder, prompts, heat, 4)
+    answers, (sequences, correct) = by_rank[0]
+    assert (sequences, correct) == (6 * 3, 6 * 9)  # 12 tokens behind the first: 4 a step
+    assert (answers[0], answers[5]) == (expected[0], expected[5]), "greedy ones are greedy"
+    assert all(told != greedy for told, greedy in zip(answers[2:5], expected[2:5], strict=True))
+
+
+def test_a_draft_of_another_opinion_is_refused_now_and_then(checkpoint, ranks):
+    folder = checkpoint("qwen2")
+    prompts, expected = prompts_and_answers(folder)
+    ((answers, (sequences, correct)),) = ranks(1).run(
+        serve_sampled, folder, checkpoint("llama"), prompts, [0.0, *[5.0] * 5], 1
+    )
+    assert answers[0] == expected[0]
+    assert 0 < correct < 2 * sequences
 
 
 def drafter(folder, steps=4, topk=1, nodes=5):

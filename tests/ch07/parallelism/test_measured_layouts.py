@@ -1,0 +1,84 @@
+"""The README's tables of two and four cards: measurements are those of the CSV files, bounds are the planner's of today."""
+
+import csv
+import re
+
+import torch
+
+from common.distributed.layout import Layout
+from common.distributed.machines import Machine
+from common.models.published_configs import model_shape
+from common.planner.bounds import Bound, bound
+from common.planner.choice import room_of
+from common.planner.plan import Load, Way
+from common.quantization.method import Hardware
+from tests.readme import ROOT
+
+TEXT = (ROOT / "ch07_sglang_radix/parallelism/README.md").read_text(encoding="utf-8")
+FILES = {"one card": "", "tp = 2": "_tp2", "pp = 2": "_pp2", "dp = 2": "_dp2"}
+LAYOUTS = {"one card": Layout(), "tp = 2": Layout(2), "pp = 2": Layout(1, 2), "dp = 2": Layout(1, 1, 2)}
+LOADS = {
+    "D": (384, 1),
+    "A64": (850, 64),
+    "32k": (32_000, 1),
+}  # context, requests: the planner's picture of each workload
+
+
+def measured(row: str) -> list[str]:
+    """ms a token of D, tokens/s of A64 and of C cold, s to the first token of 32k: the best that the file has of each."""
+    with (ROOT / f"figures/layouts_gpu{FILES[row]}.csv").open(encoding="utf-8") as file:
+        rows = [(one["workload"], float(one["value"])) for one in csv.DictReader(file) if one["metric"] != "hit rate"]
+    of = {name: [value for workload, value in rows if workload.startswith(name)] for name in ("D", "C cold", "32k")}
+    a64 = [value for workload, value in rows if workload == "A64"]
+    return [f"{of['D'][0]:.2f}", f"{max(a64):,.0f}", f"{of['C cold'][0]:,.0f}", f"{min(of['32k']):.2f}"]
+
+
+def bounds(row: str) -> list[str]:
+    machine, config, layout = Machine.of_gpus("H100"), model_shape("Qwen2.5-7B"), LAYOUTS[row]
+    hardware = Hardware("cuda", machine.capability)
+
+    def of(context: int, batch: int) -> Bound:
+        load = Load(context, batch, torch.bfloat16, torch.bfloat16, 16, 8192, hardware)
+        return bound(config, Way(layout), load, machine, room_of(machine, layout.world, None, 0.9))
+
+    d, a64, long = (of(*load) for load in LOADS.values())
+    return [f"{1e3 * d.seconds:.2f}", f"{a64.tokens_per_s:,.0f}", f"{long.first_token_s:.2f}"]
+
+
+def table_under(heading: str) -> dict[str, list[str]]:
+    """The first table of this part of the README, by row: its cells."""
+    part = TEXT.partition(f"## {heading}")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| ([a-z0-9 =]+) \|(.*)\|$", part, re.MULTILINE)
+    return {name: [cell.strip() for cell in cells.split("|")] for name, cells in rows}
+
+
+def refuse_another_winner(told: dict[str, list[str]], column: int, best) -> None:
+    """What is printed bold has won."""
+    numbers = {name: float(cells[column].strip("*").replace(",", "")) for name, cells in told.items() if cells[column]}
+    bold = [name for name, cells in told.items() if "*" in cells[column]]
+    assert {numbers[name] for name in bold} == {best(numbers.values())}
+
+
+def test_the_table_of_two_cards_is_the_files_and_the_planner_s():
+    told = table_under("Measured on two cards")
+    assert set(told) == {*FILES, "cp = 2"}
+    for name in FILES:
+        d, d_bound, a64, a64_bound, c, first, first_bound = (cell.strip("*") for cell in told[name])
+        assert [d, a64, c, first] == measured(name), name
+        assert [d_bound, a64_bound, first_bound] == bounds(name), name
+    for column, best in ((0, min), (2, max), (4, max), (5, min)):
+        refuse_another_winner(told, column, best)
+
+
+def test_the_table_of_four_cards_is_the_file_s():
+    with (ROOT / "figures/bench_layouts.csv").open(encoding="utf-8") as file:
+        rows = [one for one in csv.DictReader(file) if (one["model"], one["gpus"]) == ("Qwen2.5-7B", "4")]
+    of = {(one["layout"], one["workload"]): float(one["value"]) for one in rows}
+    told = table_under("Measured on four cards")
+    assert {name.replace(" = ", "") for name in told} == {layout for layout, _ in of}
+    for name, cells in told.items():
+        layout = name.replace(" = ", "")
+        d, a64, c, first = (of[layout, workload] for workload in ("D", "A64", "C warm", "32k"))
+        assert [cell.strip("*") for cell in cells] == [f"{d:.2f}", f"{a64:,.0f}", f"{c:,.0f}", f"{first:.2f}"], name
+    for column, best in enumerate((min, max, max, min)):
+        refuse_another_winner(told, column, best)
