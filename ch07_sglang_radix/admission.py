@@ -48,7 +48,7 @@ class Admission:
         if not s.chunked and room == 0:
             return None
         decodes, budget = self._decodes()
-        promised = sum(req.max_len - req.seq_len for req in s.running) * s.new_token_ratio
+        promised = sum([req.wanted for req in s.running]) * s.new_token_ratio
         adder = PrefillAdder(s.memory, budget, promised, s.waiting, self.small_request_share, self.gates)
         ordered = s.policy.order(s.waiting, s.running)
         if s.chunked:

@@ -79,6 +79,8 @@ def pick_data_rank(ranks: Sequence[DataRank], method: str, turn: int, session: s
     Nobody looks for its prefix: what another data rank has cached of it is computed again. SGLang's controller knows no trees
     either (0.5.23, srt/managers/data_parallel_controller.py: LoadBalanceMethod).
     """
+    if len(ranks) == 1:  # and nobody has to be asked what they have to do
+        return ranks[0]
     for rank in ranks if session else ():
         if session in rank.memory.sessions.slots:
             return rank

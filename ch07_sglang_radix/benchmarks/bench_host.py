@@ -2,6 +2,7 @@
 
     python -m ch07_sglang_radix.benchmarks.bench_host                                       # 1, 64 and 256 running, a minute
     python -m ch07_sglang_radix.benchmarks.bench_host --label e6a1 --add --running 256      # further rows of the same file
+    python -m ch07_sglang_radix.benchmarks.bench_host --label "e6a1, come and go" --add --come-and-go
 
 The bundled model reads the prompts; then `decode` of the executor is replaced by a function that returns the same random logits
 [B, 8] again and again, and all else is what an engine does: overlap as on a GPU, pages of 16 tokens, requests that end by their
@@ -14,6 +15,9 @@ median of the rounds. Calls are those that cProfile counts, of Python functions 
     take      the last step's tokens: append them, see who ends                                  (_settle)
     rest      the loop around them
 
+With --come-and-go one request ends in every decode step and one joins before it: what is told is of such a pair, the prefill step
+of the one that joins included, whose forward is left out too.
+
 Prints a table and writes figures/host_step.csv: one row a number of running requests; `--label` says of which code.
 """
 
@@ -24,6 +28,7 @@ import pstats
 import statistics
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +56,7 @@ def main() -> None:
     parser.add_argument("--add", action="store_true", help="keep the rows of other labels that the file has")
     parser.add_argument("--out", type=Path, default=FIGURES / "host_step.csv")
     parser.add_argument("--num-continuous-decode-steps", type=int, default=1, help="looked at together (default 1)")
+    parser.add_argument("--come-and-go", action="store_true", help="each step one request ends and one joins")
     args = parser.parse_args()
     if min(*args.running, args.rounds, args.num_continuous_decode_steps) < 1:
         raise ValueError(
@@ -68,32 +74,46 @@ def main() -> None:
         if args.num_continuous_decode_steps > 1
         else {}
     )
-    rows = [{"label": args.label, "running": n} | measure(wrapper, n, args.rounds, **more) for n in args.running]
+    rows = [
+        {"label": args.label, "running": n} | measure(wrapper, n, args.rounds, args.come_and_go, **more)
+        for n in args.running
+    ]
     heading("A decode step without its forward, microseconds of rank 0's thread")
     table(tuple(rows[0]), [tuple(row.values()) for row in rows])
     write_csv([*(_others(args.out, args.label) if args.add else ()), *rows], args.out)
 
 
-def measure(wrapper: TPRadixAttentionModelWrapper, running: int, rounds: int, **options: int) -> dict[str, Any]:
+def measure(
+    wrapper: TPRadixAttentionModelWrapper, running: int, rounds: int, come_and_go: bool = False, **options: int
+) -> dict[str, Any]:
     """Calls and microseconds of a step with so many requests. options: TPScheduler's."""
     scheduler = TPScheduler(wrapper, chunked_prefill_size=-1, overlap=True, **options)
-    params = SamplingParams(max_new_tokens=WARM_UP + COUNTED + 2 * rounds * STEPS + 8, ignore_eos=True)
-    for i in range(running):
-        ids = [(7 * i + j) % 1000 for j in range(PROMPT)]
-        scheduler.add_request(input_ids=ids, sampling_params=params)
+    ends = range(2, 2 + running) if come_and_go else [WARM_UP + COUNTED + 2 * rounds * STEPS + 8] * running
+    for i, end in enumerate(ends):
+        _add(scheduler, i, end)
     while scheduler.steps["decode"] < 1:
         scheduler.step()
-    decode = wrapper.decode
-    wrapper.decode = _without_forward(wrapper, running)
+    wrapper.decode, wrapper.ragged = _without_forward(wrapper, running)
+    numbers = count(running)
+
+    def turn() -> None:
+        _add(scheduler, next(numbers), running + 1)  # it ends when all who run now have
+        scheduler.step()  # its prefill
+        scheduler.step()
+
     try:
-        return _measured(scheduler, rounds)
+        return _measured(scheduler, turn if come_and_go else scheduler.step, rounds)
     finally:
-        wrapper.decode = decode
+        del wrapper.decode, wrapper.ragged  # the class has them
         scheduler.drop_all()
 
 
-def _measured(scheduler: TPScheduler, rounds: int) -> dict[str, Any]:
-    step = scheduler.step
+def _add(scheduler: TPScheduler, i: int, max_new_tokens: int) -> None:
+    ids = [(7 * i + j) % 1000 for j in range(PROMPT)]
+    scheduler.add_request(input_ids=ids, sampling_params=SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True))
+
+
+def _measured(scheduler: TPScheduler, step: Callable[[], Any], rounds: int) -> dict[str, Any]:
     for _ in range(WARM_UP):
         step()
     totals = [_us(step) for _ in range(rounds)]
@@ -115,7 +135,7 @@ def _measured(scheduler: TPScheduler, rounds: int) -> dict[str, Any]:
     return {"calls": round(calls), "us": us[0], "lowest": us[1], "highest": us[2]} | medians
 
 
-def _us(step: Callable[[], bool]) -> float:
+def _us(step: Callable[[], Any]) -> float:
     """Microseconds of this thread for one of STEPS steps."""
     began = time.thread_time()
     for _ in range(STEPS):
@@ -123,15 +143,20 @@ def _us(step: Callable[[], bool]) -> float:
     return 1e6 * (time.thread_time() - began) / STEPS
 
 
-def _without_forward(wrapper: TPRadixAttentionModelWrapper, running: int) -> Callable[..., torch.Tensor]:
-    """In place of Executor.decode: the same random logits for any rows."""
+def _without_forward(wrapper: TPRadixAttentionModelWrapper, running: int) -> tuple[Callable[..., torch.Tensor], ...]:
+    """In place of Executor.decode and Executor.ragged: the same random logits for any rows that emit."""
     logits = torch.rand(running, COLUMNS)
 
     def decode(rows: np.ndarray, positions: np.ndarray, *_, **__) -> torch.Tensor:
         wrapper._emitting.append((torch.from_numpy(rows), None))
         return logits[: len(rows)]
 
-    return decode
+    def ragged(
+        ids: np.ndarray, rows: np.ndarray, cached: np.ndarray, new: np.ndarray, emits: np.ndarray, *_, **__
+    ) -> torch.Tensor:
+        return decode(rows[emits > 0], cached)
+
+    return decode, ragged
 
 
 class Stopwatch:

@@ -170,8 +170,10 @@ class SequenceTable:
         return StepInputs((tokens * real).flatten(), places.flatten(), rows, meta)
 
     def max_tiles(self, batch: int) -> int:
-        """Room that any `alike` of so many sequences fits into."""
-        return batch // MIN_ALIKE if self.tile_members >= MIN_ALIKE else 0
+        """Room that any `alike` of so many sequences fits into: a group of one sequence more than a tile serves takes two."""
+        if self.tile_members < MIN_ALIKE:
+            return 0
+        return max(batch // MIN_ALIKE, 2 * batch // (self.tile_members + 1))
 
     def tiles(self, alike: Sequence[tuple[int, int, int]], batch: int) -> tuple[np.ndarray, np.ndarray]:
         """`alike` cut into tiles of at most tile_members: (tiles [3 * max_tiles], tokens [B]), see SharedPrefixes."""

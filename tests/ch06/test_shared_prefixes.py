@@ -14,9 +14,9 @@ from ch06_tp_vllm.request import Request
 from ch06_tp_vllm.scheduler import ScheduledRequest, SchedulerOutput
 from common.attention import prefix_groups
 from common.attention.prefix_groups import Alike
+from common.attention.torch_native import TorchNativeAttention
 from common.sampling.params import SamplingParams as RowParams
 from tests.common.attention.test_prefix_groups import assert_alike
-from tests.common.kernels.where import GPU, kernel
 from tests.oracle import save_random
 
 BLOCK = 4
@@ -45,7 +45,7 @@ def serve(engine, requests, group, seen=None):
     engine.batch = batch = InputBatch(engine._settle, BLOCK, group)
     metadata, began = batch.metadata, {}
 
-    def watched(output, alike=()):
+    def watched(output, slots, alike):
         if output.is_decode:
             for s in output.scheduled:
                 began.setdefault((s.request, s.request.num_preemptions), s.num_computed // BLOCK)
@@ -55,7 +55,7 @@ def serve(engine, requests, group, seen=None):
                 assert_alike(blocks, alike, BLOCK)
         if seen is not None:
             seen.append(alike)
-        return metadata(output, alike)
+        return metadata(output, slots, alike)
 
     batch.metadata = watched
     tokens, step, waiting = {}, 0, list(enumerate(requests))
@@ -124,25 +124,24 @@ def test_blocks_are_asked_for_again_if_a_request_went_back_and_no_decode_step_wa
     assert alike == (Alike(0, 4, 5),)
 
 
-@kernel
-@pytest.mark.skipif(GPU, reason="in the interpreter; test_kernels.py has the kernel on a GPU")
-def test_the_kernel_reads_shared_blocks_once_in_the_chapter_s_steps(engine, monkeypatch):
-    from common.kernels.paged_attention import TritonAttention  # noqa: PLC0415
-
+def test_attention_is_told_which_tokens_are_read_once(engine, monkeypatch):
+    """Here by a table that believes its attention can do it; the kernel itself has test_interpreted.py and test_kernels.py."""
     params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
     requests = [(0, [*range(3, 23), 30 + i], params) for i in range(5)] + [(0, [7, 8, 9], params)]
-    want, seen = serve(engine, requests, group=False), []
-    runner, told = engine.runner, []
-    heads = runner.model.heads
-    monkeypatch.setattr(
-        runner, "attention", lambda cache, meta: told.append(meta.prefixes) or TritonAttention(cache, meta)
-    )
-    monkeypatch.setattr(runner.table, "tile_members", TritonAttention.tile_members(heads.num_q, heads.num_kv))
+    want, seen, told = serve(engine, requests, group=False), [], []
+
+    def attention(cache, meta):
+        told.append(meta.prefixes)
+        return TorchNativeAttention(cache, meta)
+
+    monkeypatch.setattr(engine.runner, "attention", attention)
+    monkeypatch.setattr(engine.runner.table, "tile_members", 4)
     assert serve(engine, requests, True, seen) == want
     assert seen == [()] + [(Alike(1, 5, 5),)] * 3
-    assert [None if prefixes is None else prefixes.tokens.tolist() for prefixes in told] == [None] + [
-        [0] + [20] * 5
-    ] * 3
+    assert told[0] is None
+    for prefixes in told[1:]:
+        assert prefixes.tokens.tolist() == [0] + [20] * 5
+        assert prefixes.tiles.T.tolist() == [[1, 4, 20], [5, 1, 20]]
 
 
 def test_a_step_is_read_as_it_was_written():

@@ -84,7 +84,7 @@ def test_sequences_that_begin_alike_are_cut_into_tiles(table, alike, tiles):
     assert (tokens > 0).sum() == sum(count for _, count, _ in alike)
 
 
-@pytest.mark.parametrize(("members", "tiles"), [(0, 0), (3, 0), (4, 2), (9, 2)])
+@pytest.mark.parametrize(("members", "tiles"), [(0, 0), (3, 0), (4, 4), (9, 2)])
 def test_a_tile_is_worth_it_for_four_sequences_and_more(members, tiles):
     assert SequenceTable(4, 8, 4, CPU, tile_members=members).max_tiles(11) == tiles
 
@@ -96,3 +96,16 @@ def test_numbers_go_to_the_device_and_back():
     copy_to(np.array([[1, 2], [3, 4]]), target)
     assert target.tolist() == [[1, 2], [3, 4]]
     assert Download(upload(np.array([1.5], dtype=np.float32), CPU)).numpy().tolist() == [1.5]
+
+
+@pytest.mark.parametrize("members", range(4, 12))
+def test_any_groups_of_a_batch_have_room_for_their_tiles(members):
+    """A tile serves as many sequences as the heads allow: 4 where 16 query heads share one of K and V."""
+    table = SequenceTable(1, 1, 16, CPU, members)
+    for count in range(4, 30):
+        for groups in range(1, 5):
+            alike = [(i * count, count, 1) for i in range(groups)]
+            tiles, tokens = table.tiles(alike, groups * count)
+            _, counts, _ = tiles.reshape(3, -1)
+            assert counts.sum() == len(tokens) == groups * count
+            assert counts.max() <= members

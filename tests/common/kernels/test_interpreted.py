@@ -1,12 +1,15 @@
 """The kernels of dense models in Triton's interpreter, a case or two of each; on a GPU test_kernels.py has them all."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from common.attention.contract import AttentionMetadata
+from common.attention.contract import AttentionMetadata, SharedPrefixes
 from common.attention.kv_cache import PagedKVCache
 from common.attention.merge import merge_two
+from common.attention.sequence_table import SequenceTable
 from common.attention.torch_native import TorchNativeAttention
 from common.sampling.batch import SamplingBatch, SamplingRow
 from common.sampling.params import SamplingParams
@@ -28,6 +31,21 @@ def test_attention(queries, cached, page_size):
     want = TorchNativeAttention(twin, meta)(0, *qkv)
     assert relative_error(TritonAttention(cache, meta)(0, *qkv), want) < 2e-6
     assert torch.equal(cache.kv.nan_to_num(), twin.kv)
+
+
+def test_pages_that_sequences_begin_with_are_read_once():
+    """Four that share two pages and one that does not, as the table tells it of a batch."""
+    from common.kernels.paged_attention import TritonAttention  # noqa: PLC0415
+
+    cache, meta, qkv = step([1] * 5, [40, 37, 33, 35, 50], 16, (2, 1), 8, device=DEVICE)
+    meta.page_table[1:4, :2] = meta.page_table[0, :2]
+    cache.kv.nan_to_num_(0.5)
+    want = TorchNativeAttention(cache, meta)(0, *qkv)
+    table = SequenceTable(8, 4, 16, DEVICE, TritonAttention.tile_members(2, 1))
+    tiles, tokens = map(torch.from_numpy, table.tiles([(0, 4, 2)], 5))
+    for prefixes, right in ((tokens, True), (tokens + 16 * (tokens > 0), False)):
+        hinted = replace(meta, prefixes=SharedPrefixes(tiles.view(3, -1), prefixes))
+        assert (relative_error(TritonAttention(cache, hinted)(0, *qkv), want) < 2e-6) == right, "the hint is read"
 
 
 @pytest.mark.parametrize("fixed", [False, True])
