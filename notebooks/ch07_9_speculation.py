@@ -140,7 +140,7 @@ assert all(float(row["tokens"]) > 1.5 for rows in shares.values() for row in row
 # For three of them hardly any difference, because the bundled model recites: 180 definitions in two languages are few, a drafter can know them by heart, and once it is
 # on the rails of a sentence nothing is left to guess. Where wordings were never trained on, what may be missed is mostly the first token, at which the sentence is chosen.
 # EAGLE-3, whose features nobody tells to be like the model's, learns more slowly here, and shows more: it is about as good at each of the first places, and falls behind the
-# fifth. Its training fed it its own guesses for five steps ([train_eagle.py](../common/tiny_qwen/train_eagle.py)); what it reads behind them is of a kind that it has never met. On
+# sixth. Its training fed it its own guesses for six steps ([train_eagle.py](../common/tiny_qwen/train_eagle.py)); what it reads behind them is of a kind that it has never met. On
 # open chat all of this is harder: EAGLE's authors speak of about 0.8 for theirs and 0.6 for Medusa's (Li et al. 2024, section 1).
 #
 # ## What temperature does

@@ -185,5 +185,6 @@ def guesses(head: Head, embeds, features, places: Places, steps: int):
             o = o + weights[..., len(positions) + m, None] * v
         out = head.finish(residual, o)
         yield Guesses(out[live], head.logits(out[live]), live)
-        hidden = out.detach().roll(1, 1)
+        # EAGLE-3's features have no teacher of their own: what a later guess needs of an earlier one, only gradients can say
+        hidden = (out if head.version == 3 else out.detach()).roll(1, 1)
         live = live & follows & torch.cat((torch.zeros_like(live[:, :1]), live[:, :-1]), dim=1)

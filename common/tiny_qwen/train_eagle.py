@@ -42,10 +42,10 @@ from common.tiny_qwen.phrasings import TRAINED
 from common.tiny_qwen.train import encode, fit, to_tensors
 
 SEED = 20
-STEPS = {1: 1500, 3: 1000}
+STEPS = {1: 1500, 3: 1100}
 QUESTIONS = 60  # of each kind, to see what was learned; acceptance.py asks all
 PEAK_LR = 3e-3
-STEPS_AHEAD = 5  # guesses of a chain in training
+STEPS_AHEAD = {1: 5, 3: 6}  # guesses of a chain in training
 FADING = 0.9  # weight of a step's loss beside the one before: a later guess counts only if all before it were right
 FEATURE_WEIGHT = 0.5  # of the distance to the true feature beside the cross-entropy; EAGLE-3 leaves its features free
 DRAFT_VOCAB = 2048  # EAGLE-3: the tokens that answers need most
@@ -109,7 +109,8 @@ def loss_of(head: Head, teacher: Teacher, steps: int):
                 draft_id[head.t2d] = torch.arange(int(head.t2d.sum()))
                 written = torch.where(written >= 0, draft_id[written.clamp(min=0)], written)
         total, weight = 0.0, 1.0
-        ahead = min(STEPS_AHEAD, 1 + 2 * STEPS_AHEAD * next(calls) // steps)
+        most = STEPS_AHEAD[head.version]
+        ahead = min(most, 1 + 2 * most * next(calls) // steps)
         for guess in guesses(head, embeds, features, places, ahead):
             total = total + weight * F.cross_entropy(guess.logits, written[guess.at])
             if head.version == 1:
