@@ -3,6 +3,7 @@
 import ast
 import re
 from inspect import iscoroutinefunction
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,9 +65,11 @@ def check_table(exercises: Exercises) -> None:
 def check_steps(exercises: Exercises, chapter: Path) -> None:
     """The table of the chapter's steps has a column `exercises`, in which every one is named."""
     lines = (chapter / "README.md").read_text(encoding="utf-8").splitlines()
-    rows = [[cell.strip() for cell in line.split("|")] for line in lines if line.startswith("|")]
-    column = next(row.index("exercises") for row in rows if "exercises" in row)
-    named = [cell for row in rows if row[1].isdigit() and len(row) > column for cell in row[column].split(",")]
+    lines = dropwhile(lambda line: not re.search(r"\| exercises\b", line), lines)
+    head, *rows = [
+        [cell.strip() for cell in line.split("|")] for line in takewhile(lambda line: line[:1] == "|", lines)
+    ]
+    named = [cell for row in rows if row[1].isdigit() for cell in row[head.index("exercises")].split(",")]
     assert {int(number) for number in named if number.strip().isdigit()} == set(exercises.numbers)
 
 
