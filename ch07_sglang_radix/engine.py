@@ -26,7 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from ch07_sglang_radix.async_loop import SchedulerLoop
-from ch07_sglang_radix.engine_start import draft_options, prefill_tokens, refuse_ranks_for_another_model, seed
+from ch07_sglang_radix.engine_start import (
+    draft_options,
+    prefill_graph_tokens,
+    prefill_tokens,
+    refuse_ranks_for_another_model,
+    seed,
+)
 from ch07_sglang_radix.generate_calls import Answer, GenerateCalls
 from ch07_sglang_radix.generate_request import GenerateCall, GenerateRequest, check_rid
 from ch07_sglang_radix.hicache_args import refuse_a_file_for_each_token
@@ -97,7 +103,7 @@ class Engine(GenerateCalls, EngineWeights, LoRACalls):
             speculative=draft_options(args), lora=lora_options(args),
             torch_compile_max_bs=args.torch_compile_max_bs if args.enable_torch_compile else None,
             enable_deterministic_inference=args.enable_deterministic_inference,
-            prefill_graph_tokens=args.cuda_graph_max_bs_prefill,
+            prefill_graph_tokens=prefill_graph_tokens(args, tp.device.type, page_size),
         )  # fmt: skip
         tiers = import_module(HICACHE) if args.enable_hierarchical_cache else None
         overlap = None if args.disable_overlap_schedule is None else not args.disable_overlap_schedule

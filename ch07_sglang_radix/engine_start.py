@@ -44,6 +44,13 @@ def prefill_tokens(args: ServerArgs, device: str, page_size: int) -> int | None:
     return most if chunk == NO_CHUNKS else min(most, chunk)
 
 
+def prefill_graph_tokens(args: ServerArgs, device: str, page_size: int) -> int:
+    """cuda_graph_max_bs_prefill, and no more than a step has."""
+    chunk = prefill_tokens(args, device, page_size)
+    chunk = DEFAULT_CHUNK[device] if chunk is None else chunk
+    return args.cuda_graph_max_bs_prefill if chunk == NO_CHUNKS else min(args.cuda_graph_max_bs_prefill, chunk)
+
+
 def seed(args: ServerArgs) -> int:
     """Rank 0 alone draws, so the others need not know the number."""
     return secrets.randbits(32) if args.random_seed is None else args.random_seed

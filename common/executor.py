@@ -647,13 +647,15 @@ class Executor:
 
     @torch.inference_mode()
     def _warm_up(self) -> None:
-        """One long prefill of nothing, and both kinds of sampling: what is compiled or loaded on first use, now."""
+        """One long prefill of nothing, not recorded, and both kinds of sampling: what is compiled or loaded on first use, now."""
         n, one = min(WARM_UP_TOKENS, self.max_context), np.ones(1, dtype=np.int64)
         parts = None  # with context parallelism the step says so itself
         if self.parallel.cp.size == 1:
             parts = StepParts(*([each] * self.communicator.parts for each in (n, np.array([n - 1]), NO_TOKENS)))
         slots = one if self.lora else None  # of nobody: its kernels are compiled, and add nothing
+        recorded, self.prefill_graphs = self.prefill_graphs, None
         mine = self.ragged(np.zeros(n, dtype=np.int64), 0 * one, 0 * one, n * one, one, parts=parts, adapters=slots)
+        self.prefill_graphs = recorded
         logits = self.links.bring_logits(mine, len(parts.tokens) if parts else 1)
         if logits is None:
             return

@@ -34,7 +34,7 @@ from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.scheduler import TPScheduler
 from common.sampling.logprobs import TokenLogprobs
 
-ASKED_AT_ONCE = 8  # bootstrap servers: one that does not answer must not hold up the others
+ASKED_AT_ONCE = 8  # bootstrap servers: fewer that do not answer do not hold up the others
 
 
 class Decode(Side):
@@ -54,6 +54,7 @@ class Decode(Side):
         super().__init__(scheduler, manager, timeout)
         self.reserved_tokens, self.deflect_tokens, self.mine = reserved_tokens, deflect_tokens, mine
         self.deflected = 0
+        self._held_up = False  # somebody who has all pages waits for a place for an adapter
         self._asking = ThreadPoolExecutor(
             ASKED_AT_ONCE, "bootstrap"
         )  # an answer may take seconds, and a step milliseconds
@@ -139,10 +140,11 @@ class Decode(Side):
             self.order(orders.MEET, engine, *orders.as_words(" ".join(self._engines[engine])))
 
     def _lacks_little(self, req: Req) -> bool:
-        """Few tokens, and nothing else: in the queue it stands before all that are in prealloc."""
-        if not self.deflect_tokens:
+        """Few tokens, and nothing else: in the queue it stands before all that are in prealloc. Who wants an adapter goes the long
+        way while somebody waits for a place for one, as in `_run_arrived`."""
+        if not self.deflect_tokens or (self._held_up and req.lora_id):
             return False
-        match = self.memory.tree.match_prefix(req.all_ids, req.extra_key)
+        match = self.memory.tree.match_prefix(req.matchable_ids, req.extra_key)
         return len(req.prompt_ids) - len(match.slots) <= self.deflect_tokens and self._passes(req)
 
     def _deflect(self, one: Passage) -> None:
@@ -171,17 +173,17 @@ class Decode(Side):
 
     def _run_arrived(self) -> None:
         """Whoever can."""
-        held_up = False
+        self._held_up = False
         for one in [one for one in self.passages.values() if one.stage == "arrived"]:
             req = one.req
             if not self.memory.rows.num_free:
                 return
-            if (req.params.grammar and not req.grammar) or (held_up and req.lora_id):
+            if (req.params.grammar and not req.grammar) or (self._held_up and req.lora_id):
                 continue
             if self._passes(req):
                 self._run(one)
             else:
-                held_up = True
+                self._held_up = True
 
     def _passes(self, req: Req) -> bool:
         """Its grammar is there, and a place for its adapter."""

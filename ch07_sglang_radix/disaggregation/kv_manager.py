@@ -226,7 +226,8 @@ class KVManager:
         it sooner would have failed for no reason that rank 0 knows."""
         if self.tp.rank == 0:
             with self._lock:
-                self._link_to(engine, 0).send(Fail(room, why))
+                first, *_ = [self._link_to(engine, i) for i in range(len(self._engines[engine]))]  # all: see `knows`
+                first.send(Fail(room, why))
 
     def _link_to(self, engine: int, rank: int) -> Link:
         """The one there is, or if it was lost a new one."""

@@ -103,6 +103,21 @@ def test_who_goes_back_waits_for_those_who_hold_pages_and_for_nobody_who_comes_l
             assert both.answer(one).output_ids == greedy_with(base, adapters["b"], prompt, NEW)
 
 
+def test_a_short_prompt_is_not_deflected_past_who_waits_for_an_adapter_s_place(base, adapters):
+    """One place, and short prompts of the adapter that is in it keep coming."""
+    prefill, decode = with_adapters(2, **adapters), with_adapters(1, **adapters) | {"deflect": 8}
+    with a_pair(base, prefill, decode) as both:
+        running = both.ask(range(5, 25), lora_path="b", max_new_tokens=30)
+        both.until(lambda: both.decode.scheduler.running)
+        waits = both.ask(range(105, 125), lora_path="a", max_new_tokens=NEW)
+        both.until(lambda: both.decode.stage(waits[0]) == "arrived")
+        short = [both.ask(range(205 + i, 209 + i), lora_path="b", max_new_tokens=30) for i in range(3)]
+        assert both.answer(waits).output_ids == greedy_with(base, adapters["a"], list(range(105, 125)), NEW)
+        assert not any(one[1]["decode"] in both.decode.results for one in short)
+        for one in (running, *short):
+            both.answer(one)
+
+
 def test_other_files_behind_the_same_name_are_refused_before_anything_is_computed(base, adapters):
     prompt = list(range(40, 60))
     prefill, decode = (

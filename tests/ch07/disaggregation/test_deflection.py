@@ -56,6 +56,15 @@ def test_what_counts_is_what_the_decode_side_s_tree_lacks(pair):
     assert both.at_rest()
 
 
+def test_what_must_be_computed_for_log_probabilities_counts_too(pair):
+    both = pair(decode={"deflect": LIMIT})
+    both.answer(both.ask(LONG))
+    told = both.answer(both.ask(LONG, prompt_logprobs=0))
+    assert (told.output_ids, took_over(both)) == (right(LONG), 0)
+    assert len(told.prompt_logprobs) >= len(LONG) - 1
+    assert both.at_rest()
+
+
 def test_prefill_may_hear_of_it_before_the_request_comes(pair):
     both = pair(decode={"deflect": LIMIT})
     room, numbers = both.ask(SHORT, halves=("decode",))

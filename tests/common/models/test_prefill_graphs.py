@@ -86,6 +86,15 @@ def test_the_graph_is_what_ran(executor, graphs, monkeypatch):
     assert ran[2:] == [(64, SEATS)]
 
 
+def test_what_is_run_before_it_is_recorded_runs_launch_by_launch(executor, monkeypatch):
+    monkeypatch.setattr(
+        executor, "prefill_graphs",
+        PrefillGraphs(executor.model, executor.attention, executor.kv_cache, executor.table, executor.max_context),
+    )  # fmt: skip
+    executor._warm_up()
+    assert executor.prefill_graphs is not None
+
+
 def test_sizes():
     assert token_sizes(512)[:6] == [16, 32, 48, 64, 96, 128]
     assert len(token_sizes(512)) == 14

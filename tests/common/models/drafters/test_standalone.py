@@ -108,8 +108,8 @@ def serve_sampled(folder, draft, prompts, temperatures, page_size):
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_guesses_that_the_target_itself_has_drawn_are_all_kept_at_any_temperature(checkpoint, ranks, size):
-    """p = q, so min(1, p/q) is 1: another temperature, place or seed in the draft's q than in the target's p, or ranks that have
-    drawn different guesses, and some would be refused."""
+    """p = q, so min(1, p/q) is 1: another temperature in the draft's q than in the target's p, a q of another place in the text, or
+    ranks that have drawn different guesses, and some would be refused."""
     folder = checkpoint("qwen2")
     prompts, expected = prompts_and_answers(folder)
     heat = [0.0, 0.5, 1.0, 1.3, 2.0, 0.0]
