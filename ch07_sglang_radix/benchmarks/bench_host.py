@@ -2,7 +2,7 @@
 
     python -m ch07_sglang_radix.benchmarks.bench_host                                       # 1, 64 and 256 running, a minute
     python -m ch07_sglang_radix.benchmarks.bench_host --label e6a1 --add --running 256      # further rows of the same file
-    python -m ch07_sglang_radix.benchmarks.bench_host --label "e6a1, come and go" --add --come-and-go
+    python -m ch07_sglang_radix.benchmarks.bench_host --label "e6a1, come and go" --add --come-and-go --running 64 256
 
 The bundled model reads the prompts; then `decode` of the executor is replaced by a function that returns the same random logits
 [B, 8] again and again, and all else is what an engine does: overlap as on a GPU, pages of 16 tokens, requests that end by their
@@ -63,6 +63,10 @@ def main() -> None:
             f"running={args.running}, rounds={args.rounds} and num_continuous_decode_steps={args.num_continuous_decode_steps} "
             "must be at least 1"
         )
+    if args.come_and_go and min(args.running) < 2:
+        raise ValueError(
+            f"running={args.running} with --come-and-go: who has one token to get never decodes; use 2 or more"
+        )
     torch.set_num_threads(1)
     tp = initialize_tensor_parallel(device="cpu")
     per_request = PROMPT + WARM_UP + COUNTED + 2 * args.rounds * STEPS + 32
@@ -97,7 +101,7 @@ def measure(
     numbers = count(running)
 
     def turn() -> None:
-        _add(scheduler, next(numbers), running + 1)  # it ends when all who run now have
+        _add(scheduler, next(numbers), running)  # it ends when all who run now have
         scheduler.step()  # its prefill
         scheduler.step()
 

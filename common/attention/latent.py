@@ -22,7 +22,7 @@ blank a page that its last owner left NaN in.
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from common.attention.contract import AttentionMetadata
 from common.attention.kv_cache import PagedKVCache
@@ -222,7 +222,9 @@ def attend_in_one_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale:
     No mask of n times S is built or read: at 32,000 tokens it would be more bytes than all else. Values that
     are narrower than keys are filled up with zeros, because flash attention wants one width.
     """
-    width, causal = v.shape[-1], causal_lower_right(len(q), k.shape[1])
+    width = v.shape[-1]
+    causal = torch.empty(0).as_subclass(CausalBias)  # torch's own causal_lower_right makes one of [2, n, S] numbers
+    causal.variant, causal.seq_len_q, causal.seq_len_kv = CausalVariant.LOWER_RIGHT, len(q), k.shape[1]
     v = F.pad(v, (0, max(0, k.shape[-1] - width)))
     o = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], attn_mask=causal, scale=scale)
     return o[0, ..., :width].transpose(0, 1)
