@@ -24,9 +24,8 @@ class InputBatch:
     def __init__(self, settle: Callable[[], None], block_size: int, group: bool):
         self.settle, self.block_size = settle, block_size
         self.groups = PrefixGroups(block_size) if group else None
-        self._numbers: dict[
-            tuple[Request, int], int
-        ] = {}  # of the group of each that decodes, by request and preemptions
+        # the group of each that decodes, by request and preemptions
+        self._numbers: dict[tuple[Request, int], int] = {}
         self._order, self._alike = np.zeros(0, dtype=np.int64), ()
         self._drawn_for: list[Request] = []  # in the last step, and how
         self._sampling: SamplingBatch | None = None

@@ -173,6 +173,7 @@ class LLMEngine:
             )
         number, known = wanted.lora_int_id, self.loras.get(wanted.lora_int_id)
         if known is None:
+            self.runner.together.check()
             if self.tp.spawned and self.tp.rank == 0:
                 self.runner.tell_adapter(number, wanted.lora_path)
             if wrong := self.runner.load_adapter(number, wanted.lora_path):
@@ -327,6 +328,7 @@ class LLMEngine:
         """A step could not be carried out: its requests end with the error, and nobody else."""
         self.outputs.fail(requests, error)
         self.batch.forget()
+        self.slots.forget()  # what was to be written may not be there
         for request in requests:
             self.scheduler.finish(request)
 

@@ -12,6 +12,7 @@ vLLM 0.33: lora/request.py; lora/worker_manager.py, where every worker keeps the
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from common.values import shown, text, walked, whole
@@ -23,12 +24,13 @@ class LoRARequest:
 
     lora_name: str
     lora_int_id: int
-    lora_path: str
+    lora_path: str | Path
 
     def __post_init__(self):
         text("lora_name", self.lora_name, empty=False)
         whole("lora_int_id", self.lora_int_id, 1, (1 << 31) - 1)
-        object.__setattr__(self, "lora_path", text("lora_path", str(self.lora_path), empty=False))
+        path = str(self.lora_path) if isinstance(self.lora_path, Path) else self.lora_path
+        object.__setattr__(self, "lora_path", text("lora_path", path, empty=False))
 
 
 def lora_requests(given: Any, count: int) -> list[LoRARequest | None]:
@@ -50,6 +52,10 @@ class LoRASlotBook:
     def __init__(self, max_loras: int):
         self.max_loras = max_loras
         self.slots: dict[int, int] = {}  # by lora_int_id, the least recently used first
+
+    def forget(self) -> None:
+        """Nobody is known to lie anywhere: each is written again before its next step."""
+        self.slots.clear()
 
     def place(self, wanted: Collection[int]) -> list[tuple[int, int]]:
         """Those of the next step, max_loras at most -> (adapter, slot) to be written before it. Who is not wanted makes room."""

@@ -26,6 +26,7 @@ from common.attention.prefix_groups import Alike
 from common.distributed.messages import agree, receive, send
 from common.executor import Executor, first_of_each
 from common.layers.vocab import gather_logits
+from common.models.adapter_files import checksum
 from common.parallel_state import broadcast
 from common.sampling.batch import SamplingBatch
 from common.sampling.sampler import Drawn, sample
@@ -165,9 +166,11 @@ class ModelRunner(Executor):
 
     def place_adapter(self, adapter: int, slot: int) -> None:
         """Have it in this slot on all ranks, from the next step on."""
+        self.together.check()
         if self.tp.size > 1:
             send(np.array([PLACE, adapter, slot], dtype=np.int64), self.tp, "adapter")
-        self.lora.place(adapter, slot)
+        with self.together:
+            self.lora.place(adapter, slot)
 
     def tell_adapter(self, adapter: int, folder: str) -> None:
         """To ranks that run no script of their own: `load_adapter`, which is to be called here, too."""
@@ -207,7 +210,12 @@ class ModelRunner(Executor):
 
     def load_adapter(self, adapter: int, folder: str) -> str | None:
         """Read this rank's part of it. Why no rank has it, or None if all have."""
-        _, wrong = agree(lambda: self.lora.load(adapter, folder), self.tp, "has read another adapter than rank 0")
+
+        def load() -> str:
+            self.lora.load(adapter, folder)
+            return checksum(folder)
+
+        _, wrong = agree(load, self.tp, "has read another adapter than rank 0", lambda digest: digest)
         if wrong and adapter in self.lora.loaded:
             self.lora.unload(adapter)
         return wrong

@@ -44,12 +44,12 @@ def links(chapter: str) -> set[str]:
     return {target.partition("#")[0] for target in re.findall(r"\]\((\S+?)\)", text)}
 
 
-def run(command: str, shown: str) -> None:
-    """Run it as a reader would; the shown lines must come in this order, and may go on with numbers that vary.
+def run(command: str | list[str], shown: str) -> None:
+    """Run it as a reader would, or its words; the shown lines must come in this order, and may go on with numbers that vary.
 
     Its processes are those of tests/warm.py, torchrun's ranks too: what torchrun itself does is tested with torchrun.
     """
-    program, *args = command.split()
+    program, *args = command.split() if isinstance(command, str) else command
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if program == "torchrun":
         (size,) = (int(arg.partition("=")[2]) for arg in args if arg.startswith("--nproc_per_node="))

@@ -19,10 +19,11 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 from ch07_sglang_radix.adapters.gate import LoRAGate
-from ch07_sglang_radix.adapters.registry import Adapter, LoRARegistry, checksum, users_of
+from ch07_sglang_radix.adapters.registry import Adapter, LoRARegistry, users_of
 from ch07_sglang_radix.lora import LoRARef
 from ch07_sglang_radix.scheduler import TPScheduler
 from common.distributed.messages import agree
+from common.models.adapter_files import checksum
 from common.values import shown
 
 LOAD, PLACE, UNLOAD = "load_adapter", "place_adapter", "unload_adapter"  # notes

@@ -10,17 +10,14 @@ back with the numbers that it had, or not at all (the checksum). SGLang 0.5.23: 
 policies (srt/lora/lora_registry.py, mem_pool.py, eviction_policy.py).
 """
 
-import hashlib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from uuid import NAMESPACE_URL, uuid5
 
 from ch07_sglang_radix.lora import LoRARef
+from common.models.adapter_files import checksum
 from common.values import shown
-
-FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(eq=False)
@@ -154,24 +151,6 @@ class LoRARegistry:
             "lora_in_memory": len(self.loaded), "lora_pool_slots_used": len(self.slots),
             "lora_pool_slots_total": self.max_loras_per_batch,
         }  # fmt: skip
-
-
-def checksum(path: str | Path) -> str:
-    """SHA-256 of both files. Raises FileNotFoundError, in one line."""
-    digest = hashlib.sha256()
-    for file_path in (Path(path) / name for name in FILES):
-        try:
-            if file_path.exists() and not file_path.is_file():  # a pipe or a device may have no end
-                raise OSError("it is no file")
-            with file_path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-        except OSError as error:
-            raise FileNotFoundError(
-                f"{file_path} cannot be read: {error.strerror or error}; give a folder with {' and '.join(FILES)}, as peft "
-                "saves it"
-            ) from None
-    return digest.hexdigest()
 
 
 def users_of(identity: str, everybody: Iterable) -> bool:

@@ -15,6 +15,7 @@ SGLang 0.5.23 does not read use_rslora (srt/lora/lora_config.py). What would mak
 name, and so is what the two files do not agree about. They are read as peft 0.21.2 reads them.
 """
 
+import hashlib
 import math
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
@@ -32,7 +33,8 @@ from common.models.json_file import json_shown, name_shown, names_shown, read_js
 from common.models.tensor_names import EMBEDDING, HEAD
 
 PREFIX, COPY = "base_model.model.", ".base_layer.weight"
-CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+FILES = CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
 TENSOR = regex.compile(
     r"(?:base_model\.model\.)?(?P<module>.+?)\.lora_(?:embedding_)?(?P<which>[AB])(?:\.default)?(?:\.weight)?"
 )
@@ -326,3 +328,21 @@ def _refuse_a_misfit(
             f"{where}: no room for {len(outside)} of its modules: {names_shown(outside)}; start with lora_target_modules that "
             f"name {', '.join(kinds)}"
         )
+
+
+def checksum(path: str | Path) -> str:
+    """SHA-256 of both files. Raises FileNotFoundError, in one line."""
+    digest = hashlib.sha256()
+    for file_path in (Path(path) / name for name in FILES):
+        try:
+            if file_path.exists() and not file_path.is_file():  # a pipe or a device may have no end
+                raise OSError("it is no file")
+            with file_path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"{file_path} cannot be read: {error.strerror or error}; give a folder with {' and '.join(FILES)}, as peft "
+                "saves it"
+            ) from None
+    return digest.hexdigest()

@@ -60,6 +60,12 @@ def serve(base, folders):
             wrong = str(error)
         except FileNotFoundError as error:
             wrong = f"not told to all ranks: {error}"
+        mine = LoRARequest("mine", 8, str(folders[llm.llm_engine.tp.rank]))
+        if llm.llm_engine.tp.size > 1:
+            try:
+                llm.generate(PROMPTS[:1], PARAMS, lora_request=mine, use_tqdm=False)
+            except ValueError as error:
+                wrong += f" {error}"
         tokens = [[one.outputs[0].token_ids for one in outputs] for outputs in rounds]
         told.append((tokens, [one.num_cached_tokens for one in rounds[1]], wrong, scheduler.num_preemptions, most))
     return told
@@ -77,6 +83,7 @@ def test_tokens_equal_peft_in_any_mix(size, base, folders, ranks):
     for rank in told:
         assert [tokens for tokens, *_ in rank] == [[right, right]] * 2
         assert all("nowhere" in wrong and "\n" not in wrong for _, _, wrong, *_ in rank)
+        assert size == 1 or all("rank 1 has read another adapter than rank 0" in wrong for _, _, wrong, *_ in rank)
     (_, found, _, _, most), (*_, preempted, _) = told[0]
     assert found == [(len(prompt) - 1) // 4 * 4 for prompt in PROMPTS]
     assert most == 2
@@ -95,6 +102,22 @@ def test_blocks_of_one_adapter_are_found_by_no_other(base, folders):
         assert [cached(who) for who in (0, 1, 3)] == [0, 0, 0]
         assert [cached(who) for who in (0, 1, 3)] == [known] * 3
         assert [cached(1, cache_salt="s"), cached(1, cache_salt="s")] == [0, known]
+
+
+def test_an_adapter_that_was_interrupted_on_its_way_is_placed_again(base, folders, monkeypatch):
+    with LLM(str(base), device="cpu", enable_lora=True, max_loras=1) as llm:
+        first, second = (LoRARequest(str(i), i, str(folders[i - 1])) for i in (1, 2))
+        llm.generate(PROMPTS[:1], PARAMS, lora_request=first, use_tqdm=False)
+
+        def interrupted(adapter, slot):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.llm_engine.runner.lora, "place", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                llm.generate(PROMPTS[:1], PARAMS, lora_request=second, use_tqdm=False)
+        (told,) = llm.generate(PROMPTS[:1], PARAMS, lora_request=second, use_tqdm=False)
+    assert told.outputs[0].token_ids == greedy_with(base, folders[1], PROMPTS[0], NEW_TOKENS)
 
 
 def test_what_cannot_be_is_one_line_and_nothing_runs(base, folders):
@@ -121,7 +144,8 @@ def test_what_cannot_be_is_one_line_and_nothing_runs(base, folders):
     ):
         llm.generate(PROMPTS[:1], PARAMS, lora_request=a)
     for values, words in (
-        (("", 1, "x"), "lora_name"), (("a", 0, "x"), "lora_int_id=0 must be at least 1"), (("a", 1, ""), "lora_path")
+        (("", 1, "x"), "lora_name"), (("a", 0, "x"), "lora_int_id=0 must be at least 1"), (("a", 1, ""), "lora_path"),
+        (("a", 1, None), "lora_path=None must be a text"), (("a", 1, 5), "lora_path=5 must be a text"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             LoRARequest(*values)

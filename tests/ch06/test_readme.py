@@ -22,10 +22,10 @@ def test_the_command_prints_what_is_shown(command, shown):
     run(command, shown)
 
 
-def test_the_python_of_the_readme_runs_under_torchrun(tmp_path):
+def test_the_python_of_the_readme_runs_on_two_ranks(tmp_path):
     (code,) = re.findall(r"```python\n(.+?)```", (ROOT / CHAPTER / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "snippet.py").write_text(code, encoding="utf-8")
-    run(f"torchrun --nproc_per_node=2 {tmp_path / 'snippet.py'}", "")
+    run(["torchrun", "--nproc_per_node=2", str(tmp_path / "snippet.py")], "")
 
 
 @pytest.mark.parametrize(("at", "exercise"), [(0, "ex1_row_parallel_bias"), (1, "ex5_prefix_hash")])

@@ -4,8 +4,9 @@ import os
 
 import pytest
 
-from ch07_sglang_radix.adapters.registry import FILES, LoRARegistry, Shelf, checksum
+from ch07_sglang_radix.adapters.registry import LoRARegistry, Shelf
 from ch07_sglang_radix.lora import LoRARef, lora_names, lora_refs
+from common.models.adapter_files import FILES, checksum
 from common.tiny_qwen import ADAPTERS_PATH
 
 PIRATE, TERSE = (str(ADAPTERS_PATH / name) for name in ("pirate", "terse"))
