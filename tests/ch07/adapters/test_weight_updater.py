@@ -20,6 +20,9 @@ from ch07_sglang_radix.adapters import weight_updater
 from ch07_sglang_radix.adapters.weight_updater import WeightUpdater
 from ch07_sglang_radix.experts.rebalancer import Rebalancer
 from ch07_sglang_radix.scheduler import TPScheduler
+from ch07_sglang_radix.serving.channels import MemoryPipe
+from ch07_sglang_radix.serving.messages import Control, TokenizedGenerate
+from ch07_sglang_radix.serving.scheduler_process import SchedulerProcess
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.distributed import update_group
 from common.distributed.update_group import UpdateGroup, open_store
@@ -225,6 +228,20 @@ def test_no_step_runs_in_the_loop_while_weights_are_held(engine, folder):
     assert asyncio.run(serve()) == greedy(folder, PROMPTS[0], 5)
 
 
+def test_a_server_s_loop_makes_no_step_while_weights_are_held_not_even_one_that_is_asked_for(engine, folder):
+    process = SchedulerProcess(engine, MemoryPipe(), MemoryPipe())
+    process.take(TokenizedGenerate(0, "0", PROMPTS[0], TOKENS, {}))
+    assert process.obey(Control(0, "pause", {"mode": "in_place"})).value == 1
+    engine.update_weights_from_disk(str(folder), hold=True)
+    assert process.obey(Control(1, "step", {"steps": 1})).value == 1
+    assert not process.turn()
+    process.resume()
+    assert not process.turn()
+    assert engine.scheduler.step_number == 0
+    engine.finish_update(write=True)
+    assert process.turn()
+
+
 # --- one rank alone
 
 
@@ -266,15 +283,8 @@ def test_a_rank_that_fails_alone_keeps_all_from_changing(folder, copy, ranks, wh
 def codes_on_one_stage(folder) -> list[str]:
     """Each rank of a pool of two stages, of which the first has no experts."""
     parallel = layout_of_the_pool(tensor_parallel_size=1, pipeline_parallel_size=2)
-    model = TPRadixAttentionModelWrapper(
-        folder,
-        "cpu",
-        4,
-        max_total_tokens=256,
-        parallel=parallel,
-        pp_layer_partition="1,3",
-        quantized_compute="weight_only",
-    )
+    options = {"pp_layer_partition": "1,3", "quantized_compute": "weight_only"}
+    model = TPRadixAttentionModelWrapper(folder, "cpu", 4, max_total_tokens=256, parallel=parallel, **options)
     assert bool(codes_of(model.model)) == (parallel.pp.rank == 1)
     scheduler = TPScheduler(model)
     said = [WeightUpdater(scheduler).get_weights_by_name("model.norm.weight", 5)["message"]]

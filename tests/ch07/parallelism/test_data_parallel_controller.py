@@ -246,11 +246,8 @@ def test_weights_that_one_replica_cannot_hold_are_dropped_by_all(three, wrong, w
 
 def test_weights_that_no_replica_can_read_are_told_once_and_nothing_is_dropped(three):
     three.send(UPDATE)
-    assert [three.reply(rank, error="no folder") for rank in range(3)] == [
-        None,
-        None,
-        ControlReply(8, error="no folder"),
-    ]
+    told = [three.reply(rank, error="no folder") for rank in range(3)]
+    assert told == [None, None, ControlReply(8, error="no folder")]
     assert all(pipe.sent[-1].op == UPDATE.op for pipe in three.pipes)
 
 
