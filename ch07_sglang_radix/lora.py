@@ -167,11 +167,16 @@ def _refuse_what_is_not_combined(args: Any) -> None:
 def one_voice(said: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """What each replica has said of a load or an unload, by its rank -> the same as of one engine: done on all, or refused."""
     wrong = {rank: one["error_message"] for rank, one in sorted(said.items()) if not one["success"]}
-    alike = len(wrong) == len(said) and len(set(wrong.values())) == 1
-    why = next(iter(wrong.values())) if alike else "; ".join(f"replica {rank}: {one}" for rank, one in wrong.items())
     first, *others = (one["loaded_adapters"] for one in said.values())
     loaded = {name: path for name, path in first.items() if all(name in names for names in others)}
-    return {"success": not wrong, "error_message": why, "loaded_adapters": loaded}
+    return {"success": not wrong, "error_message": one_reason(wrong, len(said)), "loaded_adapters": loaded}
+
+
+def one_reason(wrong: Mapping[int, str], replicas: int) -> str:
+    """What is wrong with some of the replicas, by their ranks: said once if it is the same of all."""
+    if len(wrong) == replicas and len(set(wrong.values())) == 1:
+        return next(iter(wrong.values()))
+    return "; ".join(f"replica {rank}: {one}" for rank, one in wrong.items())
 
 
 def refuse_unknown(names: Iterable[str | None], loaded: Collection[str]) -> None:

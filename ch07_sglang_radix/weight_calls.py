@@ -45,7 +45,7 @@ class WeightCalls(ABC):
         abort_all_requests: end who waits or runs; else there must be nobody, or generation is paused. Requests that were paused
         in_place go on with the K and V of the old weights. weight_version: what meta_info tells from here on. hold: look at
         them and keep them beside the old ones until `finish_update`, so that several engines can change together; no step runs
-        meanwhile.
+        meanwhile. Replicas (dp_size > 1) do so by themselves, and refuse it.
         """
         _refuse_formats(load_format)
         options = _options(flush_cache, abort_all_requests, weight_version, hold)

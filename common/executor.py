@@ -25,6 +25,7 @@ from common.attention.kv_cache import PagedKVCache
 from common.attention.kv_format import kv_dtype as kv_dtype_of
 from common.attention.kv_format import kv_format, kv_name
 from common.attention.sequence_table import SequenceTable, StepInputs
+from common.distributed.messages import share_all
 from common.distributed.processes import Together
 from common.distributed.transfer import upload, upload_all
 from common.draft_tree import DraftTree
@@ -514,7 +515,9 @@ class Executor:
         placement.load.zero_()
 
     def refuse_experts_of_codes(self, what: str) -> None:
-        if any(isinstance(module, CodedMatrices) for module in self.model.modules()):
+        """All ranks of the replica call it: a stage without experts has no codes, and refuses what another one cannot do."""
+        coded = any(isinstance(module, CodedMatrices) for module in self.model.modules())
+        if any(share_all(coded, self.parallel.replica)):
             raise ValueError(
                 f"{what}: this model's experts are kept as codes, which stay where they were read; start the engine with "
                 "quantized_compute=auto"

@@ -60,7 +60,6 @@ class WeightUpdater:
         self._snapshot: dict[str, str] | None = None
         self._updates = 0  # a name for what each has set apart
         self._held: tuple[Staged, OldOnes] | None = None  # looked at, and neither written nor dropped yet
-        self._pauses = False  # while that is so, nobody begins with weights that may change under him
 
     def close(self) -> None:
         for group in self._groups.values():
@@ -131,16 +130,14 @@ class WeightUpdater:
             return _failed(wrong)
         if not old.hold:
             return self._write(ours, old)
-        self._held, self._pauses = (ours, old), not self.scheduler.paused
-        self.scheduler.paused = True
+        self._held, self.scheduler.held = (ours, old), True
         return {"success": True, "message": f"{ours.tensors} tensors held", "digest": ours.digest}
 
     def finish_update(self, write: bool) -> Told:
         """Of one that is held. Writing cannot fail: all ranks have all they need."""
         if self._held is None:
             return _failed("no update is held; give hold=True to one")
-        (ours, old), self._held = self._held, None
-        self.scheduler.paused = self.scheduler.paused and not self._pauses
+        (ours, old), self._held, self.scheduler.held = self._held, None, False
         return self._write(ours, old) if write else {"success": True, "message": "the old weights answer"}
 
     def _write(self, ours: Staged, old: OldOnes) -> Told:
@@ -245,7 +242,7 @@ class WeightUpdater:
             return _failed("the weights are away; call resume_memory_occupation(['weights']) first")
         try:
             whole = whole_tensor(executor.model, name, shape, executor.moe, self.replica)
-        except ValueError as error:  # rank 0's: the messages have been sent
+        except ValueError as error:  # all ranks', or rank 0's once the messages have been sent
             return _failed(str(error))
         return {
             "success": True,

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-from ch07_sglang_radix.lora import one_voice
+from ch07_sglang_radix.lora import one_reason, one_voice
 from ch07_sglang_radix.parallelism.load_balancing import LoadBalancer, Sent
 from ch07_sglang_radix.serving.channels import Pull, Push
 from ch07_sglang_radix.serving.messages import (
@@ -180,8 +180,8 @@ class DataParallelController:
         asked.missing.discard(rank)
         if asked.told is None:
             asked.replies[rank] = reply
-        elif asked.op in UPDATES and reply.value:
-            asked.told = _added_up(asked.told, reply.value)
+        elif asked.op in UPDATES:
+            asked.told = _added_up(asked.told, rank, reply)
         return None if asked.missing else self._together(asked)
 
     def _together(self, asked: _Asked) -> ControlReply | None:
@@ -245,10 +245,10 @@ def together(hellos: dict[int, Hello]) -> Hello:
 
 
 def merged(number: int, op: str, replies: dict[int, ControlReply]) -> ControlReply:
-    """One reply of all. One that could not do it is named, for the others have."""
-    errors = [f"replica {rank}: {reply.error}" for rank, reply in sorted(replies.items()) if reply.error is not None]
-    if errors:
-        return ControlReply(number, error="; ".join(errors))
+    """One reply of all. One that could not do it is named if others have."""
+    wrong = {rank: reply.error for rank, reply in sorted(replies.items()) if reply.error is not None}
+    if wrong:
+        return ControlReply(number, error=one_reason(wrong, len(replies)))
     values = {rank: reply.value for rank, reply in sorted(replies.items())}
     try:
         return ControlReply(number, MERGE.get(op, _first)(values))
@@ -292,12 +292,14 @@ def _one_digest(values: dict[int, dict[str, Any]]) -> dict[str, Any]:
     return {"num_paused_requests": 0}
 
 
-def _added_up(told: ControlReply, written: dict[str, Any]) -> ControlReply:
-    """What is told of an update, with what one more replica says that it has written."""
+def _added_up(told: ControlReply, rank: int, reply: ControlReply) -> ControlReply:
+    """What is told of an update, with what one more replica says that it has written. The first error stays."""
     if told.error is not None:
         return told
-    paused = told.value["num_paused_requests"] + written["num_paused_requests"]
-    return ControlReply(told.number, written | {"num_paused_requests": paused})
+    if reply.error is not None:
+        return ControlReply(told.number, error=f"replica {rank}: {reply.error}; replicas differ, start anew")
+    paused = told.value["num_paused_requests"] + reply.value["num_paused_requests"]
+    return ControlReply(told.number, reply.value | {"num_paused_requests": paused})
 
 
 LOAD, UNLOAD = "load_lora_adapter", "unload_lora_adapter"

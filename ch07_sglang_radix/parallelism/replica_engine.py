@@ -141,6 +141,10 @@ class ReplicaEngine(GenerateCalls, WeightCalls):
         self._run(self.manager.resume())
 
     def _exchange(self, op: str, payload: bytes | None = None, /, **arguments: Any) -> Told:
+        if op == "finish_update" or "hold" in arguments:
+            raise ValueError(
+                f"dp_size={self.server_args.dp_size}: replicas hold and write by themselves; leave hold and finish_update out"
+            )
         given = arguments if payload is None else arguments | {"named_tensors": payload}
         told = self._run(exchange(self.manager, op, **given))
         return {"parameter": told} if op == "get_weights_by_name" else told

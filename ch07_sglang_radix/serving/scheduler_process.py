@@ -73,7 +73,7 @@ class SchedulerProcess:
     """inbox: from main; texts: to the detokenizer; main: replies, and everything if there is no tokenizer (texts=None).
 
     ops: what a Control may ask for; a wing adds its own. at_rest: called before it waits for work. While the scheduler is paused,
-    no step runs but those that `step` asks for.
+    no step runs but those that `step` asks for; none while an update of weights is held.
     """
 
     def __init__(self, engine: Engine, inbox: Pull, main: Push, texts: Push | None = None, dp_rank: int | None = None):
@@ -105,7 +105,7 @@ class SchedulerProcess:
     def turn(self) -> bool:
         """A step, if there is one to do, and what has come of it and of aborts; False if there is nothing more to do."""
         busy = False
-        if not self.scheduler.paused or self.steps_asked_for:
+        if not self.scheduler.held and (not self.scheduler.paused or self.steps_asked_for):
             self.teller.begin()
             self.working = True
             busy = self.scheduler.step()

@@ -9,6 +9,7 @@ import hashlib
 
 import torch
 
+from common.distributed.messages import agree
 from common.layers.cpu_linear import row_major
 from common.layers.moe import MoEOptions
 from common.models.decoder import CausalLM
@@ -32,9 +33,13 @@ def whole_tensor(
 ) -> torch.Tensor | None:
     """The tensor as a checkpoint has it, float32 on rank 0 of `group`; None on the others. All ranks of a model call it.
 
-    Raises ValueError, on rank 0, if two ranks hold different numbers for one element: they are out of step.
+    Raises ValueError on all of them if one cannot tell its part: the codes of experts may lie on one stage alone. On rank 0 if two
+    ranks hold different numbers for one element: they are out of step.
     """
-    mine, known = own_part(model, name, shape, moe)
+    own, wrong = agree(lambda: own_part(model, name, shape, moe), group, "")
+    if wrong:
+        raise ValueError(wrong)
+    mine, known = own
     parts = gather(mine, group, "weights")  # COMM gather [tensor]: what each rank holds of it
     there = gather(known, group, "weights")  # COMM gather [tensor]: and which elements that are
     if parts is None or there is None:
@@ -51,7 +56,7 @@ def whole_tensor(
 
 @torch.no_grad()
 def own_part(model: CausalLM, name: str, shape: tuple[int, ...], moe: MoEOptions) -> tuple[torch.Tensor, torch.Tensor]:
-    """(float32 numbers, uint8 which of them this rank holds), both of the whole tensor's shape."""
+    """(float32 numbers, uint8 which of them this rank holds), both of the whole tensor's shape. ValueError where codes are held."""
     whole, known = torch.zeros(shape), torch.zeros(shape, dtype=torch.uint8)
     refuse_codes(model, name)
     name, copy = _settled(model, name), empty_copy(model, moe)

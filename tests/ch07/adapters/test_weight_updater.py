@@ -18,12 +18,18 @@ from safetensors.torch import load_file, save, save_file
 from ch07_sglang_radix import Engine
 from ch07_sglang_radix.adapters import weight_updater
 from ch07_sglang_radix.adapters.weight_updater import WeightUpdater
+from ch07_sglang_radix.experts.rebalancer import Rebalancer
 from ch07_sglang_radix.scheduler import TPScheduler
+from ch07_sglang_radix.serving.channels import MemoryPipe
+from ch07_sglang_radix.serving.messages import Control, TokenizedGenerate
+from ch07_sglang_radix.serving.scheduler_process import SchedulerProcess
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.distributed import update_group
 from common.distributed.update_group import UpdateGroup, open_store
+from common.models.quantized_tensors import codes_of
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.ch07.adapters.a_trainer import send_some
+from tests.common.quantization.checkpoints import FORMATS, INT4, quantise_folder
 from tests.oracle import greedy, some_prompts
 from tests.ranks import layout_of_the_pool
 
@@ -188,7 +194,14 @@ def test_weights_that_are_held_answer_once_they_are_written(engine, folder):
     ):
         with pytest.raises(ValueError, match=words):
             wrong()
+    engine.continue_generation()  # it was not paused, and what is held is still to come
+    with pytest.raises(ValueError, match="paused while an update is held; write or drop it first, with finish_update"):
+        engine.generate(**ask)
+    engine.pause_generation("in_place")
     engine.finish_update(write=False)
+    with pytest.raises(ValueError, match="generation is paused, and nothing is computed; call continue_generation"):
+        engine.generate(**ask)
+    engine.continue_generation()
     assert (engine.generate(**ask)["output_ids"], engine.scheduler.weight_version) == (old, "default")
     assert engine.update_weights_from_tensor(new, weight_version="held", hold=True) == held
     assert "weight_version=held" in engine.finish_update(write=True)["message"]
@@ -197,6 +210,36 @@ def test_weights_that_are_held_answer_once_they_are_written(engine, folder):
     assert (told["weight_version"], told["cached_tokens"]) == ("held", 0)
     with pytest.raises(ValueError, match="no update is held"):
         engine.finish_update(write=True)
+
+
+def test_no_step_runs_in_the_loop_while_weights_are_held(engine, folder):
+    async def serve() -> list[int]:
+        at_rest = partial(asyncio.get_running_loop().run_in_executor, None)
+        await at_rest(partial(engine.update_weights_from_disk, str(folder), hold=True))
+        asked = asyncio.create_task(engine.async_generate(input_ids=PROMPTS[0], sampling_params=TOKENS))
+        while not (await at_rest(engine.get_server_info))["waiting"]:
+            assert not asked.done()
+        for _ in range(3):
+            await at_rest(engine.continue_generation)
+        assert engine.scheduler.step_number == 0
+        await at_rest(partial(engine.finish_update, write=True))
+        return (await asked)["output_ids"]
+
+    assert asyncio.run(serve()) == greedy(folder, PROMPTS[0], 5)
+
+
+def test_a_server_s_loop_makes_no_step_while_weights_are_held_not_even_one_that_is_asked_for(engine, folder):
+    process = SchedulerProcess(engine, MemoryPipe(), MemoryPipe())
+    process.take(TokenizedGenerate(0, "0", PROMPTS[0], TOKENS, {}))
+    assert process.obey(Control(0, "pause", {"mode": "in_place"})).value == 1
+    engine.update_weights_from_disk(str(folder), hold=True)
+    assert process.obey(Control(1, "step", {"steps": 1})).value == 1
+    assert not process.turn()
+    process.resume()
+    assert not process.turn()
+    assert engine.scheduler.step_number == 0
+    engine.finish_update(write=True)
+    assert process.turn()
 
 
 # --- one rank alone
@@ -235,6 +278,35 @@ def test_a_rank_that_fails_alone_keeps_all_from_changing(folder, copy, ranks, wh
     for told, same, works in ranks(2).run(one_rank_fails, folder, other, what, tuple(layout.items())):
         assert told["message"].startswith(words)
         assert (told["success"], same, works) == (False, True, True)
+
+
+def codes_on_one_stage(folder) -> list[str]:
+    """Each rank of a pool of two stages, of which the first has no experts."""
+    parallel = layout_of_the_pool(tensor_parallel_size=1, pipeline_parallel_size=2)
+    options = {"pp_layer_partition": "1,3", "quantized_compute": "weight_only"}
+    model = TPRadixAttentionModelWrapper(folder, "cpu", 4, max_total_tokens=256, parallel=parallel, **options)
+    assert bool(codes_of(model.model)) == (parallel.pp.rank == 1)
+    scheduler = TPScheduler(model)
+    said = [WeightUpdater(scheduler).get_weights_by_name("model.norm.weight", 5)["message"]]
+    for do in (
+        lambda: Rebalancer(scheduler, every=10),
+        lambda: model.move_experts(model.placement.physical_to_logical),
+    ):
+        with pytest.raises(ValueError, match="kept as codes") as error:
+            do()
+        said.append(str(error.value))
+    return said
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_codes_that_one_stage_has_are_refused_by_all_ranks(checkpoint, ranks, tmp_path):
+    experts = {"config_groups": {"experts": {"targets": [r"re:.*\.experts\..*"], "weights": INT4}}}
+    codes, _ = quantise_folder(checkpoint("qwen2_moe"), tmp_path, FORMATS["pack 4"] | experts)
+    first, second = ranks(2).run(codes_on_one_stage, codes)
+    assert first == second
+    for what, words in zip(("rank 1: model.norm.weight", "enable_eplb", "experts that move"), first, strict=True):
+        assert words.startswith(f"{what}: this model's ")
+        assert "kept as codes" in words
 
 
 # --- a trainer

@@ -165,6 +165,8 @@ def test_who_could_not_do_it_is_named(three):
     three.reply(0, 3)
     three.reply(1, error="not paused")
     assert three.reply(2, 4) == ControlReply(1, error="replica 1: not paused")
+    three.send(Control(2, "step", {"steps": 1}))
+    assert [three.reply(rank, error="not paused") for rank in range(3)][-1] == ControlReply(2, error="not paused")
 
 
 def said(error="", *loaded):
@@ -240,6 +242,23 @@ def test_weights_that_one_replica_cannot_hold_are_dropped_by_all(three, wrong, w
             assert (pipe.sent[-1].op, pipe.sent[-1].arguments) == ("finish_update", {"write": False})
             told = three.reply(rank, {"success": True, "message": "the old weights answer"})
     assert told == ControlReply(8, error=words)
+
+
+def test_weights_that_no_replica_can_read_are_told_once_and_nothing_is_dropped(three):
+    three.send(UPDATE)
+    told = [three.reply(rank, error="no folder") for rank in range(3)]
+    assert told == [None, None, ControlReply(8, error="no folder")]
+    assert all(pipe.sent[-1].op == UPDATE.op for pipe in three.pipes)
+
+
+@pytest.mark.parametrize("fails", [[0], [1], [2], [1, 2]])
+def test_a_replica_that_cannot_write_is_named_for_the_others_have_written(three, fails):
+    three.send(UPDATE)
+    for rank in range(3):
+        three.reply(rank, held())
+    written = {"success": True, "message": "50 tensors", "num_paused_requests": 0}
+    told = [three.reply(rank, *((None, "no room") if rank in fails else (written,))) for rank in range(3)]
+    assert told == [None, None, ControlReply(8, error=f"replica {fails[0]}: no room; replicas differ, start anew")]
 
 
 def test_a_replica_that_dies_with_new_weights_in_hand_is_not_waited_for(three):

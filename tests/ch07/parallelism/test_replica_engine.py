@@ -5,6 +5,7 @@ import os
 import signal
 
 import pytest
+import torch
 
 from ch07_sglang_radix import Engine
 from ch07_sglang_radix.serving.watch import wait_until
@@ -116,6 +117,19 @@ def test_adapters_are_loaded_and_unloaded_on_both_replicas_or_on_none(engine):
     ):
         with pytest.raises(ValueError, match=words):
             wrong()
+
+
+def test_weights_are_held_by_the_replicas_alone(engine):
+    for call in (
+        lambda: engine.update_weights_from_tensor({"model.norm.weight": torch.zeros(112)}, hold=True),
+        lambda: engine.update_weights_from_disk(str(TINY_QWEN_PATH), hold=True),
+        lambda: engine.finish_update(write=True),
+    ):
+        with pytest.raises(
+            ValueError, match=r"^dp_size=2: replicas hold and write by themselves; leave hold and finish"
+        ):
+            call()
+    assert engine.generate(input_ids=IDS[0], sampling_params=PARAMS)["output_ids"] == RIGHT[0]
 
 
 def test_abort_and_flush_reach_both(engine):
