@@ -22,7 +22,6 @@ blank a page that its last owner left NaN in.
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from common.attention.contract import AttentionMetadata
 from common.attention.kv_cache import PagedKVCache
@@ -222,6 +221,8 @@ def attend_in_one_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale:
     No mask of n times S is built or read: at 32,000 tokens it would be more bytes than all else. Values that
     are narrower than keys are filled up with zeros, because flash attention wants one width.
     """
+    from torch.nn.attention.bias import CausalBias, CausalVariant  # noqa: PLC0415, it brings Dynamo, 2 s of a start
+
     width = v.shape[-1]
     causal = torch.empty(0).as_subclass(CausalBias)  # torch's own causal_lower_right makes one of [2, n, S] numbers
     causal.variant, causal.seq_len_q, causal.seq_len_kv = CausalVariant.LOWER_RIGHT, len(q), k.shape[1]
