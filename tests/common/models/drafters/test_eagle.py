@@ -56,8 +56,8 @@ def write(folder, head, version, options, page_size, turns, levels="copied") -> 
 
 def _write(executor, version, page_size, turns) -> list[Drafted]:
     drafter, drafted = executor.verifier.drafter, []
-    guess, guessed = drafter._guess, []
-    drafter._guess = lambda *args: guessed.append(guess(*args)) or guessed[-1]
+    run, guessed = drafter._run, []
+    drafter._run = lambda *args: guessed.append(run(*args)) or guessed[-1]
     rng = np.random.default_rng(3)
     pages = rng.permutation(512 // page_size)
     each = len(pages) // 4
