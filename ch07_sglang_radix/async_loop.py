@@ -61,7 +61,7 @@ class SchedulerLoop:
         busy = True
         try:
             while self._take_in(wait=not busy):
-                busy = not (self._scheduler.paused or self._scheduler.held) and self._scheduler.step()
+                busy = not (self._scheduler.paused or self._scheduler.weights_held) and self._scheduler.step()
                 self._give_out()
             self._scheduler.control.send_task(StopTask.leave())
             self._failure = RuntimeError("the engine has been shut down")

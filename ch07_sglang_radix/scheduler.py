@@ -313,7 +313,7 @@ class TPScheduler(StepLoop):
 
     def refuse_to_run_while_paused(self) -> None:
         """For whoever steps the scheduler by himself, and would wait for nothing."""
-        if self.held:
+        if self.weights_held:
             raise ValueError("generation is paused while an update is held; write or drop it first, with finish_update")
         if self.paused:
             raise ValueError("generation is paused, and nothing is computed; call continue_generation() first")

@@ -73,7 +73,7 @@ class SchedulerState:
 
         # what others have set, of the front alone, on every rank
         self.paused = False  # no step runs (TPScheduler.pause)
-        self.held = False  # nor while new weights wait to be written (adapters/weight_updater.py)
+        self.weights_held = False  # nor while new weights wait to be written (adapters/weight_updater.py)
         self.weight_version = "default"  # of the weights that compute (adapters/weight_updater.py)
 
         # what has come out, of the front alone

@@ -130,14 +130,14 @@ class WeightUpdater:
             return _failed(wrong)
         if not old.hold:
             return self._write(ours, old)
-        self._held, self.scheduler.held = (ours, old), True
+        self._held, self.scheduler.weights_held = (ours, old), True
         return {"success": True, "message": f"{ours.tensors} tensors held", "digest": ours.digest}
 
     def finish_update(self, write: bool) -> Told:
         """Of one that is held. Writing cannot fail: all ranks have all they need."""
         if self._held is None:
             return _failed("no update is held; give hold=True to one")
-        (ours, old), self._held, self.scheduler.held = self._held, None, False
+        (ours, old), self._held, self.scheduler.weights_held = self._held, None, False
         return self._write(ours, old) if write else {"success": True, "message": "the old weights answer"}
 
     def _write(self, ours: Staged, old: OldOnes) -> Told:

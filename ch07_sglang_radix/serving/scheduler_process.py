@@ -105,7 +105,7 @@ class SchedulerProcess:
     def turn(self) -> bool:
         """A step, if there is one to do, and what has come of it and of aborts; False if there is nothing more to do."""
         busy = False
-        if not self.scheduler.held and (not self.scheduler.paused or self.steps_asked_for):
+        if not self.scheduler.weights_held and (not self.scheduler.paused or self.steps_asked_for):
             self.teller.begin()
             self.working = True
             busy = self.scheduler.step()
