@@ -22,8 +22,8 @@ from common.models.decoder import CausalLM
 from common.models.graph_runner import StepGraphs
 
 SEATS = 8  # sequences of a recorded step
-# (up to, step): a fifth of padding at most from 64 tokens on. A step is a recording at the start, and its launches weigh less the
-# more tokens they work for.
+# (up to, step): from 33 tokens on a third of a recorded step is padding at most. Each size is a recording at the start, and its
+# launches weigh less the more tokens they work for.
 TOKEN_STEPS = ((64, 16), (256, 32), (512, 64), (1 << 30, 256))
 
 

@@ -2,26 +2,12 @@
 
 import pytest
 
-from ch07_sglang_radix.disaggregation.local_pair import Pair
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.oracle import greedy
 
 LONG = list(range(5, 45))
 SHORT = list(range(105, 113))
 LIMIT = len(SHORT)
-
-
-@pytest.fixture
-def pair():
-    made = []
-
-    def make(**options):
-        made.append(Pair(**options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 def right(prompt, n=6):

@@ -8,7 +8,6 @@ import pytest
 
 from ch07_sglang_radix.disaggregation.attach import what_it_is
 from ch07_sglang_radix.disaggregation.bootstrap import refuse_another
-from ch07_sglang_radix.disaggregation.local_pair import Pair
 from ch07_sglang_radix.disaggregation.messages import Metadata
 from ch07_sglang_radix.handoff import Handoff
 from ch07_sglang_radix.serving.watch import wait_until
@@ -18,20 +17,6 @@ from tests.oracle import greedy
 
 PROMPT = list(range(5, 35))
 DETERMINISTIC = {"enable_deterministic_inference": True}
-
-
-@pytest.fixture
-def pair():
-    """pair(prefill={...}, decode={...}): Half's arguments."""
-    made = []
-
-    def make(**options):
-        made.append(Pair(**options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 def right(prompt=PROMPT, n=6):
