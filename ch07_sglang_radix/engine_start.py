@@ -13,6 +13,7 @@ from common.layers.moe_runner import pick_runner
 from common.models.config import ModelConfig
 from common.models.drafters.contract import DraftOptions
 from common.models.hub import resolve_model
+from common.models.prefill_graphs import PREFILL_GRAPH_TOKENS
 from common.models.stages import layer_partition, stage_layers
 from common.tiny_qwen import TINY_QWEN_PATH
 
@@ -45,10 +46,11 @@ def prefill_tokens(args: ServerArgs, device: str, page_size: int) -> int | None:
 
 
 def prefill_graph_tokens(args: ServerArgs, device: str, page_size: int) -> int:
-    """cuda_graph_max_bs_prefill, and no more than a step has."""
+    """cuda_graph_max_bs_prefill or its default, and no more than a step has."""
     chunk = prefill_tokens(args, device, page_size)
     chunk = DEFAULT_CHUNK[device] if chunk is None else chunk
-    return args.cuda_graph_max_bs_prefill if chunk == NO_CHUNKS else min(args.cuda_graph_max_bs_prefill, chunk)
+    most = PREFILL_GRAPH_TOKENS if args.cuda_graph_max_bs_prefill is None else args.cuda_graph_max_bs_prefill
+    return most if chunk == NO_CHUNKS else min(most, chunk)
 
 
 def seed(args: ServerArgs) -> int:

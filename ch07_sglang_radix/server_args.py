@@ -65,8 +65,8 @@ class ServerArgs:
     nnodes, node_rank: this is one of several hosts, with the same arguments on each; tp_size is the total, dist_init_addr HOST:PORT
     of node 0, dist_timeout the seconds that they wait for each other (common/distributed/nodes.py).
     enable_torch_compile: in steps of at most torch_compile_max_bs tokens the small layers are compiled (common/layers/compiled.py).
-    cuda_graph_max_bs_prefill: prefills of so many tokens at most, of a few sequences, are CUDA graphs as decode steps are; 0, the
-    default, until it is measured: none (common/models/prefill_graphs.py; SGLang: with cuda_graph_backend_prefill="full").
+    cuda_graph_max_bs_prefill: prefills of so many tokens at most, of a few sequences, are CUDA graphs as decode steps are; None:
+    2048; 0: none (common/models/prefill_graphs.py; SGLang: with cuda_graph_backend_prefill="full").
     context_length: tokens of a request at most. random_seed: None draws one. log_level: of this project's loggers, and
     whether a bar shows that weights are read (info and debug). dp_size: replicas, each of tp_size ranks and with a tree
     and a pool of its own; load_balance_method says which of them a request goes to. schedule_conservativeness: more than 1 admits
@@ -140,7 +140,7 @@ class ServerArgs:
     disable_overlap_schedule: bool | None = None
     gather_best: bool = False
     disable_cuda_graph: bool = False
-    cuda_graph_max_bs_prefill: int = 0
+    cuda_graph_max_bs_prefill: int | None = None
     enable_torch_compile: bool = False
     torch_compile_max_bs: int = 32
     disable_custom_all_reduce: bool = False
@@ -219,7 +219,8 @@ class ServerArgs:
         most = MAX_RUNNING if self.max_running_requests is None else self.max_running_requests
         self._set("max_running_requests", whole("max_running_requests", most, 1))
         self._set("torch_compile_max_bs", whole("torch_compile_max_bs", self.torch_compile_max_bs, 1))
-        self._set("cuda_graph_max_bs_prefill", whole("cuda_graph_max_bs_prefill", self.cuda_graph_max_bs_prefill, 0))
+        if self.cuda_graph_max_bs_prefill is not None:
+            self._set("cuda_graph_max_bs_prefill", whole("cuda_graph_max_bs_prefill", self.cuda_graph_max_bs_prefill, 0))
         switches = (
             "skip_tokenizer_init", "enable_mixed_chunk", "disable_radix_cache", "gather_best", "disable_cuda_graph",
             "enable_torch_compile",

@@ -41,7 +41,7 @@ from common.models.graph_runner import DecodeGraphs, StepGraphs
 from common.models.hub import resolve_model
 from common.models.links import StageLinks
 from common.models.lora_manager import LoRAManager, LoRAOptions
-from common.models.prefill_graphs import PrefillGraphs
+from common.models.prefill_graphs import PREFILL_GRAPH_TOKENS, PrefillGraphs
 from common.models.quantized_tensors import weight_bytes
 from common.models.stages import Stage, layer_partition
 from common.models.two_batch_overlap import Half, Ragged, forward_in_halves, halves_of
@@ -120,7 +120,7 @@ class Executor:
         moe_runner: str = "auto", ep_dispatch: str = "replicated", ep_num_redundant_experts: int = 0,
         ep_dispatch_algorithm: str = "static", speculative: DraftOptions | None = None, lora: LoRAOptions | None = None,
         quantization: str | None = None, quantized_compute: str = "auto", torch_compile_max_bs: int | None = None,
-        enable_deterministic_inference: bool = False, prefill_graph_tokens: int = 0,
+        enable_deterministic_inference: bool = False, prefill_graph_tokens: int = PREFILL_GRAPH_TOKENS,
     ):  # fmt: skip
         self.parallel = parallel or (ParallelState.of(tp) if tp else get_parallel_state(device))
         self.tp = self.parallel.tp  # inside the stage

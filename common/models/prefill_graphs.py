@@ -21,6 +21,7 @@ from common.layers.adapter_rows import AdapterBlocks
 from common.models.decoder import CausalLM
 from common.models.graph_runner import StepGraphs
 
+PREFILL_GRAPH_TOKENS = 2048  # of the largest recorded step, unless said otherwise; on an H100 no model lost by it (bench_gpu_prefill.csv)
 SEATS = 8  # sequences of a recorded step
 # (up to, step): from 33 tokens on a third of a recorded step is padding at most. Each size is a recording at the start, and its
 # launches weigh less the more tokens they work for.
@@ -28,7 +29,7 @@ TOKEN_STEPS = ((64, 16), (256, 32), (512, 64), (1 << 30, 256))
 
 
 def token_sizes(most: int) -> list[int]:
-    """The numbers of tokens that are recorded, ascending: 14 up to 512."""
+    """The numbers of tokens that are recorded, ascending: 20 up to 2048."""
     sizes, last = {most}, 0
     for end, step in TOKEN_STEPS:
         sizes |= set(range(last + step, min(end, most) + 1, step))
