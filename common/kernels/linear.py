@@ -3,8 +3,8 @@
     one_row    a few rows of W a program, products on the ordinary cores
     few_rows   up to 64 rows of x and 64 or 128 of W a program, on the tensor cores; a W with few rows is cut along
                `in` too, and the last program of a tile to end adds up the parts
-    fixed_linear   any rows, always in the same tiles and turns, never cut along `in`: the bits of a row do not depend on
-               how many there are (common/layers/batch_invariant.py)
+    fixed_linear   any rows, never cut along `in`: the bits of a row do not depend on how many there are
+               (common/layers/batch_invariant.py)
 
 The rows of x are read from cache, W [out/R, in/R] once from memory: out * in numbers, and two operations a row for
 each. Up to some 64 rows memory bandwidth is the whole cost, and a GEMM library tuned for more rows leaves some of
@@ -12,6 +12,8 @@ it unused; for a small matrix the cost is the launch, and these kernels start be
 Weights are never written, so `one_row` has its first tile on the way by then. In `few_rows` that broke the
 pipeline of its loop and cost more than it brought, and so did asking the L2 cache for the first tiles.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -104,32 +106,106 @@ def few_rows(
     part = torch.empty(parts, rows, out, dtype=torch.float32, device=x.device) if parts > 1 else y
     launch(
         _few_rows, (*grid, parts), x, weight, weight if bias is None else bias, y, part, counters(x.device), rows, out, width,
-        x.stride(0), share, BM=block_m, BN=block_n, BK=block_k, CUT=parts > 1, F32=False, BIAS=bias is not None,
+        x.stride(0), share, BM=block_m, BN=block_n, BK=block_k, CUT=parts > 1, BIAS=bias is not None,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y
 
 
-def fixed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, in/R], any float -> [T, out/R]; what is chosen is chosen by weight and dtype, never by T.
+class Tile(NamedTuple):
+    """What a program of `fixed_linear` computes: m rows of x by n rows of W, k columns a turn."""
 
-    The tiles were not tuned on a GPU yet.
+    m: int
+    n: int
+    k: int
+    x_first: bool  # the rows of x are those of the tensor core's first operand, of which it takes at least 16 or 64
+    warps: int
+    stages: int
+
+
+ONE_TILE = Tile(64, 64, 64, False, 4, 3)
+ONE_TILE_FLOAT32 = Tile(64, 64, 32, False, 4, 3)
+TOGETHER = 2048  # rows of x whose tiles are computed side by side, while their tile of W is in the L2 cache
+
+
+def fixed_tile(rows: int, out: int, processors: int) -> Tile:
+    """The fastest of those that were tried on an H100, for W of Qwen3-0.6B and Qwen2.5-7B and 1 to 2048 rows of x."""
+    if rows <= 16:
+        return Tile(16, 16, 128, True, 4, 4) if out <= 2048 else Tile(16, 64, 128, False, 4, 4)
+    if rows <= 64:
+        return Tile(32 if rows <= 32 else 64, 32, 128, True, 4, 4)
+    if triton.cdiv(rows, 64) * triton.cdiv(out, 64) <= 4 * processors:
+        return Tile(64, 64, 64, False, 4, 4)
+    if triton.cdiv(rows, 128) * triton.cdiv(out, 64) <= 8 * processors:
+        return Tile(128, 64, 64, False, 4, 4)
+    if 2 * triton.cdiv(rows, 256) * triton.cdiv(out, 128) >= 3 * processors:
+        return Tile(256, 128, 64, False, 8, 3)
+    return Tile(128, 128, 64, True, 8, 3)
+
+
+def fixed_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, one_tile: bool = False
+) -> torch.Tensor:  # fmt: skip
+    """x [T, in/R], any float -> [T, out/R].
+
+    An output is one chain of sums over `in`, 16 columns after 16. On a tensor core its bits depend neither on the tile that it
+    lies in nor on the instruction (mma or wgmma, on an H100), so T may choose the tile. one_tile: it may not; and it does not
+    for float32, whose chain the compiler makes.
     """
     (rows, width), out, f32 = x.shape, len(weight), x.dtype == torch.float32
     y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
-    block_k = 32 if f32 else 64
+    tile = ONE_TILE_FLOAT32 if f32 else ONE_TILE if one_tile else fixed_tile(rows, out, num_processors(x.device))
     launch(
-        _few_rows, (triton.cdiv(out, ROWS), triton.cdiv(rows, ROWS), 1), x, weight, weight if bias is None else bias, y, y,
-        counters(x.device), rows, out, width, x.stride(0), triton.cdiv(width, block_k), BM=ROWS, BN=ROWS, BK=block_k, CUT=False,
-        F32=f32, BIAS=bias is not None, num_warps=4, num_stages=3,
+        _fixed_rows, (triton.cdiv(out, tile.n) * triton.cdiv(rows, tile.m),), x, weight, weight if bias is None else bias, y, rows,
+        out, width, x.stride(0), BM=tile.m, BN=tile.n, BK=tile.k, X_FIRST=tile.x_first, SIDE=max(TOGETHER // tile.m, 1),
+        EVEN=width % tile.k == 0, F32=f32, BIAS=bias is not None, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y
+
+
+@triton.jit(do_not_specialize=("rows",))
+def _fixed_rows(
+    x, weight, bias, y, rows, out, width, x_stride, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    X_FIRST: tl.constexpr, SIDE: tl.constexpr, EVEN: tl.constexpr, F32: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    let_next_start(PDL)
+    program, down, across = tl.program_id(0), tl.cdiv(rows, BM), tl.cdiv(out, BN)
+    above = program // (SIDE * across) * SIDE  # SIDE tiles of x, with the first tile of W, then with the second, ...
+    side, inside = tl.minimum(down - above, SIDE), program % (SIDE * across)
+    n, m = inside // side * BN + tl.arange(0, BN), (above + inside % side) * BM + tl.arange(0, BM)
+    k, wide = tl.arange(0, BK), m.to(tl.int64)
+    if X_FIRST:
+        acc = tl.zeros([BM, BN], tl.float32)
+        x_at, x_live = x + wide[:, None] * x_stride + k[None, :], (m < rows)[:, None]
+        w_at, w_live = weight + n.to(tl.int64)[None, :] * width + k[:, None], (n < out)[None, :]
+        y_at, live = y + wide[:, None] * out + n[None, :], (m < rows)[:, None] & (n < out)[None, :]
+    else:
+        acc = tl.zeros([BN, BM], tl.float32)
+        x_at, x_live = x + wide[None, :] * x_stride + k[:, None], (m < rows)[None, :]
+        w_at, w_live = weight + n.to(tl.int64)[:, None] * width + k[None, :], (n < out)[:, None]
+        y_at, live = y + wide[None, :] * out + n[:, None], (m < rows)[None, :] & (n < out)[:, None]
+    wait_for_previous(PDL)
+    for first in range(0, width, BK):
+        in_x, in_w = x_live, w_live
+        if not EVEN:
+            along = first + k < width
+            in_x = x_live & (along[None, :] if X_FIRST else along[:, None])
+            in_w = w_live & (along[:, None] if X_FIRST else along[None, :])
+        xs, w = tl.load(x_at + first, mask=in_x, other=0.0), tl.load(w_at + first, mask=in_w, other=0.0)
+        if X_FIRST:
+            acc = tl.dot(xs, w, acc, input_precision="ieee" if F32 else "tf32")
+        else:
+            acc = tl.dot(w, xs, acc, input_precision="ieee" if F32 else "tf32")
+    if BIAS:
+        b = tl.load(bias + n, mask=n < out, other=0.0).to(tl.float32)
+        acc += b[None, :] if X_FIRST else b[:, None]
+    tl.store(y_at, acc.to(y.dtype.element_ty), mask=live)
 
 
 @triton.jit(do_not_specialize=("rows", "share"))
 def _few_rows(
     x, weight, bias, y, part, arrived, rows, out, width, x_stride, share, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, CUT: tl.constexpr, F32: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+    BK: tl.constexpr, CUT: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
     p, parts = tl.program_id(2), tl.num_programs(2)
@@ -137,16 +213,15 @@ def _few_rows(
     k = tl.arange(0, BK)
     start, stop = p * share * BK, tl.minimum((p + 1) * share * BK, width)
     w_at = weight + n.to(tl.int64)[:, None] * width + k[None, :]
-    wide = m.to(tl.int64)[None, :]  # fixed_linear has any number of rows
-    x_at = x + wide * x_stride + k[:, None]
+    x_at = x + m[None, :] * x_stride + k[:, None]
     wait_for_previous(PDL)
     acc = tl.zeros([BN, BM], tl.float32)
     for first in range(start, stop, BK):
         w = tl.load(w_at + first, mask=(n < out)[:, None] & (first + k < stop)[None, :], other=0.0)  # [BN, BK]
         xs = tl.load(x_at + first, mask=(m < rows)[None, :] & (first + k < stop)[:, None], other=0.0)  # [BK, BM]
-        acc += tl.dot(w, xs, input_precision="ieee" if F32 else "tf32")
+        acc += tl.dot(w, xs)
     live = (n < out)[:, None] & (m < rows)[None, :]
-    at = wide * out + n[:, None]
+    at = m[None, :] * out + n[:, None]
     last = True
     if CUT:
         tl.store(part + p * rows * out + at, acc, mask=live)

@@ -496,17 +496,21 @@ def extend(
     Reads K and V of a context once for every block of new tokens and query head. fixed: a token's bits do not depend on the step.
     Its place in a block of queries is then that of its position, and all blocks of keys have a mask: without one, a compiler may
     contract the scaling of a score and what is taken off it into one rounding, and which blocks need none depends on the step.
+    The query heads of a KV head share a block then, so that a decode step, too, reads K and V once.
     """
     (_, heads, d), kv_heads = q.shape, pages.k.shape[2]
+    group = heads // kv_heads if fixed else 1
+    seats = triton.next_power_of_2(group)  # of a token in a block
+    tokens = block_m // seats
     o = (torch.zeros if meta.padded else torch.empty)(q.shape, dtype=q.dtype, device=q.device)
-    longest = max_query_len + block_m - 1 if fixed else max_query_len  # with what stands before it in its block
-    grid = (triton.cdiv(longest, block_m), heads, len(meta.context_lens))
+    longest = max_query_len + tokens - 1 if fixed else max_query_len  # with what stands before it in its block
+    grid = (triton.cdiv(longest, tokens), heads // group, len(meta.context_lens))
     launch(
         _extend, grid, q, *kept_of(pages, form), o, meta.page_table, meta.query_start, meta.context_lens,
         meta.page_table.stride(0), q.stride(0), d**-0.5 * LOG2_E * pages.k_scale, pages.v_scale,
         BITS=row_bits(form), P=meta.page_size,
-        H=heads, HKV=kv_heads, D=d,
-        BD=max(16, triton.next_power_of_2(d)), BM=block_m, BN=32 if q.dtype == torch.float32 else block_n,
+        H=heads, HKV=kv_heads, D=d, BD=max(16, triton.next_power_of_2(d)), BM=block_m, GROUP=group, SEATS=seats,
+        BN=32 if q.dtype == torch.float32 else block_n,
         F32=q.dtype == torch.float32, FIXED=fixed, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return o
@@ -516,7 +520,8 @@ def extend(
 def _extend(
     q, k_cache, v_cache, k_scales, v_scales, o, page_table, query_start, context_lens, table_stride, q_stride, scale, v_scale,
     BITS: tl.constexpr, P: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, F32: tl.constexpr, FIXED: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, GROUP: tl.constexpr, SEATS: tl.constexpr, BN: tl.constexpr, F32: tl.constexpr, FIXED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
     wait_for_previous(PDL)
@@ -524,22 +529,25 @@ def _extend(
     q_first, q_last = tl.load(query_start + b), tl.load(query_start + b + 1)
     new = (q_last - q_first).to(tl.int32)
     length = tl.load(context_lens + b).to(tl.int32)
+    tokens: tl.constexpr = BM // SEATS  # of a block, GROUP heads each
     before = 0  # tokens of the first block that are not new
     if FIXED:
-        before = (length - new) % BM
-    if block * BM < new + before:  # the longest rows of a sequence come first
-        m_i, i = block * BM - before + tl.arange(0, BM), tl.arange(0, BD)
+        before = (length - new) % tokens
+    if block * tokens < new + before:  # the longest rows of a sequence come first
+        r, i = tl.arange(0, BM), tl.arange(0, BD)
+        m_i, head = block * tokens - before + r // SEATS, h * GROUP + r % SEATS
         position = length - new + m_i  # of each new token
-        live = ((m_i >= 0) & (m_i < new))[:, None] & (i[None, :] < D)
-        qs = tl.load(q + (q_first + m_i)[:, None] * q_stride + h * D + i[None, :], mask=live, other=0.0)  # [BM, BD]
+        live = ((m_i >= 0) & (m_i < new) & (r % SEATS < GROUP))[:, None] & (i[None, :] < D)
+        q_at = q + (q_first + m_i)[:, None] * q_stride + head[:, None] * D
+        qs = tl.load(q_at + i[None, :], mask=live, other=0.0)  # [BM, BD]
         m = tl.full([BM], -float("inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
         acc = tl.zeros([BM, BD], tl.float32)
-        table, kv = page_table + b * table_stride, h // (H // HKV)
-        seen_by_all = (length - new + block * BM + 1) // BN * BN  # whole blocks that need no mask
+        table, kv = page_table + b * table_stride, h // (H // HKV // GROUP)
+        seen_by_all = (length - new + block * tokens + 1) // BN * BN  # whole blocks that need no mask
         if FIXED:
             seen_by_all = seen_by_all * 0
-        stop = tl.minimum(length - new - before + (block + 1) * BM, length)  # nobody in this block sees further
+        stop = tl.minimum(length - new - before + (block + 1) * tokens, length)  # nobody in this block sees further
         for first in range(0, seen_by_all, BN):
             m, total, acc = _attend(
                 qs, m, total, acc, k_cache, v_cache, k_scales, v_scales, table, first, stop, position, kv,
@@ -550,7 +558,7 @@ def _extend(
                 qs, m, total, acc, k_cache, v_cache, k_scales, v_scales, table, first, stop, position, kv,
                 scale, P, HKV, D, BD, BN, F32, BITS, True,
             )  # fmt: skip
-        rows = (q_first + m_i) * H + h
+        rows = (q_first + m_i) * H + head
         tl.store(o + rows[:, None] * D + i[None, :], (acc / total[:, None] * v_scale).to(o.dtype.element_ty), mask=live)
 
 

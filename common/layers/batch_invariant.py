@@ -9,15 +9,17 @@ Inference", Thinking Machines Lab 2025).
 The way out is to leave the library no choice:
 
     RowBlocks     on a CPU every product is one of the same shape: the rows go by blocks of 16, the last filled up with zeros, in
-                  memory that begins at a multiple of 64 bytes. On a GPU one kernel, whose tiles and turns never change
+                  memory that begins at a multiple of 64 bytes. On a GPU one kernel that never cuts a sum up
                   (common/kernels/linear.py, fixed_linear)
     SiluByExp     torch's float32 silu computes what is left over behind a vector's width by another exp than the vectors: which
                   numbers those are depends on the shape, and on the number of threads. exp by itself is one function for both
 
 What remains is the place in a block. Whether a library adds up the third row of sixteen as it does the ninth is not promised
 anywhere, so it is tried for each shape when a model is loaded (`agreeing_rows`): where it fails in blocks of 16, those of 32 are
-tried, then of 8, and single rows are left. Norms, rotary embedding and the sampler work row by row as they are
-(tests/common/layers/test_batch_invariant.py), and log_softmax on rows of whole quads (common/sampling/logprobs.py).
+tried, then of 8, and single rows are left. Nor is it promised that a tensor core adds up alike in tiles of all sizes, as an
+H100's does: where one differs (`tiles_agree`), all products are computed in one size. Norms, rotary embedding and the sampler work
+row by row as they are (tests/common/layers/test_batch_invariant.py), and log_softmax on rows of whole quads
+(common/sampling/logprobs.py).
 
 SGLang (--enable-deterministic-inference) and vLLM (VLLM_BATCH_INVARIANT=1) have it for GPUs; as their sources stood in 2026:
 SGLang's srt/batch_invariant_ops/batch_invariant_ops.py puts kernels with fixed tiles in the place of torch's mm, addmm, bmm,
@@ -38,16 +40,18 @@ from common.layers.mlp import MLP
 from common.quantization.method import LinearMethod
 
 try:  # a CPU build of torch comes without Triton
-    from common.kernels.linear import fixed_linear
+    from common.kernels.launch import num_processors
+    from common.kernels.linear import Tile, fixed_linear, fixed_tile
 except ImportError:
     fixed_linear = None
 
 BLOCKS = (16, 32, 8, 1)  # rows of a product, the first that agrees
+TILE_ROWS = (1, 20, 40, 80, 160, 320, 640, 1280, 2560)  # of x; a tile is chosen by them
 
 
 def make_batch_invariant(model: nn.Module) -> None:
     """Of a loaded model, in place. Raises ValueError for a layer that has no such form."""
-    found: dict[tuple, int] = {}
+    found: dict[tuple, RowBlocks] = {}
     for layer in model.modules():
         if isinstance(layer, LinearBase):
             if layer.method is not None:
@@ -57,25 +61,31 @@ def make_batch_invariant(model: nn.Module) -> None:
                 )
             bias = None if isinstance(layer, RowParallelLinear) else layer.bias  # which adds it behind the ranks' sum
             kind = tuple(layer.weight.shape), layer.dtype, bias is not None
-            if layer.weight.device.type == "cpu" and kind not in found:
-                found[kind] = agreeing_rows(layer.weight.to(layer.dtype), bias)
-            layer.method = RowBlocks(found.get(kind, BLOCKS[0]))
+            if kind not in found:
+                found[kind] = RowBlocks.agreeing(layer.weight.to(layer.dtype), bias)
+            layer.method = found[kind]
         elif isinstance(layer, MLP):
             layer.act = SiluByExp()
 
 
 class RowBlocks(LinearMethod):
-    """Of a layer with a plain weight: products of one shape, `rows` rows of x at a time."""
+    """Of layers with a plain weight: products of one shape, `rows` rows of x at a time; on a GPU sums in one order, in tiles of
+    several sizes or of one."""
 
     name = "row blocks"
 
-    def __init__(self, rows: int):
+    def __init__(self, rows: int = BLOCKS[0], one_tile: bool = False):
         super().__init__()
-        self.rows = rows
+        self.rows, self.one_tile = rows, one_tile
+
+    @classmethod
+    def agreeing(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> "RowBlocks":
+        """For weight [out, in] and its like: what gives a row the same bits everywhere."""
+        return cls(one_tile=not tiles_agree(weight, bias)) if weight.is_cuda else cls(agreeing_rows(weight, bias))
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if x.is_cuda:
-            return fixed_linear(x, layer.weight, bias)
+            return fixed_linear(x, layer.weight, bias, self.one_tile)
         return in_blocks(lambda block: multiply(block, layer.weight, bias), x, self.rows)
 
 
@@ -100,6 +110,20 @@ def agreeing_rows(weight: torch.Tensor, bias: torch.Tensor | None = None) -> int
         if torch.equal(y, y[:1].expand_as(y)):
             return rows
     return 1
+
+
+def tiles_agree(weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+    """Has a row's product with weight [out, in], on a GPU, the same bits in each tile that `fixed_linear` may choose?"""
+    processors = num_processors(weight.device)
+    smallest: dict[Tile, int] = {}
+    for rows in TILE_ROWS:
+        smallest.setdefault(fixed_tile(rows, len(weight), processors), rows)
+    rng = torch.Generator(weight.device).manual_seed(0)
+    x = torch.randn(max(smallest.values()), weight.shape[1], generator=rng, device=weight.device).to(weight.dtype)
+    return all(
+        torch.equal(fixed_linear(x[:rows], weight, bias), fixed_linear(x[:rows], weight, bias, one_tile=True))
+        for rows in smallest.values()
+    )
 
 
 class SiluByExp(SiluAndMul):

@@ -21,7 +21,7 @@ from common.layers.adapter_rows import AdapterBlocks
 from common.models.decoder import CausalLM
 from common.models.graph_runner import StepGraphs
 
-PREFILL_GRAPH_TOKENS = 2048  # of the largest recorded step, unless said otherwise; on an H100 no model lost by it (bench_gpu_prefill.csv)
+PREFILL_GRAPH_TOKENS = 2048  # of the largest recorded step, unless said otherwise (figures/bench_gpu_prefill.csv)
 SEATS = 8  # sequences of a recorded step
 # (up to, step): from 33 tokens on a third of a recorded step is padding at most. Each size is a recording at the start, and its
 # launches weigh less the more tokens they work for.

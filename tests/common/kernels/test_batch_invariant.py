@@ -18,14 +18,48 @@ def test_a_row_of_a_product(dtype):
 
     rng = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(*shape, generator=rng).to(DEVICE, dtype) for shape in ((70, 130), (67, 130), (67,)))
-    whole = fixed_linear(x, weight, bias)
+    # the interpreter multiplies by a library, to which the tile and the place in it may matter; to tensor cores they do not
+    whole = fixed_linear(x, weight, bias, one_tile=not GPU)
     want = F.linear(x.double(), weight.double(), bias.double())
     assert relative_error(whole, want) < TOLERANCE[dtype]
-    # the interpreter multiplies by a library, to which the place in a tile of 64 rows may matter; to tensor cores it does not
     elsewhere = (slice(3, 20), slice(69, 70), slice(5, 70)) if GPU else ()
     for rows in (slice(0, 1), slice(0, 20), slice(64, 70), *elsewhere):
-        assert torch.equal(fixed_linear(x[rows], weight, bias), whole[rows])
-    assert torch.equal(fixed_linear(x[:9], weight), fixed_linear(x, weight)[:9])
+        assert torch.equal(fixed_linear(x[rows], weight, bias, one_tile=not GPU), whole[rows])
+    assert torch.equal(fixed_linear(x[:9], weight, None, not GPU), fixed_linear(x, weight, None, not GPU)[:9])
+
+
+@pytest.mark.parametrize("rows", [1, 20, 40, 80, 130, 300])
+@pytest.mark.parametrize(("out", "width"), [(67, 130), (300, 128)])
+@pytest.mark.parametrize("dtype", [dtype for dtype in TOLERANCE if dtype != torch.float32])
+def test_every_tile(rows, out, width, dtype, monkeypatch):
+    """On a GPU they give the same bits; a small chip has the large tiles early."""
+    from common.kernels import linear  # noqa: PLC0415
+
+    x, weight = (torch.randn(n, width).to(DEVICE, dtype) for n in (rows, out))
+    bias, want = torch.randn(out).to(DEVICE, dtype), linear.fixed_linear(x, weight, one_tile=True)
+    tiles = {linear.fixed_tile(n, out, processors) for n in (1, 20, 40, 80, 130, 300) for processors in (1, 2, 132)}
+    assert len(tiles) > 4
+    for tile in tiles:
+        monkeypatch.setattr(linear, "fixed_tile", lambda *_, tile=tile: tile)
+        got = linear.fixed_linear(x, weight)
+        assert torch.equal(got, want) if GPU else relative_error(got, want) < TOLERANCE[dtype]
+        exact = F.linear(x.double(), weight.double(), bias.double())
+        assert relative_error(linear.fixed_linear(x, weight, bias), exact) < TOLERANCE[dtype]
+
+
+@gpu
+@pytest.mark.parametrize(("out", "width"), [(1024, 3072), (6144, 1024), (4608, 3584), (3584, 18944), (151_936, 1024)])
+def test_rows_of_any_number_have_the_bits_of_one_tile(out, width):
+    from common.kernels.linear import fixed_linear  # noqa: PLC0415
+    from common.layers.batch_invariant import tiles_agree  # noqa: PLC0415
+
+    weight = torch.randn(out, width, dtype=torch.bfloat16, device=DEVICE)
+    assert tiles_agree(weight)
+    most = 5000 if out < 100_000 else 500
+    x = torch.randn(most, width, dtype=torch.bfloat16, device=DEVICE)
+    want = fixed_linear(x, weight, one_tile=True)
+    for rows in (1, 7, 16, 17, 64, 65, 200, 256, 257, 1000, 2048, 2500, 5000):
+        assert rows > most or torch.equal(fixed_linear(x[:rows], weight), want[:rows])
 
 
 @gpu

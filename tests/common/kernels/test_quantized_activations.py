@@ -79,7 +79,10 @@ def test_products(rows, out, width, grouped, share, dtype):
     want = numbers(x, x_scale) @ numbers(w, w_scale.repeat_interleave(share, dim=1)[:, :out].t()).t() + bias
     for multiply in (kernels.few_rows, kernels.many_rows):
         got = multiply(x, x_scale, w, w_scale, share, torch.float32, bias)
-        assert relative_error(got, want) < (1e-3 if GPU and dtype == FP8 and not grouped else 2e-6)
+        # Hopper's tensor cores keep some 14 bits of a sum of FP8 products (DeepSeek-V3's report, section 3.3.2): over the whole
+        # width, or over a group of 128, whose sums are added up in float32
+        bound = (1.2e-4 if grouped else 1e-3) if GPU and dtype == FP8 else 2e-6
+        assert relative_error(got, want) < bound
 
 
 @pytest.mark.parametrize("scheme", [
