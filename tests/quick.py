@@ -14,7 +14,7 @@ from pathlib import Path
 from _pytest.reports import TestReport
 
 FILE = Path(__file__).with_name("seconds.csv")
-SHARE = 1.0  # seconds of a function in `make test`, on the machine that wrote the file
+SHARE = 0.5  # seconds of a function in `make test`, on the machine that wrote the file
 CORE = (
     "notebooks/ch06_1_shapes.ipynb::ch06_1_shapes.ipynb",
     "tests/ch06/test_block_manager.py::TestBlocks::runTest",

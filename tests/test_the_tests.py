@@ -22,7 +22,8 @@ def test_what_make_test_leaves_out_exists():
 
 
 def test_a_function_has_its_share():
-    measured = {"short": (1, 1.2), "many": (10, 5.0), "long": (2, 40.0), quick.CORE[0]: (3, 40.0)}
+    shares = {"short": (1, 1.2), "many": (10, 5.0), "long": (2, 40.0), quick.CORE[0]: (3, 40.0)}
+    measured = {name: (cases, share * quick.SHARE) for name, (cases, share) in shares.items()}
     assert [quick.every(name, measured) for name in ("new", *measured)] == [1, 2, 5, 0, 3]
 
 
@@ -34,7 +35,7 @@ def test_what_took_long_is_written_and_read(monkeypatch, tmp_path):
 
     quick.write([
         report("a.py::test[1-[x]]", "setup", 9.0), report("a.py::test[1-[x]]", "call", 0.75), report("a.py::test[2]", "call", 0.5),
-        report("a.py::short", "call", 0.5), report("a.py::short", "setup", 9.0),
+        report("a.py::short", "call", 0.9 * quick.SHARE), report("a.py::short", "setup", 9.0),
     ])  # fmt: skip
     assert quick.read() == {"a.py::test": (2, 1.2)}
 
