@@ -220,7 +220,9 @@ class ServerArgs:
         self._set("max_running_requests", whole("max_running_requests", most, 1))
         self._set("torch_compile_max_bs", whole("torch_compile_max_bs", self.torch_compile_max_bs, 1))
         if self.cuda_graph_max_bs_prefill is not None:
-            self._set("cuda_graph_max_bs_prefill", whole("cuda_graph_max_bs_prefill", self.cuda_graph_max_bs_prefill, 0))
+            self._set(
+                "cuda_graph_max_bs_prefill", whole("cuda_graph_max_bs_prefill", self.cuda_graph_max_bs_prefill, 0)
+            )
         switches = (
             "skip_tokenizer_init", "enable_mixed_chunk", "disable_radix_cache", "gather_best", "disable_cuda_graph",
             "enable_torch_compile",

@@ -343,7 +343,7 @@ def overlap_gaps():
     """A decode step of 64 requests: time in which a kernel runs, and time in which none does."""
     rows = [
         row
-        for path in sorted(HERE.glob("bench_gpu_*.csv"))
+        for path in sorted(HERE.glob("bench_gpu_[ls]*.csv"))
         for row in read(path.name)
         if row["workload"].startswith("64 running")
     ]

@@ -218,7 +218,7 @@ def chunked_prefill(wrappers: Wrappers):
 def overlap(wrappers: Wrappers):
     """From bench_gpu: a decode step of 64 requests with and without."""
     gains, rows = {}, []
-    for path in sorted(FIGURES.glob("bench_gpu_*.csv")):
+    for path in sorted(FIGURES.glob("bench_gpu_[ls]*.csv")):
         for row in _csv(path.name):
             if row["metric"] == "us per decode step":
                 rows.append(row)

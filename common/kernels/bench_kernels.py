@@ -217,7 +217,7 @@ def sampling_inputs(batch: int, vocab: int, params: dict):
     rows.columns(logits.device)
     u = rows.uniforms(logits.device)
     rows.uniforms = lambda device: u  # on the device already: a graph cannot fetch it
-    return lambda: sampling.sample(logits, rows), lambda: _sample(logits.float(), rows)
+    return lambda: sampling.sample(logits, rows)[0], lambda: _sample(logits.float(), rows)[0]
 
 
 if __name__ == "__main__":
