@@ -13,7 +13,10 @@ from tests.oracle import greedy, some_prompts
 
 NEW = 10
 # ranks of prefill, of decode, page size, and how the two are served: processes and tokenizers as a reader has them, or LEAN
-HALVES = [(1, 1, 1, ()), (1, 1, 16, LEAN), (2, 1, 16, LEAN), (1, 2, 1, LEAN), (2, 3, 1, LEAN), (2, 3, 16, LEAN)]
+HALVES = [
+    (1, 1, 1, ()), (1, 1, 16, LEAN), (2, 1, 1, LEAN), (2, 1, 16, LEAN), (1, 2, 1, LEAN), (1, 2, 16, LEAN), (2, 3, 1, LEAN),
+    (2, 3, 16, LEAN),
+]  # fmt: skip
 
 
 def sampling(n=1, new=NEW):
