@@ -44,6 +44,7 @@ from common.models.config import ModelConfig
 from common.models.drafters.contract import DraftOptions
 from common.models.hub import resolve_model
 from common.models.lora_manager import LoRAOptions
+from common.models.prefill_graphs import PREFILL_GRAPH_TOKENS
 from common.parallel_state import get_parallel_state, initialize_tensor_parallel
 from common.pool_size import VLLM_WORDS
 from common.request.answer import End
@@ -84,6 +85,7 @@ class LLMEngine:
             all_reduce=args.all_reduce, follower=follower, expert_parallel=args.enable_expert_parallel,
         )  # fmt: skip
         cut_by_experts = args.enable_expert_parallel and self.tp.size > 1
+        budget = args.max_num_batched_tokens or DEFAULT_BUDGET[self.tp.device.type]
         self.runner = ModelRunner(
             args.model, args.device, size, dtype=args.dtype,
             max_running_requests=args.max_num_seqs, max_total_tokens=None if blocks is None else blocks * size,
@@ -91,8 +93,8 @@ class LLMEngine:
             mem_fraction_static=args.gpu_memory_utilization, kv_cache_dtype=args.kv_cache_dtype,
             tokenizer_path=args.tokenizer, skip_tokenizer_init=args.skip_tokenizer_init,
             context_length=args.max_model_len, check_finite=args.check_finite, quantization=args.quantization,
-            quantized_compute=args.quantized_compute, tp=self.tp, words=VLLM_WORDS,
-            moe_runner=args.moe_runner, parallel=get_parallel_state() if cut_by_experts else None,
+            quantized_compute=args.quantized_compute, tp=self.tp, words=VLLM_WORDS, moe_runner=args.moe_runner,
+            parallel=get_parallel_state() if cut_by_experts else None, prefill_graph_tokens=min(PREFILL_GRAPH_TOKENS, budget),
             speculative=DraftOptions("NGRAM", None, 0, 0, self.speculative.nodes) if self.speculative else None,
             lora=LoRAOptions(args.max_loras, args.max_lora_rank) if args.enable_lora else None,
         )  # fmt: skip
@@ -101,7 +103,6 @@ class LLMEngine:
             self.runner.num_pages, size, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
             tp_rank=self.tp.rank, tp_size=self.tp.size, enable_prefix_caching=args.enable_prefix_caching,
         )  # fmt: skip
-        budget = args.max_num_batched_tokens or DEFAULT_BUDGET[self.tp.device.type]
         self.scheduler = Scheduler(
             self.blocks, max_num_batched_tokens=budget, max_num_seqs=args.max_num_seqs, policy=args.scheduling_policy,
             enable_chunked_prefill=args.enable_chunked_prefill,

@@ -41,7 +41,7 @@ from common.models.graph_runner import DecodeGraphs, StepGraphs
 from common.models.hub import resolve_model
 from common.models.links import StageLinks
 from common.models.lora_manager import LoRAManager, LoRAOptions
-from common.models.prefill_graphs import PREFILL_GRAPH_TOKENS, PrefillGraphs
+from common.models.prefill_graphs import PREFILL_GRAPH_TOKENS, SEATS, PrefillGraphs
 from common.models.quantized_tensors import weight_bytes
 from common.models.stages import Stage, layer_partition
 from common.models.two_batch_overlap import Half, Ragged, forward_in_halves, halves_of
@@ -267,7 +267,8 @@ class Executor:
                 nodes = (1, speculative.nodes) if drafter else (speculative.nodes,)
                 self.tree_graphs = VerifyGraphs(*parts, nodes, self.verifier.listening() or (), most)
             if prefill_graph_tokens and self._plain_prefills(speculative):
-                self.prefill_graphs = PrefillGraphs(*parts[:-1], prefill_graph_tokens, most)
+                reachable = min(SEATS * self.max_context, self.num_pages * page_size)  # tokens of a step
+                self.prefill_graphs = PrefillGraphs(*parts[:-1], min(prefill_graph_tokens, reachable), most)
         if self.tp.device.type == "cuda":
             self._get_ready()
             if self.config.mixture:

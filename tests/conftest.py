@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels are tested without a GPU, too
 
 import transformers
-from hypothesis import settings
+from hypothesis import is_hypothesis_test, settings
 
 from ch07_sglang_radix.serving import child
 from common.distributed import spawn
@@ -33,9 +33,7 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--write-seconds", action="store_true", help="after a run of everything: how long each test took, for quick.py"
-    )
+    parser.addoption("--write-seconds", action="store_true", help="how long each test took, for quick.py")
 
 
 def pytest_configure(config):
@@ -60,7 +58,7 @@ def pytest_collection_modifyitems(items):
         if size:
             item.add_marker(pytest.mark.ranks)
         name = quick.function_of(item.nodeid)
-        every = quick.every(name, measured)
+        every = quick.every(name, measured, drawn=is_hypothesis_test(getattr(item, "obj", None)))
         if size > 2 or not every or seen[name] % every:
             item.add_marker(pytest.mark.thorough)
         seen[name] += 1
@@ -86,7 +84,7 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(took)
     if _is_quick(config):
         terminalreporter.write_line(
-            "covered: what takes a second, and the core of what takes longer, on one and two ranks, and a notebook. "
+            "covered: what takes half a second, and the core of what takes longer, on one and two ranks, and a notebook. "
             "`make test-all` adds all else: three and four ranks, real sizes, all commands of the READMEs, all notebooks."
         )
     elif "notebooks" in config.args:

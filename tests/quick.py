@@ -1,8 +1,8 @@
 """What `make test` takes of all tests: of what is long, little.
 
 A test function has SHARE seconds: as many of its cases, evenly chosen, as take that long; none, if one takes much longer, unless
-CORE names it, whose first case always runs; none of some files. How long they take says seconds.csv, which `pytest
---write-seconds` writes at the end of a run of everything; what is not in it is short or new, and runs.
+CORE names it, whose first case always runs; none of some files. How long they take says seconds.csv, to which `pytest
+--write-seconds` writes what ran; what is not in it is short or new, and runs. hypothesis draws a tenth in `make test`.
 """
 
 import csv
@@ -14,6 +14,7 @@ from pathlib import Path
 from _pytest.reports import TestReport
 
 FILE = Path(__file__).with_name("seconds.csv")
+DRAWN = 0.1  # the draws of `make test` against those of everything (conftest.py)
 SHARE = 0.5  # seconds of a function in `make test`, on the machine that wrote the file
 CORE = (
     "notebooks/ch06_1_shapes.ipynb::ch06_1_shapes.ipynb",
@@ -42,6 +43,7 @@ CORE = (
     "tests/ch07/test_kv_dtypes.py::test_pages_chunks_trees_and_retractions_change_nothing",
     "tests/ch07/test_latent_attention.py::test_nothing_changes_an_answer",
     "tests/ch07/test_pipeline.py::test_nothing_changes_an_answer",
+    "tests/ch07/test_product.py::test_nothing_changes_an_answer",
     "tests/ch07/test_radix_cache.py::TestRadixAgainstDictionary::runTest",
     "tests/ch07/test_tasks.py::test_a_task_survives_the_wire",
     "tests/common/attention/test_batch_invariant.py::test_steps_do_not_matter",
@@ -56,7 +58,7 @@ CORE = (
     "tests/test_structure.py::test_where_things_go_names_what_is_there",
 )  # fmt: skip
 
-STARTS_LONG = (  # files: what their tests share takes long to start, and its like is in CORE
+STARTS_LONG = (  # files: what their tests share, or each of them has, takes long to start
     "tests/ch07/disaggregation/test_deaths.py",
     "tests/ch07/disaggregation/test_mini_lb.py",
     "tests/ch07/disaggregation/test_router.py",
@@ -77,26 +79,29 @@ def read() -> dict[str, tuple[int, float]]:
         return {row["test"]: (int(row["cases"]), float(row["seconds"])) for row in csv.DictReader(file)}
 
 
-def every(function: str, measured: dict[str, tuple[int, float]]) -> int:
-    """`make test` takes the first of every so many of its cases; 0: none."""
+def every(function: str, measured: dict[str, tuple[int, float]], drawn: bool = False) -> int:
+    """`make test` takes the first of every so many of its cases; 0: none. drawn: hypothesis says what they are."""
     if function.startswith(STARTS_LONG):
         return 0
     cases, seconds = measured.get(function, (1, 0.0))
+    seconds *= DRAWN if drawn else 1
     if seconds > 1.5 * SHARE * cases:
         return cases if function in CORE else 0
     return max(math.ceil(seconds / SHARE), 1)
 
 
 def write(reports: Iterable[TestReport]) -> None:
-    """Of a run of everything: what took longer than its share."""
+    """What took longer than its share; of what did not run, what was known."""
     cases: dict[str, set[str]] = defaultdict(set)
     seconds: dict[str, float] = defaultdict(float)
     for report in reports:
         if report.when == "call":
             cases[function_of(report.nodeid)].add(report.nodeid)
             seconds[function_of(report.nodeid)] += report.duration
+    known = {name: row for name, row in (read() if FILE.exists() else {}).items() if name not in cases}
+    known |= {name: (len(cases[name]), took) for name, took in seconds.items() if took > SHARE}
     with FILE.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("test", "cases", "seconds"))
-        for name in sorted(name for name, took in seconds.items() if took > SHARE):
-            writer.writerow((name, len(cases[name]), f"{seconds[name]:.1f}"))
+        for name, (count, took) in sorted(known.items()):
+            writer.writerow((name, count, f"{took:.1f}"))

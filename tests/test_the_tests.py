@@ -25,6 +25,8 @@ def test_a_function_has_its_share():
     shares = {"short": (1, 1.2), "many": (10, 5.0), "long": (2, 40.0), quick.CORE[0]: (3, 40.0)}
     measured = {name: (cases, share * quick.SHARE) for name, (cases, share) in shares.items()}
     assert [quick.every(name, measured) for name in ("new", *measured)] == [1, 2, 5, 0, 3]
+    assert quick.every("long", {"long": (2, 4 * quick.SHARE)}) == 0
+    assert quick.every("long", {"long": (2, 4 * quick.SHARE)}, drawn=True) == 1
 
 
 def test_what_took_long_is_written_and_read(monkeypatch, tmp_path):
@@ -38,6 +40,10 @@ def test_what_took_long_is_written_and_read(monkeypatch, tmp_path):
         report("a.py::short", "call", 0.9 * quick.SHARE), report("a.py::short", "setup", 9.0),
     ])  # fmt: skip
     assert quick.read() == {"a.py::test": (2, 1.2)}
+    quick.write([report("a.py::other", "call", 9.0)])
+    assert quick.read() == {"a.py::other": (1, 9.0), "a.py::test": (2, 1.2)}
+    quick.write([report("a.py::test[1]", "call", 0.1)])
+    assert quick.read() == {"a.py::other": (1, 9.0)}
 
 
 @pytest.mark.parametrize("module", mutation.TESTS)

@@ -108,6 +108,11 @@ def model_cases(name: str) -> list[Case]:
         for label, (n, k) in shapes.items()
         if linear.wanted(torch.empty(rows, k, dtype=BF16, device="meta"), torch.empty(n, k, device="meta"))
     ]
+    for label in ("qkv", "down"):
+        n, k = shapes[label]
+        for rows in (1, 64, 256, 2048):
+            size, make = 2 * n * k, lambda n=n, k=k, rows=rows: linear_inputs(n, k, rows, linear.fixed_linear)
+            cases.append(Case("linear in one order", name, f"{label} {rows}x{k} -> {n}", size, make))
     for batch in (1, 128):
         cases += [
             Case("add_rms_norm", name, f"{batch}x{width}", 8 * batch * width, lambda b=batch: norm_inputs(b, width)),
@@ -162,9 +167,9 @@ def randn(*shape: int) -> torch.Tensor:
     return torch.randn(shape, device="cuda", dtype=BF16)
 
 
-def linear_inputs(n: int, k: int, rows: int):
+def linear_inputs(n: int, k: int, rows: int, multiply: Callable = linear.linear):
     x, weight = randn(rows, k), randn(n, k)
-    return lambda: linear.linear(x, weight), lambda: F.linear(x, weight)
+    return lambda: multiply(x, weight), lambda: F.linear(x, weight)
 
 
 def norm_inputs(tokens: int, width: int):

@@ -501,6 +501,7 @@ def extend(
     (_, heads, d), kv_heads = q.shape, pages.k.shape[2]
     group = heads // kv_heads if fixed else 1
     seats = triton.next_power_of_2(group)  # of a token in a block
+    block_m = max(block_m, seats)
     tokens = block_m // seats
     o = (torch.zeros if meta.padded else torch.empty)(q.shape, dtype=q.dtype, device=q.device)
     longest = max_query_len + tokens - 1 if fixed else max_query_len  # with what stands before it in its block

@@ -40,18 +40,19 @@ from common.layers.mlp import MLP
 from common.quantization.method import LinearMethod
 
 try:  # a CPU build of torch comes without Triton
-    from common.kernels.launch import num_processors
+    from common.kernels.launch import compile_ahead, num_processors
     from common.kernels.linear import Tile, fixed_linear, fixed_tile
 except ImportError:
     fixed_linear = None
 
 BLOCKS = (16, 32, 8, 1)  # rows of a product, the first that agrees
-TILE_ROWS = (1, 20, 40, 80, 160, 320, 640, 1280, 2560)  # of x; a tile is chosen by them
+TILE_ROWS = (1, 20, *(40 << i for i in range(10)))  # of x, whose number chooses a tile; no step has more
 
 
 def make_batch_invariant(model: nn.Module) -> None:
     """Of a loaded model, in place. Raises ValueError for a layer that has no such form."""
-    found: dict[tuple, RowBlocks] = {}
+    kinds: dict[tuple, tuple[torch.Tensor, torch.Tensor | None]] = {}
+    layers: list[tuple[LinearBase, tuple]] = []
     for layer in model.modules():
         if isinstance(layer, LinearBase):
             if layer.method is not None:
@@ -61,11 +62,17 @@ def make_batch_invariant(model: nn.Module) -> None:
                 )
             bias = None if isinstance(layer, RowParallelLinear) else layer.bias  # which adds it behind the ranks' sum
             kind = tuple(layer.weight.shape), layer.dtype, bias is not None
-            if kind not in found:
-                found[kind] = RowBlocks.agreeing(layer.weight.to(layer.dtype), bias)
-            layer.method = found[kind]
+            kinds.setdefault(kind, (layer.weight.to(layer.dtype), bias))
+            layers.append((layer, kind))
         elif isinstance(layer, MLP):
             layer.act = SiluByExp()
+    if any(weight.is_cuda for weight, _ in kinds.values()):
+        with compile_ahead():  # in which nothing is computed
+            for one in kinds.values():
+                tiles_agree(*one)
+    methods = {kind: RowBlocks.agreeing(*one) for kind, one in kinds.items()}
+    for layer, kind in layers:
+        layer.method = methods[kind]
 
 
 class RowBlocks(LinearMethod):
@@ -120,10 +127,8 @@ def tiles_agree(weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
         smallest.setdefault(fixed_tile(rows, len(weight), processors), rows)
     rng = torch.Generator(weight.device).manual_seed(0)
     x = torch.randn(max(smallest.values()), weight.shape[1], generator=rng, device=weight.device).to(weight.dtype)
-    return all(
-        torch.equal(fixed_linear(x[:rows], weight, bias), fixed_linear(x[:rows], weight, bias, one_tile=True))
-        for rows in smallest.values()
-    )
+    pairs = [[fixed_linear(x[:rows], weight, bias, one) for one in (False, True)] for rows in smallest.values()]
+    return all(torch.equal(*pair) for pair in pairs)
 
 
 class SiluByExp(SiluAndMul):

@@ -1,6 +1,6 @@
 """The product of everything that may not change an answer, a hundred draws of it, against transformers.
 
-pytest tests/ch07/test_product.py                              # 100 cases, as CI runs it; `make test` draws 20
+pytest tests/ch07/test_product.py                              # 100 cases, as CI runs it; `make test` draws 10
 pytest tests/ch07/test_product.py --hypothesis-profile=long    # 3000
 """
 

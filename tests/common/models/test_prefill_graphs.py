@@ -1,5 +1,7 @@
 """What prefill graphs record, run as it is: a CPU has no CUDA graphs, but their steps are the same launches, padding and all."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -103,6 +105,33 @@ def test_sizes():
     assert all(b <= 1.5 * a for a, b in zip(token_sizes(4096)[2:], token_sizes(4096)[3:], strict=False))
 
 
-def test_none_without_being_asked_for_or_on_a_cpu():
+def test_none_on_a_cpu():
     for most in (0, 64):
         assert Executor(device="cpu", max_total_tokens=256, prefill_graph_tokens=most).prefill_graphs is None
+
+
+ALONE = {
+    "pp": 1,
+    "cp": 1,
+    "parts": 1,
+    "spreads": False,
+    "two_batch": False,
+    "vision": None,
+    "mixture": None,
+    "latent": None,
+}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{}, {"pp": 2}, {"cp": 2}, {"parts": 2}, {"spreads": True}, {"two_batch": True}, {"vision": 1}, {"mixture": 1}, {"latent": 1},
+     {"speculative": 1}],
+    ids=str,
+)  # fmt: skip
+def test_only_a_prefill_that_launches_the_same_for_the_same_tokens_is_recorded(other):
+    has = SimpleNamespace(**ALONE | {"speculative": None} | other)
+    engine = SimpleNamespace(
+        config=has, communicator=has, two_batch_overlap=has.two_batch,
+        parallel=SimpleNamespace(pp=SimpleNamespace(size=has.pp), cp=SimpleNamespace(size=has.cp)),
+    )  # fmt: skip
+    assert Executor._plain_prefills(engine, has.speculative) is (not other)
