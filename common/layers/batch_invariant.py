@@ -46,7 +46,7 @@ except ImportError:
     fixed_linear = None
 
 BLOCKS = (16, 32, 8, 1)  # rows of a product, the first that agrees
-TILE_ROWS = (1, 20, *(40 << i for i in range(10)))  # of x, whose number chooses a tile; no step has more
+TILE_ROWS = (1, 20, *(40 << i for i in range(10)))  # of x, whose number chooses a tile; up to 20,480
 
 
 def make_batch_invariant(model: nn.Module) -> None:
@@ -62,7 +62,8 @@ def make_batch_invariant(model: nn.Module) -> None:
                 )
             bias = None if isinstance(layer, RowParallelLinear) else layer.bias  # which adds it behind the ranks' sum
             kind = tuple(layer.weight.shape), layer.dtype, bias is not None
-            kinds.setdefault(kind, (layer.weight.to(layer.dtype), bias))
+            if kind not in kinds:
+                kinds[kind] = layer.weight.to(layer.dtype), bias
             layers.append((layer, kind))
         elif isinstance(layer, MLP):
             layer.act = SiluByExp()
@@ -120,7 +121,7 @@ def agreeing_rows(weight: torch.Tensor, bias: torch.Tensor | None = None) -> int
 
 
 def tiles_agree(weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
-    """Has a row's product with weight [out, in], on a GPU, the same bits in each tile that `fixed_linear` may choose?"""
+    """Has a row's product with weight [out, in], on a GPU, the same bits in each tile that `fixed_linear` chooses for TILE_ROWS?"""
     processors = num_processors(weight.device)
     smallest: dict[Tile, int] = {}
     for rows in TILE_ROWS:
