@@ -1,7 +1,7 @@
 """Two hosts for a test: two network namespaces joined by a cable where the system allows it, else two addresses of this one.
 
 Each has a name, an address, a temporary folder and a copy of the repository of its own; in a namespace host B cannot see host A's
-files. Everything is started with `start`, and what is left is killed at the end.
+files. Everything is started with `start`, in processes of warm.py; `end_all` kills what is left, `close` takes the hosts away, too.
 """
 
 import os
@@ -13,6 +13,8 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+
+from tests import warm
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("common", "ch06_tp_vllm", "ch07_sglang_radix")
@@ -45,9 +47,10 @@ class TwoHosts:
         for package in PACKAGES:
             hidden = shutil.ignore_patterns("*.pyc.*", "*.csv")  # the first: half written, by others
             shutil.copytree(ROOT / package, self.code[1] / package, ignore=hidden)
-        self.started: list[subprocess.Popen] = []
+        self.started: list[warm.Popen] = []
         self.kind = "two addresses of this host"
-        self.names, self.address, self.inside = [socket.gethostname()] * 2, "127.0.0.1", [[], []]
+        self.names, self.address = [socket.gethostname()] * 2, "127.0.0.1"
+        self.beside, self.on_a = ({}, {}), []  # what a process is started with, to be on each; a command, to be on A
         if namespaces_are_allowed():
             self._lay_the_cable()
 
@@ -58,17 +61,17 @@ class TwoHosts:
         b = self.holder.stdout.readline().strip()
         assert b, "the namespaces were allowed a moment ago"
         self.kind, self.names, self.address = "two network namespaces", ["host-a", "host-b"], "10.77.0.1"
-        pids = (str(self.holder.pid), b)
-        self.inside = [["nsenter", "-t", pids[i], *ENTER, "env", "-C", str(self.code[i])] for i in range(2)]
+        self.beside = {"beside": self.holder.pid}, {"beside": int(b)}
+        self.on_a = ["nsenter", "-t", str(self.holder.pid), *ENTER]
 
     def free_port(self) -> int:
         """On host A. Nobody else asks there in a namespace; else somebody could take it meanwhile."""
         ask = "import socket; print(socket.create_server(('', 0)).getsockname()[1])"
-        done = subprocess.run([*self.inside[0], sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+        done = subprocess.run([*self.on_a, sys.executable, "-c", ask], capture_output=True, text=True, check=True)
         return int(done.stdout)
 
-    def start(self, host: int, *argv: str, **environment: str) -> subprocess.Popen:
-        """python ARGV there, with that host's files."""
+    def start(self, host: int, *argv: str, **environment: str) -> warm.Popen:
+        """python ARGV there, a file or -m and a module, with that host's files."""
         own = self.folder / self.names[host] / f"tmp-{host}"
         own.mkdir(parents=True, exist_ok=True)
         env = (
@@ -77,9 +80,9 @@ class TwoHosts:
         env |= {"PYTHONUNBUFFERED": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GLOO_SOCKET_IFNAME"):
             env.pop(name, None)
-        process = subprocess.Popen(
-            [*self.inside[host], sys.executable, *argv], cwd=self.code[host], env=env, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
+        process = warm.Popen(
+            [sys.executable, *argv], cwd=self.code[host], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, **self.beside[host],
         )  # fmt: skip
         self.started.append(process)
         return process
@@ -90,13 +93,17 @@ class TwoHosts:
             "import sys, urllib.request as u; path, body, port = sys.argv[1:];"
             "print(u.urlopen(f'http://127.0.0.1:{port}{path}', body.encode() or None, timeout=200).read().decode())"
         )
-        argv = [*self.inside[0], sys.executable, "-c", ask, path, body or "", str(port)]
+        argv = [*self.on_a, sys.executable, "-c", ask, path, body or "", str(port)]
         return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=250).stdout
 
-    def close(self) -> None:
+    def end_all(self) -> None:
         for process in self.started:
             process.kill()
             process.communicate()
+        self.started.clear()
+
+    def close(self) -> None:
+        self.end_all()
         if self.holder:
             os.killpg(self.holder.pid, signal.SIGKILL)  # host B's sleeper, too; then networks and mounts are gone
             self.holder.communicate()

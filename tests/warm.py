@@ -4,10 +4,13 @@ A short script's time is that of `import torch` and of transformers' models, fou
 commands, many of several processes. A process from here is as new as one that Python starts, except that these two libraries, and
 nothing of this repository, are in memory already. Variables of the environment that these read while they are imported have the
 values that they had when the first process was started from here. Where there is no fork (Windows) each imports them for itself.
+
+Where there are namespaces (Linux), a process may enter those of another one before it begins: so it is on another host (hosts.py).
 """
 
 import atexit
 import contextlib
+import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -29,6 +32,7 @@ import torch.distributed
 IMPORTED = ["torch", "transformers.models.qwen2.modeling_qwen2", "transformers.models.auto.tokenization_auto"]
 FORK = "forkserver" in multiprocessing.get_all_start_methods()
 AGENT_WAITS_S = 30.0  # for ranks that it has sent SIGTERM
+NAMESPACES = 0x10000000 | 0x40000000 | 0x04000000 | 0x00020000  # user, network, host name, mounts: CLONE_NEW... of sched.h
 
 
 def process(target: Callable, *args, env: dict[str, str] | None = None, **options) -> BaseProcess:
@@ -40,16 +44,19 @@ def process(target: Callable, *args, env: dict[str, str] | None = None, **option
 
 
 class _Forked:
-    """subprocess.Popen([sys.executable, *args], ...) of a file, or of -m and a module: as much of it as is asked of one here."""
+    """subprocess.Popen([sys.executable, *args], ...) of a file, or of -m and a module: as much of it as is asked of one here.
 
-    def __init__(self, args, cwd=None, env=None, stdin=None, stdout=None, stderr=None, text=False):
+    beside: the pid of a process whose namespaces it enters first, as nsenter does.
+    """
+
+    def __init__(self, args, cwd=None, env=None, stdin=None, stdout=None, stderr=None, text=False, beside=None):
         self.args, self._lock = args, threading.Lock()
         self.stdin, stdin = _ours_and_its(0, stdin, text)
         self.stdout, stdout = _ours_and_its(1, stdout, text)
         self.stderr, stderr = _ours_and_its(2, stderr, text)
         folder = Path.cwd() if cwd is None else Path(cwd)
         its = [stdin, stdout, stderr]
-        self._process = process(_script, [str(arg) for arg in args[1:]], folder, its, env=env, daemon=True)
+        self._process = process(_script, [str(arg) for arg in args[1:]], folder, its, beside, env=env, daemon=True)
         self._process.start()
         for end in its:
             end.close()
@@ -71,6 +78,26 @@ class _Forked:
                 raise subprocess.TimeoutExpired(self.args, timeout)
             multiprocessing.connection.wait([self._process.sentinel], left)
         return code
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """The rest of standard output and of standard error, to the end of both and of the process."""
+        told = ["", ""]
+
+        def read(i: int, file: IO) -> None:
+            with file:
+                told[i] = file.read()
+
+        files = [(i, file) for i, file in enumerate((self.stdout, self.stderr)) if not file.closed]
+        threads = [threading.Thread(target=read, args=one, daemon=True) for one in files]
+        until = None if timeout is None else time.monotonic() + timeout
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(None if until is None else max(0.0, until - time.monotonic()))
+            if thread.is_alive():
+                raise subprocess.TimeoutExpired(self.args, timeout)
+        self.wait(None if until is None else max(0.0, until - time.monotonic()))
+        return tuple(told)
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -177,8 +204,10 @@ def _in_environment(env: dict[str, str], target: Callable, args: tuple) -> None:
     target(*args)
 
 
-def _script(args: list[str], folder: Path, standard: list[Connection]) -> None:
+def _script(args: list[str], folder: Path, standard: list[Connection], beside: int | None) -> None:
     multiprocessing.current_process().daemon = False  # it may have processes of its own
+    if beside:
+        _enter_namespaces_of(beside)
     os.chdir(folder)
     for number, (name, end) in enumerate(zip(("stdin", "stdout", "stderr"), standard, strict=True)):
         os.dup2(end.fileno(), number)
@@ -187,12 +216,13 @@ def _script(args: list[str], folder: Path, standard: list[Connection]) -> None:
         setattr(sys, name, file)
     threads = os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())  # who imports it now reads that
     torch.set_num_threads(int(threads))
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]  # its own, not its parent's
     try:
         if args[0] == "-m":
-            sys.argv, sys.path[:0] = args[1:], [str(folder)]
+            sys.argv, sys.path[:0] = args[1:], [str(folder), *paths]
             runpy.run_module(args[1], run_name="__main__", alter_sys=True)
         else:
-            sys.argv, sys.path[:0] = args, [str((folder / args[0]).parent)]
+            sys.argv, sys.path[:0] = args, [str((folder / args[0]).parent), *paths]
             runpy.run_path(str(folder / args[0]), run_name="__main__")
     except SystemExit:
         raise
@@ -201,3 +231,13 @@ def _script(args: list[str], folder: Path, standard: list[Connection]) -> None:
         raise
     finally:
         atexit._run_exitfuncs()  # multiprocessing leaves them out
+
+
+def _enter_namespaces_of(pid: int) -> None:
+    """All of NAMESPACES; who made them may. os.setns is there from Python 3.12 on."""
+    if sys.platform != "linux":
+        raise OSError(f"namespaces of process {pid}: Linux alone has them")
+    descriptor = os.pidfd_open(pid)
+    if ctypes.CDLL(None, use_errno=True).setns(descriptor, NAMESPACES):
+        raise OSError(ctypes.get_errno(), f"the namespaces of process {pid}")
+    os.close(descriptor)

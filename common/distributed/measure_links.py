@@ -84,29 +84,32 @@ def main() -> None:
 
 
 def measure_here(
-    nproc: Sequence[int], turns: int = TURNS, sizes: Sequence[int] = SIZES
+    nproc: Sequence[int], turns: int = TURNS, sizes: Sequence[int] = SIZES, memory: Sequence[int] = MEMORY
 ) -> tuple[list[Sample], dict[str, list[Speed]]]:
-    """What is measured on this CPU with each number of ranks, this process and others that it starts; one rank too."""
+    """What is measured on this CPU with each number of ranks, this process and others that it starts; one rank too.
+
+    sizes: bytes of messages. memory: bytes that a rank reads; none, for whoever asks about links alone.
+    """
     samples: list[Sample] = []
-    speeds = at_once(TPGroup())
+    speeds = at_once(TPGroup(), memory)
     for ranks in nproc:
-        arguments = {"ranks": ranks, "turns": turns, "sizes": list(sizes)}
+        arguments = {"ranks": ranks, "turns": turns, "sizes": list(sizes), "memory": list(memory)}
         follower = Follower("common.distributed.measure_links:answer", arguments)
         tp = initialize_tensor_parallel(ranks, "cpu", follower=follower)
         try:
             samples += measure(tp, turns, sizes)
-            for kind, found in at_once(tp).items():
+            for kind, found in at_once(tp, memory).items():
                 speeds[kind] += found
         finally:
             shutdown_tensor_parallel()
     return samples, speeds
 
 
-def answer(ranks: int, turns: int, sizes: list[int]) -> None:
+def answer(ranks: int, turns: int, sizes: list[int], memory: list[int]) -> None:
     """The other processes: the same calls as rank 0's, then wait to be told to leave."""
     tp = initialize_tensor_parallel(ranks, "cpu")
     measure(tp, turns, sizes)
-    at_once(tp)
+    at_once(tp, memory)
     receive(tp, "task")
 
 
@@ -192,14 +195,14 @@ def _operate(op: str, x: torch.Tensor, tp: TPGroup) -> None:
         receive_from(x, 0, tp, "probe")  # COMM receive [n]: how long it takes
 
 
-def at_once(tp: TPGroup) -> dict[str, list[Speed]]:
+def at_once(tp: TPGroup, memory: Sequence[int] = MEMORY) -> dict[str, list[Speed]]:
     """Bytes a second that each of the ranks reads, by how many, and float32 operations a second, while all do the same.
 
     What reads is a product of one row with a matrix, in the quickest of the forms in which a model's may lie.
     """
     row = torch.ones(1, COLUMNS, device=tp.device)
     reading = []
-    for nbytes in MEMORY:
+    for nbytes in memory:
         matrix, took = torch.ones(nbytes // 4 // COLUMNS, COLUMNS, device=tp.device), float("inf")
         for form in (row_major, column_major, packed) if tp.device.type == "cpu" else (row_major,):
             laid = form(matrix)

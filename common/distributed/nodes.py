@@ -16,7 +16,6 @@ SGLang 0.5.23 has the same flags. It finds out by what fails whether the hosts r
 
 import hashlib
 import os
-import platform
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,7 +58,7 @@ class Node:
 
     @property
     def name(self) -> str:
-        return f"node {self.node_rank} (host {platform.node()})"
+        return f"node {self.node_rank} (host {socket.gethostname()})"
 
     @property
     def address(self) -> str:

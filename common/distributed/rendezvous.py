@@ -6,7 +6,6 @@ ranks of several nodes     a store of node 0's, on a port that the nodes tell ea
 """
 
 import os
-import platform
 import socket
 import zlib
 from datetime import timedelta
@@ -68,7 +67,7 @@ def host_number(spawned: SpawnedRanks | None) -> int:
     """The same for ranks that share a host: which node it is, where somebody says so; else its name."""
     if spawned and spawned.node_rank is not None:
         return spawned.node_rank
-    return int(os.environ.get("GROUP_RANK", zlib.crc32(platform.node().encode())))  # torchrun counts its agents
+    return int(os.environ.get("GROUP_RANK", zlib.crc32(socket.gethostname().encode())))  # torchrun counts its agents
 
 
 def who_tells(
@@ -83,7 +82,7 @@ def who_tells(
 
 def _join_members(store: dist.Store, rank: int, size: int) -> Membership:
     """Under torchrun, over several hosts: every rank is a member, rank 0 is the first."""
-    where = f"host {platform.node()}"
+    where = f"host {socket.gethostname()}"
     name = f"rank {rank} (pid {os.getpid()}) on {where}"
     if rank > 0:
         port = int(store.get(PORT))

@@ -4,13 +4,13 @@ import json
 import os
 import re
 import signal
-import subprocess
 import time
 
 import psutil
 import pytest
 
 from common.tiny_qwen import TINY_QWEN_PATH
+from tests import warm
 from tests.hosts import TwoHosts
 from tests.oracle import greedy
 
@@ -37,13 +37,20 @@ run_main(main)
 PROMPT = "What is a radix cache?"
 
 
-@pytest.fixture
-def hosts(tmp_path, record_property):
-    two = TwoHosts(tmp_path)
-    record_property("hosts", two.kind)
-    print(f"on {two.kind}")
+@pytest.fixture(scope="module")
+def two_hosts(tmp_path_factory):
+    two = TwoHosts(tmp_path_factory.mktemp("hosts"))
+    (two.folder / "engine.py").write_text(ENGINE, encoding="utf-8")
     yield two
     two.close()
+
+
+@pytest.fixture
+def hosts(two_hosts, record_property):
+    record_property("hosts", two_hosts.kind)
+    print(f"on {two_hosts.kind}")
+    yield two_hosts
+    two_hosts.end_all()
 
 
 @pytest.fixture
@@ -54,12 +61,13 @@ def engines(hosts):
         address = f"{hosts.address}:{hosts.free_port()}"
         common = [address, str(size), PROMPT, str(tokens)]
         other = [address, str(size_of_b or size), PROMPT, str(tokens), *([model_of_b] if model_of_b else [])]
-        return [hosts.start(0, "-c", ENGINE, "0", *common), hosts.start(1, "-c", ENGINE, "1", *other)]
+        script = str(hosts.folder / "engine.py")
+        return [hosts.start(0, script, "0", *common), hosts.start(1, script, "1", *other)]
 
     return start
 
 
-def ends(process: subprocess.Popen, within_s: float = 250) -> tuple[int, str, list[str]]:
+def ends(process: warm.Popen, within_s: float = 250) -> tuple[int, str, list[str]]:
     """Exit code, standard output, and the lines of standard error that are ours."""
     out, err = process.communicate(timeout=within_s)
     return process.returncode, out, [line for line in err.splitlines() if line.startswith(("error", "stopped"))]
@@ -71,7 +79,7 @@ def expected(tokens: int) -> list[int]:
     return greedy(TINY_QWEN_PATH, Tokenizer(TINY_QWEN_PATH).encode(PROMPT), tokens)
 
 
-def ready(process: subprocess.Popen) -> list[int]:
+def ready(process: warm.Popen) -> list[int]:
     """The pids of all ranks, once the engine is there."""
     line = process.stdout.readline()
     assert line.startswith("ready "), process.communicate()
@@ -150,9 +158,13 @@ def test_another_model_under_the_same_name_is_refused_on_both(hosts, engines, tm
 
 
 def test_other_code_is_refused_on_both_by_its_file(hosts, engines):
-    with open(hosts.code[1] / "common" / "executor.py", "a", encoding="utf-8") as file:
-        file.write("# one line more\n")
-    a, b = map(ends, engines())
+    path = hosts.code[1] / "common" / "executor.py"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(f"{text}# one line more\n", encoding="utf-8")
+    try:
+        a, b = map(ends, engines())
+    finally:
+        path.write_text(text, encoding="utf-8")
     assert (a[0], b[0], a[1], b[1]) == (1, 1, "", "")
     assert a[2] == b[2]
     assert re.match(
@@ -163,14 +175,14 @@ def test_other_code_is_refused_on_both_by_its_file(hosts, engines):
 # --- the server
 
 
-def server(hosts: TwoHosts, *flags: str) -> tuple[list[subprocess.Popen], int]:
+def server(hosts: TwoHosts, *flags: str) -> tuple[list[warm.Popen], int]:
     address, port = f"{hosts.address}:{hosts.free_port()}", hosts.free_port()
     argv = ["-m", "ch07_sglang_radix.launch_server", "--tp-size", "2", "--nnodes", "2", "--dist-init-addr", address,
             "--device", "cpu", "--port", str(port), "--dist-timeout", "120", *flags]  # fmt: skip
     return [hosts.start(i, *argv, "--node-rank", str(i)) for i in range(2)], port
 
 
-def said(process: subprocess.Popen, words: str) -> str:
+def said(process: warm.Popen, words: str) -> str:
     """The line of the log that has them."""
     log = []
     for line in process.stderr:
@@ -215,7 +227,7 @@ def test_a_node_that_never_comes_is_named_and_the_server_ends(hosts):
 # --- torchrun
 
 
-def torchrun(hosts: TwoHosts, *argv: str) -> list[subprocess.Popen]:
+def torchrun(hosts: TwoHosts, *argv: str) -> list[warm.Popen]:
     port = str(hosts.free_port())
     return [
         hosts.start(i, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={i}", "--nproc_per_node=1",

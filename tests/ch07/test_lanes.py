@@ -1,6 +1,7 @@
 """Several steps on their way at once, as over several pipeline stages; here one rank keeps their logits back."""
 
 from collections import deque
+from functools import cache
 
 import pytest
 from hypothesis import given, settings
@@ -33,11 +34,13 @@ class KeptBack:
         return self.logits.popleft()
 
 
-def make(lanes: int, pages: int = 4096, page_size: int = 4, **options) -> TPScheduler:
-    wrapper = TPRadixAttentionModelWrapper(
-        TINY_QWEN_PATH, "cpu", page_size, max_total_tokens=pages * page_size, max_running_requests=8
-    )
-    scheduler = TPScheduler(wrapper, num_lanes=lanes, check=True, **options)
+@cache
+def wrapper(pages: int) -> TPRadixAttentionModelWrapper:
+    return TPRadixAttentionModelWrapper(TINY_QWEN_PATH, "cpu", 4, max_total_tokens=4 * pages, max_running_requests=8)
+
+
+def make(lanes: int, pages: int = 4096, **options) -> TPScheduler:
+    scheduler = TPScheduler(wrapper(pages), num_lanes=lanes, check=True, **options)
     if lanes > 1:
         scheduler.control = KeptBack(scheduler.control)
     return scheduler

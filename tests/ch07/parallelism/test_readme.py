@@ -5,12 +5,10 @@ Every demo checks what it claims (`ok: ...`) and ends with an error where that d
 
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 
-from tests import anatomy
+from tests import anatomy, warm
 from tests.readme import ROOT, blocks, demos_without_a_command, run, short_names
 
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -29,15 +27,7 @@ def test_the_command_prints_what_is_shown(command, shown):
 
 @pytest.mark.parametrize("demo", ["demo_2_two_stages", "demo_3_pipeline_timeline", "demo_9_all_reduce_lab"])
 def test_a_demo_of_several_ranks_says_how_it_is_started(demo):
-    done = subprocess.run(
-        [sys.executable, f"{WING}/{demo}.py"],
-        cwd=ROOT,
-        env=ENV,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    done = warm.run([f"{WING}/{demo}.py"], ROOT, env=ENV)
     assert done.returncode == 1
     assert re.fullmatch(r"error: [^\n]*torchrun --nproc_per_node=2[^\n]*\n", done.stderr)
 
