@@ -1,12 +1,14 @@
 """bench_layouts without GPUs: the planner beside a file, what is refused, and that every layout of two ranks runs and agrees."""
 
 import csv
+import os
 
 import pytest
 
 from ch07_sglang_radix.benchmarks import bench_layouts
 from ch07_sglang_radix.benchmarks.bench_layouts import OPTIONS, _others, _planned, planned
-from common.teaching.torchrun import torchrun
+from tests import warm
+from tests.anatomy import ROOT
 
 MODULE = "ch07_sglang_radix.benchmarks.bench_layouts"
 
@@ -37,8 +39,10 @@ def test_rows_of_the_same_layout_are_replaced_and_others_kept(tmp_path):
     assert _others(tmp_path / "none.csv", {}) == []
 
 
-def test_two_ranks_agree_under_every_layout():
-    torchrun(2, MODULE, "--check")  # it ends with another code if one differs
+def test_two_ranks_agree_under_every_layout(tmp_path):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    code, _, said = warm.Torchrun(["-m", MODULE, "--check"], 2, ROOT, env, tmp_path).finish(300)
+    assert code == 0, said  # it is another one if tokens differ
 
 
 def test_a_layout_that_is_not_there_is_refused(monkeypatch):

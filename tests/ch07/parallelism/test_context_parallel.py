@@ -18,16 +18,19 @@ from tests.ch07.test_product import serve as serve_case
 from tests.oracle import greedy, some_prompts
 from tests.ranks import layout_of_the_pool
 
-NEW_TOKENS = 12
-SMALL_POOL = 96  # tokens; the longest request needs 52, all of them together do not fit
+NEW_TOKENS = 8
+SMALL_POOL = 96  # tokens; the longest request needs 48, all of them together do not fit
 POOL = 1024  # where all of them fit
 LAYOUTS = {2: (2, 2), 3: (3, 3), 4: (4, 2)}  # by ranks (tp, cp); with four of them the heads are cut over two as well
-CASES = [(2, "qwen2"), (2, "qwen3"), (2, "llama"), (4, "qwen3"), (4, "llama")]
 OPTIONS = [
     {"page_size": 1},
     {"page_size": 16, "chunked_prefill_size": 16, "enable_mixed_chunk": True, "gather_best": True},
     {"page_size": 4, "chunked_prefill_size": 64, "pool": SMALL_POOL, "overlap": True},
     {"page_size": 16, "chunked_prefill_size": 32, "disable_radix_cache": True, "enable_mixed_chunk": True, "pool": SMALL_POOL},
+]  # fmt: skip
+# on four ranks a message takes longest: either family has half of the options there (test_combinations.py has all three families)
+CASES = [
+    (2, "qwen2", OPTIONS), (2, "qwen3", OPTIONS), (2, "llama", OPTIONS), (4, "qwen3", OPTIONS[::2]), (4, "llama", OPTIONS[1::2]),
 ]  # fmt: skip
 
 
@@ -38,7 +41,7 @@ def prompts_of(vocab_size: int = 1009) -> list[list[int]]:
 
 
 def serve(folder, prompts, options, layout):
-    """On each rank: the prompts twice (the second time they are in the tree); [(tokens, tokens again, retractions), ...]."""
+    """On each rank: the prompts twice (the second time they are in the tree), once without one; [([tokens, ...], retractions), ...]."""
     tp, cp = layout
     state, answers = layout_of_the_pool(tp, context_parallel_size=cp), []
     for chosen in options:
@@ -49,24 +52,23 @@ def serve(folder, prompts, options, layout):
         if pool == SMALL_POOL and scheduler.tp.rank == 0:
             scheduler.new_token_ratio = scheduler.init_new_token_ratio = 0.1  # admit too many
         params, rounds = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True), []
-        for _ in range(2):
+        for _ in range(1 if "disable_radix_cache" in rest else 2):
             ids = [scheduler.add_request(input_ids=prompt, sampling_params=params) for prompt in prompts]
             results = scheduler.process_requests()
             rounds.append([results[i].output_ids for i in ids])
-        answers.append((*rounds, scheduler.retractions))
+        answers.append((rounds, scheduler.retractions))
     return answers
 
 
-@pytest.mark.parametrize(("size", "name"), CASES)
-def test_tokens_equal_transformers(size, name, checkpoint, ranks):
+@pytest.mark.parametrize(("size", "name", "options"), CASES, ids=[f"{size}-{name}" for size, name, _ in CASES])
+def test_tokens_equal_transformers(size, name, options, checkpoint, ranks):
     folder = checkpoint(name)
     prompts = prompts_of()
     expected = [greedy(folder, prompt, NEW_TOKENS) for prompt in prompts]
     retractions = 0
-    for rank, answers in enumerate(ranks(size).run(serve, folder, prompts, OPTIONS, LAYOUTS[size])):
-        for chosen, (first, again, retracted) in zip(OPTIONS, answers, strict=True):
-            assert first == expected, (rank, chosen)
-            assert again == expected, (rank, chosen)
+    for rank, answers in enumerate(ranks(size).run(serve, folder, prompts, options, LAYOUTS[size])):
+        for chosen, (rounds, retracted) in zip(options, answers, strict=True):
+            assert all(tokens == expected for tokens in rounds), (rank, chosen)
             retractions += retracted
     assert retractions > 0, "the small pool was to bring retraction about"
 
@@ -83,7 +85,7 @@ def serve_spread(layout, case):
 
 @pytest.mark.parametrize("size", LAYOUTS)
 @settings(
-    max_examples=max(settings().max_examples // 7, 3), deadline=None, derandomize=settings().max_examples <= 200,
+    max_examples=max(settings().max_examples // 11, 3), deadline=None, derandomize=settings().max_examples <= 200,
     suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.reuse, Phase.generate),
 )  # fmt: skip
 @given(case=cases)
