@@ -281,7 +281,7 @@ def _dismiss(spawned: SpawnedRanks, state: ParallelState | None) -> None:
     try:
         if spawned.broken or state is None:
             raise RankFailure("out of step")
-        group, left = state.replica.control_group, []
+        group, left = (state.replica if state.dp.size == 1 else state.world).control_group, []
         if state.pp.size > 1:
             for rank in range(1, state.replica.size):
                 one = dist.isend(frame, group_dst=rank, group=group)  # COMM send [FRAME]: no more work

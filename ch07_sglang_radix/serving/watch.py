@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from common.distributed.processes import fate
+from common.distributed.processes import DEAD, fate
 
 LOOK_EVERY_S = 0.25
 
@@ -57,8 +57,8 @@ class Watch:
     def _look(self) -> str | None:
         for name, pid in self.processes.items():
             what = fate(pid)
-            if what == "has died":
-                return f"{name} (pid {pid}) has died"
+            if what == DEAD:
+                return f"{name} (pid {pid}) {DEAD}"
             if self._too_long(name, what is not None):
                 return f"{name} (pid {pid}) is stopped, for {self.patience_s:g} s now (--watchdog-timeout)"
         if lost := self.lost():

@@ -24,7 +24,7 @@ from common.distributed.launch import run_main
 from common.distributed.layout import Layout
 from common.distributed.machines import Machine
 from common.distributed.measure_links import behind_a_product, link_between, measure_here, this_machine
-from common.distributed.messages import receive, send
+from common.distributed.messages import receive, send, start_send
 from common.distributed.spawn import Follower
 from common.executor import Executor
 from common.models.config import ModelConfig
@@ -140,7 +140,8 @@ def answer(tp: int, pp: int, dp: int, folder: str) -> None:
         _serve(executor)
         receive(executor.parallel.world, "task")
     while True:
-        context, first, rows, has_tokens = (int(word) for word in receive(executor.parallel.replica, "task"))
+        task = receive(executor.parallel.replica, "task", direct=executor.parallel.pp.size > 1)
+        context, first, rows, has_tokens = map(int, task)
         if has_tokens:
             _take_tokens(executor, torch.empty(rows, dtype=torch.int64))
         _launch(executor, context, first, rows)
@@ -166,7 +167,7 @@ def _serve(executor: Executor) -> list[tuple[float, tuple[int, int]]]:
         executor.set_steps_in_flight(lanes)
         groups = np.array_split(np.arange(mine), lanes)
         waiting: list[Logits | None] = [None] * lanes
-        times = []
+        times, sent = [], []
         ready = torch.zeros(1)
         all_reduce(ready, parallel.dp, "ready")  # COMM all-reduce [1]: the replicas begin together
         for _ in range(WARM_UP + STEPS):
@@ -175,13 +176,18 @@ def _serve(executor: Executor) -> list[tuple[float, tuple[int, int]]]:
                 logits = waiting[lane]
                 tokens = logits().argmax(dim=-1) if logits else None
                 task = np.array([context, rows[0], len(rows), tokens is not None])
-                send(task, parallel.replica, "task")
+                if parallel.pp.size > 1:  # as an engine does it: a stage is sent a task before it asks for one
+                    sent += start_send(task, range(1, parallel.replica.size), parallel.replica, "task")
+                else:
+                    send(task, parallel.replica, "task")
                 if tokens is not None:
                     _take_tokens(executor, tokens)
                 waiting[lane] = _launch(executor, context, int(rows[0]), len(rows))
             times.append(time.perf_counter() - began)
         for logits in waiting:
             logits()
+        for one in sent:
+            one.wait()
         weights = sum(p.numel() for p in executor.model.parameters()) * executor.dtype.itemsize
         a_page = PagedKVCache.bytes_per_page(
             len(executor.model.stage),

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from common.distributed.goodbyes import Goodbyes
 from common.distributed.ledger import Ledger
 from common.distributed.membership import Membership
-from common.distributed.processes import RankFailure, fate
+from common.distributed.processes import DEAD, RankFailure, fate
 from common.distributed.shared_memory import SharedMemoryAllReduce
 from common.distributed.spawn import SpawnedRanks
 from common.distributed.symmetric_memory import SymmetricAllReduce
@@ -344,7 +344,7 @@ def lost_peer(tp: TPGroup) -> str | None:
     where = f" on {tp.members.where}" if tp.members else ""
     for rank, (host, pid) in enumerate(tp.peers):
         if rank != tp.world_rank and host == tp.peers[tp.world_rank][0] and (what := fate(pid)):
-            if tp.spawned and tp.spawned.died_of_another(rank):  # whose end may take the system longer
+            if what == DEAD and tp.spawned and tp.spawned.died_of_another(rank):  # whose end may take the system longer
                 continue
             if tp.goodbyes and (words := tp.goodbyes.said_by(rank)) is not None:  # its end was no death
                 if words:

@@ -10,6 +10,7 @@ import psutil
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt's, from glibc's malloc.h
 KEPT_BYTES = 256 << 20  # of freed memory, that stay with the process
 RANKS_A_CORE = 8
+DEAD, STOPPED = "has died", "is stopped (SIGSTOP)"  # what became of a process
 
 
 class RankFailure(RuntimeError):
@@ -53,16 +54,16 @@ class Together:
 
 
 def fate(pid: int) -> str | None:
-    """None while the process runs, else what became of it."""
+    """None while the process runs, else DEAD or STOPPED."""
     try:
         status = psutil.Process(pid).status()
     except psutil.NoSuchProcess:  # a zombie too, where it has no status
-        return "has died"
+        return DEAD
     except psutil.AccessDenied:  # somebody else's, so it is there
         return None
     if status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):  # killed, and its parent has not asked yet
-        return "has died"
-    return "is stopped (SIGSTOP)" if status == psutil.STATUS_STOPPED else None
+        return DEAD
+    return STOPPED if status == psutil.STATUS_STOPPED else None
 
 
 def keep_freed_memory() -> None:

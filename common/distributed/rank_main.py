@@ -71,10 +71,10 @@ def _say(file: Path, error: BaseException) -> None:
 
 def _end_with(parent: int, folder: Path) -> None:
     """Wherever this rank is, it ends when rank 0 is gone, and the files with it."""
-    from common.distributed.processes import fate  # noqa: PLC0415
+    from common.distributed.processes import DEAD, fate  # noqa: PLC0415
     from common.distributed.spawn import forget_folder  # noqa: PLC0415
 
-    while fate(parent) != "has died":
+    while fate(parent) != DEAD:
         time.sleep(LOOK_FOR_RANK_0_EVERY_S)
     forget_folder(folder)
     os._exit(1)

@@ -53,7 +53,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from common.distributed.processes import fate
+from common.distributed.processes import DEAD, fate
 
 CHUNK = 256 << 10  # bytes of a round: a slot of each of two ranks, and x, stay in a core's second cache
 LINE = 128  # bytes: no two ranks write into one cache line, which Apple's cores have that long
@@ -164,7 +164,7 @@ class SharedMemoryAllReduce:
             self._fence()
             if lines[at + ROUND] >= now:  # that was its last word
                 return
-            if gone in ("has left", "has died"):
+            if gone in ("has left", DEAD):
                 raise RuntimeError(f"rank {name} {gone}")
             if clock - began > self._timeout_s:
                 raise RuntimeError(f"no answer of rank {name} in {self._timeout_s:g} s")

@@ -41,7 +41,7 @@ def prompts_of(vocab_size: int = 1009) -> list[list[int]]:
 
 
 def serve(folder, prompts, options, layout):
-    """On each rank: the prompts twice (the second time they are in the tree), once without one; [([tokens, ...], retractions), ...]."""
+    """On each rank: the prompts twice, so that they are in the tree; once if there is none; [([tokens, ...], retractions), ...]."""
     tp, cp = layout
     state, answers = layout_of_the_pool(tp, context_parallel_size=cp), []
     for chosen in options:
