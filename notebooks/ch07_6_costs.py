@@ -35,7 +35,7 @@ from common.planner.holdings import holdings
 from common.planner.plan import Load, Way
 
 BLUE, ORANGE, GREEN, RED, GREY = "#4c72b0", "#dd8452", "#55a868", "#c44e52", "#999999"
-samples, speeds = measure_here([2], turns=2)
+samples, _ = measure_here([2], turns=2, memory=())
 took = {(s.op, s.nbytes): s.seconds for s in samples}
 smallest = took["all_reduce", 256]
 for nbytes in (256, 65_536, 4 << 20):
