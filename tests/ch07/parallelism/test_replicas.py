@@ -147,8 +147,13 @@ def scheduler(server, rank):
     return processes(server)[f"scheduler_{rank}"]
 
 
-def ask_over_http(server, text="What is a page?"):
-    return server.call("/generate", {"text": text, "sampling_params": PARAMS})
+TOKENS_ALONE = (
+    "--skip-tokenizer-init"  # no detokenizer, which is a process more to start; the first server below has one
+)
+
+
+def ask_over_http(server):
+    return server.call("/generate", {"input_ids": [8, 9, 10, 11], "sampling_params": PARAMS})
 
 
 def test_a_replica_that_is_killed_takes_its_own_requests_and_the_rest_goes_on():
@@ -176,7 +181,7 @@ def test_a_replica_that_is_killed_takes_its_own_requests_and_the_rest_goes_on():
 
 
 def test_when_the_last_replica_has_died_the_server_ends_and_says_so():
-    with a_server("--dp-size", "2", "--tp-size", "2") as server:
+    with a_server("--dp-size", "2", "--tp-size", "2", TOKENS_ALONE) as server:
         everybody = processes(server)
         ranks = [process for name, process in everybody.items() if name.startswith("rank")]
         assert len(ranks) == 2
@@ -217,7 +222,7 @@ class Line:
 def test_a_streaming_session_outlives_the_replica_that_has_it():
     """The replica is stopped, which counts as dead. K and V are lost, the tokens are main's: the turn that ran is as if it had
     never been, and the next one computes them again."""
-    with a_server("--dp-size", "2", "--watchdog-timeout", str(STOPPED_S)) as server:
+    with a_server("--dp-size", "2", "--watchdog-timeout", str(STOPPED_S), TOKENS_ALONE) as server:
         ask_over_http(server)  # replica 0's turn; the session begins at replica 1
         line = Line(server)
         assert line.turn(5, 6, 7) == (1, 0)
@@ -241,7 +246,7 @@ def test_a_streaming_session_outlives_the_replica_that_has_it():
 
 def test_a_replica_that_cannot_start_ends_the_server_with_its_reason(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    server = RunningServer("--dp-size", "2", "--model-path", str(tmp_path), wait=False)
+    server = RunningServer("--dp-size", "2", "--model-path", str(tmp_path), TOKENS_ALONE, wait=False)
     assert "config.json" in server.said(r".*error main: scheduler_\d.*; the server ends")
     assert server.process.wait(60) == 1
     assert server.leftovers() == []
