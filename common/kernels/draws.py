@@ -14,7 +14,9 @@ def weights(x, top, temperature):
 def truncates(columns, rows, row):
     """Does this row have top-k, top-p or min-p? columns [4, rows]: `SamplingBatch.columns`."""
     top_k, top_p = tl.load(columns + rows + row), tl.load(columns + 2 * rows + row)
-    return (tl.load(columns + row) > 0) & ((top_k > 0) | (top_p < 1) | (tl.load(columns + 3 * rows + row) > -float("inf")))
+    return (tl.load(columns + row) > 0) & (
+        (top_k > 0) | (top_p < 1) | (tl.load(columns + 3 * rows + row) > -float("inf"))
+    )
 
 
 @triton.jit

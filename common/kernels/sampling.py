@@ -61,7 +61,7 @@ def sample(logits: torch.Tensor, batch) -> tuple[torch.Tensor, torch.Tensor]:
         launch(
             shortlist, (rows,), logits, columns, numbers, best, mass, part_best, chosen, quota, bounds, sums, tokens,
             rows, batch.advanced, vocab, chunks, stride, CHUNKS=padded, CHUNK=CHUNK, PART=PART,
-            PARTS=padded * (CHUNK // PART), KEEP=KEEP, HALF=half, num_warps=8,
+            PARTS=padded * (CHUNK // PART), KEEP=KEEP, HALF=half, num_warps=16,
         )  # fmt: skip
         if batch.most_kept > KEEP and chunks * (CHUNK // PART) > KEEP:
             measures = torch.empty(turns + 1, rows, chunks, 16, dtype=torch.float32, device=device)

@@ -56,9 +56,9 @@ def shortlist(
                 m = middle(last, high)
                 enough = tl.sum((of_part >= m).to(tl.int32), 0) >= parts
                 last, high = tl.where(enough, m, last), tl.where(enough, high, m)
-            tie = (of_part == last) & (p < n)
+            equals = (of_part == last) & (p < n)
             free = parts - tl.sum((of_part > last).to(tl.int32), 0)
-            taken = (of_part > last) | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= free))
+            taken = (of_part > last) | (equals & (tl.cumsum(equals.to(tl.int32), 0) <= free))
             tl.store(chosen + row * KEEP + tl.cumsum(taken.to(tl.int32), 0) - 1, p, mask=taken)
             tl.debug_barrier()  # other threads read it
             # their tokens
@@ -94,7 +94,9 @@ def shortlist(
                     left = tl.maximum(tl.where(low == t, tl.minimum(left, needed), needed), 1)
                     t = low
                 tie = order == t
-                kept = ((order > t) | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= left))) & ((x - top) / temperature >= log_min_p)
+                kept = ((order > t) | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= left))) & (
+                    (x - top) / temperature >= log_min_p
+                )
                 weight = tl.where(kept, weight, 0.0)
                 running = tl.cumsum(weight, 0)
                 u = uniform(tl.load(numbers + row), tl.load(numbers + rows + row) + advanced)
@@ -170,31 +172,30 @@ def narrow(
     let_next_start(PDL)
     wait_for_previous(PDL)
     chunk, row, c = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, CHUNKS)
-    if truncates(columns, rows, row):
-        if tl.load(quota + row) > 0:
-            top = tl.max(tl.load(best + row * chunks + c, mask=c < chunks, other=-float("inf")), 0)
-            low, high, t, left, above, wanted = _bracket(
-                columns, bounds, sums, measures, rows, row, vocab, chunks, turn, mass_from, top, CHUNKS, HALF
-            )
-            if chunk == 0:
-                ints, floats = bounds + 4 * (turn + 1) * rows + row, sums + 2 * (turn + 1) * rows + row
-                tl.store(ints, low)
-                tl.store(ints + rows, high)
-                tl.store(ints + 2 * rows, t)
-                tl.store(ints + 3 * rows, left)
-                tl.store(floats, above)
-                tl.store(floats + rows, wanted)
-            i = chunk * CHUNK + tl.arange(0, CHUNK)
-            x = tl.load(logits + row * stride + i, mask=i < vocab, other=-float("inf"))
-            order, there = key(x, HALF), i < vocab
-            weight = tl.where(there, 1.0, 0.0)
-            if turn >= mass_from:
-                weight = tl.where(there, weights(x.to(tl.float32), top, tl.load(columns + row)), 0.0)
-            here = measures + (((turn + 1) * rows + row) * chunks + chunk) * 16
-            width = _width(low, high).to(tl.int32)
-            for j in tl.static_range(15):
-                tl.store(here + j, tl.sum(tl.where(order >= low + (j + 1) * width, weight, 0.0), 0))
-            tl.store(here + 15, tl.sum(tl.where(order > low, weight, 0.0), 0))
+    if truncates(columns, rows, row) & (tl.load(quota + row) > 0):
+        top = tl.max(tl.load(best + row * chunks + c, mask=c < chunks, other=-float("inf")), 0)
+        low, high, t, left, above, wanted = _bracket(
+            columns, bounds, sums, measures, rows, row, vocab, chunks, turn, mass_from, top, CHUNKS, HALF
+        )
+        if chunk == 0:
+            ints, floats = bounds + 4 * (turn + 1) * rows + row, sums + 2 * (turn + 1) * rows + row
+            tl.store(ints, low)
+            tl.store(ints + rows, high)
+            tl.store(ints + 2 * rows, t)
+            tl.store(ints + 3 * rows, left)
+            tl.store(floats, above)
+            tl.store(floats + rows, wanted)
+        i = chunk * CHUNK + tl.arange(0, CHUNK)
+        x = tl.load(logits + row * stride + i, mask=i < vocab, other=-float("inf"))
+        order, there = key(x, HALF), i < vocab
+        weight = tl.where(there, 1.0, 0.0)
+        if turn >= mass_from:
+            weight = tl.where(there, weights(x.to(tl.float32), top, tl.load(columns + row)), 0.0)
+        here = measures + (((turn + 1) * rows + row) * chunks + chunk) * 16
+        width = _width(low, high).to(tl.int32)
+        for j in tl.static_range(15):
+            tl.store(here + j, tl.sum(tl.where(order >= low + (j + 1) * width, weight, 0.0), 0))
+        tl.store(here + 15, tl.sum(tl.where(order > low, weight, 0.0), 0))
 
 
 @triton.jit(do_not_specialize=("rows", "turn", "mass_from"))
@@ -205,30 +206,29 @@ def mass_above(
     let_next_start(PDL)
     wait_for_previous(PDL)
     chunk, row, c = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, CHUNKS)
-    if truncates(columns, rows, row):
-        if tl.load(quota + row) > 0:
-            top = tl.max(tl.load(best + row * chunks + c, mask=c < chunks, other=-float("inf")), 0)
-            low, high, t, left, above, wanted = _bracket(
-                columns, bounds, sums, measures, rows, row, vocab, chunks, turn, mass_from, top, CHUNKS, HALF
-            )
-            temperature, log_min_p = tl.load(columns + row), tl.load(columns + 3 * rows + row)
-            if tl.load(columns + 2 * rows + row) < 1:
-                needed = tl.ceil((wanted - above) / weights(value(low, HALF), top, temperature)).to(tl.int32)
-                left = tl.maximum(tl.where(low == t, tl.minimum(left, needed), needed), 1)
-                t = low
-            if (value(t, HALF) - top) / temperature < log_min_p:  # all ties or none
-                high = key(top, HALF)
-                while t + 1 < high:
-                    m = middle(t, high)
-                    fails = (value(m, HALF) - top) / temperature < log_min_p
-                    t, high = tl.where(fails, m, t), tl.where(fails, high, m)
-                t, left = high, vocab
-            worst, here = value(t, HALF), row * chunks + chunk
-            if chunk == 0:
-                tl.store(limit + row, worst)
-                tl.store(quota + row, left)  # not 0 before, and not 0 now
-            i = chunk * CHUNK + tl.arange(0, CHUNK)
-            x = tl.load(logits + row * stride + i, mask=i < vocab, other=-float("inf")).to(tl.float32)
-            tl.store(ties + here, tl.sum((x == worst).to(tl.int32), 0))
-            x = tl.where(x > worst, x, -float("inf"))
-            tl.store(mass + here, tl.sum(weights(x, tl.maximum(tl.load(best + here), -1e30), temperature), 0))
+    if truncates(columns, rows, row) & (tl.load(quota + row) > 0):
+        top = tl.max(tl.load(best + row * chunks + c, mask=c < chunks, other=-float("inf")), 0)
+        low, high, t, left, above, wanted = _bracket(
+            columns, bounds, sums, measures, rows, row, vocab, chunks, turn, mass_from, top, CHUNKS, HALF
+        )
+        temperature, log_min_p = tl.load(columns + row), tl.load(columns + 3 * rows + row)
+        if tl.load(columns + 2 * rows + row) < 1:
+            needed = tl.ceil((wanted - above) / weights(value(low, HALF), top, temperature)).to(tl.int32)
+            left = tl.maximum(tl.where(low == t, tl.minimum(left, needed), needed), 1)
+            t = low
+        if (value(t, HALF) - top) / temperature < log_min_p:  # all ties or none
+            high = key(top, HALF)
+            while t + 1 < high:
+                m = middle(t, high)
+                fails = (value(m, HALF) - top) / temperature < log_min_p
+                t, high = tl.where(fails, m, t), tl.where(fails, high, m)
+            t, left = high, vocab
+        worst, here = value(t, HALF), row * chunks + chunk
+        if chunk == 0:
+            tl.store(limit + row, worst)
+            tl.store(quota + row, left)  # not 0 before, and not 0 now
+        i = chunk * CHUNK + tl.arange(0, CHUNK)
+        x = tl.load(logits + row * stride + i, mask=i < vocab, other=-float("inf")).to(tl.float32)
+        tl.store(ties + here, tl.sum((x == worst).to(tl.int32), 0))
+        x = tl.where(x > worst, x, -float("inf"))
+        tl.store(mass + here, tl.sum(weights(x, tl.maximum(tl.load(best + here), -1e30), temperature), 0))
