@@ -25,6 +25,7 @@ from common.kernels.truncation import mass_above, narrow, shortlist
 CHUNK = 2048  # tokens a program of `scan` looks at
 PART = 64  # tokens that `shortlist` takes or leaves together
 KEEP = 128  # parts that it takes
+SHORTLIST_WARPS, NARROW_WARPS = 16, 4
 
 
 def sample(logits: torch.Tensor, batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,47 +40,61 @@ def sample(logits: torch.Tensor, batch) -> tuple[torch.Tensor, torch.Tensor]:
     best = torch.empty(rows, chunks, dtype=torch.float32, device=device)
     best_at = torch.empty(rows, chunks, dtype=torch.int32, device=device)
     mass, ties = torch.empty_like(best), torch.empty_like(best_at)
-    columns, numbers, limit, quota, part_best = best, tokens, best, best_at, best  # not read, unless
+    columns, numbers, part_best, limit, quota = best, tokens, best, best, best_at  # not read, unless
     if not batch.all_greedy:
         columns, numbers = batch.columns(device), batch.numbers(device)
     if batch.truncated:
-        limit = torch.empty(rows, dtype=torch.float32, device=device)
-        quota = torch.empty(rows, dtype=torch.int32, device=device)
         part_best = torch.empty(rows, chunks * (CHUNK // PART), dtype=torch.float32, device=device)
-    padded, half = triton.next_power_of_2(chunks), logits.dtype == torch.bfloat16
     launch(
         _scan, (chunks, rows), logits, columns, best, best_at, mass, part_best, rows, vocab, chunks, stride,
         CHUNK=CHUNK, PART=PART, GREEDY=batch.all_greedy,
     )  # fmt: skip
     if batch.truncated:
-        turns_each = 4 if half else 8  # 16 ** 4 keys, and 16 ** 8
-        mass_from = turns_each * (batch.largest_top_k > KEEP)
-        turns = mass_from + turns_each * (batch.widest_top_p > KEEP)
-        chosen = torch.empty(rows, KEEP, dtype=torch.int32, device=device)
-        bounds = torch.empty(turns + 1, 4, rows, dtype=torch.int32, device=device)
-        sums = torch.empty(turns + 1, 2, rows, dtype=torch.float32, device=device)
-        launch(
-            shortlist, (rows,), logits, columns, numbers, best, mass, part_best, chosen, quota, bounds, sums, tokens,
-            rows, batch.advanced, vocab, chunks, stride, CHUNKS=padded, CHUNK=CHUNK, PART=PART,
-            PARTS=padded * (CHUNK // PART), KEEP=KEEP, HALF=half, num_warps=16,
-        )  # fmt: skip
-        if batch.most_kept > KEEP and chunks * (CHUNK // PART) > KEEP:
-            measures = torch.empty(turns + 1, rows, chunks, 16, dtype=torch.float32, device=device)
-            how = dict(CHUNKS=padded, CHUNK=CHUNK, HALF=half)
-            for turn in range(turns):
-                launch(
-                    narrow, (chunks, rows), logits, columns, quota, best, bounds, sums, measures, rows, vocab, chunks,
-                    stride, turn, mass_from, **how,
-                )  # fmt: skip
-            launch(
-                mass_above, (chunks, rows), logits, columns, limit, quota, best, bounds, sums, measures, mass, ties,
-                rows, vocab, chunks, stride, turns, mass_from, **how,
-            )  # fmt: skip
+        limit, quota = _truncate(logits, batch, columns, numbers, best, mass, ties, part_best, tokens)
     launch(
         _pick, (rows,), logits, columns, numbers, limit, quota, best, best_at, mass, ties, tokens, rows, batch.advanced,
-        vocab, chunks, stride, CHUNKS=padded, CHUNK=CHUNK, GREEDY=batch.all_greedy,
+        vocab, chunks, stride, CHUNKS=triton.next_power_of_2(chunks), CHUNK=CHUNK, GREEDY=batch.all_greedy,
     )  # fmt: skip
     return tokens[0], tokens[1]
+
+
+def _truncate(
+    logits, batch, columns, numbers, best, mass, ties, part_best, tokens
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """limit [B] float32 and quota [B] int32 of the rows with top-k, top-p or min-p; mass and ties of what they leave.
+
+    A quota of 0: `tokens` has the row's token already.
+    """
+    (rows, vocab), chunks, device = logits.shape, best.shape[1], logits.device
+    half, padded, stride = logits.dtype == torch.bfloat16, triton.next_power_of_2(chunks), logits.stride(0)
+    # which searches there may be: for the k-th best token, for the one where the mass reaches top-p
+    turns_each = 4 if half else 8  # 16 ** 4 keys, and 16 ** 8
+    mass_from = turns_each * (batch.largest_top_k > KEEP)
+    turns = mass_from + turns_each * (batch.widest_top_p > KEEP)
+    limit = torch.empty(rows, dtype=torch.float32, device=device)
+    quota = torch.empty(rows, dtype=torch.int32, device=device)
+    chosen = torch.empty(rows, KEEP, dtype=torch.int32, device=device)
+    bounds = torch.empty(turns + 1, 4, rows, dtype=torch.int32, device=device)
+    sums = torch.empty(turns + 1, 2, rows, dtype=torch.float32, device=device)
+    launch(
+        shortlist, (rows,), logits, columns, numbers, best, mass, part_best, chosen, quota, bounds, sums, tokens, rows,
+        batch.advanced, vocab, chunks, stride, CHUNKS=padded, CHUNK=CHUNK, PART=PART, PARTS=padded * (CHUNK // PART),
+        KEEP=KEEP, HALF=half, num_warps=SHORTLIST_WARPS,
+    )  # fmt: skip
+    if batch.most_kept > KEEP and part_best.shape[1] > KEEP:
+        measures = torch.empty(turns + 1, rows, chunks, 16, dtype=torch.float32, device=device)
+        how = dict(CHUNKS=padded, CHUNK=CHUNK, HALF=half, num_warps=NARROW_WARPS)
+        search = (bounds, sums, measures)
+        for turn in range(turns):
+            launch(
+                narrow, (chunks, rows), logits, columns, quota, best, *search, rows, vocab, chunks, stride, turn,
+                mass_from, **how,
+            )  # fmt: skip
+        launch(
+            mass_above, (chunks, rows), logits, columns, limit, quota, best, *search, mass, ties, rows, vocab, chunks,
+            stride, turns, mass_from, **how,
+        )  # fmt: skip
+    return limit, quota
 
 
 @triton.jit(do_not_specialize=("rows",))

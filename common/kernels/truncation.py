@@ -24,6 +24,38 @@ def _lowest(HALF: tl.constexpr):
     return key(tl.full([], -float("inf"), tl.float32), HALF)
 
 
+@triton.jit
+def _largest(order, weight, wanted, low, high):
+    """The largest key at or above which order [N] has `wanted` of weight [N], or of tokens where that is an int: it
+    is in [low, high)."""
+    while low + 1 < high:
+        m = middle(low, high)
+        enough = tl.sum(tl.where(order >= m, weight, 0), 0) >= wanted
+        low, high = tl.where(enough, m, low), tl.where(enough, high, m)
+    return low
+
+
+@triton.jit
+def _best_parts(part_best, chosen, n, end, KEEP: tl.constexpr, PARTS: tl.constexpr, HALF: tl.constexpr):
+    """part_best [n] -> in chosen [KEEP] the numbers of the best parts, in the order of the vocabulary; how many they
+    are, and the best key of the worst of them."""
+    p, parts = tl.arange(0, PARTS), tl.minimum(n, KEEP)
+    order = key(tl.load(part_best + p, mask=p < n, other=-float("inf")), HALF)
+    last = _largest(order, tl.full([PARTS], 1, tl.int32), parts, _lowest(HALF), end)
+    tie = (order == last) & (p < n)
+    free = parts - tl.sum((order > last).to(tl.int32), 0)
+    taken = (order > last) | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= free))
+    tl.store(chosen + tl.cumsum(taken.to(tl.int32), 0) - 1, p, mask=taken)
+    tl.debug_barrier()  # all threads have stored before one reads
+    return parts, last
+
+
+@triton.jit
+def _needed(wanted, above, t, top, temperature, HALF: tl.constexpr):
+    """Of the tokens equal to t, how many top-p keeps: the one that reaches `wanted` stays."""
+    return tl.maximum(tl.ceil((wanted - above) / weights(value(t, HALF), top, temperature)).to(tl.int32), 1)
+
+
 @triton.jit(do_not_specialize=("rows", "advanced"))
 def shortlist(
     logits, columns, numbers, best, mass, part_best, chosen, quota, bounds, sums, tokens, rows, advanced, vocab, chunks, stride,
@@ -36,32 +68,16 @@ def shortlist(
     """
     let_next_start(PDL)
     wait_for_previous(PDL)
-    row = tl.program_id(0).to(tl.int64)
+    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, CHUNKS)
     if truncates(columns, rows, row):
         temperature, top_k = tl.load(columns + row), tl.load(columns + rows + row).to(tl.int32)
         top_p, log_min_p = tl.load(columns + 2 * rows + row), tl.load(columns + 3 * rows + row)
         top_k = tl.where(top_k < vocab, top_k, 0)
-        c = tl.arange(0, CHUNKS)
         bests = tl.load(best + row * chunks + c, mask=c < chunks, other=-float("inf"))
-        top = tl.max(bests, 0)
-        quota_now = 0  # of a row without a token, too: `pick` sees that itself
-        if (top > -float("inf")) & (top < float("inf")):
-            lowest, end = _lowest(HALF), key(top, HALF) + 1
-            # the parts, in the order of the vocabulary
-            p, n = tl.arange(0, PARTS), chunks * (CHUNK // PART)
-            of_part = key(tl.load(part_best + row * n + p, mask=p < n, other=-float("inf")), HALF)
-            parts = tl.minimum(n, KEEP)
-            last, high = lowest, end  # the best of the last part: parts(last) >= KEEP > parts(high)
-            while last + 1 < high:
-                m = middle(last, high)
-                enough = tl.sum((of_part >= m).to(tl.int32), 0) >= parts
-                last, high = tl.where(enough, m, last), tl.where(enough, high, m)
-            equals = (of_part == last) & (p < n)
-            free = parts - tl.sum((of_part > last).to(tl.int32), 0)
-            taken = (of_part > last) | (equals & (tl.cumsum(equals.to(tl.int32), 0) <= free))
-            tl.store(chosen + row * KEEP + tl.cumsum(taken.to(tl.int32), 0) - 1, p, mask=taken)
-            tl.debug_barrier()  # other threads read it
-            # their tokens
+        top, left_to_others = tl.max(bests, 0), 0
+        if (top > -float("inf")) & (top < float("inf")):  # `pick` marks a row without a token
+            n, lowest, end = chunks * (CHUNK // PART), _lowest(HALF), key(top, HALF) + 1
+            parts, last = _best_parts(part_best + row * n, chosen + row * KEEP, n, end, KEEP, PARTS, HALF)
             i = tl.arange(0, KEEP * PART)
             at = tl.load(chosen + row * KEEP + i // PART, mask=i // PART < parts, other=n) * PART + i % PART
             x = tl.load(logits + row * stride + at, mask=at < vocab, other=-float("inf")).to(tl.float32)
@@ -70,34 +86,25 @@ def shortlist(
             t, left = tl.where(whole, lowest, last), vocab  # no token above t is missing here
             limited = whole | ((top_k > 0) & (top_k <= KEEP))
             if limited & (top_k > 0):
-                t, high = tl.where(top_k <= parts, last, lowest), end  # count(t) >= top_k > count(high)
-                while t + 1 < high:
-                    m = middle(t, high)
-                    enough = tl.sum((order >= m).to(tl.int32), 0) >= top_k
-                    t, high = tl.where(enough, m, t), tl.where(enough, high, m)
+                one = tl.full([KEEP * PART], 1, tl.int32)
+                t = _largest(order, one, top_k, tl.where(top_k <= parts, last, lowest), end)
                 left = top_k - tl.sum((order > t).to(tl.int32), 0)
             above = tl.sum(tl.where(order > t, weight, 0.0), 0)
-            equal = tl.where(t > lowest, left.to(tl.float32) * weights(value(t, HALF), top, temperature), 0.0)
+            equal = tl.where(t > lowest, left * weights(value(t, HALF), top, temperature), 0.0)
             masses = tl.load(mass + row * chunks + c, mask=c < chunks, other=0.0) * weights(bests, top, temperature)
             wanted = top_p * tl.where(limited, above + equal, tl.sum(tl.where(c < chunks, masses, 0.0), 0))
             inside = limited | ((top_k == 0) & (top_p < 1) & (above >= wanted))
             settled = inside | ((top_k == 0) & ((value(t, HALF) - top) / temperature < log_min_p))
             if settled:
                 if inside & (top_p < 1):
-                    low, high = tl.where(limited, t, t + 1), end  # mass(low) >= wanted > mass(high)
-                    while low + 1 < high:
-                        m = middle(low, high)
-                        enough = tl.sum(tl.where(order >= m, weight, 0.0), 0) >= wanted
-                        low, high = tl.where(enough, m, low), tl.where(enough, high, m)
-                    above = tl.sum(tl.where(order > low, weight, 0.0), 0)
-                    needed = tl.ceil((wanted - above) / weights(value(low, HALF), top, temperature)).to(tl.int32)
-                    left = tl.maximum(tl.where(low == t, tl.minimum(left, needed), needed), 1)
-                    t = low
+                    worst = _largest(order, weight, wanted, tl.where(limited, t, t + 1), end)
+                    above = tl.sum(tl.where(order > worst, weight, 0.0), 0)
+                    needed = _needed(wanted, above, worst, top, temperature, HALF)
+                    left = tl.where(worst == t, tl.minimum(left, needed), needed)
+                    t = worst
                 tie = order == t
-                kept = ((order > t) | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= left))) & (
-                    (x - top) / temperature >= log_min_p
-                )
-                weight = tl.where(kept, weight, 0.0)
+                kept = (order > t) | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= left))
+                weight = tl.where(kept & ((x - top) / temperature >= log_min_p), weight, 0.0)
                 running = tl.cumsum(weight, 0)
                 u = uniform(tl.load(numbers + row), tl.load(numbers + rows + row) + advanced)
                 place = crossing(weight, running, u * tl.max(running, 0), KEEP * PART)
@@ -113,20 +120,26 @@ def shortlist(
                     least = top - temperature * (tl.log(vocab / (1 - top_p)) + 1)
                     low = tl.minimum(tl.maximum(key(least - tl.abs(least) / 64, HALF), lowest), last)
                     high = last + 1
-                tl.store(bounds + row, low)
-                tl.store(bounds + rows + row, high)
-                tl.store(bounds + 2 * rows + row, lowest)
-                tl.store(bounds + 3 * rows + row, vocab)
-                tl.store(sums + row, above)
-                tl.store(sums + rows + row, wanted)
-                quota_now = vocab
-        tl.store(quota + row, quota_now)
+                _keep_bracket(bounds, sums, rows, row, 0, low, high, lowest, vocab, above, wanted)
+                left_to_others = vocab
+        tl.store(quota + row, left_to_others)
 
 
 @triton.jit
 def _width(low, high):
     """Of the sixteen parts that [low, high) is cut into, rounded up."""
     return ((high - low).to(tl.uint32, bitcast=True) + 15) // 16
+
+
+@triton.jit
+def _keep_bracket(bounds, sums, rows, row, turn, low, high, t, left, above, wanted):
+    ints, floats = bounds + 4 * turn * rows + row, sums + 2 * turn * rows + row
+    tl.store(ints, low)
+    tl.store(ints + rows, high)
+    tl.store(ints + 2 * rows, t)
+    tl.store(ints + 3 * rows, left)
+    tl.store(floats, above)
+    tl.store(floats + rows, wanted)
 
 
 @triton.jit
@@ -178,13 +191,7 @@ def narrow(
             columns, bounds, sums, measures, rows, row, vocab, chunks, turn, mass_from, top, CHUNKS, HALF
         )
         if chunk == 0:
-            ints, floats = bounds + 4 * (turn + 1) * rows + row, sums + 2 * (turn + 1) * rows + row
-            tl.store(ints, low)
-            tl.store(ints + rows, high)
-            tl.store(ints + 2 * rows, t)
-            tl.store(ints + 3 * rows, left)
-            tl.store(floats, above)
-            tl.store(floats + rows, wanted)
+            _keep_bracket(bounds, sums, rows, row, turn + 1, low, high, t, left, above, wanted)
         i = chunk * CHUNK + tl.arange(0, CHUNK)
         x = tl.load(logits + row * stride + i, mask=i < vocab, other=-float("inf"))
         order, there = key(x, HALF), i < vocab
@@ -213,8 +220,8 @@ def mass_above(
         )
         temperature, log_min_p = tl.load(columns + row), tl.load(columns + 3 * rows + row)
         if tl.load(columns + 2 * rows + row) < 1:
-            needed = tl.ceil((wanted - above) / weights(value(low, HALF), top, temperature)).to(tl.int32)
-            left = tl.maximum(tl.where(low == t, tl.minimum(left, needed), needed), 1)
+            needed = _needed(wanted, above, low, top, temperature, HALF)
+            left = tl.where(low == t, tl.minimum(left, needed), needed)
             t = low
         if (value(t, HALF) - top) / temperature < log_min_p:  # all ties or none
             high = key(top, HALF)
