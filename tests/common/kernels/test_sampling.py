@@ -79,10 +79,14 @@ BAD = {
 
 
 def assert_as_plain(logits: torch.Tensor, batch: SamplingBatch) -> None:
-    """Each token is one that may be drawn, and the one that the random number falls on; the border is 1e-5 wide."""
+    """Each token is one that may be drawn, and the one that the random number falls on; the border is 1e-5 wide. A row
+    that the shortlist does not settle keeps the very tokens that the plain sampler keeps."""
     from common.kernels import sampling  # noqa: PLC0415
 
-    tokens, drawn = (each.cpu() for each in sampling.sample(logits.to(DEVICE), batch))
+    searched, truncate = [], sampling._truncate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "_truncate", lambda *args: searched.append(truncate(*args)) or searched[0])
+        tokens, drawn = (each.cpu() for each in sampling.sample(logits.to(DEVICE), batch))
     here = SamplingBatch(batch.rows)
     want, _ = _sample(logits.float(), here)
     assert torch.equal(tokens, drawn)
@@ -93,6 +97,13 @@ def assert_as_plain(logits: torch.Tensor, batch: SamplingBatch) -> None:
     fits = (own > 0) & (to - own - 1e-5 <= u) & (u <= to + 1e-5)
     right = torch.where(greedy, tokens == want, fits.squeeze(1))
     assert right.all(), [(batch.rows[i].params, tokens[i], want[i]) for i in (~right).nonzero().flatten().tolist()]
+    for limit, quota in searched:
+        for i, (t, left, one) in enumerate(zip(limit.tolist(), quota.tolist(), batch.rows, strict=True)):
+            if not one.params.greedy and one.params.truncated and left:
+                x = logits[i].float()
+                kept = (x > t) | ((x == t) & ((x == t).cumsum(0) <= left))
+                weight = ((x - x.max()) / one.params.temperature).exp()  # of no use where it is 0
+                assert torch.equal(kept & (weight > 0), p[i] > 0), one.params
 
 
 def of_ways(*names: str) -> SamplingBatch:
