@@ -112,7 +112,7 @@ def of_ways(*names: str) -> SamplingBatch:
 
 WITHOUT_A_GPU = [
     ("in steps", torch.bfloat16, tuple(WAYS)), ("random", torch.float32, ("k = 40, p", "k = 4, all that are short-listed")),
-    ("all equal", torch.float16, ("k, p", "min-p, wide")), ("a few are", torch.float32, ("k = 5, one more", "p, narrow")),
+    ("all equal", torch.float16, ("k, p", "p, wide")), ("a few are", torch.float32, ("k = 5, one more", "p, narrow")),
 ]  # fmt: skip
 
 
