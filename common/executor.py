@@ -35,6 +35,7 @@ from common.layers.cpu_linear import choose_forms
 from common.layers.expert_placement import ExpertPlacement
 from common.layers.moe import MoEOptions
 from common.models.config import ModelConfig
+from common.models.draft_graphs import DraftGraphs
 from common.models.drafters.contract import Drafter, DraftOptions, Target
 from common.models.drafters.load import load_drafter
 from common.models.graph_runner import DecodeGraphs, StepGraphs
@@ -266,6 +267,8 @@ class Executor:
             if speculative:
                 nodes = (1, speculative.nodes) if drafter else (speculative.nodes,)
                 self.tree_graphs = VerifyGraphs(*parts, nodes, self.verifier.listening() or (), most)
+            if drafter and drafter.recordable:
+                self.verifier.graphs = DraftGraphs(drafter, speculative.nodes, *parts)
             if prefill_graph_tokens and self._plain_prefills(speculative):
                 reachable = min(SEATS * self.max_context, self.num_pages * page_size)  # tokens of a step
                 self.prefill_graphs = PrefillGraphs(*parts[:-1], min(prefill_graph_tokens, reachable), most)
@@ -460,7 +463,8 @@ class Executor:
     @property
     def recorded(self) -> list[StepGraphs]:
         """The CUDA graphs of all kinds of steps; none on a CPU."""
-        return [graphs for graphs in (self.graphs, self.tree_graphs, self.prefill_graphs) if graphs]
+        guesses = self.verifier.graphs if self.verifier else None
+        return [graphs for graphs in (self.graphs, self.tree_graphs, guesses, self.prefill_graphs) if graphs]
 
     def decode_rows(self, batch: int, alike: bool = False) -> int:
         """Rows that a decode step of `batch` sequences computes: CUDA graphs pad it to a captured size."""
