@@ -266,7 +266,9 @@ class Executor:
                 self.graphs = DecodeGraphs(*parts, max_loras=most)
             if speculative:
                 nodes = (1, speculative.nodes) if drafter else (speculative.nodes,)
-                self.tree_graphs = VerifyGraphs(*parts, nodes, self.verifier.listening() or (), most)
+                self.tree_graphs = VerifyGraphs(
+                    *parts, nodes, self.verifier.listening() or (), most, bool(drafter and drafter.chains)
+                )
             if drafter and drafter.recordable:
                 self.verifier.graphs = DraftGraphs(drafter, speculative.nodes, *parts)
             if prefill_graph_tokens and self._plain_prefills(speculative):
@@ -441,7 +443,7 @@ class Executor:
         if drawn:
             draws = Draws(drawn, positions, self.config.vocab_size, self.tp.device, keeps=self.tp.rank == 0)
         tree, chain = self.verifier.tree(rows, positions, nodes, guesses, parents, draws)
-        if self.tree_graphs and self.tree_graphs.holds(len(rows), nodes):
+        if self.tree_graphs and self.tree_graphs.holds(len(rows), nodes, chain):
             return self._replay_tree(rows, positions, tree, chain, adapters)
         slots = None if adapters is None else np.repeat(adapters, nodes)
         step, heard = self.table.tree(rows, positions, tree), self.verifier.listening()

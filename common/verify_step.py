@@ -11,7 +11,7 @@ copied. The others' stay where they are: behind the sequence's end nothing count
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -94,7 +94,7 @@ class Verifier:
 
     def _inside(self, tree: DraftTree) -> DraftTree:
         """A guess that is no token of the target's becomes another one, as wrong."""
-        return DraftTree(tree.tokens.clamp(0, self.vocab_size - 1), tree.parents, tree.q)
+        return replace(tree, tokens=tree.tokens.clamp(0, self.vocab_size - 1))
 
     def waits(
         self, rows: np.ndarray, positions: np.ndarray, step: StepInputs, hidden: torch.Tensor, heard,

@@ -9,6 +9,7 @@ leave nothing. Guesses that are drawn and not chosen are launched one by one: ea
 """
 
 import bisect
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ class DraftGraphs(StepGraphs):
         numbers[:, :batch] = rows, positions
         copy_to(numbers, self.inputs[: 2 * size])
         tree = self._replay((size, self.nodes))
-        return DraftTree(tree.tokens[:batch].clone(), tree.parents[:batch].clone())
+        return replace(tree, tokens=tree.tokens[:batch].clone(), parents=tree.parents[:batch].clone())
 
     def _pad(self, shape: tuple[int, int]) -> None:
         self.inputs.fill_(-1)
