@@ -25,7 +25,7 @@ from common.kernels.truncation import mass_above, narrow, shortlist
 CHUNK = 2048  # tokens a program of `scan` looks at
 PART = 64  # tokens that `shortlist` takes or leaves together
 KEEP = 128  # parts that it takes
-SHORTLIST_WARPS, NARROW_WARPS = 16, 4
+SHORTLIST_WARPS, NARROW_WARPS = 8, 4
 
 
 def sample(logits: torch.Tensor, batch) -> tuple[torch.Tensor, torch.Tensor]:
