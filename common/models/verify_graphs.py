@@ -81,8 +81,7 @@ class VerifyGraphs(StepGraphs):
         tokens, parents = self._trees(size, nodes)
         tokens[:batch], parents[:batch] = tree.tokens, tree.parents
         _make_chains(parents[batch:])  # of padding, which must be trees too
-        self._put_adapters(None if adapters is None else np.repeat(adapters, nodes), size * nodes)
-        return self._replay((size, nodes)).of(batch, nodes)
+        return self._replay((size, nodes), None if adapters is None else np.repeat(adapters, nodes)).of(batch, nodes)
 
     def _trees(self, size: int, nodes: int) -> tuple[torch.Tensor, torch.Tensor]:
         """tokens, parents [size, N] in `inputs`."""
@@ -94,16 +93,13 @@ class VerifyGraphs(StepGraphs):
         self.inputs[: 2 * size] = -1
         _make_chains(self._trees(size, nodes)[1])
 
-    def _step(self, shape: tuple[int, int]) -> VerifiedStep:
+    def _step(self, shape: tuple[int, int], adapters: AdapterBlocks | None = None) -> VerifiedStep:
         size, nodes = shape
         rows, positions, tree = self.inputs[:size], self.inputs[size : 2 * size], DraftTree(*self._trees(size, nodes))
         pages = self.table.page_table.shape[1]
         step = self.table.tree_level(rows, positions, tree.tokens, tree.depth, tree.ancestors, pages)
         attention = self.attention(self.cache, step.meta)
         live = (rows >= 0).repeat_interleave(nodes) if self.model.config.mixture else None
-        adapters = None
-        if self.max_loras:
-            adapters = AdapterBlocks.captured(self.adapters, size * nodes, self.max_loras)
         entering = dict.fromkeys(self.layers) if self.layers else None
         hidden = self.model(step.input_ids, step.positions, attention, live=live, entering=entering, adapters=adapters)
         return VerifiedStep(step, self.model.compute_logits(hidden, adapters), hidden, entering)

@@ -164,9 +164,11 @@ def test_in_a_captured_step_every_row_has_its_adapter_and_padding_has_none(check
     numbers = np.full((2, size), -1)
     numbers[:, : len(rows)] = rows, 0 * rows
     graphs.inputs[: 2 * size] = torch.from_numpy(numbers.reshape(-1)).to(DEVICE)
-    graphs._put_adapters(np.array(slots), size)
+    graphs._put_adapters(np.array(slots), (size, False))
+    with_adapters, without = graphs._with_and_without((size, False))
+    assert without is None
     with torch.inference_mode():
-        out = graphs._step((size, False))
+        out = graphs._step((size, False), with_adapters)
     torch.testing.assert_close(out[: len(rows)], want, rtol=1e-4, atol=1e-4)
     plain = Executor(folder, DEVICE.type, P, max_total_tokens=2048, dtype="float32", disable_cuda_graph=True)
     plain.table.set_pages([(row, 0, [row]) for row in rows])
