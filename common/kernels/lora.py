@@ -180,13 +180,13 @@ def _expand(
         live = (row < tokens)[:, None] & (n < size)[None, :]
         y_at = y + row[:, None] * y_stride + first + n[None, :]
         before = tl.load(y_at, mask=live, other=0.0)
-        h_at = h + m[None, :, None] * RANKS + start
-        inner = _sum_of_shares(h_at, 0, rank, tl.num_programs(1) * BM * RANKS, SHARES, BP, BR)
+        h_at, apart = h + m[:, None, None] * RANKS + start, tl.num_programs(1) * BM * RANKS
+        inner = _sum_of_shares(h_at, 0, rank, apart, SHARES, BP, BR)
         acc = tl.dot(inner.to(thin.dtype), thin, input_precision="ieee" if F32 else None)
         if R > BR:
             for low in range(BR, rank, BR):
                 more = _columns(b_at, low, rank, (n < size)[None, :], R, BR)
-                sums = _sum_of_shares(h_at, low, rank, tl.num_programs(1) * BM * RANKS, SHARES, BP, BR)
+                sums = _sum_of_shares(h_at, low, rank, apart, SHARES, BP, BR)
                 acc += tl.dot(sums.to(more.dtype), more, input_precision="ieee" if F32 else None)
         tl.store(y_at, (before.to(tl.float32) + factor * acc).to(y.dtype.element_ty), mask=live)
 
@@ -203,8 +203,11 @@ def _columns(b_at, low, rank, live, R: tl.constexpr, BR: tl.constexpr):
 
 
 @triton.jit
-def _sum_of_shares(h_at, low, rank, apart, SHARES: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr):
-    """A x for ranks low .. low + BR - 1: [BM, BR]. All shares are on their way at once, and added up in one order."""
-    p, r = tl.arange(0, BP), low + tl.arange(0, BR)
-    inside = (p < SHARES)[:, None, None] & (r < rank)[None, None, :]
-    return tl.sum(tl.load(h_at + p[:, None, None] * apart + r[None, None, :], mask=inside, other=0.0), 0)
+def _sum_of_shares(at, low, rank, apart, SHARES: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr):
+    """A x for ranks low .. low + BR - 1, at [BM, 1, 1]: [BM, BR].
+
+    One tile, so that all loads are on their way at once: of a loop, unrolled or not, Triton 3.6 takes each share through shared
+    memory by itself. The shares are in its middle: the first dimension goes to warps, and so every sum is one thread's.
+    """
+    p, r = tl.arange(0, BP)[None, :, None], low + tl.arange(0, BR)[None, None, :]
+    return tl.sum(tl.load(at + p * apart + r, mask=(p < SHARES) & (r < rank), other=0.0), 1)
