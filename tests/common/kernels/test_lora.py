@@ -15,7 +15,7 @@ from common.layers.lora import EmbeddingSlots, LoRASlots, Thin, cut
 from common.layers.vocab import VocabParallelEmbedding
 from common.parallel_state import TPGroup
 from tests.adapters import greedy_with, save_adapter
-from tests.common.kernels.where import DEVICE, TOLERANCE, gpu, kernel, relative_error
+from tests.common.kernels.where import DEVICE, GPU, TOLERANCE, gpu, kernel, relative_error
 from tests.oracle import greedy, save_random
 
 pytestmark = kernel
@@ -117,6 +117,27 @@ def test_the_kernels_add_what_the_segments_add_and_twice_the_same(name, dtype):
 def test_any_mix_of_adapters_in_any_layer(shape, seed):
     got, want = both_ways(shape, torch.float32, seed)
     assert relative_error(got, want) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [1100, 5000])
+def test_a_row_gets_the_same_bits_whoever_else_is_in_a_short_step(dtype, width):
+    lora = LoRASlots(layer_of(Shape("row", (), width=width), dtype), SLOTS, 9)
+    fill(lora, 9, dtype)
+    slots = np.array([3, 0, 1] * 8 + [2] * 20)
+    x, y = (torch.randn(len(slots), n, device=DEVICE).to(dtype) for n in (width, 70))
+    together = AdapterBlocks.of(slots, DEVICE).add(y.clone(), x, lora)
+    firsts = (
+        0,
+        1,
+        2,
+        24,
+        40,
+    )  # of their blocks: to the interpreter, whose products are NumPy's, the place within one matters
+    for row in (*firsts, *(range(len(slots)) if GPU else ())):
+        one = slice(row, row + 1)
+        alone = AdapterBlocks.of(slots[one], DEVICE).add(y[one].clone(), x[one], lora)
+        assert torch.equal(alone, together[one])
 
 
 def test_numbers_that_no_adapter_has_are_not_read():
