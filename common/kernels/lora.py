@@ -38,15 +38,16 @@ class Cut(NamedTuple):
     most_shares: int  # of `in`: as many loads stand at the beginning of every program of _expand
     tile_in: int  # of 16-bit floats; half as many of float32
     shrink_ranks: int
-    expand_ranks: int
     shrink_warps: int
+    tile_out: int
+    tile_out_wide: int  # of a y of more than WIDE columns, which has programs enough
+    expand_ranks: int
     expand_warps: int
 
 
-CUTS = {FEW: Cut(16, 256, 32, 32, 4, 4), MANY: Cut(8, 128, 64, 32, 4, 8)}
+CUTS = {FEW: Cut(64, 512, 32, 4, 256, 512, 32, 8), MANY: Cut(8, 128, 64, 4, 128, 256, 32, 8)}
+WIDE = 16_000
 STAGES = 4  # tiles of `in` that are on their way at once
-TILE_OUT, TILE_OUT_WIDE = 128, 256
-WIDE = 16_000  # columns of a y that has programs enough with the wide tile
 
 
 def rows_per_block(tokens: int) -> int:
@@ -105,7 +106,8 @@ def expand(
 ) -> None:  # fmt: skip
     """y [T, out] += s B h; h as `shrink` gives it, b [slots, out, r_max], scales [slots, parts], sizes: columns of each part."""
     (n, block), (_, out, max_rank) = rows.shape, b.shape
-    cut, columns, three = CUTS[block], TILE_OUT_WIDE if out > WIDE else TILE_OUT, (*sizes, 0, 0)[:3]
+    cut, three = CUTS[block], (*sizes, 0, 0)[:3]
+    columns = cut.tile_out_wide if out > WIDE else cut.tile_out
     launch(
         _expand, (sum(triton.cdiv(size, columns) for size in sizes), n), h, b, y, slots, rows, starts, scales, len(y), y.stride(0),
         SIZE0=three[0], SIZE1=three[1], SIZE2=three[2], SHARES=len(h), RANKS=h.shape[2], R=max_rank, PARTS=len(sizes), BM=block,

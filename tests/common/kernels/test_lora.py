@@ -36,7 +36,7 @@ SHAPES = {
     "one row without an adapter": Shape("qkv", (0,)),
     "a decode step of everybody": Shape("qkv", (1, 3, 0, 2, 2, 1, 0, 3, 3)),
     "more rows of one adapter than a block": Shape("row", (2,) * 40 + (0,) * 3 + (1,) * 17),
-    "a long prefill, in blocks of 64": Shape("gate_up", (1,) * 300 + (3,) * 200 + (0,) * 20, width=24),
+    "a long prefill, in blocks of 64": Shape("gate_up", (1,) * 300 + (3,) * 200 + (0,) * 20, width=600),
     "in is cut into shares": Shape("row", (3, 0, 1), width=1100),
     "ranks of several tiles": Shape("gate_up", (2, 1, 1), max_rank=100),
 }
@@ -119,21 +119,15 @@ def test_any_mix_of_adapters_in_any_layer(shape, seed):
     assert relative_error(got, want) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("width", [1100, 5000])
-def test_a_row_gets_the_same_bits_whoever_else_is_in_a_short_step(dtype, width):
+@pytest.mark.parametrize(("width", "dtype"), [(1100, dtype) for dtype in TOLERANCE] + [(17_000, torch.float32)])
+def test_a_row_gets_the_same_bits_whoever_else_is_in_a_short_step(width, dtype):
     lora = LoRASlots(layer_of(Shape("row", (), width=width), dtype), SLOTS, 9)
     fill(lora, 9, dtype)
-    slots = np.array([3, 0, 1] * 8 + [2] * 20)
+    slots = np.array([3, 0, 1] * 2 + [2] * 18)
     x, y = (torch.randn(len(slots), n, device=DEVICE).to(dtype) for n in (width, 70))
     together = AdapterBlocks.of(slots, DEVICE).add(y.clone(), x, lora)
-    firsts = (
-        0,
-        1,
-        2,
-        24,
-        40,
-    )  # of their blocks: to the interpreter, whose products are NumPy's, the place within one matters
+    # the first ones of their blocks: to the interpreter, whose products are NumPy's, the place within a block matters
+    firsts = (0, 2, 6, 22)
     for row in (*firsts, *(range(len(slots)) if GPU else ())):
         one = slice(row, row + 1)
         alone = AdapterBlocks.of(slots[one], DEVICE).add(y[one].clone(), x[one], lora)
