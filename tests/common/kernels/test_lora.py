@@ -119,8 +119,13 @@ def test_any_mix_of_adapters_in_any_layer(shape, seed):
     assert relative_error(got, want) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize(("width", "dtype"), [(1100, dtype) for dtype in TOLERANCE] + [(17_000, torch.float32)])
-def test_a_row_gets_the_same_bits_whoever_else_is_in_a_short_step(width, dtype):
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("most_shares", [64, 2], ids=["a share is one tile", "a share is several"])
+def test_a_row_gets_the_same_bits_whoever_else_is_in_a_short_step(dtype, most_shares, monkeypatch):
+    from common.kernels.lora import CUTS, FEW  # noqa: PLC0415
+
+    monkeypatch.setitem(CUTS, FEW, CUTS[FEW]._replace(most_shares=most_shares))
+    width = 1300
     lora = LoRASlots(layer_of(Shape("row", (), width=width), dtype), SLOTS, 9)
     fill(lora, 9, dtype)
     slots = np.array([3, 0, 1] * 2 + [2] * 18)
