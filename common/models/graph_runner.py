@@ -64,9 +64,8 @@ class StepGraphs(ABC):
         if max_loras:
             most = max(len(AdapterBlocks.numbers(np.zeros(n, dtype=np.int64), max_loras)) for n in rows)
             self.adapters = torch.zeros(most, dtype=torch.int64, device=cache.k.device)
-        self._captured: dict[
-            tuple[tuple[int, int], bool], _Captured
-        ] = {}  # by shape, and whether anybody has an adapter
+        # by shape, and whether anybody has an adapter
+        self._captured: dict[tuple[tuple[int, int], bool], _Captured] = {}
         self._pool = None
 
     @abstractmethod
@@ -131,7 +130,7 @@ class StepGraphs(ABC):
         self._captured.clear()
         self._pool = None
 
-    def _replay(self, shape: tuple[int, int], slots: np.ndarray | None) -> Any:
+    def _replay(self, shape: tuple[int, int], slots: np.ndarray | None = None) -> Any:
         """slots: of the first rows of the step; the others are padding, and have none. None: nobody has one."""
         adapted = slots is not None and bool(slots.any())
         if adapted:
