@@ -41,12 +41,13 @@ class Cut(NamedTuple):
     shrink_warps: int
     tile_out: int
     tile_out_wide: int  # of a y of more than WIDE columns, which has programs enough
-    expand_ranks: int
     expand_warps: int
 
 
-CUTS = {FEW: Cut(64, 512, 32, 4, 256, 512, 32, 8), MANY: Cut(8, 128, 64, 4, 128, 256, 32, 8)}
+CUTS = {FEW: Cut(64, 512, 32, 4, 256, 512, 8), MANY: Cut(8, 128, 64, 4, 128, 256, 8)}
 WIDE = 16_000
+MOST_RANKS = 32  # of h that a program of _expand multiplies by at once
+AT_ONCE = 1 << 14  # numbers of h that it loads together: 64 registers of each thread of 8 warps
 STAGES = 4  # tiles of `in` that are on their way at once
 
 
@@ -107,12 +108,13 @@ def expand(
     """y [T, out] += s B h; h as `shrink` gives it, b [slots, out, r_max], scales [slots, parts], sizes: columns of each part."""
     (n, block), (_, out, max_rank) = rows.shape, b.shape
     cut, three = CUTS[block], (*sizes, 0, 0)[:3]
-    columns = cut.tile_out_wide if out > WIDE else cut.tile_out
+    columns, shares = cut.tile_out_wide if out > WIDE else cut.tile_out, triton.next_power_of_2(len(h))
+    tile_r = _tile(max_rank, max(min(AT_ONCE // (block * shares), MOST_RANKS), 16))
     launch(
         _expand, (sum(triton.cdiv(size, columns) for size in sizes), n), h, b, y, slots, rows, starts, scales, len(y), y.stride(0),
         SIZE0=three[0], SIZE1=three[1], SIZE2=three[2], SHARES=len(h), RANKS=h.shape[2], R=max_rank, PARTS=len(sizes), BM=block,
-        BN=columns, BR=_tile(max_rank, cut.expand_ranks), BP=triton.next_power_of_2(len(h)), STEP=math.gcd(*sizes, 16),
-        F32=y.dtype == torch.float32, num_warps=cut.expand_warps,
+        BN=columns, BR=tile_r, BP=shares, STEP=math.gcd(*sizes, 16), F32=y.dtype == torch.float32, num_warps=cut.expand_warps,
+        num_stages=1,  # tiles of ranks are few, and h in several stages does not fit into shared memory
     )  # fmt: skip
 
 
