@@ -32,6 +32,18 @@ if INTERPRETED:
 
     interpreter._patch_lang_tensor = _numbers
 
+    _patched = set()  # files of Triton's library
+
+    def _call(self, *args, **kwargs):
+        """A function that a kernel calls. Triton turns the language into NumPy again at each call, in milliseconds.
+        For a function of ours its kernel's launch has done so; what is done for one of the library stays."""
+        if self.fn.__globals__.get("tl") is not tl and self.fn.__module__ not in _patched:
+            interpreter._patch_lang(self.fn)
+            _patched.add(self.fn.__module__)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = _call
+
 
 @cache
 def pdl() -> bool:
