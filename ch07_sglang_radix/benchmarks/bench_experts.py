@@ -193,7 +193,7 @@ def tune(shape: LayerShape, tokens: tuple[int, ...]) -> list[dict]:
                 2 * g.stages * g.columns * (n * g.rows + tiles.block) for n, g in ((2, tiles.gate_up), (1, tiles.down))
             )
             if needs <= shared_memory(device):
-                found.append((timed([lambda i=i, t=tiles: moe.run(*i, t) for i in inputs]), tiles))
+                found.append((timed([lambda i=i, t=tiles: moe.run(*i, tiles=t) for i in inputs]), tiles))
         found.sort(key=lambda pair: pair[0])
         before = next(us for us, tiles in found if tiles == given)
         print(f"{shape.name}  {count} tokens: {before:.1f} us as given {given}", flush=True)
