@@ -104,7 +104,7 @@ def decode(
         _decode, (space.splits, triton.cdiv(heads, space.heads), batch), q, pages.k, kept_of(pages, form)[2], o, space.part,
         space.lse, meta.slot_mapping, meta.page_table, meta.context_lens, meta.page_table.stride(0), q.stride(0), q.stride(1),
         scale * LOG2_E * pages.k_scale, pages.k_scale, space.splits, BITS=row_bits(form), P=meta.page_size, R=width - rank,
-        BR=max(16, triton.next_power_of_2(width - rank)), BH=space.heads, F32=q.dtype == torch.float32,
+        BR=max(16, triton.next_power_of_2(width - rank)), BH=space.heads, AHEAD=space.stages > 2, F32=q.dtype == torch.float32,
         **space.shape(heads), num_warps=space.warps, num_stages=space.stages,
     )  # fmt: skip
     return o
@@ -124,7 +124,7 @@ def values(
     means: torch.Tensor, kv_b: torch.Tensor, dn: int, meta: AttentionMetadata, space: LatentWorkspace
 ) -> torch.Tensor:
     """What `decode` gave, and kv_b [H/R, dn + dv, c] -> o [B, H/R, dv]."""
-    batch, heads, rank = means.shape
+    batch, heads, _ = means.shape
     dv = kv_b.shape[1] - dn
     o = torch.empty(batch, heads, dv, dtype=means.dtype, device=means.device)
     if batch <= FEW:
@@ -152,28 +152,35 @@ def _share(context, splits, LEAST: tl.constexpr, BN: tl.constexpr):
 def _decode(
     q, pages, scales, o, part, lse, slots, page_table, context_lens, table_stride, q_stride, head_stride, scale, page_scale,
     splits, BITS: tl.constexpr, P: tl.constexpr, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
-    BR: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, LEAST: tl.constexpr, F32: tl.constexpr, PDL: tl.constexpr,
+    BR: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, LEAST: tl.constexpr, AHEAD: tl.constexpr, F32: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
     wait_for_previous(PDL)
     s, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    context = tl.load(context_lens + b).to(tl.int32)
+    context, slot = tl.load(context_lens + b).to(tl.int32), tl.load(slots + b)
+    h, i, j = tl.program_id(1) * BH + tl.arange(0, BH), tl.arange(0, BC), tl.arange(0, BR)
+    in_c, in_r = (h < H)[:, None] & (i < C)[None, :], (h < H)[:, None] & (j < R)[None, :]
+    q_at = q + b * q_stride + h[:, None] * head_stride
+    qc = tl.load(q_at + i[None, :], mask=in_c, other=0.0)  # [BH, BC], times the latent
+    qr = tl.load(q_at + C + j[None, :], mask=in_r, other=0.0)  # [BH, BR], times the key that was turned
     share = _share(context, splits, LEAST, BN)
     parts = tl.maximum(tl.cdiv(context, share), 1)
     if s < parts:
-        h, i, j = tl.program_id(1) * BH + tl.arange(0, BH), tl.arange(0, BC), tl.arange(0, BR)
-        in_c, in_r = (h < H)[:, None] & (i < C)[None, :], (h < H)[:, None] & (j < R)[None, :]
-        q_at = q + b * q_stride + h[:, None] * head_stride
-        qc = tl.load(q_at + i[None, :], mask=in_c, other=0.0)  # [BH, BC], times the latent
-        qr = tl.load(q_at + C + j[None, :], mask=in_r, other=0.0)  # [BH, BR], times the key that was turned
         m = tl.full([BH], -float("inf"), tl.float32)
         total = tl.zeros([BH], tl.float32)
         acc = tl.zeros([BH, BC], tl.float32)
-        table, stop = page_table + b * table_stride, tl.minimum((s + 1) * share, context)
-        stop = tl.where(tl.load(slots + b) >= 0, stop, 0)
+        table, stop = page_table + b * table_stride, tl.where(slot >= 0, tl.minimum((s + 1) * share, context), 0)
+        if AHEAD:
+            coming = _slots(table, s * share + tl.arange(0, BN), stop, P)
         for first in range(s * share, stop, BN):
             n = first + tl.arange(0, BN)
-            at, there = _slots(table, n, stop, P), n < stop
+            there = n < stop
+            if AHEAD:  # page ids a block ahead: only then are the rows of the next block on their way early
+                at = coming
+                coming = _slots(table, n + BN, stop, P)
+            else:
+                at = _slots(table, n, stop, P)
             latent = codes(pages, at, there, qc.dtype, C, BC, BITS, C + R)  # [BN, BC]
             turned = codes(pages, at, there, qc.dtype, R, BR, BITS, C + R, C)  # [BN, BR]
             scores = tl.dot(qc, tl.trans(latent), input_precision="ieee" if F32 else "tf32")

@@ -36,12 +36,12 @@ def absorb(
     r = row.shape[1] - c
     out = torch.empty(tokens, heads, c + r, dtype=q.dtype, device=q.device)
     block = min(max(triton.next_power_of_2(tokens), 16), TOKENS)
+    programs = tokens + triton.cdiv(tokens, block) * heads * triton.cdiv(c, COLUMNS)
     launch(
-        _absorb, (triton.cdiv(c, COLUMNS) + 1, heads + 1, triton.cdiv(tokens, block)), q, row, kv_b, out, pages.k,
-        kept_of(pages, form)[2], slots, *_how(turning, q, row), tokens, q.stride(0), q.stride(1), row.stride(0), kv_b.stride(0),
-        pages.k_scale, MOST=form.most, BITS=row_bits(form), H=heads, N=key - r, C=c, R=r,
-        BM=block, BN=_block(key - r), BW=COLUMNS, BC=_block(c), BR=_block(r), F32=q.dtype == torch.float32, TURN=bool(turning),
-        INTERLEAVED=bool(turning and turning.interleaved),
+        _absorb, (programs,), q, row, kv_b, out, pages.k, kept_of(pages, form)[2], slots, *_how(turning, q, row), tokens,
+        q.stride(0), q.stride(1), row.stride(0), kv_b.stride(0), pages.k_scale, MOST=form.most, BITS=row_bits(form), H=heads,
+        N=key - r, C=c, R=r, BH=triton.next_power_of_2(heads), BM=block, BN=_block(key - r), BW=COLUMNS, BC=_block(c),
+        BR=_block(r), F32=q.dtype == torch.float32, TURN=bool(turning), INTERLEAVED=bool(turning and turning.interleaved),
     )  # fmt: skip
     return out
 
@@ -66,9 +66,8 @@ def turned(x, cos, sin, j, live, R: tl.constexpr, INTERLEAVED: tl.constexpr):
         here, other = j, (j + R // 2) % R
     a = tl.load(x + here, mask=live, other=0.0).to(tl.float32)
     b = tl.load(x + other, mask=live, other=0.0).to(tl.float32)
-    return b * tl.load(sin + j, mask=live, other=0.0).to(tl.float32) + a * tl.load(cos + j, mask=live, other=0.0).to(
-        tl.float32
-    )
+    crossed = b * tl.load(sin + j, mask=live, other=0.0).to(tl.float32)
+    return tl.fma(a, tl.load(cos + j, mask=live, other=0.0).to(tl.float32), crossed)  # as addcmul in apply_rotary
 
 
 @triton.jit
@@ -82,55 +81,48 @@ def normed(x, weight, eps, C: tl.constexpr):
 def _absorb(
     q, row, kv_b, out, pages, scales, slots, cos, sin, weight, eps, tokens, q_stride, head_stride, row_stride, kv_stride,
     page_scale, MOST: tl.constexpr, BITS: tl.constexpr, H: tl.constexpr, N: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, F32: tl.constexpr,
-    TURN: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
+    BH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+    F32: tl.constexpr, TURN: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
-    tile, tiles, h, m = tl.program_id(0), tl.num_programs(0) - 1, tl.program_id(1), tl.program_id(2) * BM
-    if h < H:
-        t = (m + tl.arange(0, BM))[:, None].to(tl.int64)
-        head, to = q + t * q_stride + h * head_stride, out + (t * H + h) * (C + R)
-        if tile < tiles:  # q Wk, some of its columns
-            d, c = tl.arange(0, BN), tile * BW + tl.arange(0, BW)
-            w_at = kv_b + h.to(tl.int64) * kv_stride + d[:, None] * C + c[None, :]
-            w = tl.load(w_at, mask=(d < N)[:, None] & (c < C)[None, :], other=0.0)
-            wait_for_previous(PDL)
-            x = tl.load(head + d[None, :], mask=(t < tokens) & (d < N)[None, :], other=0.0)
-            y = tl.dot(x, w, input_precision="ieee" if F32 else "tf32")
-            tl.store(to + c[None, :], y.to(out.dtype.element_ty), mask=(t < tokens) & (c < C)[None, :])
-        else:  # the part with a position
-            wait_for_previous(PDL)
-            j = tl.arange(0, BR)[None, :]
-            live = (t < tokens) & (j < R)
-            if TURN:
-                y = turned(head + N, cos + t * R, sin + t * R, j, live, R, INTERLEAVED)
-            else:
-                y = tl.load(head + N + j, mask=live, other=0.0).to(tl.float32)
-            tl.store(to + C + j, y.to(out.dtype.element_ty), mask=live)
-    else:  # rows, a token after the other
-        i, j = tl.arange(0, BC), tl.arange(0, BR)
+    program = tl.program_id(0)
+    if program < tokens:  # what has a position, and the latent: a token a program
+        t, i, j = program.to(tl.int64), tl.arange(0, BC), tl.arange(0, BR)
         if TURN:
             w = tl.load(weight + i, mask=i < C, other=0.0).to(tl.float32)
         wait_for_previous(PDL)
-        for token in range(m + tile, tl.minimum(m + BM, tokens), tiles + 1):
-            t = tl.zeros([], tl.int64) + token
-            slot, own_row = tl.load(slots + t), row + t * row_stride
-            if slot >= 0:
-                new = tl.load(own_row + i, mask=i < C, other=0.0)
-                if TURN:
-                    new = normed(new, w, eps, C).to(row.dtype.element_ty)
-                    new_r = turned(own_row + C, cos + t * R, sin + t * R, j, j < R, R, INTERLEAVED).to(
-                        row.dtype.element_ty
-                    )
-                else:
-                    new_r = tl.load(own_row + C + j, mask=j < R, other=0.0)
-                own = page_scale
-                if BITS > 0:  # one scale for both parts of the row
-                    own = scale_of(
-                        tl.maximum(tl.max(tl.abs(new.to(tl.float32)), 0), tl.max(tl.abs(new_r.to(tl.float32)), 0)), MOST
-                    )
-                put(pages, scales, slot, encoded(new, own, pages, MOST, BITS), own, C, BC, BITS, C + R)
-                put(pages, scales, slot, encoded(new_r, own, pages, MOST, BITS), own, R, BR, BITS, C + R, C)
+        slot, own_row = tl.load(slots + t), row + t * row_stride
+        h = tl.arange(0, BH)[:, None]
+        live, head = (h < H) & (j < R)[None, :], q + t * q_stride + h * head_stride + N
+        q_r = tl.load(head + j[None, :], mask=live, other=0.0)
+        if TURN:
+            q_r = turned(head, cos + t * R, sin + t * R, j[None, :], live, R, INTERLEAVED).to(q_r.dtype)
+        tl.store(out + (t * H + h) * (C + R) + C + j[None, :], q_r, mask=live)
+        if slot >= 0:
+            new = tl.load(own_row + i, mask=i < C, other=0.0)
+            new_r = tl.load(own_row + C + j, mask=j < R, other=0.0)
+            if TURN:
+                new = normed(new, w, eps, C).to(new.dtype)
+                new_r = turned(own_row + C, cos + t * R, sin + t * R, j, j < R, R, INTERLEAVED).to(new_r.dtype)
+            own = page_scale
+            if BITS > 0:  # one scale for both parts of the row
+                own = scale_of(
+                    tl.maximum(tl.max(tl.abs(new.to(tl.float32)), 0), tl.max(tl.abs(new_r.to(tl.float32)), 0)), MOST
+                )
+            put(pages, scales, slot, encoded(new, own, pages, MOST, BITS), own, C, BC, BITS, C + R)
+            put(pages, scales, slot, encoded(new_r, own, pages, MOST, BITS), own, R, BR, BITS, C + R, C)
+    if program >= tokens:  # q Wk: some tokens, a head, some columns a program
+        tiles: tl.constexpr = (C + BW - 1) // BW
+        task = program - tokens
+        h, c, d = task // tiles % H, task % tiles * BW + tl.arange(0, BW), tl.arange(0, BN)
+        w_at = kv_b + h.to(tl.int64) * kv_stride + d[:, None] * C + c[None, :]
+        w = tl.load(w_at, mask=(d < N)[:, None] & (c < C)[None, :], other=0.0)
+        t = (task // (tiles * H) * BM + tl.arange(0, BM))[:, None].to(tl.int64)
+        wait_for_previous(PDL)
+        x = tl.load(q + t * q_stride + h * head_stride + d[None, :], mask=(t < tokens) & (d < N)[None, :], other=0.0)
+        y = tl.dot(x, w, input_precision="ieee" if F32 else "tf32")
+        at = out + (t * H + h) * (C + R) + c[None, :]
+        tl.store(at, y.to(out.dtype.element_ty), mask=(t < tokens) & (c < C)[None, :])
 
 
 def turn(q: torch.Tensor, row: torch.Tensor, turning) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,19 +146,19 @@ def _turn(
 ):  # fmt: skip
     let_next_start(PDL)
     wait_for_previous(PDL)
-    t, block, j = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BR)
-    cos, sin = cos + t * R, sin + t * R
-    if block < tl.cdiv(H, BH):
-        h, i, j = (block * BH + tl.arange(0, BH))[:, None], tl.arange(0, BK)[None, :], j[None, :]
+    t, block, k = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BR)
+    cos_at, sin_at = cos + t * R, sin + t * R
+    if block < tl.cdiv(H, BH):  # some heads
+        h, i, j = (block * BH + tl.arange(0, BH))[:, None], tl.arange(0, BK)[None, :], k[None, :]
         head, to = q + t * q_stride + h * head_stride, q_out + (t * H + h) * (N + R)
         plain, live = (h < H) & (i < N), (h < H) & (j < R)
         tl.store(to + i, tl.load(head + i, mask=plain, other=0.0), mask=plain)
-        y = turned(head + N, cos, sin, j, live, R, INTERLEAVED)
+        y = turned(head + N, cos_at, sin_at, j, live, R, INTERLEAVED)
         tl.store(to + N + j, y.to(q_out.dtype.element_ty), mask=live)
-    else:
-        i, own, to = tl.arange(0, BC), row + t * row_stride, row_out + t * (C + R)
-        w = tl.load(weight + i, mask=i < C, other=0.0).to(tl.float32)
-        y = normed(tl.load(own + i, mask=i < C, other=0.0), w, eps, C)
-        tl.store(to + i, y.to(row_out.dtype.element_ty), mask=i < C)
-        y = turned(own + C, cos, sin, j, j < R, R, INTERLEAVED)
-        tl.store(to + C + j, y.to(row_out.dtype.element_ty), mask=j < R)
+    if block == tl.cdiv(H, BH):  # the row
+        c, own, place = tl.arange(0, BC), row + t * row_stride, row_out + t * (C + R)
+        w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
+        latent = normed(tl.load(own + c, mask=c < C, other=0.0), w, eps, C)
+        tl.store(place + c, latent.to(row_out.dtype.element_ty), mask=c < C)
+        key = turned(own + C, cos_at, sin_at, k, k < R, R, INTERLEAVED)
+        tl.store(place + C + k, key.to(row_out.dtype.element_ty), mask=k < R)
