@@ -21,7 +21,14 @@ import torch
 from torch import nn
 
 from common.layers.heads import HeadLayout
-from common.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear, load_pieces, loadable
+from common.layers.linear import (
+    ColumnParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    load_pieces,
+    loadable,
+    multiply_both,
+)
 from common.layers.norm import RMSNorm
 from common.layers.rotary import apply_rotary
 from common.parallel_state import TPGroup
@@ -148,9 +155,13 @@ class LatentAttention(nn.Module):
         self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], attention, adapters: None = None
     ) -> torch.Tensor:
         """adapters: none; LoRA is refused for this attention (models/adapter_files.py)."""
-        q = self.q_proj(x) if self.q_a_proj is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        # row [T, c + r]
+        if self.q_a_proj is None:
+            q, row = multiply_both(x, self.q_proj, self.kv_a_proj_with_mqa)
+        else:
+            q, row = multiply_both(x, self.q_a_proj, self.kv_a_proj_with_mqa)
+            q = self.q_b_proj(self.q_a_layernorm(q))
         q = q.unflatten(-1, (self.heads.num_q, -1))  # [T, H/R, dn + r]
-        row = self.kv_a_proj_with_mqa(x)  # [T, c + r]
         turning = LatentTurning(rotary, self.kv_a_layernorm, self.latent.interleaved)
         given = self.kv_b_proj.by_head, self.latent.scale
         if getattr(attention, "turns", False):  # it does so while it absorbs and stores

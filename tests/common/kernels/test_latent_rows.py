@@ -141,3 +141,14 @@ def test_a_layer_with_its_kernels_is_the_layer(kind, rank, size):
     got = block(x.to(DEVICE), tuple(x.to(DEVICE) for x in rotary), TritonLatentAttention(cache, meta))
     assert relative_error(got.cpu(), want) < 1e-5
     assert relative_error(cache.kv.nan_to_num().cpu(), twin.kv.nan_to_num()) < 1e-6
+
+
+@pytest.mark.parametrize(("out", "more", "width"), [(50, 7, 33), (1030, 3, 1500), (1, 1, 8)])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_two_projections_of_one_row_are_one_launch(dtype, out, more, width):
+    from common.kernels.linear import one_row  # noqa: PLC0415
+
+    torch.manual_seed(0)
+    x, one, other = (torch.randn(n, width).to(DEVICE, dtype) for n in (1, out, more))
+    y = one_row(x, one, second=other)
+    assert relative_error(y, x.double() @ torch.cat((one, other)).double().T) < TOLERANCE[dtype]
