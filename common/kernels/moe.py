@@ -62,9 +62,11 @@ def tiles_for(
         return Tiles(16, Gemm(32, 32, 4, 2), Gemm(32, 32, 4, 2))
     touched = min(pairs, num_experts)
     average = pairs / touched
-    block = 128 if average >= 256 else min(max(triton.next_power_of_2(int(1.5 * average)), 16), 64)
-    if block >= 64:
-        return Tiles(block, Gemm(128, 64, 8, 3), Gemm(128, 64, 8, 4))
+    if average >= 192:
+        return Tiles(128, Gemm(128, 64, 8, 3), Gemm(256, 64, 8, 3))
+    block = min(max(triton.next_power_of_2(int(1.5 * average)), 16), 64)
+    if block == 64:
+        return Tiles(64, Gemm(128, 64, 8, 3), Gemm(128, 64, 8, 4))
     gate_up, down = Gemm(32, 128, 4, 4), Gemm(64, 128, 4, 4)
     return Tiles(block, _narrow(gate_up, touched, intermediate, processors), _narrow(down, touched, hidden, processors))
 
