@@ -234,26 +234,30 @@ def needs(tiles) -> int:
 def latent(bandwidth: float) -> list[dict]:
     """Decode over latent pages: DeepSeek-V2-Lite's 16 heads and DeepSeek-V3's 128, rows of 512 + 64."""
     from common.attention.contract import AttentionMetadata  # noqa: PLC0415
+    from common.attention.kv_cache import PagedKVCache  # noqa: PLC0415
     from common.kernels import latent_attention  # noqa: PLC0415, needs Triton
 
     rows, page, width, rank = [], 16, 576, 512
     for heads, (batch, context) in product((16, 128), ((1, 400), (1, 32_000), (64, 1000), (128, 4000))):
-        pages = -(-context // page)
-        table = torch.randperm(batch * pages).view(batch, pages)
-        cache = torch.randn(batch * pages, page, width, dtype=torch.bfloat16, device="cuda")
+        count = -(-context // page)
+        table = torch.randperm(batch * count).view(batch, count)
+        cache = PagedKVCache(1, batch * count, page, 1, width, torch.bfloat16, "cuda", planes=1)
+        cache.kv.normal_()
         slots = table[:, (context - 1) // page] * page + (context - 1) % page
         lens = torch.full((batch,), context)
         meta = AttentionMetadata(
             *(t.cuda() for t in (slots, table, torch.arange(batch + 1), lens)), page, max_query_len=1
         )
-        q, new = (torch.randn(batch, *size, dtype=torch.bfloat16, device="cuda") for size in ((heads, width), (width,)))
+        q = torch.randn(batch, heads, width, dtype=torch.bfloat16, device="cuda")
         space = latent_attention.LatentWorkspace(q, rank)
 
-        def kernel(q=q, new=new, cache=cache, meta=meta, space=space):
-            return latent_attention.decode(q, new, cache, meta, rank, width**-0.5, space)
+        def kernel(q=q, cache=cache, meta=meta, space=space):
+            means = latent_attention.decode(q, cache.layer(0), cache.format, meta, width**-0.5, space)
+            latent_attention.merge(means, meta, space)
+            return means
 
         def plain(q=q, cache=cache, meta=meta, context=context):
-            seen = cache[meta.page_table].flatten(1, 2)[:, None, :context]  # [B, 1, S, c + r]
+            seen = cache.k[0, meta.page_table].flatten(1, 3)[:, None, :context]  # [B, 1, S, c + r]
             return torch.nn.functional.scaled_dot_product_attention(
                 q[:, None], seen, seen[..., :rank], scale=width**-0.5
             )[:, 0]
