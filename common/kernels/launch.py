@@ -4,7 +4,8 @@ A decode step is some two hundred kernels of one to five microseconds, and betwe
 and fills up again. Programmatic dependent launch (compute capability 9.0 and later) starts a kernel while the one
 before still runs: it may load weights, which nobody writes, and then waits at `wait_for_previous` until
 all that came before is written. Each kernel here says `let_next_start` first and waits before it touches
-anything a kernel could have written, so the order of reads and writes is that of plain launches.
+anything a kernel could have written, so the order of reads and writes is that of plain launches
+(the two of moe_gemv.py do as much in another order, and say why).
 
 Without a GPU the kernels run in Triton's interpreter, one program after the other and each line in NumPy: slow,
 and enough to see that they are right. `TRITON_INTERPRET=1` must be set before triton is imported.

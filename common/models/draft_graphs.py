@@ -36,7 +36,7 @@ class DraftGraphs(StepGraphs):
         self.drafter, self.nodes = drafter, nodes
         self.sizes = batch_sizes(max(1, min(max_batch, MOST_NODES // nodes)))
         shapes = [(size, nodes) for size in reversed(self.sizes)]
-        super().__init__(model, attention, cache, table, 0, shapes, self.sizes, 2 * self.sizes[-1])
+        super().__init__(model, attention, cache, table, 0, shapes, [n for n, _ in shapes], 2 * self.sizes[-1])
 
     def holds(self, batch: int, nodes: int) -> bool:
         return nodes == self.nodes and batch <= self.sizes[-1]
@@ -55,7 +55,7 @@ class DraftGraphs(StepGraphs):
     def _pad(self, shape: tuple[int, int]) -> None:
         self.inputs.fill_(-1)
 
-    def _step(self, shape: tuple[int, int]) -> DraftTree:
+    def _step(self, shape: tuple[int, int], adapters: None = None) -> DraftTree:
         size, nodes = shape
         rows, positions = self.inputs[:size], self.inputs[size : 2 * size]
         # the pages behind a sequence's end are looked up and not read

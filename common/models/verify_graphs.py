@@ -83,8 +83,7 @@ class VerifyGraphs(StepGraphs):
         if not self.chains:
             parents[:batch] = tree.parents
             _make_chains(parents[batch:])  # of padding, which must be trees too
-        self._put_adapters(None if adapters is None else np.repeat(adapters, nodes), size * nodes)
-        return self._replay((size, nodes)).of(batch, nodes)
+        return self._replay((size, nodes), None if adapters is None else np.repeat(adapters, nodes)).of(batch, nodes)
 
     def _trees(self, size: int, nodes: int) -> tuple[torch.Tensor, torch.Tensor]:
         """tokens, parents [size, N] in `inputs`."""
@@ -96,7 +95,7 @@ class VerifyGraphs(StepGraphs):
         self.inputs[: 2 * size] = -1
         _make_chains(self._trees(size, nodes)[1])
 
-    def _step(self, shape: tuple[int, int]) -> VerifiedStep:
+    def _step(self, shape: tuple[int, int], adapters: AdapterBlocks | None = None) -> VerifiedStep:
         size, nodes = shape
         rows, positions, (tokens, parents) = self.inputs[:size], self.inputs[size : 2 * size], self._trees(size, nodes)
         tree = DraftTree.chain(tokens) if self.chains else DraftTree(tokens, parents)
@@ -104,9 +103,6 @@ class VerifyGraphs(StepGraphs):
         step = self.table.tree_level(rows, positions, tree.tokens, tree.depth, tree.ancestors, pages)
         attention = self.attention(self.cache, step.meta)
         live = (rows >= 0).repeat_interleave(nodes) if self.model.config.mixture else None
-        adapters = None
-        if self.max_loras:
-            adapters = AdapterBlocks.captured(self.adapters, size * nodes, self.max_loras)
         entering = dict.fromkeys(self.layers) if self.layers else None
         hidden = self.model(step.input_ids, step.positions, attention, live=live, entering=entering, adapters=adapters)
         return VerifiedStep(step, self.model.compute_logits(hidden, adapters), hidden, entering)
