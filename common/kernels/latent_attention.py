@@ -21,12 +21,12 @@ from common.attention.kv_format import KVFormat
 from common.attention.latent import LatentNativeAttention
 from common.kernels.kv_rows import codes, kept_of, row_bits, scale_of_rows
 from common.kernels.latent_rows import absorb
-from common.kernels.launch import launch, let_next_start, num_processors, wait_for_previous
+from common.kernels.launch import launch, let_next_start, num_processors, shared_memory, wait_for_previous
 from common.kernels.paged_attention import LOG2_E, _merge, _slots, merged
 
 MAX_SPLITS = 128  # there is one "head" of keys, so one context must be cut up finer to fill the chip
 PROGRAMS_PER_PROCESSOR = 2  # a program's rows take half of the shared memory
-LEAST = 64  # tokens that are worth a part
+LEAST = 64  # tokens that are worth a part, whole blocks
 FEW = 4  # sequences whose parts are merged by each program of `_values` anew: more would read them too often
 
 
@@ -71,14 +71,20 @@ class LatentWorkspace:
 
     def __init__(self, q: torch.Tensor, rank: int):
         """q [B, H/R, c + r], rank c."""
-        batch, heads, _ = q.shape
-        self.heads = min(max(triton.next_power_of_2(heads), 16), 64)  # a program
-        self.warps = 4 if self.heads == 16 else 8
-        self.block, self.stages = 32, 2  # rows a turn
+        batch, heads, width = q.shape
+        self.heads = min(max(triton.next_power_of_2(heads), 16), 64) if q.dtype != torch.float32 else 16  # a program
+        programs, processors = batch * triton.cdiv(heads, self.heads), num_processors(q.device)
+        roomy = shared_memory(q.device) >= 3 * 64 * width * q.itemsize  # two turns of 64 rows, and the queries
+        # rows a turn, turns on their way, warps
         if q.dtype == torch.float32:
-            self.heads, self.block = 16, 16
-        programs = batch * triton.cdiv(heads, self.heads)
-        wanted = PROGRAMS_PER_PROCESSOR * num_processors(q.device) // max(programs, 1)
+            self.block, self.stages, self.warps = 16, 2, 4
+        elif self.heads > 16:
+            self.block, self.stages, self.warps = 32, 2, 8
+        elif roomy and programs <= processors // 32:  # an empty chip
+            self.block, self.stages, self.warps = 64, 3, 8
+        else:
+            self.block, self.stages, self.warps = 32, 3, 4
+        wanted = PROGRAMS_PER_PROCESSOR * processors // max(programs, 1)
         self.splits = min(MAX_SPLITS, 1 << (max(wanted, 1).bit_length() - 1))
         room = (batch, heads, self.splits) if self.splits > 1 else (0, 0, 0)
         self.rank = rank
