@@ -38,13 +38,13 @@ class Cut(NamedTuple):
     most_shares: int  # of `in`: as many loads stand at the beginning of every program of _expand
     tile_in: int  # of 16-bit floats; half as many of float32
     shrink_ranks: int
-    shrink_warps: int
+    shrink_warps: int  # twice as many for float32
     tile_out: int
     tile_out_wide: int  # of a y of more than WIDE columns, which has programs enough
     expand_warps: int
 
 
-CUTS = {FEW: Cut(64, 512, 32, 4, 256, 512, 8), MANY: Cut(8, 128, 64, 4, 128, 256, 8)}
+CUTS = {FEW: Cut(64, 512, 32, 2, 256, 512, 8), MANY: Cut(8, 128, 64, 4, 128, 256, 8)}
 WIDE = 16_000
 MOST_RANKS = 32  # of h that a program of _expand multiplies by at once
 AT_ONCE = 1 << 14  # numbers of h that it loads together: 64 registers of each thread of 8 warps
@@ -96,7 +96,7 @@ def shrink(
     launch(
         _shrink, (triton.cdiv(ranks, tile_r), shares, n), x, a, h, slots, rows, starts, len(x), x.stride(0), width, RANKS=ranks,
         PARTS=starts.shape[1] - 1, BM=block, BR=tile_r, BK=tile, TURNS=turns, F32=x.dtype == torch.float32,
-        num_warps=cut.shrink_warps, num_stages=min(STAGES, room),
+        num_warps=cut.shrink_warps * x.element_size() // 2, num_stages=min(STAGES, room),
     )  # fmt: skip
     return h
 
