@@ -1,6 +1,6 @@
 """A mixture of experts in four launches, whatever the number of experts (common/layers/moe_runner.py has the slower forms).
 
-One token has two of its own (moe_gemv.py). Many:
+Up to four tokens have two of their own (moe_gemv.py). Many:
 
     _sort      one program an expert: the (token, choice) pairs that chose it, in order, padded to whole blocks
     _gate_up   one program a (block, tile of F): rows of x for its pairs, times gate and up of one expert, SwiGLU
@@ -26,7 +26,7 @@ import triton.language as tl
 
 from common.kernels import moe_gemv
 from common.kernels.expert_blocks import ExpertBlocks, most_blocks
-from common.kernels.launch import launch, let_next_start, num_processors, wait_for_previous
+from common.kernels.launch import launch, let_next_start, num_processors, shared_memory, wait_for_previous
 
 CHUNK = 4096  # pairs that `_sort` looks at in one go
 
@@ -51,9 +51,9 @@ class Tiles:
 
 
 def tiles_for(
-    pairs: int, num_experts: int, intermediate: int, hidden: int, dtype: torch.dtype, processors: int
-) -> Tiles:
-    """For `pairs` spread over the experts about evenly.
+    pairs: int, num_experts: int, intermediate: int, hidden: int, dtype: torch.dtype, processors: int, room: int = 227 << 10,
+) -> Tiles:  # fmt: skip
+    """For `pairs` spread over the experts about evenly; room: bytes of shared memory that a program can have.
 
     Few pairs an expert: the bytes of W are the cost. One block should hold them all, or W is read again, and there must be
     programs enough to keep the memory busy. Many: the products are the cost, and padding is half a block an expert.
@@ -62,8 +62,9 @@ def tiles_for(
         return Tiles(16, Gemm(32, 32, 4, 2), Gemm(32, 32, 4, 2))
     touched = min(pairs, num_experts)
     average = pairs / touched
-    if average >= 192:
-        return Tiles(128, Gemm(128, 64, 8, 3), Gemm(256, 64, 8, 3))
+    if average >= 128:
+        stages = min(4, room // (2 * 64 * (2 * 128 + 128)))
+        return Tiles(128, Gemm(128, 64, 8, stages), Gemm(256, 64, 8, min(stages, 3)))
     block = min(max(triton.next_power_of_2(int(1.5 * average)), 16), 64)
     if block == 64:
         return Tiles(64, Gemm(128, 64, 8, 3), Gemm(128, 64, 8, 4))
@@ -93,7 +94,8 @@ def run(
     if tokens <= moe_gemv.TOKENS and tiles is None:
         return moe_gemv.run(x, weights, experts, w13, w2, added)
     num_experts, intermediate, pairs = len(w13), w2.shape[2], tokens * top
-    tiles = tiles or tiles_for(pairs, num_experts, intermediate, hidden, x.dtype, num_processors(x.device))
+    processors, room = num_processors(x.device), shared_memory(x.device)
+    tiles = tiles or tiles_for(pairs, num_experts, intermediate, hidden, x.dtype, processors, room)
     blocks = sort_by_expert(experts, num_experts, tiles.block)
     h = torch.empty(pairs, intermediate, dtype=x.dtype, device=x.device)
     y = torch.empty(pairs, hidden, dtype=x.dtype, device=x.device)

@@ -1,4 +1,4 @@
-"""A mixture for one token: each of its k experts is a matrix times a vector, two launches (many tokens: moe.py).
+"""A mixture for one token, or up to TOKENS: each of its k experts is a matrix times a vector, two launches (more: moe.py).
 
     _gate_up   one program a (pair, `rows` of F): a row of x times gate and up of the pair's expert, SwiGLU, times the
                router's weight
@@ -7,7 +7,8 @@
 A pair is token * k + choice. Through the tensor cores one token fills one row of the 16 that they take at least; here products run
 on the ordinary cores, a program is small and has all its loads on their way at once, and enough programs share a processor to hide
 how long they take: what is left is 3 F D numbers of each expert that was chosen. h [k, F] is written once and read from the L2
-cache; the k rows of D columns that are added up never leave a program.
+cache; the k rows of D columns that are added up never leave a program. Pairs of several tokens go through W side by side, so that
+an expert that two of them chose comes from memory once.
 
 What waits for what. `_down` reads nothing of `_gate_up`'s but h, and rows of w2 are most of what it reads. So it asks for them
 before it waits, while the last programs of `_gate_up` run (launch.py). Which rows, it knows from the router, whose kernel has
@@ -26,7 +27,7 @@ import triton.language as tl
 
 from common.kernels.launch import launch, let_next_start, wait_for_previous
 
-TOKENS = 2  # more of them share experts: moe.py reads each of those once
+TOKENS = 4  # more of them share so many experts that moe.py, which reads each once, is as fast
 
 
 class Gemv(NamedTuple):
@@ -43,12 +44,12 @@ class Gemvs(NamedTuple):
 
 
 def gemvs_for(hidden: int, intermediate: int, top: int, itemsize: int = 2) -> Gemvs:
-    """The fastest of some 60 that were tried on an H100 at sizes of Qwen3-30B-A3B and DeepSeek-V2-Lite: 2 KiB of a row of gate and
-    up a turn, 4 KiB of a row of all k of w2."""
+    """Among the fastest of some 60 that were tried on an H100 at sizes of Qwen3-30B-A3B and DeepSeek-V2-Lite: 2 KiB of a row of
+    gate and up a turn, 4 KiB of a row of all k of w2."""
     columns, of_each = 2048 // itemsize, 4096 // (itemsize * triton.next_power_of_2(top))
     return Gemvs(
-        Gemv(4, min(triton.next_power_of_2(hidden), columns), 4),
-        Gemv(4, min(triton.next_power_of_2(intermediate), max(of_each, 16)), 2),
+        Gemv(2, min(triton.next_power_of_2(hidden), columns), 2),
+        Gemv(16, min(triton.next_power_of_2(intermediate), max(of_each, 16)), 8),
     )
 
 
