@@ -321,6 +321,8 @@ class Engine(GenerateCalls, EngineWeights, LoRACalls):
             self._hicache = None
         self._let_weights_go()
         tp = self._scheduler.tp if self._scheduler else None
+        for graphs in self._wrapper.recorded if self._wrapper else ():
+            graphs.forget()  # whoever still has a part of this engine in a variable: the group waits for what was recorded with it
         self._scheduler = self._wrapper = None
         if tp:
             shutdown_tensor_parallel(tp, error)

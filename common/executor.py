@@ -35,6 +35,7 @@ from common.layers.cpu_linear import choose_forms
 from common.layers.expert_placement import ExpertPlacement
 from common.layers.moe import MoEOptions
 from common.models.config import ModelConfig
+from common.models.draft_graphs import DraftGraphs
 from common.models.drafters.contract import Drafter, DraftOptions, Target
 from common.models.drafters.load import load_drafter
 from common.models.graph_runner import DecodeGraphs, StepGraphs
@@ -265,7 +266,11 @@ class Executor:
                 self.graphs = DecodeGraphs(*parts, max_loras=most)
             if speculative:
                 nodes = (1, speculative.nodes) if drafter else (speculative.nodes,)
-                self.tree_graphs = VerifyGraphs(*parts, nodes, self.verifier.listening() or (), most)
+                self.tree_graphs = VerifyGraphs(
+                    *parts, nodes, self.verifier.listening() or (), most, bool(drafter and drafter.chains)
+                )
+            if drafter and drafter.recordable:
+                self.verifier.graphs = DraftGraphs(drafter, speculative.nodes, *parts)
             if prefill_graph_tokens and self._plain_prefills(speculative):
                 reachable = min(SEATS * self.max_context, self.num_pages * page_size)  # tokens of a step
                 self.prefill_graphs = PrefillGraphs(*parts[:-1], min(prefill_graph_tokens, reachable), most)
@@ -438,7 +443,7 @@ class Executor:
         if drawn:
             draws = Draws(drawn, positions, self.config.vocab_size, self.tp.device, keeps=self.tp.rank == 0)
         tree, chain = self.verifier.tree(rows, positions, nodes, guesses, parents, draws)
-        if self.tree_graphs and self.tree_graphs.holds(len(rows), nodes):
+        if self.tree_graphs and self.tree_graphs.holds(len(rows), nodes, chain):
             return self._replay_tree(rows, positions, tree, chain, adapters)
         slots = None if adapters is None else np.repeat(adapters, nodes)
         step, heard = self.table.tree(rows, positions, tree), self.verifier.listening()
@@ -460,7 +465,8 @@ class Executor:
     @property
     def recorded(self) -> list[StepGraphs]:
         """The CUDA graphs of all kinds of steps; none on a CPU."""
-        return [graphs for graphs in (self.graphs, self.tree_graphs, self.prefill_graphs) if graphs]
+        guesses = self.verifier.graphs if self.verifier else None
+        return [graphs for graphs in (self.graphs, self.tree_graphs, guesses, self.prefill_graphs) if graphs]
 
     def decode_rows(self, batch: int, alike: bool = False) -> int:
         """Rows that a decode step of `batch` sequences computes: CUDA graphs pad it to a captured size."""

@@ -11,7 +11,7 @@ copied. The others' stay where they are: behind the sequence's end nothing count
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ from common.attention.kv_cache import PagedKVCache
 from common.attention.sequence_table import SequenceTable, StepInputs
 from common.distributed.transfer import upload, upload_all
 from common.draft_tree import Accepted, DraftTree, walk
-from common.models.drafters.contract import Drafter, DraftOptions, Draws
+from common.models.draft_graphs import DraftGraphs
+from common.models.drafters.contract import Drafter, DraftOptions, Draws, Roots
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,13 @@ class WaitingTree:
 
 class Verifier:
     """accepted: what came out of the newest step whose tokens were received; waiting: the newest that was computed. drafter:
-    None if rank 0 makes the guesses."""
+    None if rank 0 makes the guesses. graphs: of the drafter's guesses; None where they are not recorded."""
 
     def __init__(
         self, options: DraftOptions, drafter: Drafter | None, table: SequenceTable, cache: PagedKVCache, vocab_size: int
     ):
         self.options, self.drafter, self.table, self.cache, self.vocab_size = options, drafter, table, cache, vocab_size
+        self.graphs: DraftGraphs | None = None
         self.accepted: Accepted | None = None
         self.waiting: WaitingTree | None = None
 
@@ -68,14 +70,12 @@ class Verifier:
     ) -> tuple[DraftTree, bool]:  # fmt: skip
         """The tree of the step, and whether it is a chain for certain. guesses, parents: B * (N-1) numbers, if rank 0 has made
         them. draws: with what a drafter draws its guesses; None: it chooses them."""
-        (there,) = upload_all(self.table.device, rows)
-        last = self.table.last_token[there]
         if not len(guesses) and nodes > 1:
             if self.drafter is None:
                 raise ValueError(f"a verify step of {nodes} nodes without guesses, and this rank has no drafter")
-            return self._inside(
-                self.drafter.draft(self.table, rows, last, positions, nodes, draws)
-            ), self.drafter.chains
+            return self._inside(self.guess(rows, positions, nodes, draws)), self.drafter.chains
+        (there,) = upload_all(self.table.device, rows)
+        last = self.table.last_token[there]
         shape = (len(rows), nodes - 1)
         below = np.array(parents, dtype=np.int64).reshape(shape)
         known = np.concatenate((np.array(guesses, dtype=np.int64).reshape(shape), below), axis=1)
@@ -85,9 +85,16 @@ class Verifier:
         )
         return self._inside(tree), bool((below == np.arange(nodes - 1)).all())
 
+    def guess(self, rows: np.ndarray, positions: np.ndarray, nodes: int, draws: Draws | None = None) -> DraftTree:
+        """What the drafter makes, from a recording if there is one."""
+        if self.graphs and not draws and self.graphs.holds(len(rows), nodes):
+            return self.graphs.run(rows, positions)
+        roots = Roots.of(rows, positions, self.table.device)
+        return self.drafter.draft(self.table, roots, self.table.last_token[roots.rows], nodes, draws)
+
     def _inside(self, tree: DraftTree) -> DraftTree:
         """A guess that is no token of the target's becomes another one, as wrong."""
-        return DraftTree(tree.tokens.clamp(0, self.vocab_size - 1), tree.parents, tree.q)
+        return replace(tree, tokens=tree.tokens.clamp(0, self.vocab_size - 1))
 
     def waits(
         self, rows: np.ndarray, positions: np.ndarray, step: StepInputs, hidden: torch.Tensor, heard,

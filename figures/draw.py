@@ -31,7 +31,7 @@ disaggregation.svg    <- disaggregation.csv    python -m ch07_sglang_radix.bench
                          disaggregation_gpu    the same on two GPUs, --device cuda; left out while the CSV is not there
 speculation.svg       <- speculation.csv       python ch07_sglang_radix/speculative/demo_5_who_guesses.py --batches 1 4 16 64
                                                    --rounds 3 --csv figures/speculation.csv
-quantization.svg      <- quantization.csv      python ch07_sglang_radix/quantization/demo_4_same_question.py --questions 120
+quantization.svg      <- quantization.csv      python ch07_sglang_radix/quantization/demo_4_same_question.py --questions 360
                                                    --csv figures/quantization.csv
 quantization_kv.svg   <- quantization_kv.csv   python ch07_sglang_radix/quantization/demo_5_kv_bits.py --questions 360
                                                    --csv figures/quantization_kv.csv

@@ -2,7 +2,7 @@
 
     python -m ch07_sglang_radix.benchmarks.bench_experts --part forms      CPU: loop and grouped; 2 minutes
     python -m ch07_sglang_radix.benchmarks.bench_experts --part kernels    GPU: loop, grouped and triton; a minute
-    python -m ch07_sglang_radix.benchmarks.bench_experts --part tune       GPU: other tiles than `tiles_for` gives; minutes
+    python -m ch07_sglang_radix.benchmarks.bench_experts --part tune       GPU: other tiles than the kernels choose; minutes
     python -m ch07_sglang_radix.benchmarks.bench_experts --part latent     GPU: decode over latent pages, kernel and plain form
 
 Layers have the shapes of Qwen3-30B-A3B (128 experts of 768, 8 a token) and DeepSeek-V2-Lite (64 of 1408, 6 a token), hidden
@@ -17,7 +17,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -172,78 +172,92 @@ def one_after_the_other(calls: list[Callable[[], object]]) -> float:
 
 
 def tune(shape: LayerShape, tokens: tuple[int, ...]) -> list[dict]:
-    """Each product with other tiles, the other one as `tiles_for` gives it; best first."""
-    from common.kernels import moe  # noqa: PLC0415, needs Triton
-    from common.kernels.launch import num_processors, shared_memory  # noqa: PLC0415
+    """Each product in other ways than the kernels' own choice, the other one as it is chosen; best first."""
+    from common.kernels import moe, moe_gemv  # noqa: PLC0415, needs Triton
 
-    device = torch.device("cuda")
-    layer, rows = Layer(shape, device), []
+    layer, rows = Layer(shape, torch.device("cuda")), []
     for count in tokens:
         inputs = layer.inputs(count)
-        given = moe.tiles_for(
-            count * shape.top, shape.experts, shape.width, shape.hidden, shape.dtype, num_processors(device)
-        )
-        tried = {given}
-        for block, gemm in product({16, given.block // 2, given.block, given.block * 2} - {8, 256}, some_gemms()):
-            tried.add(moe.Tiles(block, gemm, given.down))
-            tried.add(moe.Tiles(block, given.gate_up, gemm))
-        found = []
-        for tiles in tried:
-            needs = max(
-                2 * g.stages * g.columns * (n * g.rows + tiles.block) for n, g in ((2, tiles.gate_up), (1, tiles.down))
-            )
-            if needs <= shared_memory(device):
-                found.append((timed([lambda i=i, t=tiles: moe.run(*i, t) for i in inputs]), tiles))
-        found.sort(key=lambda pair: pair[0])
-        before = next(us for us, tiles in found if tiles == given)
-        print(f"{shape.name}  {count} tokens: {before:.1f} us as given {given}", flush=True)
-        for us, tiles in found[:5]:
-            print(f"    {us:8.1f} us  {tiles}", flush=True)
-            rows.append(
-                {"layer": shape.name, "tokens": count, "us": round(us, 1), "given us": round(before, 1), **flat(tiles)}
-            )
+        if count <= moe_gemv.TOKENS:
+            given, tried = some_gemvs(shape)
+            calls = {ways: [lambda i=i, w=ways: moe_gemv.run(*i, gemvs=w) for i in inputs] for ways in tried}
+        else:
+            given, tried = some_tiles(shape, count)
+            calls = {ways: [lambda i=i, w=ways: moe.run(*i, tiles=w) for i in inputs] for ways in tried}
+        us = {ways: timed(each) for ways, each in calls.items()}
+        print(f"{shape.name}  {count} tokens: {us[given]:.1f} us as given {given}", flush=True)
+        for ways in sorted(us, key=us.get)[:5]:
+            print(f"    {us[ways]:8.1f} us  {ways}", flush=True)
+            found = {"us": round(us[ways], 1), "given us": round(us[given], 1), "ways": str(ways)}
+            rows.append({"layer": shape.name, "tokens": count, **found})
     return rows
 
 
-def some_gemms():
-    from common.kernels.moe import Gemm  # noqa: PLC0415, needs Triton
+def some_gemvs(shape: LayerShape):
+    """What is given for one token, and with it what to try."""
+    from common.kernels.moe_gemv import Gemv, gemvs_for  # noqa: PLC0415, needs Triton
 
-    return [
+    given, tried = gemvs_for(shape.hidden, shape.width, shape.top), []
+    for rows, columns, warps in product((1, 2, 4), (256, 512, 1024, 2048), (2, 4, 8)):
+        gemv, of_a_thread = Gemv(rows, columns, warps), rows * columns // (32 * warps)
+        if 8 <= of_a_thread <= 64:
+            tried.append(given._replace(gate_up=gemv))
+        if of_a_thread <= 16 and columns < 2 * shape.width:
+            tried.append(given._replace(down=gemv))
+    return given, {given, *tried}
+
+
+def some_tiles(shape: LayerShape, tokens: int):
+    """What is given for so many tokens, and with it what to try, if the GPU has room for it."""
+    from common.kernels.launch import num_processors, shared_memory  # noqa: PLC0415, needs Triton
+    from common.kernels.moe import Gemm, tiles_for  # noqa: PLC0415
+
+    device = torch.device("cuda")
+    given = tiles_for(tokens * shape.top, shape.experts, shape.width, shape.hidden, shape.dtype, num_processors(device))
+    gemms = [
         Gemm(rows, columns, warps, stages)
         for rows, columns, warps, stages in product((16, 32, 64, 128), (64, 128), (4, 8), (3, 4))
         if rows * columns >= 2048
     ]
+    tried = {given}
+    for block, gemm in product({16, given.block // 2, given.block, given.block * 2} - {8, 256}, gemms):
+        tried.add(replace(given, block=block, gate_up=gemm))
+        tried.add(replace(given, block=block, down=gemm))
+    return given, {tiles for tiles in tried if needs(tiles) <= shared_memory(device)}
 
 
-def flat(tiles) -> dict[str, int]:
-    names = ("rows", "columns", "warps", "stages")
-    parts = {f"{part} {name}": getattr(getattr(tiles, part), name) for part in ("gate_up", "down") for name in names}
-    return {"block": tiles.block, **parts}
+def needs(tiles) -> int:
+    """Bytes of shared memory."""
+    return max(2 * g.stages * g.columns * (n * g.rows + tiles.block) for n, g in ((2, tiles.gate_up), (1, tiles.down)))
 
 
 def latent(bandwidth: float) -> list[dict]:
     """Decode over latent pages: DeepSeek-V2-Lite's 16 heads and DeepSeek-V3's 128, rows of 512 + 64."""
     from common.attention.contract import AttentionMetadata  # noqa: PLC0415
+    from common.attention.kv_cache import PagedKVCache  # noqa: PLC0415
     from common.kernels import latent_attention  # noqa: PLC0415, needs Triton
 
     rows, page, width, rank = [], 16, 576, 512
     for heads, (batch, context) in product((16, 128), ((1, 400), (1, 32_000), (64, 1000), (128, 4000))):
-        pages = -(-context // page)
-        table = torch.randperm(batch * pages).view(batch, pages)
-        cache = torch.randn(batch * pages, page, width, dtype=torch.bfloat16, device="cuda")
+        count = -(-context // page)
+        table = torch.randperm(batch * count).view(batch, count)
+        cache = PagedKVCache(1, batch * count, page, 1, width, torch.bfloat16, "cuda", planes=1)
+        cache.kv.normal_()
         slots = table[:, (context - 1) // page] * page + (context - 1) % page
         lens = torch.full((batch,), context)
         meta = AttentionMetadata(
             *(t.cuda() for t in (slots, table, torch.arange(batch + 1), lens)), page, max_query_len=1
         )
-        q, new = (torch.randn(batch, *size, dtype=torch.bfloat16, device="cuda") for size in ((heads, width), (width,)))
+        q = torch.randn(batch, heads, width, dtype=torch.bfloat16, device="cuda")
         space = latent_attention.LatentWorkspace(q, rank)
 
-        def kernel(q=q, new=new, cache=cache, meta=meta, space=space):
-            return latent_attention.decode(q, new, cache, meta, rank, width**-0.5, space)
+        def kernel(q=q, cache=cache, meta=meta, space=space):
+            means = latent_attention.decode(q, cache.layer(0), cache.format, meta, width**-0.5, space)
+            latent_attention.merge(means, meta, space)
+            return means
 
         def plain(q=q, cache=cache, meta=meta, context=context):
-            seen = cache[meta.page_table].flatten(1, 2)[:, None, :context]  # [B, 1, S, c + r]
+            seen = cache.k[0, meta.page_table].flatten(1, 3)[:, None, :context]  # [B, 1, S, c + r]
             return torch.nn.functional.scaled_dot_product_attention(
                 q[:, None], seen, seen[..., :rank], scale=width**-0.5
             )[:, 0]

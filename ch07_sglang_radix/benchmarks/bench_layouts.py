@@ -9,13 +9,14 @@
 D, A64, C and 32k are the workloads of bench_gpu.py; A64 has 64 requests a replica. --check serves the bundled model in float32
 under every layout: replicas of one rank each are what the others are compared with. --tiny: few short requests on any device.
 
-Adds to figures/bench_layouts.csv; rows of the same model and layout are replaced.
+Adds to figures/bench_layouts.csv; rows of the same model, layout and workload are replaced.
 """
 
 import argparse
 import csv
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,7 @@ OPTIONS: dict[int, dict[str, dict[str, int]]] = {  # ranks -> layout -> Engine's
         "tp4, ep4": {"ep_size": 4}, "tp4, attn-dp4, ep4": {"attn_dp_size": 4, "ep_size": 4},
     },
 }  # fmt: skip
+WORKLOADS = ("D", "A64", "C", "32k")
 PROMPTS = [[100 * (i + 1) + 7 * j for j in range(n)] for i, n in enumerate((20, 12, 28, 12, 60))]
 CHUNK = 8192
 
@@ -66,7 +68,9 @@ ROWS = (
 )  # fmt: skip
 
 
-def measure(model: str, layers: int | None, layout: str, folder: str, tiny: bool) -> list[dict]:
+def measure(
+    model: str, layers: int | None, layout: str, folder: str, tiny: bool, workloads: Sequence[str]
+) -> list[dict]:
     """The rows of one layout, on rank 0; the other ranks do their part, and get none."""
     ranks, began = int(os.environ["WORLD_SIZE"]), time.perf_counter()
     device = "cpu" if tiny else "cuda"
@@ -88,13 +92,16 @@ def measure(model: str, layers: int | None, layout: str, folder: str, tiny: bool
             work.prompts, work.lengths = [p[:8] for p in work.prompts], [4] * 256
             work.shared = [p[:16] for p in work.shared]
         short, count = (4, 4) if tiny else (512, 64)
-        work.d(min(32, short))
-        note("D", "ms per token", min(work.d(short) for _ in range(2)))
-        note("A64", "tokens/s", max(work.a(count * dp) for _ in range(2)))
-        if not tiny:
+        if "D" in workloads:
+            work.d(min(32, short))
+            note("D", "ms per token", min(work.d(short) for _ in range(2)))
+        if "A64" in workloads:
+            note("A64", "tokens/s", max(work.a(count * dp) for _ in range(2)))
+        if "C" in workloads and not tiny:
             work.c(fresh=True)
             note("C warm", "tokens/s", work.c(fresh=False)[0])
-        note("32k", "s to first token", min(work.first_token(32 if tiny else LONG, CHUNK) for _ in range(2)))
+        if "32k" in workloads:
+            note("32k", "s to first token", min(work.first_token(32 if tiny else LONG, CHUNK) for _ in range(2)))
     return rows
 
 
@@ -159,6 +166,7 @@ def main() -> None:
     parser.add_argument("--model", default="Qwen2.5-7B", help="a published one (published_configs.py)")
     parser.add_argument("--layers", type=int, help="a config with so many layers, and named so")
     parser.add_argument("--layouts", nargs="+", help="default: all without experts")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=WORKLOADS)
     parser.add_argument("--check", action="store_true", help="compare tokens, measure nothing")
     parser.add_argument("--tiny", action="store_true", help="few short requests of the bundled model, on a CPU")
     parser.add_argument("--plan", type=Path, metavar="CSV", help="what the planner says of what was measured")
@@ -182,16 +190,17 @@ def main() -> None:
         folder = str(shared_random_weights(args.model, ParallelState.initialize(None, device="cuda").world, **changes))
     path = args.out / "bench_layouts.csv"
     for layout in layouts:
-        if rows := measure(args.model, args.layers, layout, folder, args.tiny):  # rank 0
-            write_csv(_others(path, rows[0]) + rows, path)
+        if rows := measure(args.model, args.layers, layout, folder, args.tiny, args.workloads):  # rank 0
+            write_csv(_others(path, rows) + rows, path)
 
 
-def _others(path: Path, new: dict) -> list[dict]:
-    """The rows of a file that are of other models or layouts, with where and when they were measured."""
+def _others(path: Path, new: list[dict]) -> list[dict]:
+    """The rows of a file that are of other models, layouts or workloads, with where and when they were measured."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if (row["model"], row["layout"]) != (new["model"], new["layout"])]
+        kinds = [tuple(row[key] for key in ("model", "layout", "workload")) for row in new]
+        return [row for row in csv.DictReader(file) if (row["model"], row["layout"], row["workload"]) not in kinds]
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ vLLM calls a page a block (Kwon et al. 2023); SGLang's backends take the same fa
 
 A backend is called once a layer: `attention(layer, q [T, Hq/R, d], k, v [T, Hkv/R, d]) -> o [T, Hq/R, d]`. One that says
 `turns` takes q and k before their positions are in them, and a layer's Turning as one more argument. Where pages hold latent
-rows in place of K and V, it is called in another way (latent.py); all that is said here holds for rows as for K and V.
+rows in place of K and V, it is called in another way (latent.py; `turns` then asks for a LatentTurning of layers/mla.py); all that
+is said here holds for rows as for K and V.
 No rank talks here: each attends with its own heads over its own part of the pages.
 """
 

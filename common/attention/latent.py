@@ -36,8 +36,8 @@ class LatentNativeAttention:
     q: its last r numbers of each head are turned already, and so are those of row. kv_b: of each head Wk, then Wv. The row is
     stored and read back by every rank alike: heads are cut over ranks, the cache is not.
 
-    A decode step waits for no device and has static shapes (a CUDA graph could hold it); a faster form replaces `store` and
-    `decode` (kernels/latent_attention.py).
+    A decode step waits for no device and has static shapes (a CUDA graph could hold it); a faster form does it in launches of its
+    own, and turns q and row itself (kernels/latent_attention.py).
     """
 
     capturable = False

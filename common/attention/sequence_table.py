@@ -106,13 +106,20 @@ class SequenceTable:
         numbers = (rows, positions, *self.tiles(alike, len(rows))) if alike else (rows, positions)
         row, at, *tiled = upload_all(self.device, *numbers)
         prefixes = SharedPrefixes(tiled[0].view(3, -1), tiled[1]) if alike else None
-        pages = self._pages(positions.max() + 1)
-        return (self.decode_on_device if row.is_cuda else self._decode)(row, at, pages, prefixes)
+        return self.decode_at(row, at, self._pages(positions.max() + 1), prefixes=prefixes)
+
+    def decode_at(
+        self, rows: torch.Tensor, positions: torch.Tensor, pages: int, padded: bool = False,
+        prefixes: SharedPrefixes | None = None,
+    ) -> StepInputs:  # fmt: skip
+        """The same from tensors, at most `pages` pages a sequence. padded: rows may be -1, see `decode_on_device`."""
+        decode = self.decode_on_device if padded or rows.is_cuda else self._decode
+        return decode(rows, positions, pages, prefixes)
 
     def decode_on_device(
         self, rows: torch.Tensor, positions: torch.Tensor, pages: int, prefixes: SharedPrefixes | None = None
     ) -> StepInputs:
-        """The same from tensors, at most `pages` pages a sequence; a row -1 is padding: it leaves no trace."""
+        """A row -1 is padding: it leaves no trace."""
         if fused and rows.is_cuda:
             starts = self._counting[: len(rows) + 1]
             ids, at, slots, table, context = fused.plan_decode(

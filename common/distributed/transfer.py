@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 import torch
 
-PIECES = 8  # in flight at once: a step needs three or four, and one step runs ahead
+PIECES = 24  # in flight at once: a step needs three or four, one of a drafter up to ten, and one step runs ahead
 PIECE_BYTES = 1 << 20
 
 

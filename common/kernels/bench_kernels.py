@@ -10,6 +10,7 @@ replays counts. `plain us` is PyTorch's own way to the same numbers, timed alike
 """
 
 import argparse
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,7 +38,11 @@ SAMPLINGS = {
     "greedy": {},
     "temperature": {"temperature": 0.6},
     "top-k 50, top-p 0.9": {"temperature": 0.6, "top_k": 50, "top_p": 0.9},
+    "top-p 0.9": {"temperature": 0.6, "top_p": 0.9},
+    "min-p 0.05": {"temperature": 0.6, "min_p": 0.05},
 }
+# of normal logits: with 1, top-p 0.9 keeps some 53,000 tokens of 152,000; with 6, four, as where a model is sure
+SPREADS = {"": 1, ", peaked": 6}
 
 
 def main() -> None:
@@ -149,13 +154,14 @@ def model_cases(name: str) -> list[Case]:
             Case("extend attention", name, label, size, lambda n=new, c=contexts: attention_inputs(n, c, hq, hkv, d))
         )
     for label, params in SAMPLINGS.items():
-        for batch in (1, 128):
-            cases.append(
-                Case(
-                    f"sampling, {label}", name, f"{batch}x{config.vocab_size}", 2 * batch * config.vocab_size,
-                    lambda b=batch, p=params: sampling_inputs(b, config.vocab_size, p),
-                )
-            )  # fmt: skip
+        for (peaked, spread_of), batch in itertools.product(SPREADS.items(), (1, 16, 128)):
+            if spread_of == 1 or label.startswith(("top-p", "min-p")):
+                cases.append(
+                    Case(
+                        f"sampling, {label}{peaked}", name, f"{batch}x{config.vocab_size}", 2 * batch * config.vocab_size,
+                        lambda b=batch, p=params, s=spread_of: sampling_inputs(b, config.vocab_size, p, s),
+                    )
+                )  # fmt: skip
     return cases
 
 
@@ -216,8 +222,8 @@ def attention_inputs(new: list[int], contexts: list[int], hq: int, hkv: int, d: 
     return lambda: attention(0, q, k, v), lambda: plain(0, q, k, v)
 
 
-def sampling_inputs(batch: int, vocab: int, params: dict):
-    logits = randn(batch, vocab)
+def sampling_inputs(batch: int, vocab: int, params: dict, spread: float):
+    logits = randn(batch, vocab) * spread
     rows = SamplingBatch([SamplingRow(SamplingParams(**params), seed, [], []) for seed in range(batch)])
     rows.columns(logits.device)
     u = rows.uniforms(logits.device)

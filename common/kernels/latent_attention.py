@@ -1,8 +1,9 @@
 """Decode over latent pages (common/attention/latent.py): one row of c + r numbers a token, for all heads.
 
-    _decode   one program a (sequence, block of heads, part of the context): partial softmax over its rows; the program of
-              the last part and the first heads also stores the new token's row
-    _merge    one program a (sequence, head): the parts by log-sum-exp; only where a context may have several
+    absorb    q, turned and times Wk; the new tokens' rows into the pages (latent_rows.py)
+    _decode   one program a (sequence, block of heads, part of the context): partial softmax over its rows
+    _values   one program a (sequence, head, some rows of Wv): the parts by log-sum-exp, times Wv; of few sequences. Many have
+              their parts merged by a launch, one program a (sequence, head), and are multiplied by the GEMM library
 
 A head's query is c + r wide, its key is the row, its value the first c columns of the same row: loaded once, multiplied
 twice. All heads share it, so a step reads S (c + r) numbers a sequence, from memory once and from the cache for each further
@@ -18,13 +19,15 @@ from common.attention.contract import AttentionMetadata
 from common.attention.kv_cache import LayerPages, PagedKVCache
 from common.attention.kv_format import KVFormat
 from common.attention.latent import LatentNativeAttention
-from common.kernels.kv_rows import codes, encoded, kept_of, put, row_bits, scale_of, scale_of_rows
-from common.kernels.launch import launch, let_next_start, num_processors, wait_for_previous
-from common.kernels.paged_attention import LOG2_E, _merge, _slots
+from common.kernels.kv_rows import codes, kept_of, row_bits, scale_of_rows
+from common.kernels.latent_rows import absorb
+from common.kernels.launch import launch, let_next_start, num_processors, shared_memory, wait_for_previous
+from common.kernels.paged_attention import LOG2_E, _merge, _slots, merged
 
 MAX_SPLITS = 128  # there is one "head" of keys, so one context must be cut up finer to fill the chip
 PROGRAMS_PER_PROCESSOR = 2  # a program's rows take half of the shared memory
-LEAST = 128  # tokens that are worth a part
+LEAST = 64  # tokens that are worth a part, whole blocks
+FEW = 4  # sequences whose parts are merged by each program of `_values` anew: more would read them too often
 
 
 class TritonLatentAttention(LatentNativeAttention):
@@ -43,19 +46,21 @@ class TritonLatentAttention(LatentNativeAttention):
             super().__init__(cache, meta)
         self.cache, self.meta = cache, meta
 
+    @property
+    def turns(self) -> bool:
+        """Whether it wants q and rows as the projections gave them, and a LatentTurning (common/layers/mla.py)."""
+        return self.decoding
+
     def __call__(
-        self, layer: int, q: torch.Tensor, row: torch.Tensor, kv_b: torch.Tensor, scale: float
+        self, layer: int, q: torch.Tensor, row: torch.Tensor, kv_b: torch.Tensor, scale: float, turning=None
     ) -> torch.Tensor:
         if not self.decoding:
             return super().__call__(layer, q, row, kv_b, scale)
-        c = kv_b.shape[-1]
-        dn = q.shape[-1] - (row.shape[-1] - c)
-        absorbed = torch.einsum("thd,hdc->thc", q[..., :dn], kv_b[:, :dn])
-        q = torch.cat((absorbed, q[..., dn:]), dim=-1)  # [B, H/R, c + r]
-        self.space = self.space or LatentWorkspace(q, c)
-        pages, form = self.cache.layer(layer), self.cache.format
-        means = decode(q, row, pages, form, self.meta, c, scale, self.space)  # [B, H/R, c]
-        return torch.einsum("thc,hdc->thd", means, kv_b[:, dn:])
+        dn, pages, form = q.shape[-1] - (row.shape[-1] - kv_b.shape[-1]), self.cache.layer(layer), self.cache.format
+        q = absorb(q, row, kv_b, pages, form, self.meta.slot_mapping, turning)  # [B, H/R, c + r]
+        self.space = self.space or LatentWorkspace(q, kv_b.shape[-1])
+        means = decode(q, pages, form, self.meta, scale, self.space)  # [B, H/R, c]
+        return values(means, kv_b, dn, self.meta, self.space)  # [B, H/R, dv]
 
 
 class LatentWorkspace:
@@ -66,83 +71,127 @@ class LatentWorkspace:
 
     def __init__(self, q: torch.Tensor, rank: int):
         """q [B, H/R, c + r], rank c."""
-        batch, heads, _ = q.shape
-        self.heads = min(max(triton.next_power_of_2(heads), 16), 64)  # a program
-        self.warps = 4 if self.heads == 16 else 8
-        self.block, self.stages = 32, 2  # rows a turn
+        batch, heads, width = q.shape
+        self.heads = min(max(triton.next_power_of_2(heads), 16), 64) if q.dtype != torch.float32 else 16  # a program
+        programs, processors = batch * triton.cdiv(heads, self.heads), num_processors(q.device)
+        roomy = shared_memory(q.device) >= 3 * 64 * width * q.itemsize  # two turns of 64 rows, and the queries
+        # rows a turn, turns on their way, warps
         if q.dtype == torch.float32:
-            self.heads, self.block = 16, 16
-        programs = batch * triton.cdiv(heads, self.heads)
-        wanted = PROGRAMS_PER_PROCESSOR * num_processors(q.device) // max(programs, 1)
+            self.block, self.stages, self.warps = 16, 2, 4
+        elif self.heads > 16:
+            self.block, self.stages, self.warps = 32, 2, 8
+        elif roomy and programs <= processors // 32:  # an empty chip
+            self.block, self.stages, self.warps = 64, 3, 8
+        else:
+            self.block, self.stages, self.warps = 32, 3, 4
+        wanted = PROGRAMS_PER_PROCESSOR * processors // max(programs, 1)
         self.splits = min(MAX_SPLITS, 1 << (max(wanted, 1).bit_length() - 1))
         room = (batch, heads, self.splits) if self.splits > 1 else (0, 0, 0)
+        self.rank = rank
         self.part = torch.empty(*room, rank, dtype=torch.float32, device=q.device)
         self.lse = torch.empty(room, dtype=torch.float32, device=q.device)
 
+    def shape(self, heads: int) -> dict[str, int]:
+        """What all kernels of a step must agree about."""
+        return dict(H=heads, C=self.rank, BC=max(16, triton.next_power_of_2(self.rank)), BN=self.block, LEAST=LEAST)
+
 
 def decode(
-    q, row, pages: LayerPages, form: KVFormat, meta: AttentionMetadata, rank: int, scale: float, space: LatentWorkspace
-) -> torch.Tensor:  # fmt: skip
-    """q [B, H/R, c + r] absorbed, row [B, c + r] of one new token a sequence, pages [N, P, 1, c + r] -> o [B, H/R, c].
+    q: torch.Tensor, pages: LayerPages, form: KVFormat, meta: AttentionMetadata, scale: float, space: LatentWorkspace
+) -> torch.Tensor:
+    """q [B, H/R, c + r] absorbed, pages [N, P, 1, c + r], the new tokens' rows among them -> means of latents [B, H/R, c].
 
-    Stores row at the step's slots (-1: nowhere). Not yet times Wv.
+    Those of a context that is cut into parts lie in `space` instead, until `merge` or `values` adds them up. A sequence
+    without a slot (-1) is padding: its pages are not read, and its mean is zero.
     """
-    batch, heads, width = q.shape
+    (batch, heads, width), rank = q.shape, space.rank
     o = torch.empty(batch, heads, rank, dtype=q.dtype, device=q.device)
-    shape = dict(H=heads, C=rank, BC=max(16, triton.next_power_of_2(rank)), BN=space.block)
     launch(
-        _decode, (space.splits, triton.cdiv(heads, space.heads), batch), q, row, pages.k, kept_of(pages, form)[2], o, space.part,
+        _decode, (space.splits, triton.cdiv(heads, space.heads), batch), q, pages.k, kept_of(pages, form)[2], o, space.part,
         space.lse, meta.slot_mapping, meta.page_table, meta.context_lens, meta.page_table.stride(0), q.stride(0), q.stride(1),
-        row.stride(0), scale * LOG2_E, pages.k_scale, space.splits, MOST=form.most, BITS=row_bits(form),
-        P=meta.page_size, R=width - rank,
-        BR=max(16, triton.next_power_of_2(width - rank)), BH=space.heads, LEAST=LEAST, F32=q.dtype == torch.float32,
-        **shape, num_warps=space.warps, num_stages=space.stages,
+        scale * LOG2_E * pages.k_scale, pages.k_scale, space.splits, BITS=row_bits(form), P=meta.page_size, R=width - rank,
+        BR=max(16, triton.next_power_of_2(width - rank)), BH=space.heads, AHEAD=space.stages > 2, F32=q.dtype == torch.float32,
+        **space.shape(heads), num_warps=space.warps, num_stages=space.stages,
     )  # fmt: skip
+    return o
+
+
+def merge(means: torch.Tensor, meta: AttentionMetadata, space: LatentWorkspace) -> None:
+    """What `decode` gave, whole."""
+    batch, heads, _ = means.shape
     if space.splits > 1:
         launch(
-            _merge_parts, (heads, batch), space.part, space.lse, o, meta.context_lens, space.splits, TOGETHER=8, LEAST=LEAST,
-            **shape,
+            _merge_parts, (heads, batch), space.part, space.lse, means, meta.context_lens, space.splits, TOGETHER=8,
+            **space.shape(heads),
         )  # fmt: skip
+
+
+def values(
+    means: torch.Tensor, kv_b: torch.Tensor, dn: int, meta: AttentionMetadata, space: LatentWorkspace
+) -> torch.Tensor:
+    """What `decode` gave, and kv_b [H/R, dn + dv, c] -> o [B, H/R, dv]."""
+    batch, heads, _ = means.shape
+    dv = kv_b.shape[1] - dn
+    o = torch.empty(batch, heads, dv, dtype=means.dtype, device=means.device)
+    if batch <= FEW:
+        few = batch * heads <= num_processors(
+            means.device
+        )  # else fewer and larger programs, which read the parts less often
+        rows = 16 if few else 32
+        launch(
+            _values, (triton.cdiv(dv, rows), heads, batch), means, space.part, space.lse, meta.context_lens, kv_b, o, space.splits,
+            kv_b.stride(0), N=dn, DV=dv, BD=rows, TOGETHER=8, **space.shape(heads), num_warps=4 if few else 8,
+        )  # fmt: skip
+        return o
+    merge(means, meta, space)
+    torch.bmm(means.transpose(0, 1), kv_b[:, dn:].transpose(1, 2), out=o.transpose(0, 1))
     return o
 
 
 @triton.jit
-def _share(cached, splits, LEAST: tl.constexpr, BN: tl.constexpr):
+def _share(context, splits, LEAST: tl.constexpr, BN: tl.constexpr):
     """Tokens a part, in whole blocks."""
-    return tl.maximum(tl.cdiv(tl.cdiv(cached, splits), BN) * BN, LEAST)
+    return tl.maximum(tl.cdiv(tl.cdiv(context, splits), BN) * BN, LEAST)
 
 
 @triton.jit(do_not_specialize=("table_stride", "splits"))
 def _decode(
-    q, row, pages, scales, o, part, lse, slots, page_table, context_lens, table_stride, q_stride, head_stride, row_stride,
-    scale, page_scale, splits, MOST: tl.constexpr, BITS: tl.constexpr,
-    P: tl.constexpr, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
-    BH: tl.constexpr, BN: tl.constexpr, LEAST: tl.constexpr, F32: tl.constexpr, PDL: tl.constexpr,
+    q, pages, scales, o, part, lse, slots, page_table, context_lens, table_stride, q_stride, head_stride, scale, page_scale,
+    splits, BITS: tl.constexpr, P: tl.constexpr, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
+    BR: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, LEAST: tl.constexpr, AHEAD: tl.constexpr, F32: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
     wait_for_previous(PDL)
     s, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    cached = tl.load(context_lens + b).to(tl.int32) - 1
-    share = _share(cached, splits, LEAST, BN)
-    parts = tl.maximum(tl.cdiv(cached, share), 1)
+    context, slot = tl.load(context_lens + b).to(tl.int32), tl.load(slots + b)
+    h, i, j = tl.program_id(1) * BH + tl.arange(0, BH), tl.arange(0, BC), tl.arange(0, BR)
+    in_c, in_r = (h < H)[:, None] & (i < C)[None, :], (h < H)[:, None] & (j < R)[None, :]
+    q_at = q + b * q_stride + h[:, None] * head_stride
+    qc = tl.load(q_at + i[None, :], mask=in_c, other=0.0)  # [BH, BC], times the latent
+    qr = tl.load(q_at + C + j[None, :], mask=in_r, other=0.0)  # [BH, BR], times the key that was turned
+    share = _share(context, splits, LEAST, BN)
+    parts = tl.maximum(tl.cdiv(context, share), 1)
     if s < parts:
-        h, i, j = tl.program_id(1) * BH + tl.arange(0, BH), tl.arange(0, BC), tl.arange(0, BR)
-        in_c, in_r = (h < H)[:, None] & (i < C)[None, :], (h < H)[:, None] & (j < R)[None, :]
-        q_at = q + b * q_stride + h[:, None] * head_stride
-        qc = tl.load(q_at + i[None, :], mask=in_c, other=0.0)  # [BH, BC], times the latent
-        qr = tl.load(q_at + C + j[None, :], mask=in_r, other=0.0)  # [BH, BR], times the key that was turned
         m = tl.full([BH], -float("inf"), tl.float32)
         total = tl.zeros([BH], tl.float32)
         acc = tl.zeros([BH, BC], tl.float32)
-        table, stop = page_table + b * table_stride, tl.minimum((s + 1) * share, cached)
+        table, stop = page_table + b * table_stride, tl.where(slot >= 0, tl.minimum((s + 1) * share, context), 0)
+        if AHEAD:
+            coming = _slots(table, s * share + tl.arange(0, BN), stop, P)
         for first in range(s * share, stop, BN):
             n = first + tl.arange(0, BN)
-            at, there = _slots(table, n, stop, P), n < stop
+            there = n < stop
+            if AHEAD:  # page ids a block ahead: only then are the rows of the next block on their way early
+                at = coming
+                coming = _slots(table, n + BN, stop, P)
+            else:
+                at = _slots(table, n, stop, P)
             latent = codes(pages, at, there, qc.dtype, C, BC, BITS, C + R)  # [BN, BC]
             turned = codes(pages, at, there, qc.dtype, R, BR, BITS, C + R, C)  # [BN, BR]
             scores = tl.dot(qc, tl.trans(latent), input_precision="ieee" if F32 else "tf32")
             scores = tl.dot(qr, tl.trans(turned), scores, input_precision="ieee" if F32 else "tf32")
-            scores = scale_of_rows(scores * (scale * page_scale), scales, at, there, BITS)  # [BH, BN]
+            scores = scale_of_rows(scores * scale, scales, at, there, BITS)  # [BH, BN]
             scores = tl.where(there[None, :], scores, -float("inf"))
             m_new = tl.maximum(m, tl.max(scores, 1))
             p, old = tl.exp2(scores - m_new[:, None]), tl.exp2(m - m_new)
@@ -151,36 +200,15 @@ def _decode(
             acc = acc * old[:, None]
             acc = tl.dot(p.to(latent.dtype), latent, acc, input_precision="ieee" if F32 else "tf32")
             m = m_new
-        if s == parts - 1:  # the new token is in no page yet: attend to it here, as the page will hold it
-            new = tl.load(row + b * row_stride + i, mask=i < C, other=0.0)
-            new_r = tl.load(row + b * row_stride + C + j, mask=j < R, other=0.0)
-            own = page_scale
-            if BITS > 0:  # one scale for both parts of the row
-                own = scale_of(
-                    tl.maximum(tl.max(tl.abs(new.to(tl.float32)), 0), tl.max(tl.abs(new_r.to(tl.float32)), 0)), MOST
-                )
-            new, new_r = encoded(new, own, pages, MOST, BITS), encoded(new_r, own, pages, MOST, BITS)
-            score = tl.sum(qc.to(tl.float32) * new[None, :], 1) + tl.sum(qr.to(tl.float32) * new_r[None, :], 1)
-            score *= scale * own  # [BH]
-            m_new = tl.maximum(m, score)
-            p, old = tl.exp2(score - m_new), tl.exp2(m - m_new)
-            total = total * old + p
-            if BITS > 0:
-                p *= own
-            acc = acc * old[:, None] + p[:, None] * new[None, :]
-            m = m_new
-            slot = tl.load(slots + b)
-            if (slot >= 0) & (tl.program_id(1) == 0):
-                put(pages, scales, slot, new, own, C, BC, BITS, C + R)
-                put(pages, scales, slot, new_r, own, R, BR, BITS, C + R, C)
-        acc = acc / total[:, None] * page_scale
+        nobody = total == 0
+        acc = acc / tl.where(nobody, 1.0, total)[:, None] * page_scale
         heads = b * H + h
         if parts == 1:
             tl.store(o + heads[:, None] * C + i[None, :], acc.to(o.dtype.element_ty), mask=in_c)
         else:
             at = heads * splits + s
             tl.store(part + at[:, None] * C + i[None, :], acc, mask=in_c)
-            tl.store(lse + at, m + tl.log2(total), mask=h < H)
+            tl.store(lse + at, tl.where(nobody, -1e30, m + tl.log2(total)), mask=h < H)
 
 
 @triton.jit(do_not_specialize=("splits",))
@@ -191,7 +219,31 @@ def _merge_parts(
     let_next_start(PDL)
     wait_for_previous(PDL)
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    cached = tl.load(context_lens + b).to(tl.int32) - 1
-    parts = tl.cdiv(cached, _share(cached, splits, LEAST, BN))
+    context = tl.load(context_lens + b).to(tl.int32)
+    parts = tl.cdiv(context, _share(context, splits, LEAST, BN))
     if parts > 1:  # a single one has written its result
         _merge(part, lse, o, b * H + h, parts, splits, 1, 1, C, BC, TOGETHER)
+
+
+@triton.jit(do_not_specialize=("splits",))
+def _values(
+    means, part, lse, context_lens, kv_b, o, splits, kv_stride, N: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
+    H: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, TOGETHER: tl.constexpr, LEAST: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    let_next_start(PDL)
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    d, i = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BC)
+    w_at = kv_b + h.to(tl.int64) * kv_stride + (N + d)[:, None] * C + i[None, :]
+    w = tl.load(
+        w_at, mask=(d < DV)[:, None] & (i < C)[None, :], other=0.0
+    )  # nobody writes it: on its way before all else
+    wait_for_previous(PDL)
+    context, head = tl.load(context_lens + b).to(tl.int32), b * H + h
+    parts = tl.cdiv(context, _share(context, splits, LEAST, BN))
+    if parts > 1:
+        mean = tl.reshape(merged(part, lse, head, parts, splits, 1, 1, C, BC, TOGETHER), [BC])
+    else:
+        mean = tl.load(means + head * C + i, mask=i < C, other=0.0).to(tl.float32)
+    y = tl.sum(w.to(tl.float32) * mean[None, :], 1)
+    tl.store(o + head * DV + d, y.to(o.dtype.element_ty), mask=d < DV)

@@ -4,7 +4,8 @@ A decode step is some two hundred kernels of one to five microseconds, and betwe
 and fills up again. Programmatic dependent launch (compute capability 9.0 and later) starts a kernel while the one
 before still runs: it may load weights, which nobody writes, and then waits at `wait_for_previous` until
 all that came before is written. Each kernel here says `let_next_start` first and waits before it touches
-anything a kernel could have written, so the order of reads and writes is that of plain launches.
+anything a kernel could have written, so the order of reads and writes is that of plain launches
+(the two of moe_gemv.py do as much in another order, and say why).
 
 Without a GPU the kernels run in Triton's interpreter, one program after the other and each line in NumPy: slow,
 and enough to see that they are right. `TRITON_INTERPRET=1` must be set before triton is imported.
@@ -31,6 +32,18 @@ if INTERPRETED:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = _numbers
+
+    _patched = set()  # files of Triton's library
+
+    def _call(self, *args, **kwargs):
+        """A function that a kernel calls. Triton turns the language into NumPy again at each call, in milliseconds.
+        For a function of ours its kernel's launch has done so; what is done for one of the library stays."""
+        if self.fn.__globals__.get("tl") is not tl and self.fn.__module__ not in _patched:
+            interpreter._patch_lang(self.fn)
+            _patched.add(self.fn.__module__)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = _call
 
 
 @cache

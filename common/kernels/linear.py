@@ -21,6 +21,7 @@ import triton.language as tl
 
 from common.kernels.launch import counters, launch, let_next_start, num_processors, shared_memory, wait_for_previous
 
+LARGE = 1 << 24  # numbers of W: so many go through the tensor cores even for one row of x
 ROWS = 64  # of x a program at most, and of W where W is small
 WIDE = 8000  # rows of a W that keeps the whole chip busy without being cut along `in`
 
@@ -43,21 +44,24 @@ def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """x [T, in/R] -> [T, out/R] of `dtype`, x's by default; 16-bit floats, or a single row of any float. Sums are float32."""
-    if len(x) == 1 and (weight.numel() <= 1 << 24 or x.dtype == torch.float32):
+    if len(x) == 1 and (weight.numel() <= LARGE or x.dtype == torch.float32):
         return one_row(x, weight, bias, dtype)
     return few_rows(x, weight, bias, dtype)
 
 
 def one_row(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """x [1, in/R] -> [1, out/R]."""
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None,
+    second: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """x [1, in/R] -> [1, out/R]; second [more, in/R]: another matrix, whose products with x stand behind, without a bias."""
     out, width = weight.shape
-    y = torch.empty(1, out, dtype=dtype or x.dtype, device=x.device)
-    block_n, block_k, warps = _blocks(out, width)
+    whole = out if second is None else out + len(second)
+    y = torch.empty(1, whole, dtype=dtype or x.dtype, device=x.device)
+    block_n, block_k, warps = _blocks(whole, width)
     launch(
-        _one_row, (triton.cdiv(out, block_n),), x, weight, weight if bias is None else bias, y, out, K=width, BN=block_n,
-        BK=block_k, BIAS=bias is not None, num_warps=warps,
+        _one_row, (triton.cdiv(whole, block_n),), x, weight, weight if second is None else second,
+        weight if bias is None else bias, y, whole, out, K=width, BN=block_n, BK=block_k, BIAS=bias is not None,
+        TWO=second is not None, num_warps=warps,
     )  # fmt: skip
     return y
 
@@ -71,11 +75,15 @@ def _blocks(out: int, width: int) -> tuple[int, int, int]:
 
 @triton.jit
 def _one_row(
-    x, weight, bias, y, out, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr
-):
+    x, weight, second, bias, y, out, first, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr,
+    TWO: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     let_next_start(PDL)
     n, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
-    w_at = weight + n.to(tl.int64)[:, None] * K + k[None, :]
+    rows = weight + n.to(tl.int64) * K
+    if TWO:
+        rows = tl.where(n < first, rows, second + (n - first).to(tl.int64) * K)
+    w_at = rows[:, None] + k[None, :]
     w = tl.load(w_at, mask=(n < out)[:, None] & (k < K)[None, :], other=0.0)
     b = tl.load(bias + n, mask=n < out, other=0.0).to(tl.float32) if BIAS else tl.zeros([BN], tl.float32)
     wait_for_previous(PDL)

@@ -1,5 +1,7 @@
 """A mixture of experts in four launches, whatever the number of experts (common/layers/moe_runner.py has the slower forms).
 
+Up to four tokens have two of their own (moe_gemv.py). Many:
+
     _sort      one program an expert: the (token, choice) pairs that chose it, in order, padded to whole blocks
     _gate_up   one program a (block, tile of F): rows of x for its pairs, times gate and up of one expert, SwiGLU
     _down      one program a (block, tile of D): times down, times the router's weight of each pair
@@ -12,8 +14,6 @@ the CPU, and the launches fit into a CUDA graph. An expert that nobody chose has
 step moves 3 F D numbers for each expert that was touched, not for each that there is. A pair with expert -1 (one of
 another rank's) is in no block and adds nothing.
 
-One token needs no sorting: its k experts differ, each pair is a block.
-
 No atomics: every number is written by one program, sums run in a fixed order in float32, and two runs are equal bit for bit.
 MegaBlocks (Gale et al. 2022) pads to blocks; the sorted pairs are vLLM's and SGLang's fused_moe.
 """
@@ -24,8 +24,9 @@ import torch
 import triton
 import triton.language as tl
 
+from common.kernels import moe_gemv
 from common.kernels.expert_blocks import ExpertBlocks, most_blocks
-from common.kernels.launch import launch, let_next_start, num_processors, wait_for_previous
+from common.kernels.launch import launch, let_next_start, num_processors, shared_memory, wait_for_previous
 
 CHUNK = 4096  # pairs that `_sort` looks at in one go
 
@@ -50,9 +51,9 @@ class Tiles:
 
 
 def tiles_for(
-    pairs: int, num_experts: int, intermediate: int, hidden: int, dtype: torch.dtype, processors: int
-) -> Tiles:
-    """For `pairs` spread over the experts about evenly.
+    pairs: int, num_experts: int, intermediate: int, hidden: int, dtype: torch.dtype, processors: int, room: int = 227 << 10,
+) -> Tiles:  # fmt: skip
+    """For `pairs` spread over the experts about evenly; room: bytes of shared memory that a program can have.
 
     Few pairs an expert: the bytes of W are the cost. One block should hold them all, or W is read again, and there must be
     programs enough to keep the memory busy. Many: the products are the cost, and padding is half a block an expert.
@@ -61,9 +62,12 @@ def tiles_for(
         return Tiles(16, Gemm(32, 32, 4, 2), Gemm(32, 32, 4, 2))
     touched = min(pairs, num_experts)
     average = pairs / touched
-    block = 128 if average >= 256 else min(max(triton.next_power_of_2(int(1.5 * average)), 16), 64)
-    if block >= 64:
-        return Tiles(block, Gemm(128, 64, 8, 3), Gemm(128, 64, 8, 4))
+    if average >= 128:
+        stages = min(4, room // (2 * 64 * (2 * 128 + 128)))
+        return Tiles(128, Gemm(128, 64, 8, stages), Gemm(256, 64, 8, min(stages, 3)))
+    block = min(max(triton.next_power_of_2(int(1.5 * average)), 16), 64)
+    if block == 64:
+        return Tiles(64, Gemm(128, 64, 8, 3), Gemm(128, 64, 8, 4))
     gate_up, down = Gemm(32, 128, 4, 4), Gemm(64, 128, 4, 4)
     return Tiles(block, _narrow(gate_up, touched, intermediate, processors), _narrow(down, touched, hidden, processors))
 
@@ -77,35 +81,37 @@ def _narrow(gemm: Gemm, blocks: int, out: int, processors: int) -> Gemm:
 
 def run(
     x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor,
-    tiles: Tiles | None = None,
+    added: torch.Tensor | None = None, tiles: Tiles | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """x [T, D], weights [T, k], experts [T, k] int64 (-1: not here), w13 [E, 2F, D] (gate, up), w2 [E, D, F] -> [T, D]."""
+    """x [T, D], weights [T, k], experts [T, k] int64 (-1: not here), w13 [E, 2F, D] (gate, up), w2 [E, D, F] -> [T, D].
+
+    added [T, D]: what comes to each sum last, before it is rounded. tiles: of the four launches, whatever T.
+    """
     (tokens, hidden), top = x.shape, experts.shape[1]
     if not tokens:
         return torch.empty_like(x)
-    num_experts, intermediate, pairs = len(w13), w2.shape[2], tokens * top
     weights, experts = weights.contiguous(), experts.contiguous()
-    tiles = tiles or tiles_for(pairs, num_experts, intermediate, hidden, x.dtype, num_processors(x.device))
-    if tokens == 1:
-        order, owner, count, grid = experts, experts, experts, pairs  # order and count are not read
-    else:
-        blocks = sort_by_expert(experts, num_experts, tiles.block)
-        order, owner, count, grid = blocks.pairs, blocks.experts, blocks.count, len(blocks.experts)
+    if tokens <= moe_gemv.TOKENS and tiles is None:
+        return moe_gemv.run(x, weights, experts, w13, w2, added)
+    num_experts, intermediate, pairs = len(w13), w2.shape[2], tokens * top
+    processors, room = num_processors(x.device), shared_memory(x.device)
+    tiles = tiles or tiles_for(pairs, num_experts, intermediate, hidden, x.dtype, processors, room)
+    blocks = sort_by_expert(experts, num_experts, tiles.block)
     h = torch.empty(pairs, intermediate, dtype=x.dtype, device=x.device)
     y = torch.empty(pairs, hidden, dtype=x.dtype, device=x.device)
     out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
-    shape = dict(TOP=top, D=hidden, F=intermediate, BM=tiles.block, SORTED=tokens > 1, F32=x.dtype == torch.float32)
+    shape = dict(TOP=top, D=hidden, F=intermediate, BM=tiles.block, F32=x.dtype == torch.float32)
     for kernel, gemm, width, args in (
         (_gate_up, tiles.gate_up, intermediate, (x, w13, h, x.stride(0))),
         (_down, tiles.down, hidden, (h, w2, y, weights)),
     ):
         launch(
-            kernel, (triton.cdiv(width, gemm.rows), grid), *args, order, owner, count, pairs, **shape, BN=gemm.rows,
-            BK=gemm.columns, num_warps=gemm.warps, num_stages=gemm.stages,
+            kernel, (triton.cdiv(width, gemm.rows), len(blocks.experts)), *args, blocks.pairs, blocks.experts, blocks.count,
+            pairs, **shape, BN=gemm.rows, BK=gemm.columns, num_warps=gemm.warps, num_stages=gemm.stages,
         )  # fmt: skip
     launch(
-        _sum, (tokens, triton.cdiv(hidden, 1024)), y, experts, out, TOP=top, KP=triton.next_power_of_2(top), D=hidden,
-        BLOCK=1024,
+        _sum, (tokens, triton.cdiv(hidden, 1024)), y, experts, out, out if added is None else added, TOP=top,
+        KP=triton.next_power_of_2(top), D=hidden, BLOCK=1024, ADDED=added is not None,
     )  # fmt: skip
     return out
 
@@ -160,27 +166,21 @@ def _sort(
 
 
 @triton.jit
-def _block(order, owner, count, block, pairs, BM: tl.constexpr, SORTED: tl.constexpr):
-    """The pairs of a block [BM], and its expert: -1 if there is no such block, or it belongs to another rank."""
-    i = tl.arange(0, BM)
-    if SORTED:
-        there = block < tl.load(count)
-        rows = tl.load(order + block * BM + i, mask=there & (i < BM), other=0)
-        e = tl.load(owner + block, mask=there, other=-1)
-    else:
-        rows = tl.where(i == 0, block, pairs)
-        e = tl.load(owner + block)
-    return rows, e.to(tl.int64)
+def _block(order, owner, count, block, BM: tl.constexpr):
+    """The pairs of a block [BM], and its expert: -1 if there is no such block."""
+    there = block < tl.load(count)
+    rows = tl.load(order + block * BM + tl.arange(0, BM), mask=there, other=0)
+    return rows, tl.load(owner + block, mask=there, other=-1).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=("pairs",))
 def _gate_up(
     x, w13, h, x_stride, order, owner, count, pairs, TOP: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr,
-    SORTED: tl.constexpr, F32: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    F32: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
     wait_for_previous(PDL)
-    rows, e = _block(order, owner, count, tl.program_id(1), pairs, BM, SORTED)
+    rows, e = _block(order, owner, count, tl.program_id(1), BM)
     if e >= 0:
         live = rows < pairs
         n, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
@@ -202,11 +202,11 @@ def _gate_up(
 @triton.jit(do_not_specialize=("pairs",))
 def _down(
     h, w2, y, weights, order, owner, count, pairs, TOP: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr,
-    SORTED: tl.constexpr, F32: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    F32: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
     wait_for_previous(PDL)
-    rows, e = _block(order, owner, count, tl.program_id(1), pairs, BM, SORTED)
+    rows, e = _block(order, owner, count, tl.program_id(1), BM)
     if e >= 0:
         live = rows < pairs
         n, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
@@ -223,7 +223,10 @@ def _down(
 
 
 @triton.jit
-def _sum(y, experts, out, TOP: tl.constexpr, KP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _sum(
+    y, experts, out, added, TOP: tl.constexpr, KP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ADDED: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     let_next_start(PDL)
     wait_for_previous(PDL)
     t, j = tl.program_id(0).to(tl.int64), tl.arange(0, KP)
@@ -236,4 +239,6 @@ def _sum(y, experts, out, TOP: tl.constexpr, KP: tl.constexpr, D: tl.constexpr, 
         choice = tl.sum(tl.where(place == turn, j, 0), 0)
         e = tl.max(tl.where(place == turn, ids, -1), 0)
         total += tl.load(y + (t * TOP + choice) * D + i, mask=(i < D) & (e >= 0), other=0.0).to(tl.float32)
+    if ADDED:
+        total += tl.load(added + t * D + i, mask=i < D, other=0.0).to(tl.float32)
     tl.store(out + t * D + i, total.to(out.dtype.element_ty), mask=i < D)

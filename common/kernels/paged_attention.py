@@ -367,7 +367,19 @@ def _merge(
     part, lse, o, heads, parts, stride, G: tl.constexpr, PG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """The parts of the G query heads from `heads` on -> o; TOGETHER of them are loaded at once."""
+    """The parts of the G query heads from `heads` on -> o."""
+    j, i = tl.arange(0, PG), tl.arange(0, BD)
+    out = o + (heads + j)[:, None] * D + i[None, :]
+    whole = merged(part, lse, heads, parts, stride, G, PG, D, BD, TOGETHER)
+    tl.store(out, whole.to(o.dtype.element_ty), mask=(j < G)[:, None] & (i < D)[None, :])
+
+
+@triton.jit
+def merged(
+    part, lse, heads, parts, stride, G: tl.constexpr, PG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """The parts of the G query heads from `heads` on -> [PG, BD] float32; TOGETHER of them are loaded at once."""
     j, i = tl.arange(0, PG), tl.arange(0, BD)
     best = tl.full([PG], -float("inf"), tl.float32)
     total = tl.zeros([PG], tl.float32)
@@ -384,8 +396,7 @@ def _merge(
         acc = acc * old[:, None] + tl.sum(values * weight[:, :, None], 0)
         total = total * old + tl.sum(weight, 0)
         best = best_now
-    out = o + (heads + j)[:, None] * D + i[None, :]
-    tl.store(out, (acc / total[:, None]).to(o.dtype.element_ty), mask=(j < G)[:, None] & (i < D)[None, :])
+    return acc / total[:, None]
 
 
 def _node_rows(q, kv_heads: int, nodes: int) -> int:

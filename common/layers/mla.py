@@ -15,16 +15,29 @@ DeepSeek-V2, arXiv 2405.04434, section 2.1; SGLang 0.5.23, srt/models/deepseek_v
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from common.layers.heads import HeadLayout
-from common.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear, load_pieces, loadable
+from common.layers.linear import (
+    ColumnParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    load_pieces,
+    loadable,
+    multiply_both,
+)
 from common.layers.norm import RMSNorm
 from common.layers.rotary import apply_rotary
 from common.parallel_state import TPGroup
 from common.quantization.method import PLAIN, LayerMethods, LinearMethod
+
+try:  # a CPU build of torch comes without Triton
+    from common.kernels import latent_rows as fused
+except ImportError:
+    fused = None
 
 EPS = 1e-6  # of the two norms in here, whatever rms_norm_eps says, as in transformers 5.23
 
@@ -45,6 +58,30 @@ class Latent:
     def row(self) -> int:
         """Numbers that are cached for a token and layer."""
         return self.kv_rank + self.rope_dim
+
+
+class LatentTurning(NamedTuple):
+    """What a layer does to q and to the new rows before it attends: their positions turn them, and the latent is normed."""
+
+    rotary: tuple[torch.Tensor, torch.Tensor]  # RotaryEmbedding's
+    norm: RMSNorm  # of the latent [c]
+    interleaved: bool
+
+    def __call__(self, q: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [T, H/R, dn + r], row [T, c + r] as they are projected -> both as attention takes them."""
+        if fused and q.is_cuda:
+            return fused.turn(q, row, self)
+        c, r = len(self.norm.weight), self.rotary[0].shape[-1]
+        plain, turned = q.split((q.shape[-1] - r, r), dim=-1)
+        latent, key = row.split((c, r), dim=-1)
+        key = self._turn(key.unsqueeze(1)).squeeze(1)  # one for all heads
+        return torch.cat((plain, self._turn(turned)), dim=-1), torch.cat((self.norm(latent), key), dim=-1)
+
+    def _turn(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, H, r] -> turned. The turned pairs stay apart, evens then odds, in q and k alike: their product is the same."""
+        if self.interleaved:
+            x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        return apply_rotary(x, self.rotary)
 
 
 class HeadsLinear(ColumnParallelLinear):
@@ -118,18 +155,17 @@ class LatentAttention(nn.Module):
         self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], attention, adapters: None = None
     ) -> torch.Tensor:
         """adapters: none; LoRA is refused for this attention (models/adapter_files.py)."""
-        q = self.q_proj(x) if self.q_a_proj is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        # row [T, c + r]
+        if self.q_a_proj is None:
+            q, row = multiply_both(x, self.q_proj, self.kv_a_proj_with_mqa)
+        else:
+            q, row = multiply_both(x, self.q_a_proj, self.kv_a_proj_with_mqa)
+            q = self.q_b_proj(self.q_a_layernorm(q))
         q = q.unflatten(-1, (self.heads.num_q, -1))  # [T, H/R, dn + r]
-        plain, turned = q.split((self.latent.nope_dim, self.latent.rope_dim), dim=-1)
-        q = torch.cat((plain, self._turn(turned, rotary)), dim=-1)
-        latent, turned = self.kv_a_proj_with_mqa(x).split((self.latent.kv_rank, self.latent.rope_dim), dim=-1)
-        turned = self._turn(turned.unsqueeze(1), rotary).squeeze(1)
-        row = torch.cat((self.kv_a_layernorm(latent), turned), dim=-1)  # [T, c + r]
-        o = attention(self.layer, q, row, self.kv_b_proj.by_head, self.latent.scale)  # [T, H/R, dv]
+        turning = LatentTurning(rotary, self.kv_a_layernorm, self.latent.interleaved)
+        given = self.kv_b_proj.by_head, self.latent.scale
+        if getattr(attention, "turns", False):  # it does so while it absorbs and stores
+            o = attention(self.layer, q, row, *given, turning)  # [T, H/R, dv]
+        else:
+            o = attention(self.layer, *turning(q, row), *given)  # [T, H/R, dv]
         return self.o_proj(o.flatten(1))  # all-reduce inside
-
-    def _turn(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """x [T, H, r] -> turned. The turned pairs stay apart, evens then odds, in q and k alike: their product is the same."""
-        if self.latent.interleaved:
-            x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-        return apply_rotary(x, rotary)

@@ -186,9 +186,8 @@ class MoE(nn.Module):
         weights, experts = self.gate.route(x, live)  # [T, k]
         experts = self.placement.here(self.layer, experts)
         self.placement.note(self.layer, experts, live)
-        y = self.runner.run(x, weights, experts, *self.experts.matrices)  # [T, D], a partial sum
-        if self.shared_expert is not None:
-            y = y + self.shared(x)
+        shared = None if self.shared_expert is None else self.shared(x)
+        y = self.runner.run(x, weights, experts, *self.experts.matrices, shared)  # [T, D], a partial sum
         if self.reduce_results:
             y = all_reduce(y, self.tp, f"{self.name}.down_proj")  # COMM all-reduce [T, D]: partial sums -> full sum
         return y

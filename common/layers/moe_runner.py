@@ -1,9 +1,10 @@
 """What the experts of a rank give for some rows: one function in three forms.
 
-    run(x [T, D], weights [T, k], experts [T, k], w13 [E', 2F', D], w2 [E', D, F']) -> [T, D]
+    run(x [T, D], weights [T, k], experts [T, k], w13 [E', 2F', D], w2 [E', D, F'], added [T, D] or None) -> [T, D]
 
 `experts` are this rank's own numbers 0 .. E'-1, and -1 is an expert that is not here and adds nothing; F' are this rank's
 columns of each, gate above up in w13. What comes out are partial sums wherever other ranks have other experts or columns.
+`added` comes to each sum last: what the expert gives that all tokens visit; to `triton` before it rounds.
 `loop` and `grouped` take codes in place of w13 and w2, too, and make an expert's numbers when its turn comes.
 
     loop      an expert after the other: its tokens, its two products, its weights              to read
@@ -33,11 +34,14 @@ except ImportError:
     fused, INTERPRETED = None, False
 
 Matrices = torch.Tensor | CodedMatrices
-Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Matrices, Matrices], torch.Tensor]
+Run = Callable[..., torch.Tensor]
 silu_and_mul = SiluAndMul()
 
 
-def loop(x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, w13: Matrices, w2: Matrices) -> torch.Tensor:
+def loop(
+    x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, w13: Matrices, w2: Matrices,
+    added: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     out = torch.zeros_like(x)
     for expert in experts.unique().tolist():  # ascending
         if expert < 0:
@@ -45,7 +49,7 @@ def loop(x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, w13: Mat
         places, tokens = (experts.t() == expert).nonzero(as_tuple=True)  # in the order of transformers, for its bits
         y = F.linear(silu_and_mul(F.linear(x[tokens], w13[expert])), w2[expert])  # [n, D]
         out.index_add_(0, tokens, y * weights[tokens, places, None])
-    return out
+    return out if added is None else out + added
 
 
 # --- grouped
@@ -67,7 +71,10 @@ def sort_by_expert(experts: torch.Tensor, num_experts: int) -> Pairs:
     return Pairs(order, ends.int())
 
 
-def grouped(x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, w13: Matrices, w2: Matrices) -> torch.Tensor:
+def grouped(
+    x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, w13: Matrices, w2: Matrices,
+    added: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     top_k = experts.shape[1]
     order, ends = sort_by_expert(experts, len(w13))
     if not x.is_cuda:
@@ -76,11 +83,13 @@ def grouped(x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, w13: 
     y = multiply_groups(silu_and_mul(gate_up), w2, ends)  # [pairs, D]
     y *= weights.flatten()[order, None]
     if not x.is_cuda:
-        return torch.zeros_like(x).index_add_(0, order // top_k, y)
+        out = torch.zeros_like(x).index_add_(0, order // top_k, y)
+        return out if added is None else out + added
     foreign = torch.arange(len(order), device=x.device) >= ends[-1]
     by_pair = torch.empty_like(y)
     by_pair[order] = y.masked_fill_(foreign[:, None], 0.0)  # no product has written there: it may be NaN
-    return by_pair.unflatten(0, (-1, top_k)).sum(dim=1)
+    out = by_pair.unflatten(0, (-1, top_k)).sum(dim=1)
+    return out if added is None else out + added
 
 
 def multiply_groups(x: torch.Tensor, weight: Matrices, ends: torch.Tensor) -> torch.Tensor:

@@ -47,7 +47,8 @@ class StepGraphs(ABC):
     """Steps of some shapes, recorded and replayed. inputs, int64: what a step is told; a subclass says what it computes of them.
 
     shapes: (sequences, a second number), the largest first. rows: of each shape, how many the model computes. max_loras: LoRA
-    adapters in a step at most; what its rows use stands at a fixed place too, for as many blocks as there can be; 0: none.
+    adapters in a step at most; what its rows use stands at a fixed place too, for as many blocks as there can be; 0: none. With
+    adapters each shape is recorded twice: the launches for them take time (12 % of a step of Qwen2.5-7B) even if nobody has one.
     """
 
     kind = ""
@@ -58,16 +59,18 @@ class StepGraphs(ABC):
     ):  # fmt: skip
         self.model, self.attention, self.cache, self.table, self.tp = model, attention, cache, table, model.tp
         self.shapes, self.max_loras, self.adapters = shapes, max_loras, None
+        self._rows = dict(zip(shapes, rows, strict=True))
         self.inputs = torch.zeros(inputs, dtype=torch.int64, device=cache.k.device)
         if max_loras:
             most = max(len(AdapterBlocks.numbers(np.zeros(n, dtype=np.int64), max_loras)) for n in rows)
             self.adapters = torch.zeros(most, dtype=torch.int64, device=cache.k.device)
-        self._captured: dict[tuple[int, int], _Captured] = {}
+        # by shape, and whether anybody has an adapter
+        self._captured: dict[tuple[tuple[int, int], bool], _Captured] = {}
         self._pool = None
 
     @abstractmethod
-    def _step(self, shape: tuple[int, int]) -> Any:
-        """The launches of a step, on what `inputs` holds."""
+    def _step(self, shape: tuple[int, int], adapters: AdapterBlocks | None = None) -> Any:
+        """The launches of a step, on what `inputs` holds; adapters: None if nobody has one."""
 
     @abstractmethod
     def _pad(self, shape: tuple[int, int]) -> None:
@@ -78,7 +81,8 @@ class StepGraphs(ABC):
         """Run the steps of all shapes once, of padding only; under `compile_ahead` that finds all their kernels."""
         for shape in self.shapes:
             self._pad(shape)
-            self._step(shape)
+            for adapters in self._with_and_without(shape):
+                self._step(shape, adapters)
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -98,37 +102,49 @@ class StepGraphs(ABC):
         quiet = None if self.tp.world_rank == 0 else True
         for shape in tqdm(self.shapes, desc=f"capturing {self.kind} graphs", disable=quiet, leave=False):
             self._pad(shape)
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self._step(shape)  # compiles kernels, lets libraries allocate what they keep
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with self.tp.ledger.recording() as ledger, torch.cuda.graph(graph, pool=self._pool):
-                out = self._step(shape)
-            self._pool = self._pool or graph.pool()
-            self._captured[shape] = _Captured(graph, out, list(ledger.entries))
-            ledger.entries.clear()
+            for adapters in self._with_and_without(shape):
+                self._captured[shape, adapters is not None] = self._record(shape, adapters)
+
+    def _record(self, shape: tuple[int, int], adapters: AdapterBlocks | None) -> _Captured:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._step(shape, adapters)  # compiles kernels, lets libraries allocate what they keep
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with self.tp.ledger.recording() as ledger, torch.cuda.graph(graph, pool=self._pool):
+            out = self._step(shape, adapters)
+        self._pool = self._pool or graph.pool()
+        captured = _Captured(graph, out, list(ledger.entries))
+        ledger.entries.clear()
+        return captured
+
+    def _with_and_without(self, shape: tuple[int, int]) -> list[AdapterBlocks | None]:
+        """Both that a step of this shape may be told of its adapters; without slots only that there are none."""
+        if not self.max_loras:
+            return [None]
+        return [AdapterBlocks.captured(self.adapters, self._rows[shape], self.max_loras), None]
 
     def forget(self) -> None:
         """What was recorded: the addresses in it are to be given back. `capture` records again."""
         self._captured.clear()
         self._pool = None
 
-    def _replay(self, shape: tuple[int, int]) -> Any:
-        captured = self._captured[shape]
+    def _replay(self, shape: tuple[int, int], slots: np.ndarray | None = None) -> Any:
+        """slots: of the first rows of the step; the others are padding, and have none. None: nobody has one."""
+        adapted = slots is not None and bool(slots.any())
+        if adapted:
+            self._put_adapters(slots, shape)
+        captured = self._captured[shape, adapted]
         captured.graph.replay()
         self.tp.ledger.replay(captured.messages)
         return captured.out
 
-    def _put_adapters(self, slots: np.ndarray | None, rows: int) -> None:
-        """slots: of the first of so many rows; the others are padding, and have none."""
-        if self.max_loras:
-            padded = np.zeros(rows, dtype=np.int64)
-            if slots is not None:
-                padded[: len(slots)] = slots
-            numbers = AdapterBlocks.numbers(padded, self.max_loras)
-            copy_to(numbers, self.adapters[: len(numbers)])
+    def _put_adapters(self, slots: np.ndarray, shape: tuple[int, int]) -> None:
+        padded = np.zeros(self._rows[shape], dtype=np.int64)
+        padded[: len(slots)] = slots
+        numbers = AdapterBlocks.numbers(padded, self.max_loras)
+        copy_to(numbers, self.adapters[: len(numbers)])
 
 
 def batch_sizes(most: int) -> list[int]:
@@ -158,9 +174,8 @@ class DecodeGraphs(StepGraphs):
         self.sizes = batch_sizes(max_batch)
         self.alike_sizes = sorted({n for n in self.sizes if n % ALIKE_STEP == 0 and table.max_tiles(n)})
         shapes = [(n, False) for n in self.sizes] + [(n, True) for n in self.alike_sizes]
-        super().__init__(
-            model, attention, cache, table, max_loras, sorted(shapes, reverse=True), self.sizes, 6 * max_batch
-        )
+        shapes.sort(reverse=True)
+        super().__init__(model, attention, cache, table, max_loras, shapes, [n for n, _ in shapes], 6 * max_batch)
         self.hidden = None
         if model.stage.start > 0:
             width, dtype = model.config.hidden_size, next(model.parameters()).dtype
@@ -200,8 +215,7 @@ class DecodeGraphs(StepGraphs):
             copy_to(np.array(parts or [batch]), self.real)
         if hidden is not None:
             self.hidden[:batch] = hidden
-        self._put_adapters(adapters, size)
-        out = self._replay((size, shares))
+        out = self._replay((size, shares), adapters)
         if parts is None:
             return out[:batch]
         return torch.cat([own[:n] for own, n in zip(out.split(size), parts, strict=True)])
@@ -213,7 +227,7 @@ class DecodeGraphs(StepGraphs):
         """The rows [B] of the step that runs, on the device."""
         return self.inputs[:batch]
 
-    def _step(self, shape: tuple[int, bool]) -> torch.Tensor:
+    def _step(self, shape: tuple[int, bool], adapters: AdapterBlocks | None = None) -> torch.Tensor:
         size, alike = shape
         rows, positions, rest = self.inputs[:size], self.inputs[size : 2 * size], self.inputs[2 * size :]
         prefixes = None
@@ -227,7 +241,6 @@ class DecodeGraphs(StepGraphs):
         spread = between.rows([size] * between.parts, padded=True, real=self.real)
         attention = self.attention(self.cache, step.meta)
         live = rows >= 0 if self.model.config.mixture else None
-        adapters = AdapterBlocks.captured(self.adapters, size, self.max_loras) if self.max_loras else None
         hidden = self.model(step.input_ids, step.positions, attention, before, spread, live, adapters=adapters)
         if spread:
             hidden = between.collect(hidden, spread, [np.arange(size)] * between.parts)

@@ -52,9 +52,8 @@ class PrefillGraphs(StepGraphs):
     ):  # fmt: skip
         self.sizes = token_sizes(max_tokens)
         shapes = [(size, SEATS) for size in reversed(self.sizes)]
-        super().__init__(
-            model, attention, cache, table, max_loras, shapes, self.sizes, 3 * self.sizes[-1] + 3 * SEATS + 1
-        )
+        rows, numbers = [size for size, _ in shapes], 3 * self.sizes[-1] + 3 * SEATS + 1
+        super().__init__(model, attention, cache, table, max_loras, shapes, rows, numbers)
 
     def holds(self, tokens: int, sequences: int) -> bool:
         return tokens <= self.sizes[-1] and 1 <= sequences <= SEATS
@@ -77,15 +76,14 @@ class PrefillGraphs(StepGraphs):
         starts[: len(rows)] = ends - new
         numbers = np.concatenate((of_tokens.reshape(-1), of_seats.reshape(-1), starts))
         copy_to(numbers, self.inputs[: len(numbers)])
-        self._put_adapters(None if adapters is None else np.repeat(adapters, new), size)
-        return self._replay((size, SEATS))[:total]
+        return self._replay((size, SEATS), None if adapters is None else np.repeat(adapters, new))[:total]
 
     def _pad(self, shape: tuple[int, int]) -> None:
         size, _ = shape
         self.inputs.zero_()
         self.inputs[size : 2 * size] = -1
 
-    def _step(self, shape: tuple[int, int]) -> torch.Tensor:
+    def _step(self, shape: tuple[int, int], adapters: AdapterBlocks | None = None) -> torch.Tensor:
         size, seats = shape
         tokens, of, positions = self.inputs[: 3 * size].view(3, size)
         rows, context = self.inputs[3 * size : 3 * size + 2 * seats].view(2, seats)
@@ -96,6 +94,5 @@ class PrefillGraphs(StepGraphs):
         longest = max(2, size)  # not 1, which would be a decode step
         pages = table.page_table.index_select(0, rows)
         meta = AttentionMetadata(slots.where(real, -1), pages, starts, context, page_size, longest, padded=True)
-        adapters = AdapterBlocks.captured(self.adapters, size, self.max_loras) if self.max_loras else None
         ids = tokens.where(tokens >= 0, table.last_token[of])
         return self.model(ids, positions, self.attention(self.cache, meta), adapters=adapters)

@@ -48,7 +48,7 @@ class VerifyGraphs(StepGraphs):
     """`run` is the model and compute_logits over a tree for each sequence, with the same result as without graphs.
 
     nodes: the numbers of nodes that trees have; 1 is a plain decode step whose hidden states somebody wants. layers: those whose
-    inputs are noted, for a drafter. `holds` says which steps are recorded.
+    inputs are noted, for a drafter. chains: all trees are. `holds` says which steps are recorded.
 
     inputs, int64: rows [size], positions [size], tokens [size, N], parents [size, N].
     """
@@ -57,16 +57,16 @@ class VerifyGraphs(StepGraphs):
 
     def __init__(
         self, model: CausalLM, attention: type, cache: PagedKVCache, table: SequenceTable, max_batch: int,
-        nodes: Sequence[int], layers: Sequence[int] = (), max_loras: int = 0,
+        nodes: Sequence[int], layers: Sequence[int] = (), max_loras: int = 0, chains: bool = False,
     ):  # fmt: skip
-        self.layers = layers
+        self.layers, self.chains = layers, chains
         self.sizes = {n: batch_sizes(max(1, min(max_batch, MOST_NODES // n))) for n in nodes}
         shapes = sorted(((size, n) for n, sizes in self.sizes.items() for size in sizes), key=lambda s: -s[0] * s[1])
         rows, numbers = [size * n for size, n in shapes], max(2 * size * (1 + n) for size, n in shapes)
         super().__init__(model, attention, cache, table, max_loras, shapes, rows, numbers)
 
-    def holds(self, batch: int, nodes: int) -> bool:
-        return nodes in self.sizes and batch <= self.sizes[nodes][-1]
+    def holds(self, batch: int, nodes: int, chain: bool = True) -> bool:
+        return nodes in self.sizes and batch <= self.sizes[nodes][-1] and (chain or not self.chains)
 
     @torch.inference_mode()
     def run(
@@ -79,10 +79,11 @@ class VerifyGraphs(StepGraphs):
         numbers[:, :batch] = rows, positions
         copy_to(numbers, self.inputs[: 2 * size])
         tokens, parents = self._trees(size, nodes)
-        tokens[:batch], parents[:batch] = tree.tokens, tree.parents
-        _make_chains(parents[batch:])  # of padding, which must be trees too
-        self._put_adapters(None if adapters is None else np.repeat(adapters, nodes), size * nodes)
-        return self._replay((size, nodes)).of(batch, nodes)
+        tokens[:batch] = tree.tokens
+        if not self.chains:
+            parents[:batch] = tree.parents
+            _make_chains(parents[batch:])  # of padding, which must be trees too
+        return self._replay((size, nodes), None if adapters is None else np.repeat(adapters, nodes)).of(batch, nodes)
 
     def _trees(self, size: int, nodes: int) -> tuple[torch.Tensor, torch.Tensor]:
         """tokens, parents [size, N] in `inputs`."""
@@ -94,16 +95,14 @@ class VerifyGraphs(StepGraphs):
         self.inputs[: 2 * size] = -1
         _make_chains(self._trees(size, nodes)[1])
 
-    def _step(self, shape: tuple[int, int]) -> VerifiedStep:
+    def _step(self, shape: tuple[int, int], adapters: AdapterBlocks | None = None) -> VerifiedStep:
         size, nodes = shape
-        rows, positions, tree = self.inputs[:size], self.inputs[size : 2 * size], DraftTree(*self._trees(size, nodes))
+        rows, positions, (tokens, parents) = self.inputs[:size], self.inputs[size : 2 * size], self._trees(size, nodes)
+        tree = DraftTree.chain(tokens) if self.chains else DraftTree(tokens, parents)
         pages = self.table.page_table.shape[1]
         step = self.table.tree_level(rows, positions, tree.tokens, tree.depth, tree.ancestors, pages)
         attention = self.attention(self.cache, step.meta)
         live = (rows >= 0).repeat_interleave(nodes) if self.model.config.mixture else None
-        adapters = None
-        if self.max_loras:
-            adapters = AdapterBlocks.captured(self.adapters, size * nodes, self.max_loras)
         entering = dict.fromkeys(self.layers) if self.layers else None
         hidden = self.model(step.input_ids, step.positions, attention, live=live, entering=entering, adapters=adapters)
         return VerifiedStep(step, self.model.compute_logits(hidden, adapters), hidden, entering)

@@ -105,7 +105,13 @@ class SamplingBatch:
         self.advanced = 0
         temperature, top_k, top_p, log_min_p = columns
         self.all_greedy = not temperature.any()
-        self.truncated = bool(((top_k > 0) | (top_p < 1) | (log_min_p > -np.inf)).any())
+        truncated = (top_k > 0) | (top_p < 1) | (log_min_p > -np.inf)
+        self.truncated = bool(truncated.any())
+        # how many tokens top-k leaves at most: to any row that is truncated, to one that has a top-k, to one that has a top-p
+        left = np.where(top_k > 0, top_k, np.inf)
+        self.most_kept = float(left.max(initial=0, where=truncated))
+        self.largest_top_k = float(top_k.max(initial=0))
+        self.widest_top_p = float(left.max(initial=0, where=top_p < 1))
         asks, has_edits = flags
         self.asked: list[int] = asks.nonzero()[0].tolist()  # rows whose log-probabilities are told
         edits = [(i, (*rows[i].edits, *rows[i].params.edits), self._now(i)) for i in has_edits.nonzero()[0].tolist()]

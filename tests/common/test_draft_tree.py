@@ -99,6 +99,17 @@ def test_in_a_chain_each_node_sees_those_before_it():
     assert walk(tree, torch.tensor([[6, 7, 9, 9], [9, 3, 4, 5]])).counts.tolist() == [3, 1]
 
 
+@given(st.integers(1, 3), st.integers(1, 6), st.randoms(use_true_random=False))
+def test_what_is_known_of_a_chain_is_what_a_search_finds(batch, n, rng):
+    tokens, drawn = (torch.tensor([[rng.randint(0, 1) for _ in range(n)] for _ in range(batch)]) for _ in range(2))
+    chain = DraftTree.chain(tokens)
+    tree = DraftTree(tokens, chain.parents)
+    assert torch.equal(chain.ancestors, tree.ancestors)
+    assert torch.equal(chain.depth, tree.depth)
+    for one, other in zip(walk(chain, drawn), walk(tree, drawn), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_the_tree_of_the_docstring():
     the, sun, sky, was, red, hot = range(6)
     accepted = walk(a_tree([-1, 0, 0, 1, 1], [the, sun, sky, 9, was]), torch.tensor([[sun, was, 9, hot, red]]))

@@ -1,12 +1,15 @@
 """Executors with LoRA adapters against peft in transformers, one adapter a request; and what they send."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from common.executor import Executor
+from common.layers.adapter_rows import AdapterBlocks
 from common.layers.lora import ALL_TARGETS
-from common.models.graph_runner import DecodeGraphs
+from common.models.graph_runner import DecodeGraphs, _Captured
 from common.models.lora_manager import LoRAOptions
 from common.parallel_state import broadcast
 from tests.adapters import adapted_model, greedy_with, save_adapter
@@ -164,9 +167,11 @@ def test_in_a_captured_step_every_row_has_its_adapter_and_padding_has_none(check
     numbers = np.full((2, size), -1)
     numbers[:, : len(rows)] = rows, 0 * rows
     graphs.inputs[: 2 * size] = torch.from_numpy(numbers.reshape(-1)).to(DEVICE)
-    graphs._put_adapters(np.array(slots), size)
+    graphs._put_adapters(np.array(slots), (size, False))
+    with_adapters, without = graphs._with_and_without((size, False))
+    assert without is None
     with torch.inference_mode():
-        out = graphs._step((size, False))
+        out = graphs._step((size, False), with_adapters)
     torch.testing.assert_close(out[: len(rows)], want, rtol=1e-4, atol=1e-4)
     plain = Executor(folder, DEVICE.type, P, max_total_tokens=2048, dtype="float32", disable_cuda_graph=True)
     plain.table.set_pages([(row, 0, [row]) for row in rows])
@@ -174,6 +179,28 @@ def test_in_a_captured_step_every_row_has_its_adapter_and_padding_has_none(check
     alone = plain.decode(rows, 0 * rows)
     differs = [not torch.allclose(a, b, atol=1e-3) for a, b in zip(out[: len(rows)], alone, strict=True)]
     assert differs == [slot > 0 for slot in slots]
+
+
+@kernel
+def test_a_step_in_which_nobody_has_an_adapter_is_replayed_without_their_launches(checkpoint):
+    executor = Executor(
+        checkpoint("qwen2"), DEVICE.type, P, max_total_tokens=2048, lora=LoRAOptions(2, 8, backend="triton"),
+        disable_cuda_graph=True,
+    )  # fmt: skip
+    executor.table.set_pages([(row, 0, [row]) for row in range(2)])
+    graphs = DecodeGraphs(executor.model, executor.attention, executor.kv_cache, executor.table, 2, 2)
+    assert [[one is not None for one in graphs._with_and_without(shape)] for shape in graphs.shapes] == [
+        [True, False]
+    ] * 2
+    replayed = []
+    for adapted in (True, False):
+        graph = SimpleNamespace(replay=lambda adapted=adapted: replayed.append(adapted))
+        graphs._captured[(2, False), adapted] = _Captured(graph, torch.zeros(2, 1), [])
+    rows = np.arange(2)
+    for slots in (None, np.array([0, 0]), np.array([0, 2])):
+        graphs.run(rows, 0 * rows, adapters=slots)
+    assert replayed == [False, False, True]
+    assert graphs.adapters.tolist()[: len(AdapterBlocks.numbers(rows, 2))] == AdapterBlocks.numbers(slots, 2).tolist()
 
 
 def test_an_adapter_may_come_into_a_slot_between_two_steps(checkpoint, adapters):

@@ -32,7 +32,8 @@ import torch
 from torch import nn
 
 from common.attention.kv_cache import PagedKVCache
-from common.attention.sequence_table import SequenceTable
+from common.attention.sequence_table import SequenceTable, StepInputs
+from common.distributed.transfer import upload_all
 from common.draft_tree import Accepted, DraftTree
 from common.models.decoder import CausalLM
 from common.parallel_state import TPGroup
@@ -65,6 +66,28 @@ class Target:
     max_context: int  # positions that a sequence may have
 
 
+@dataclass(frozen=True)
+class Roots:
+    """Where B sequences stand: rows [B] of the table, and positions [B] of their last tokens; int64 on the device. Of the positions
+    none is below `least` or above `most`, which are known without asking the device. padded: a row -1, at position -1, may be
+    among them and stands for nobody: what is recorded (draft_graphs.py) has a fixed number of rows."""
+
+    rows: torch.Tensor
+    positions: torch.Tensor
+    least: int
+    most: int
+    padded: bool = False
+
+    @classmethod
+    def of(cls, rows: np.ndarray, positions: np.ndarray, device: torch.device) -> "Roots":
+        return cls(*upload_all(device, rows, positions), int(positions.min()), int(positions.max()))
+
+    def decode(self, table: SequenceTable, depth: int) -> StepInputs:
+        """The step of one token a sequence, at positions + depth."""
+        pages = min(-(-(self.most + depth + 1) // table.page_size), table.page_table.shape[1])
+        return table.decode_at(self.rows, self.positions + depth, pages, self.padded)
+
+
 class Draws(Protocol):
     """Draws the guesses of a chain for each of B sequences (sampling/draws.py)."""
 
@@ -85,6 +108,8 @@ class Drafter(ABC):
     `cache` and `module`: its own pages, and what holds its own weights; None without. An engine that sleeps gives up both
     (common/memory_occupation.py). `draws`: of chains it can draw the guesses, and not only choose them.
 
+    `recordable`: `draft` without draws launches the same for the same number of sequences, so that a CUDA graph may hold it.
+
     Everything is called under inference_mode, and nothing may wait for a GPU. rows, cached, new, positions: int64 arrays on the
     CPU, since rank 0 has decided them; tokens, trees and features: tensors on the device.
     Raises ValueError or FileNotFoundError when it is made, in one line and on every rank alike, for what cannot be.
@@ -96,6 +121,7 @@ class Drafter(ABC):
     cache: PagedKVCache | None = None
     module: nn.Module | None = None
     draws: bool = False
+    recordable: bool = False
 
     def allocate(self, num_pages: int) -> None:  # noqa: B027, not every drafter has one
         """Make the cache: so many pages, those of the target. Called once, before anything else."""
@@ -117,9 +143,8 @@ class Drafter(ABC):
 
     @abstractmethod
     def draft(
-        self, table: SequenceTable, rows: np.ndarray, last_tokens: torch.Tensor, positions: np.ndarray, nodes: int,
-        draws: Draws | None = None,
-    ) -> DraftTree:  # fmt: skip
-        """A tree of `nodes` nodes for each sequence below its last token [B], which stands at positions [B]. Every rank comes to
-        the same one. Pages for positions up to positions + nodes - 1 are in the table: a drafter may write its own K and V
-        there. draws: how guesses are drawn, for those that can; None: they are chosen."""
+        self, table: SequenceTable, roots: Roots, last_tokens: torch.Tensor, nodes: int, draws: Draws | None = None
+    ) -> DraftTree:
+        """A tree of `nodes` nodes for each sequence below its last token [B]. Every rank comes to the same one. Pages for positions
+        up to positions + nodes - 1 are in the table: a drafter may write its own K and V there. draws: how guesses are drawn, for
+        those that can; None: they are chosen."""

@@ -24,7 +24,7 @@ from common.attention.torch_native import TorchNativeAttention
 from common.distributed.transfer import upload_all
 from common.draft_tree import Accepted, DraftTree
 from common.layers.vocab import all_logits, best_logprobs
-from common.models.drafters.contract import Drafter, DraftOptions, Draws, Target
+from common.models.drafters.contract import Drafter, DraftOptions, Draws, Roots, Target
 from common.models.drafters.eagle_head import load_head
 from common.models.drafters.growth import Growth
 from common.models.drafters.levels import CopiedLevels, PagedLevels
@@ -32,6 +32,8 @@ from common.models.hub import resolve_model
 
 
 class EagleDrafter(Drafter):
+    recordable = True
+
     def __init__(self, options: DraftOptions, target: Target):
         self.options, self.target, self.device = options, target, target.tp.device
         if target.model.config.latent:
@@ -111,16 +113,17 @@ class EagleDrafter(Drafter):
 
     # --- guesses
 
-    def draft(self, table, rows, last_tokens, positions, nodes, draws: Draws | None = None) -> DraftTree:
+    def draft(self, table, roots: Roots, last_tokens, nodes, draws: Draws | None = None) -> DraftTree:
         if nodes == 1:
             return DraftTree.chain(last_tokens.unsqueeze(1))
-        there, root = upload_all(self.device, rows, positions)
         steps, k = min(self.options.steps, nodes - 1), self.options.topk
-        levels = self._levels(table, rows, there, positions, root, k * (steps - 1), nodes)
+        levels = self._levels(table, roots, k * (steps - 1), nodes)
         # all nodes of a level stand in one place: cos and sin [steps, B, 1, d]
-        at = root + torch.arange(-1, steps - 1, device=self.device).unsqueeze(1)  # [steps, B]
+        at = roots.positions + torch.arange(-1, steps - 1, device=self.device).unsqueeze(1)  # [steps, B]
+        if roots.padded:
+            at = at.clamp(min=0)
         cos, sin = (x.unflatten(0, at.shape) for x in self.head.rotary(at.flatten(), self.target.dtype))
-        hidden = self.head.begin(self._waiting[there])  # [B, D]
+        hidden = self.head.begin(self._waiting[roots.rows])  # [B, D]; of padding any row's
         if self.chains:
             chain = [last_tokens]
             for turn in zip(cos, sin, strict=True):
@@ -145,12 +148,10 @@ class EagleDrafter(Drafter):
             growth.grow(logprobs, tokens)
         return growth.tree(last_tokens, nodes)
 
-    def _levels(self, table, rows, there, positions, root, most: int, nodes: int):
-        if self.target.attention is TorchNativeAttention:
-            return CopiedLevels(self.cache, table, there, positions, most)
-        return PagedLevels(
-            self.target, self.cache, table, rows, there, positions, root, most, nodes, self.num_pages, self.room
-        )
+    def _levels(self, table: SequenceTable, roots: Roots, most: int, nodes: int):
+        if self.target.attention is TorchNativeAttention and not roots.padded:
+            return CopiedLevels(self.cache, table, roots, most)
+        return PagedLevels(self.target, self.cache, table, roots, most, nodes, self.num_pages, self.room)
 
     def _guess(self, tokens, hidden, rotary, attention, best: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """tokens [n], hidden [n, D] -> the head's guesses [n, D], log-probabilities and ids of the best next tokens [n, best]."""

@@ -8,34 +8,32 @@ plain PyTorch does better: the backend there copies the pages of a sequence befo
 same ones at every level. So they are copied once a tree, with room behind them for its nodes, and the pages are left alone.
 """
 
-import numpy as np
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
 from common.attention.kv_cache import PagedKVCache
 from common.attention.sequence_table import SequenceTable
-from common.distributed.transfer import upload
-from common.models.drafters.contract import Target
+from common.models.drafters.contract import Roots, Target
 
 
 class CopiedLevels:
-    """rows, positions [B]: of the last tokens, p; nodes: of levels 1 .. together."""
+    """roots: at p; nodes: of levels 1 .. together."""
 
-    def __init__(
-        self, cache: PagedKVCache, table: SequenceTable, rows: torch.Tensor, positions: np.ndarray, nodes: int
-    ):
-        known = positions - 1  # indices whose keys lie in the pages
-        self.batch, self.length, self.filled, self.mask = len(positions), int(known.max()), 0, None
-        size, pages = table.page_size, -(-self.length // table.page_size)
-        ids = table.page_table[rows, :pages]
+    def __init__(self, cache: PagedKVCache, table: SequenceTable, roots: Roots, nodes: int):
+        # indices up to p - 2 have their keys in the pages
+        self.batch, self.length, self.filled, self.mask = len(roots.rows), roots.most - 1, 0, None
+        size, pages, device = table.page_size, -(-self.length // table.page_size), roots.rows.device
+        ids = table.page_table[roots.rows, :pages]
         room = self.length + 1 + nodes
-        if int(known.min()) < self.length:
-            ends = upload(known, rows.device).unsqueeze(1)
+        if roots.least < roots.most:
+            ends = (roots.positions - 1).unsqueeze(1)
             # behind a sequence's end its first page stands in, never another's, which may have gone bad
-            ids = ids.where(torch.arange(0, pages * size, size, device=rows.device) < ends, ids[:, :1])
-            behind = torch.arange(room, device=rows.device) >= ends  # [B, room]
+            ids = ids.where(torch.arange(0, pages * size, size, device=device) < ends, ids[:, :1])
+            behind = torch.arange(room, device=device) >= ends  # [B, room]
             behind[:, self.length :] = False
-            self.mask = torch.zeros(behind.shape, device=rows.device).masked_fill_(behind, -torch.inf)[:, None, None]
+            self.mask = torch.zeros(behind.shape, device=device).masked_fill_(behind, -torch.inf)[:, None, None]
         kv = cache.gather(0, cache.halves_of(ids.flatten())).unflatten(1, (self.batch, -1))  # [2, B, S, Hkv/R, d]
         self.kv = kv.new_empty(2, self.batch, kv.shape[3], room, kv.shape[4])
         self.kv[:, :, :, : self.length] = kv[:, :, : self.length].transpose(2, 3)
@@ -76,33 +74,35 @@ class PagedLevels:
     own: those from `first_own` on, `own` a row."""
 
     def __init__(
-        self, target: Target, cache: PagedKVCache, table: SequenceTable, rows: np.ndarray, there: torch.Tensor,
-        positions: np.ndarray, root: torch.Tensor, most: int, nodes: int, first_own: int, own: int,
+        self, target: Target, cache: PagedKVCache, table: SequenceTable, roots: Roots, most: int, nodes: int, first_own: int,
+        own: int,
     ):  # fmt: skip
-        self.target, self.cache, self.rows, self.there, self.root = target, cache, rows, there, root
-        self.table, self.positions, self.depth = table, positions, -1
-        self.pages = -(-(int(positions.max()) + most) // table.page_size)
+        self.target, self.cache, self.table, self.roots, self.depth = target, cache, table, roots, -1
+        self.pages = -(-(roots.most + most) // table.page_size)
         if most > nodes:
-            self.table, self.pages = self._with_room(table, positions, nodes, first_own, own), self.pages + 1
+            self._make_room(nodes, first_own, own)
 
     def level(self, window: torch.Tensor | None):
+        rows, root = self.roots.rows, self.roots.positions
         if window is None:
-            step = self.table.decode(self.rows, self.positions + self.depth)
+            step = self.roots.decode(self.table, self.depth)
         else:
             k = window.shape[1]
-            none = self.root.unsqueeze(1).expand(-1, k)  # tokens and positions of a step are not attention's
-            step = self.table.tree_level(self.there, self.root, none, torch.zeros_like(none), window, self.pages)
+            none = root.unsqueeze(1).expand(-1, k)  # tokens and positions of a step are not attention's
+            step = self.table.tree_level(rows, root, none, torch.zeros_like(none), window, self.pages)
         self.depth += 1
         return self.target.attention(self.cache, step.meta)
 
-    def _with_room(
-        self, table: SequenceTable, positions: np.ndarray, nodes: int, first_own: int, own: int
-    ) -> SequenceTable:
+    def _make_room(self, nodes: int, first_own: int, own: int) -> None:
+        """From now on the table is one of these sequences alone, in their order, with pages behind their own."""
+        table, rows, device = self.table, self.roots.rows, self.table.device
         size, width = table.page_size, table.page_table.shape[1]
-        roomy = SequenceTable(len(table.page_table), width + own, size, table.device)
-        have = upload(-(-(positions + nodes) // size), table.device).unsqueeze(1)
-        behind = torch.arange(width + own, device=table.device) - have  # [B, pages]
-        theirs = F.pad(table.page_table[self.there], (0, own))
-        mine = first_own + self.there.unsqueeze(1) * own + behind.clamp(0, own - 1)
-        roomy.page_table[self.there] = torch.where(behind < 0, theirs, mine)
-        return roomy
+        have = (self.roots.positions + nodes + size - 1) // size
+        behind = torch.arange(width + own, device=device) - have.unsqueeze(1)  # [B, pages]
+        theirs = F.pad(table.page_table[rows], (0, own))
+        mine = first_own + rows.unsqueeze(1) * own + behind.clamp(0, own - 1)
+        self.table = SequenceTable(len(rows), width + own, size, device)
+        self.table.page_table.copy_(torch.where(behind < 0, theirs, mine))
+        numbers = torch.arange(len(rows), device=device)
+        self.roots = replace(self.roots, rows=numbers.where(rows >= 0, -1) if self.roots.padded else numbers)
+        self.pages += 1

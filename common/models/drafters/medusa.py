@@ -37,7 +37,7 @@ from common.layers.heads import split_evenly
 from common.layers.linear import load_pieces, loadable
 from common.layers.vocab import best_logprobs
 from common.models.checkpoint import Stored, checkpoint_files, open_tensors
-from common.models.drafters.contract import Drafter, DraftOptions, Draws, Target
+from common.models.drafters.contract import Drafter, DraftOptions, Draws, Roots, Target
 from common.models.hub import resolve_model
 from common.models.json_file import json_shown, read_json
 from common.models.quantized_tensors import plain_tensors
@@ -107,6 +107,7 @@ class MedusaDrafter(Drafter):
     """`path`: a folder with the heads and their config.json; None: those of the bundled model."""
 
     features = ()
+    recordable = True
 
     def __init__(self, options: DraftOptions, target: Target):
         self.options, self.target, self.device = options, target, target.tp.device
@@ -144,17 +145,15 @@ class MedusaDrafter(Drafter):
         self._newest[there] = features.gather(1, last.unsqueeze(-1).expand(-1, -1, features.shape[2])).squeeze(1)
 
     def draft(
-        self, table: SequenceTable, rows: np.ndarray, last_tokens: torch.Tensor, positions: np.ndarray, nodes: int,
-        draws: Draws | None = None,
-    ) -> DraftTree:  # fmt: skip
-        (there,) = upload_all(self.device, rows)
-        guesses = last_tokens.new_zeros(len(rows), nodes - 1)
+        self, table: SequenceTable, roots: Roots, last_tokens: torch.Tensor, nodes: int, draws: Draws | None = None
+    ) -> DraftTree:
+        guesses = last_tokens.new_zeros(len(last_tokens), nodes - 1)
         real = min(self._real, nodes - 1)  # every beginning of the list is a tree
         if real:
             model = self.target.model
-            logits = self.heads(self._newest[there], self._depth, model.compute_logits)  # [B, K, V/R]
+            logits = self.heads(self._newest[roots.rows], self._depth, model.compute_logits)  # [B, K, V/R]
             _, best = best_logprobs(logits.flatten(0, 1), self._most, model.config.vocab_size, self.target.tp)
-            guesses[:, :real] = best.unflatten(0, (len(rows), -1)).flatten(1)[:, self._at[:real]]
+            guesses[:, :real] = best.unflatten(0, (len(last_tokens), -1)).flatten(1)[:, self._at[:real]]
         tokens = torch.cat((last_tokens.unsqueeze(1), guesses), dim=1)
         return DraftTree(tokens, self._parents[:nodes].expand(tokens.shape))
 

@@ -27,7 +27,7 @@ from common.layers.cpu_linear import choose_forms
 from common.layers.rotary import RotaryEmbedding
 from common.layers.vocab import all_logits, best_logprobs
 from common.models.config import ModelConfig
-from common.models.drafters.contract import Drafter, DraftOptions, Draws, Target
+from common.models.drafters.contract import Drafter, DraftOptions, Draws, Roots, Target
 from common.models.drafters.growth import Growth
 from common.models.hub import resolve_model
 from common.models.weights import load_model
@@ -35,6 +35,8 @@ from common.models.weights import load_model
 
 class StandaloneDrafter(Drafter):
     """`path`: a folder or Hub id of a model with the target's vocabulary."""
+
+    recordable = True
 
     def __init__(self, options: DraftOptions, target: Target):
         self.options, self.target, self.device = options, target, target.tp.device
@@ -76,43 +78,41 @@ class StandaloneDrafter(Drafter):
         self._before[step.rows] = step.input_ids[last]
 
     def accepted(self, table, rows, positions, tree: DraftTree, accepted: Accepted, features) -> None:
-        there, root = upload_all(self.device, rows, positions)
+        roots = Roots.of(rows, positions, self.device)
         path = tree.tokens.gather(1, accepted.nodes.clamp(min=0))  # [B, N]; behind the path the root again
         if path.shape[1] == 1:  # a plain step
-            self._catch_up(table, there, root, positions, path[:, 0])
+            self._catch_up(table, roots, path[:, 0])
         elif not self.chains:  # what stands behind the path is written again before anybody reads it
             rest = path[:, 1 : self.options.steps + 1]
-            pages = -(-(int(positions.max()) + 1 + rest.shape[1]) // table.page_size)
-            self._feed(_in_order(table, there, root + 1, rest, pages), rest)
-        self._before[there] = path.gather(1, accepted.counts.unsqueeze(1) - 1).squeeze(1)
+            pages = -(-(roots.most + 1 + rest.shape[1]) // table.page_size)
+            self._feed(_in_order(table, roots.rows, roots.positions + 1, rest, pages), rest)
+        self._before[roots.rows] = path.gather(1, accepted.counts.unsqueeze(1) - 1).squeeze(1)
 
     def draft(
-        self, table: SequenceTable, rows: np.ndarray, last_tokens: torch.Tensor, positions: np.ndarray, nodes: int,
-        draws: Draws | None = None,
-    ) -> DraftTree:  # fmt: skip
+        self, table: SequenceTable, roots: Roots, last_tokens: torch.Tensor, nodes: int, draws: Draws | None = None
+    ) -> DraftTree:
         steps = min(self.options.steps, nodes - 1)
         if not steps:
             return DraftTree.chain(last_tokens.unsqueeze(1))
-        there, root = upload_all(self.device, rows, positions)
-        hidden = self._catch_up(table, there, root, positions, last_tokens)
+        hidden = self._catch_up(table, roots, last_tokens)
         if self.chains:
-            return self._chain(table, rows, last_tokens, positions, nodes, hidden, steps, draws)
+            return self._chain(table, roots, last_tokens, nodes, hidden, steps, draws)
         growth, k = Growth(), self.options.topk
         growth.start(*self._best(hidden, k))
-        pages = -(-(int(positions.max()) + 1 + k * (steps - 1)) // table.page_size)
+        pages = -(-(roots.most + 1 + k * (steps - 1)) // table.page_size)
         for depth in range(steps - 1):
             at = torch.full_like(growth.tokens, depth)
-            step = table.tree_level(there, root + 1, growth.tokens, at, growth.window, pages)
+            step = table.tree_level(roots.rows, roots.positions + 1, growth.tokens, at, growth.window, pages)
             logprobs, tokens = self._best(self._feed(step, growth.tokens), k)
             growth.grow(logprobs.unflatten(0, (-1, k)), tokens.unflatten(0, (-1, k)))
         return growth.tree(last_tokens, nodes)
 
     def _chain(
-        self, table, rows, last_tokens, positions, nodes: int, hidden: torch.Tensor, steps: int, draws: Draws | None
+        self, table, roots: Roots, last_tokens, nodes: int, hidden: torch.Tensor, steps: int, draws: Draws | None
     ) -> DraftTree:
         chain = [last_tokens, self._next(hidden, draws)]
         for depth in range(1, steps):
-            hidden = self._feed(table.decode(rows, positions + depth), chain[-1])
+            hidden = self._feed(roots.decode(table, depth), chain[-1])
             chain.append(self._next(hidden, draws))
         chain += [torch.zeros_like(last_tokens)] * (nodes - len(chain))
         return DraftTree.chain(torch.stack(chain, dim=1), draws.q(nodes) if draws else None)
@@ -124,13 +124,11 @@ class StandaloneDrafter(Drafter):
             return draws.guess(all_logits(logits, self.model.config.vocab_size, self.target.tp), None)
         return self._best(hidden, 1)[1].squeeze(1)
 
-    def _catch_up(
-        self, table, there: torch.Tensor, root: torch.Tensor, positions: np.ndarray, tokens: torch.Tensor
-    ) -> torch.Tensor:
-        """Feed the tokens [B] that stand at `root`, and those before them, which may lack K and V -> hidden [B, D] at root."""
-        known = torch.stack((self._before[there], tokens), dim=1)  # [B, 2]
-        pages = -(-(int(positions.max()) + 1) // table.page_size)
-        return self._feed(_in_order(table, there, root - 1, known, pages), known)[1::2]
+    def _catch_up(self, table, roots: Roots, tokens: torch.Tensor) -> torch.Tensor:
+        """Feed the tokens [B] at the roots, and those before them, which may lack K and V -> hidden [B, D] at the roots."""
+        known = torch.stack((self._before[roots.rows], tokens), dim=1)  # [B, 2]; of padding any row's
+        pages = -(-(roots.most + 1) // table.page_size)
+        return self._feed(_in_order(table, roots.rows, roots.positions - 1, known, pages), known)[1::2]
 
     def _feed(self, step: StepInputs, tokens: torch.Tensor) -> torch.Tensor:
         """tokens [T] in any shape, at the places of `step` -> hidden [T, D]; their K and V are in the pages afterwards."""

@@ -32,11 +32,12 @@ def test_the_planner_knows_every_layout(ranks):
             assert _planned(model, layout, row) > 0, (layout, row)
 
 
-def test_rows_of_the_same_layout_are_replaced_and_others_kept(tmp_path):
+def test_rows_of_the_same_layout_and_workload_are_replaced_and_others_kept(tmp_path):
     path = tmp_path / "bench_layouts.csv"
-    path.write_text("model,layout,value\na,tp4,1\na,dp4,2\nb,tp4,3\n", encoding="utf-8")
-    assert [row["value"] for row in _others(path, {"model": "a", "layout": "tp4"})] == ["2", "3"]
-    assert _others(tmp_path / "none.csv", {}) == []
+    path.write_text("model,layout,workload,value\na,tp4,D,1\na,tp4,C,2\na,dp4,D,3\nb,tp4,D,4\n", encoding="utf-8")
+    new = {"model": "a", "layout": "tp4", "workload": "D"}
+    assert [row["value"] for row in _others(path, [new])] == ["2", "3", "4"]
+    assert _others(tmp_path / "none.csv", [new]) == []
 
 
 def test_two_ranks_agree_under_every_layout(tmp_path):

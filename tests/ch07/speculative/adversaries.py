@@ -75,9 +75,11 @@ class Scripted(Drafter):
         self.stands[rows] = positions + accepted.counts.numpy()
         assert torch.equal(table.last_token[torch.from_numpy(rows)], accepted.last_tokens)
 
-    def draft(self, table, rows, last_tokens, positions, nodes, draws=None):
+    def draft(self, table, roots, last_tokens, nodes, draws=None):
+        rows, positions = roots.rows.numpy(), roots.positions.numpy()
         assert (self.stands[rows] == positions).all()
-        assert torch.equal(table.last_token[torch.from_numpy(rows)], last_tokens)
+        assert (roots.least, roots.most) == (positions.min(), positions.max())
+        assert torch.equal(table.last_token[roots.rows], last_tokens)
         tokens, parents = [], []
         for last, position in zip(last_tokens.tolist(), positions.tolist(), strict=True):
             rng = np.random.default_rng((last, position))

@@ -1,6 +1,6 @@
 """The kernels of common/kernels/all_reduce.py between GPUs, against NCCL and plain PyTorch:
 
-torchrun --standalone --nproc_per_node=2 -m tests.common.kernels.on_two_gpus     # "all right" of rank 0
+torchrun --standalone --nproc_per_node=2 -m tests.common.kernels.on_two_gpus     # or 4; "all right" of rank 0
 """
 
 import random
@@ -30,21 +30,25 @@ def check(tp: TPGroup, dtype: torch.dtype, width: int, atol: float) -> None:
         raise ValueError("these GPUs share no memory; the kernels need NVLink or PCIe peer access")
     norm = RMSNorm(width, EPS).to(tp.device, dtype)
     norm.weight.data.copy_(1 + 0.1 * torch.randn(width, generator=torch.Generator().manual_seed(1)))
-    rng = random.Random(0)
+    rng, seen = random.Random(0), set()
     for i in range(300):
         rows = rng.choice((1, 1, 2, 5, 33, 64))
         parts = [torch.randn(rows, width, generator=torch.Generator().manual_seed(1000 * i + r)).to(tp.device, dtype)
                  for r in range(tp.size)]  # fmt: skip
         residual = torch.randn(rows, width, generator=torch.Generator().manual_seed(i)).to(tp.device, dtype)
-        assert fast.fits_norm(parts[0]), (rows, width, dtype)
+        one_kernel = fast.fits_norm(parts[0])  # with more ranks a message of many rows goes another way
+        seen.add(one_kernel)
         if i % 7 == 0:
             fast(parts[tp.rank].clone())  # its own inbox, its own rounds
         y, total = all_reduce_add_norm(parts[tp.rank].clone(), residual, norm, tp, "test")
         summed = sum((part.float() for part in parts), start=torch.zeros_like(residual, dtype=torch.float32)).to(dtype)
         want = summed + residual
-        assert torch.equal(total, want), (i, rows, width, dtype, (total - want).abs().max().item())
-        exact = want.float() * torch.rsqrt(want.float().square().mean(-1, keepdim=True) + EPS) * norm.weight.float()
+        if one_kernel:
+            assert torch.equal(total, want), (i, rows, width, dtype, (total - want).abs().max().item())
+        assert (total - want).abs().max() <= atol, (i, rows, width, dtype, (total - want).abs().max().item())
+        exact = total.float() * torch.rsqrt(total.float().square().mean(-1, keepdim=True) + EPS) * norm.weight.float()
         assert (y.float() - exact).abs().max() <= atol, (i, rows, width, dtype, (y.float() - exact).abs().max().item())
+    assert True in seen, "no message was small enough for the kernel"
     replayed(tp, norm, dtype, width)
 
 

@@ -1,8 +1,10 @@
 """Models with experts, latent pages and adapters on a GPU: the kernels together, in graphs and without."""
 
 import pytest
+from transformers import AutoTokenizer
 
 from ch07_sglang_radix.engine import Engine
+from common.tiny_qwen import TINY_QWEN_PATH
 from tests.adapters import greedy_with, save_adapter
 from tests.common.kernels.where import gpu, kernel
 from tests.oracle import SMALL, greedy, save_random
@@ -76,3 +78,34 @@ def test_every_request_has_its_adapter(backend, disable_cuda_graph, tmp_path):
         greedy_with(folder, paths[name], prompt, 12) if name else greedy(folder, prompt, 12)
         for name, prompt in zip(names, prompts, strict=True)
     ]
+
+
+CHAIN = {"speculative_num_steps": 3}
+TREE = {"speculative_num_steps": 3, "speculative_eagle_topk": 2, "speculative_num_draft_tokens": 6}
+DRAFTERS = [
+    ("NGRAM", {}), ("STANDALONE", CHAIN), ("STANDALONE", TREE), ("MEDUSA", TREE), ("EAGLE", CHAIN), ("EAGLE", TREE),
+    ("EAGLE3", TREE),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("disable_cuda_graph", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize(("algorithm", "options"), DRAFTERS)
+def test_guesses_change_no_token(algorithm, options, disable_cuda_graph):
+    """Of the bundled drafters, recorded and not; three requests are four of a recording, and each ends when it likes."""
+    ids = AutoTokenizer.from_pretrained(TINY_QWEN_PATH)
+    prompts = [ids(f"What is {what}?")["input_ids"] for what in ("a page table", "the KV cache", "tensor parallelism")]
+    with Engine(
+        device="cuda", dtype="float32", page_size=4, speculative_algorithm=algorithm, speculative_stand_down=False,
+        disable_cuda_graph=disable_cuda_graph, **options,
+    ) as engine:  # fmt: skip
+        recorded = engine._wrapper.verifier.graphs
+        assert (recorded is not None) == (algorithm != "NGRAM" and not disable_cuda_graph)
+        told = engine.generate(
+            input_ids=prompts,
+            sampling_params=[{"max_new_tokens": n, "temperature": 0.0, "ignore_eos": True} for n in (9, 24, 40)],
+        )
+    for prompt, n, one in zip(prompts, (9, 24, 40), told, strict=True):
+        assert one["output_ids"] == greedy(TINY_QWEN_PATH, prompt, n)
+        assert one["meta_info"]["spec_verify_ct"] > 0
+    if algorithm != "NGRAM":  # which has seen nothing yet
+        assert sum(one["meta_info"]["spec_num_correct_drafts"] for one in told) > 0

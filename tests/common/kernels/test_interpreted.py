@@ -11,10 +11,7 @@ from common.attention.kv_cache import PagedKVCache
 from common.attention.merge import merge_two
 from common.attention.sequence_table import SequenceTable
 from common.attention.torch_native import TorchNativeAttention
-from common.sampling.batch import SamplingBatch, SamplingRow
-from common.sampling.params import SamplingParams
-from common.sampling.sampler import _sample
-from tests.common.kernels.test_kernels import SETTINGS, step
+from tests.common.kernels.test_kernels import step
 from tests.common.kernels.where import DEVICE, GPU, kernel, relative_error
 
 pytestmark = [kernel, pytest.mark.skipif(GPU, reason="test_kernels.py runs on this GPU")]
@@ -104,13 +101,3 @@ def test_linear(rows, dtype):
     exact = linear.linear(x, weight, bias, torch.float32)
     assert exact.dtype == torch.float32
     assert relative_error(exact, want) < 1e-6
-
-
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_sampling(settings):
-    from common.kernels import sampling  # noqa: PLC0415
-
-    logits = torch.randn(4, 300) * 3
-    params = SamplingParams(**settings)
-    batch = SamplingBatch([SamplingRow(params, seed, [], []) for seed in range(4)])
-    assert (sampling.sample(logits, batch)[0] == _sample(logits, batch)[0]).sum() >= 3  # a draw may fall on a border

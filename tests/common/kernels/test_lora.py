@@ -15,7 +15,7 @@ from common.layers.lora import EmbeddingSlots, LoRASlots, Thin, cut
 from common.layers.vocab import VocabParallelEmbedding
 from common.parallel_state import TPGroup
 from tests.adapters import greedy_with, save_adapter
-from tests.common.kernels.where import DEVICE, TOLERANCE, gpu, kernel, relative_error
+from tests.common.kernels.where import DEVICE, GPU, TOLERANCE, gpu, kernel, relative_error
 from tests.oracle import greedy, save_random
 
 pytestmark = kernel
@@ -36,7 +36,7 @@ SHAPES = {
     "one row without an adapter": Shape("qkv", (0,)),
     "a decode step of everybody": Shape("qkv", (1, 3, 0, 2, 2, 1, 0, 3, 3)),
     "more rows of one adapter than a block": Shape("row", (2,) * 40 + (0,) * 3 + (1,) * 17),
-    "a long prefill, in blocks of 64": Shape("gate_up", (1,) * 300 + (3,) * 200 + (0,) * 20, width=24),
+    "a long prefill, in blocks of 64": Shape("gate_up", (1,) * 300 + (3,) * 200 + (0,) * 20, width=600),
     "in is cut into shares": Shape("row", (3, 0, 1), width=1100),
     "ranks of several tiles": Shape("gate_up", (2, 1, 1), max_rank=100),
 }
@@ -117,6 +117,26 @@ def test_the_kernels_add_what_the_segments_add_and_twice_the_same(name, dtype):
 def test_any_mix_of_adapters_in_any_layer(shape, seed):
     got, want = both_ways(shape, torch.float32, seed)
     assert relative_error(got, want) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("most_shares", [64, 2], ids=["a share is one tile", "a share is several"])
+def test_a_row_gets_the_same_bits_whoever_else_is_in_a_short_step(dtype, most_shares, monkeypatch):
+    from common.kernels.lora import CUTS, FEW  # noqa: PLC0415
+
+    monkeypatch.setitem(CUTS, FEW, CUTS[FEW]._replace(most_shares=most_shares))
+    width = 1300
+    lora = LoRASlots(layer_of(Shape("row", (), width=width), dtype), SLOTS, 9)
+    fill(lora, 9, dtype)
+    slots = np.array([3, 0, 1] * 2 + [2] * 18)
+    x, y = (torch.randn(len(slots), n, device=DEVICE).to(dtype) for n in (width, 70))
+    together = AdapterBlocks.of(slots, DEVICE).add(y.clone(), x, lora)
+    # the first ones of their blocks: to the interpreter, whose products are NumPy's, the place within a block matters
+    firsts = (0, 2, 6, 22)
+    for row in (*firsts, *(range(len(slots)) if GPU else ())):
+        one = slice(row, row + 1)
+        alone = AdapterBlocks.of(slots[one], DEVICE).add(y[one].clone(), x[one], lora)
+        assert torch.equal(alone, together[one])
 
 
 def test_numbers_that_no_adapter_has_are_not_read():

@@ -88,7 +88,7 @@ def test_every_block_size_gives_the_same_sums(block):
 
     inputs = operands(Shape(50, 3, 4, 40, 24), torch.float16, 0.2)
     tiles = Tiles(block, Gemm(16, 32, 4, 2), Gemm(32, 16, 4, 2))
-    assert relative_error(run(*inputs, tiles), in_float64(*inputs)) < 1e-3
+    assert relative_error(run(*inputs, tiles=tiles), in_float64(*inputs)) < 1e-3
 
 
 @pytest.mark.parametrize("tokens", [1, 12])

@@ -52,6 +52,12 @@ def test_the_loop_is_that_of_transformers_bit_for_bit(tokens, hidden, width, exp
     torch.testing.assert_close(grouped(*arguments), want)
 
 
+@forms
+def test_what_is_added_comes_last(run):
+    arguments, added = problem(7, 12, 5, 4, 2), torch.randn(7, 12)
+    assert torch.equal(run(*arguments, added), run(*arguments) + added)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("hidden", "width"), [(64, 32), (60, 33)])
 @forms

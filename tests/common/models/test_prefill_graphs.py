@@ -77,7 +77,7 @@ def test_a_recorded_step_gives_what_the_step_itself_gives(executor, graphs, step
 def test_the_graph_is_what_ran(executor, graphs, monkeypatch):
     """Else the comparison above would be one of launches with launches."""
     ran = []
-    monkeypatch.setattr(graphs, "_replay", lambda shape: ran.append(shape) or graphs._step(shape))
+    monkeypatch.setattr(graphs, "_replay", lambda shape, _slots: ran.append(shape) or graphs._step(shape))
     monkeypatch.setattr(executor, "prefill_graphs", graphs)
     one, row = np.ones(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
     executor.ragged(np.arange(17), row, row, 17 * one, one)

@@ -63,6 +63,18 @@ def test_a_padded_step_of_trees_gives_what_the_step_itself_gives(executor, batch
 
 
 @torch.inference_mode()
+def test_where_all_trees_are_chains_nobody_searches_them(executor):
+    rows, positions = np.array(ROWS), np.array(LENGTHS)
+    chains = DraftTree.chain(some_trees(6, 3).tokens)
+    graphs = [unrecorded(VerifyGraphs, executor, (6,), (), 0, known) for known in (False, True)]
+    before = executor.kv_cache.kv.clone()
+    done = [one.run(rows, positions, chains) for one in graphs]
+    executor.kv_cache.kv.copy_(before)
+    assert torch.equal(*(one.logits for one in done))
+    assert [one.holds(3, 6, chain=False) for one in graphs] == [True, False]
+
+
+@torch.inference_mode()
 def test_a_padded_decode_step_gives_what_the_step_itself_gives(executor):
     graphs = unrecorded(DecodeGraphs, executor)
     rows, positions = np.array(ROWS), np.array(LENGTHS)

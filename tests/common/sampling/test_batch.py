@@ -40,7 +40,7 @@ def assert_same(batch, askers):
     numbers = batch.numbers(device).clone()
     numbers[1] += batch.advanced
     assert torch.equal(numbers, anew.numbers(device))
-    for name in ("all_greedy", "truncated", "asked", "needs_last_token"):
+    for name in ("all_greedy", "truncated", "most_kept", "largest_top_k", "widest_top_p", "asked", "needs_last_token"):
         assert getattr(batch, name) == getattr(anew, name), name
     assert [one.params for one in batch.rows] == [asker.params for asker in askers]
     logits = random_logits(len(askers), VOCABULARY)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from common.draft_tree import Accepted, DraftTree
 from common.layers.vocab import ParallelLMHead
-from common.models.drafters.contract import DraftOptions
+from common.models.drafters.contract import DraftOptions, Roots
 from common.models.drafters.medusa import MedusaDrafter, chosen, likely_choices, load_heads
 from common.parallel_state import TPGroup
 
@@ -79,7 +79,7 @@ def draft(one, hidden, nodes=9):
     rows = np.arange(len(hidden))
     one.prefill(None, None, rows, rows * 0, rows * 0 + 1, hidden)
     last = torch.arange(len(hidden)) + 20
-    return one.draft(None, rows, last, rows + 5, nodes), last
+    return one.draft(None, Roots.of(rows, rows + 5, torch.device("cpu")), last, nodes), last
 
 
 def test_each_node_is_the_choice_of_its_head_and_stands_below_the_choice_before(tmp_path):

@@ -1,0 +1,130 @@
+"""A mixture for one token, or up to TOKENS: each of its k experts is a matrix times a vector, two launches (more: moe.py).
+
+    _gate_up   one program a (pair, `rows` of F): a row of x times gate and up of the pair's expert, SwiGLU, times the
+               router's weight
+    _down      one program a (token, `rows` of D): the rows of w2 of all k experts times what `_gate_up` left, one sum
+
+A pair is token * k + choice. Through the tensor cores one token fills one row of the 16 that they take at least; here products run
+on the ordinary cores, a program is small and has all its loads on their way at once, and enough programs share a processor to hide
+how long they take: what is left is 3 F D numbers of each expert that was chosen. h [k, F] is written once and read from the L2
+cache; the k rows of D columns that are added up never leave a program. Pairs of several tokens go through W side by side, so that
+an expert that two of them chose comes from memory once.
+
+What waits for what. `_down` reads nothing of `_gate_up`'s but h, and rows of w2 are most of what it reads. So it asks for them
+before it waits, while the last programs of `_gate_up` run (launch.py). Which rows, it knows from the router, whose kernel has
+ended by then: `_gate_up` lets it start only after its own wait. The experts are read past the L1 cache, which may hold those of
+a layer before.
+
+Sums are float32 in a fixed order, without atomics: two runs are equal bit for bit. A pair with expert -1 adds nothing, and of its
+weights none is read. h is rounded once to x's dtype, after the router's weight; the sum of k once.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from common.kernels.launch import launch, let_next_start, wait_for_previous
+
+TOKENS = 4  # more of them share so many experts that moe.py, which reads each once, is as fast
+
+
+class Gemv(NamedTuple):
+    """rows of W a program (`_gate_up`: of gate, and as many of up), columns a turn (`_down`: of each of the k experts), warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+class Gemvs(NamedTuple):
+    gate_up: Gemv
+    down: Gemv
+
+
+def gemvs_for(hidden: int, intermediate: int, top: int, itemsize: int = 2) -> Gemvs:
+    """Among the fastest of some 60 that were tried on an H100 at sizes of Qwen3-30B-A3B and DeepSeek-V2-Lite: 2 KiB of a row of
+    gate and up a turn, 4 KiB of a row of all k of w2."""
+    columns, of_each = 2048 // itemsize, 4096 // (itemsize * triton.next_power_of_2(top))
+    return Gemvs(
+        Gemv(2, min(triton.next_power_of_2(hidden), columns), 2),
+        Gemv(16, min(triton.next_power_of_2(intermediate), max(of_each, 16)), 8),
+    )
+
+
+def run(
+    x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor,
+    added: torch.Tensor | None = None, gemvs: Gemvs | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """x [T, D], weights [T, k] and experts [T, k] contiguous (-1: not here), w13 [E, 2F, D], w2 [E, D, F] -> [T, D].
+
+    added [T, D]: what comes to the sum last, before it is rounded.
+    """
+    (tokens, hidden), top, intermediate = x.shape, experts.shape[1], w2.shape[2]
+    gate_up, down = gemvs or gemvs_for(hidden, intermediate, top, x.element_size())
+    h = torch.empty(tokens * top, intermediate, dtype=x.dtype, device=x.device)
+    out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
+    launch(
+        _gate_up, (tokens * top, triton.cdiv(intermediate, gate_up.rows)), x, w13, h, weights, experts, x.stride(0), TOP=top,
+        D=hidden, F=intermediate, BN=gate_up.rows, BK=gate_up.columns, num_warps=gate_up.warps,
+    )  # fmt: skip
+    launch(
+        _down, (tokens, triton.cdiv(hidden, down.rows)), h, w2, out, experts, out if added is None else added, TOP=top,
+        KP=triton.next_power_of_2(top), D=hidden, F=intermediate, BN=down.rows, BK=down.columns, ADDED=added is not None,
+        num_warps=down.warps,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _gate_up(
+    x, w13, h, weights, experts, x_stride, TOP: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    wait_for_previous(PDL)
+    let_next_start(PDL)  # `_down` may then read the experts before it waits
+    pair = tl.program_id(0)
+    e = tl.load(experts + pair).to(tl.int64)
+    if e >= 0:
+        n, k = tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BK)
+        x_at = x + (pair // TOP).to(tl.int64) * x_stride + k
+        w_at = w13 + (e * 2 * F + n)[:, None] * D + k[None, :]
+        gate, up = tl.zeros([BN, BK], tl.float32), tl.zeros([BN, BK], tl.float32)
+        for first in tl.static_range(0, D, BK):
+            seen = (n < F)[:, None] & (first + k < D)[None, :]
+            g = tl.load(w_at + first, mask=seen, other=0.0, eviction_policy="evict_first")
+            u = tl.load(w_at + F * D + first, mask=seen, other=0.0, eviction_policy="evict_first")
+            xs = tl.load(x_at + first, mask=first + k < D, other=0.0).to(tl.float32)
+            gate += xs[None, :] * g.to(tl.float32)
+            up += xs[None, :] * u.to(tl.float32)
+        gate, up = tl.sum(gate, 1), tl.sum(up, 1)
+        act = gate * tl.sigmoid(gate) * up * tl.load(weights + pair).to(tl.float32)
+        tl.store(h + pair.to(tl.int64) * F + n, act.to(h.dtype.element_ty), mask=n < F)
+
+
+@triton.jit
+def _down(
+    h, w2, out, experts, added, TOP: tl.constexpr, KP: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, ADDED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    let_next_start(PDL)
+    t = tl.program_id(0).to(tl.int64)
+    n, j, k = tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, KP), tl.arange(0, BK)
+    e = tl.load(experts + t * TOP + j, mask=j < TOP, other=-1, cache_modifier=".cg")
+    w_at = w2 + (e[None, :] * D + n[:, None])[:, :, None] * F + k[None, None, :]  # [BN, KP, BK]
+    h_at = h + (t * TOP + j)[:, None] * F + k[None, :]
+    live = ((n < D)[:, None] & (e >= 0)[None, :])[:, :, None]
+    w = tl.load(w_at, mask=live & (k < F)[None, None, :], other=0.0, eviction_policy="evict_first")
+    wait_for_previous(PDL)
+    acc = tl.zeros([BN, BK], tl.float32)
+    for first in tl.static_range(0, F, BK):
+        hs = tl.load(h_at + first, mask=(e >= 0)[:, None] & (first + k < F)[None, :], other=0.0)
+        acc += tl.sum(hs.to(tl.float32)[None, :, :] * w.to(tl.float32), 1)
+        if first + BK < F:
+            there = live & (first + BK + k < F)[None, None, :]
+            w = tl.load(w_at + first + BK, mask=there, other=0.0, eviction_policy="evict_first")
+    total = tl.sum(acc, 1)
+    if ADDED:
+        total += tl.load(added + t * D + n, mask=n < D, other=0.0).to(tl.float32)
+    tl.store(out + t * D + n, total.to(out.dtype.element_ty), mask=n < D)
