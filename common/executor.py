@@ -269,7 +269,7 @@ class Executor:
                 self.tree_graphs = VerifyGraphs(
                     *parts, nodes, self.verifier.listening() or (), most, bool(drafter and drafter.chains)
                 )
-            if drafter and drafter.recordable:
+            if drafter:
                 self.verifier.graphs = DraftGraphs(drafter, speculative.nodes, *parts)
             if prefill_graph_tokens and self._plain_prefills(speculative):
                 reachable = min(SEATS * self.max_context, self.num_pages * page_size)  # tokens of a step

@@ -86,12 +86,6 @@ SMALL = {
         num_key_value_heads=2, max_position_embeddings=32_768, tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0}, initializer_range=0.05,
     ),
-    # the same with 4 of its 24 layers and 9,973 of its tokens: a layer's shapes are the published ones
-    "qwen2.5-0.5b-short": Qwen2Config(
-        vocab_size=9_973, hidden_size=896, intermediate_size=4864, num_hidden_layers=4, num_attention_heads=14,
-        num_key_value_heads=2, max_position_embeddings=32_768, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0}, initializer_range=0.05,
-    ),
 }  # fmt: skip
 
 

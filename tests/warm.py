@@ -32,9 +32,8 @@ import torch.distributed
 IMPORTED = ["torch", "transformers.models.qwen2.modeling_qwen2", "transformers.models.auto.tokenization_auto"]
 FORK = "forkserver" in multiprocessing.get_all_start_methods()
 AGENT_WAITS_S = 30.0  # for ranks that it has sent SIGTERM
-NAMESPACES = (
-    0x10000000 | 0x40000000 | 0x04000000 | 0x00020000
-)  # user, network, host name, mounts: CLONE_NEW... of sched.h
+# user, network, host name, mounts: CLONE_NEW... of sched.h
+NAMESPACES = 0x10000000 | 0x40000000 | 0x04000000 | 0x00020000
 
 
 def process(target: Callable, *args, env: dict[str, str] | None = None, **options) -> BaseProcess:

@@ -7,7 +7,8 @@
     python -m ch07_sglang_radix.benchmarks.bench_layouts --plan figures/bench_layouts.csv          no GPU: the planner's winners
 
 D, A64, C and 32k are the workloads of bench_gpu.py; A64 has 64 requests a replica. --check serves the bundled model in float32
-under every layout: replicas of one rank each are what the others are compared with. --tiny: few short requests on any device.
+under every layout: replicas of one rank each are what the others are compared with. --workloads D 32k: these alone. --tiny: few
+short requests on any device, of all but C.
 
 Adds to figures/bench_layouts.csv; rows of the same model, layout and workload are replaced.
 """
@@ -97,7 +98,7 @@ def measure(
             note("D", "ms per token", min(work.d(short) for _ in range(2)))
         if "A64" in workloads:
             note("A64", "tokens/s", max(work.a(count * dp) for _ in range(2)))
-        if "C" in workloads and not tiny:
+        if "C" in workloads:
             work.c(fresh=True)
             note("C warm", "tokens/s", work.c(fresh=False)[0])
         if "32k" in workloads:
@@ -184,13 +185,16 @@ def main() -> None:
         raise ValueError(f"--layouts {unknown[0]}: on {ranks} ranks there are {', '.join(OPTIONS[ranks])}")
     if not torch.cuda.is_available() and not args.tiny:
         raise ValueError("bench_layouts needs NVIDIA GPUs, and there are none; --tiny tries it on a CPU")
+    workloads = [name for name in args.workloads if name != "C" or not args.tiny]
+    if not workloads:
+        raise ValueError("--workloads C with --tiny: its shared beginnings are long; use D, A64 or 32k")
     folder = str(TINY_QWEN_PATH)
     if not args.tiny:
         changes = {"num_hidden_layers": args.layers} if args.layers else {}
         folder = str(shared_random_weights(args.model, ParallelState.initialize(None, device="cuda").world, **changes))
     path = args.out / "bench_layouts.csv"
     for layout in layouts:
-        if rows := measure(args.model, args.layers, layout, folder, args.tiny, args.workloads):  # rank 0
+        if rows := measure(args.model, args.layers, layout, folder, args.tiny, workloads):  # rank 0
             write_csv(_others(path, rows) + rows, path)
 
 

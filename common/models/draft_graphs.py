@@ -1,8 +1,9 @@
 """CUDA graphs for a drafter's guesses: recorded once a batch size, for trees of the usual number of nodes.
 
 A drafter runs a small model several times, one guess behind the other, and each run has as many launches as a step of the
-target's, of which none takes long: with a draft model of Qwen2.5-0.5B's shape the four runs of a chain took 74 ms launch by launch
-on an H100, where the target of 7 billion needs 6.5 to verify them. From the rows' last tokens to the tree all is one recording.
+target's, of which none takes long: launch by launch the four runs of a draft model's chain took ten times as long as a target
+of 7 billion needs to verify them (speculative/README.md has the milliseconds). So all is one recording, from the rows' last
+tokens to the tree.
 
 As in all of them (graph_runner.py) the inputs lie at fixed addresses, and batches between two sizes are padded: by rows -1, which
 leave nothing. Guesses that are drawn and not chosen are launched one by one: each depends on its request's seed.

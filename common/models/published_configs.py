@@ -184,9 +184,8 @@ def save_random_weights(name: str, folder: Path, device: str = "cpu", **changes)
         torch.manual_seed(0)
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(published_config(name, **changes), dtype=torch.bfloat16)
-        model.to(
-            "cpu"
-        )  # what is saved may be put together anew, experts apart: a card that holds it once has no room for that
+        # what is saved may be put together anew, experts apart: a card that holds it once has no room for that
+        model.to("cpu")
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         model.save_pretrained(unfinished)
         unfinished.rename(folder)  # whoever is interrupted leaves no half of a checkpoint

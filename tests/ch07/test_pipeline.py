@@ -320,7 +320,7 @@ def test_an_engine_starts_its_stages_and_ends_them(tmp_path):
     (signal.SIGKILL, 1, "has died"), (signal.SIGKILL, 2, "has died"), (signal.SIGSTOP, 1, r"is stopped"),
 ])  # fmt: skip
 def test_a_stage_that_is_lost_ends_the_others_and_is_named(signal_, victim, fate, monkeypatch):
-    monkeypatch.setattr(parallel_state, "CPU_TIMEOUT_S", 4.0)  # rank 0's patience; it ends those that it has started
+    monkeypatch.setattr(parallel_state, "CPU_TIMEOUT_S", 8.0)  # rank 0's patience; it ends those that it has started
     engine = Engine(pp_size=3, device="cpu")
     processes = engine.scheduler.replica.spawned.processes
     stream = engine.generate(

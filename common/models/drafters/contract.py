@@ -108,7 +108,7 @@ class Drafter(ABC):
     `cache` and `module`: its own pages, and what holds its own weights; None without. An engine that sleeps gives up both
     (common/memory_occupation.py). `draws`: of chains it can draw the guesses, and not only choose them.
 
-    `recordable`: `draft` without draws launches the same for the same number of sequences, so that a CUDA graph may hold it.
+    `draft` without draws launches the same for the same number of sequences and nodes: a CUDA graph holds it (draft_graphs.py).
 
     Everything is called under inference_mode, and nothing may wait for a GPU. rows, cached, new, positions: int64 arrays on the
     CPU, since rank 0 has decided them; tokens, trees and features: tensors on the device.
@@ -121,7 +121,6 @@ class Drafter(ABC):
     cache: PagedKVCache | None = None
     module: nn.Module | None = None
     draws: bool = False
-    recordable: bool = False
 
     def allocate(self, num_pages: int) -> None:  # noqa: B027, not every drafter has one
         """Make the cache: so many pages, those of the target. Called once, before anything else."""

@@ -32,8 +32,6 @@ from common.models.hub import resolve_model
 
 
 class EagleDrafter(Drafter):
-    recordable = True
-
     def __init__(self, options: DraftOptions, target: Target):
         self.options, self.target, self.device = options, target, target.tp.device
         if target.model.config.latent:

@@ -107,7 +107,6 @@ class MedusaDrafter(Drafter):
     """`path`: a folder with the heads and their config.json; None: those of the bundled model."""
 
     features = ()
-    recordable = True
 
     def __init__(self, options: DraftOptions, target: Target):
         self.options, self.target, self.device = options, target, target.tp.device

@@ -36,8 +36,6 @@ from common.models.weights import load_model
 class StandaloneDrafter(Drafter):
     """`path`: a folder or Hub id of a model with the target's vocabulary."""
 
-    recordable = True
-
     def __init__(self, options: DraftOptions, target: Target):
         self.options, self.target, self.device = options, target, target.tp.device
         self.chains = self.draws = options.topk == 1

@@ -33,15 +33,13 @@ def answers(sizes: dict, folder, prompts, new: int, chunk: int | None = None):
     return [out.output_ids for out in scheduler.process_requests().values()]
 
 
-@pytest.mark.parametrize("layout", ALL)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("layout", [name for name in ALL if name != "tp"])
 def test_tokens_equal_transformers_on_the_published_config(layout, checkpoint, ranks):
-    """Layers as wide as Qwen2.5-0.5B's, but 4 of them and a short vocabulary; random weights, on two ranks.
-
-    All 24 and all tokens: test_equality.py, where they are cut by heads.
-    """
-    folder, prompts = checkpoint("qwen2.5-0.5b-short"), some_prompts(9_973, 4, shared=20, longest=6)
-    expected = [greedy(folder, prompt, 5) for prompt in prompts] * 2
-    for said in ranks(2).run(answers, ALL[layout], folder, prompts, 5):
+    """Qwen2.5-0.5B as published, random weights, on two ranks; cut by heads it is in tests/ch07/test_equality.py."""
+    folder, prompts = checkpoint("qwen2.5-0.5b"), some_prompts(151_936, 3, shared=20, longest=6)
+    expected = [greedy(folder, prompt, 4) for prompt in prompts] * 2
+    for said in ranks(2).run(answers, ALL[layout], folder, prompts, 4):
         assert said == expected
 
 

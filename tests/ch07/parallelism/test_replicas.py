@@ -147,9 +147,8 @@ def scheduler(server, rank):
     return processes(server)[f"scheduler_{rank}"]
 
 
-TOKENS_ALONE = (
-    "--skip-tokenizer-init"  # no detokenizer, which is a process more to start; the first server below has one
-)
+# no detokenizer, which is a process more to start; the first server below has one
+TOKENS_ALONE = "--skip-tokenizer-init"
 
 
 def ask_over_http(server):

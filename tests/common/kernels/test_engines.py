@@ -82,9 +82,14 @@ def test_every_request_has_its_adapter(backend, disable_cuda_graph, tmp_path):
 
 CHAIN = {"speculative_num_steps": 3}
 TREE = {"speculative_num_steps": 3, "speculative_eagle_topk": 2, "speculative_num_draft_tokens": 6}
+WIDE = {
+    "speculative_num_steps": 4,
+    "speculative_eagle_topk": 4,
+    "speculative_num_draft_tokens": 6,
+}  # 12 run, 6 are kept
 DRAFTERS = [
     ("NGRAM", {}), ("STANDALONE", CHAIN), ("STANDALONE", TREE), ("MEDUSA", TREE), ("EAGLE", CHAIN), ("EAGLE", TREE),
-    ("EAGLE3", TREE),
+    ("EAGLE3", TREE), ("EAGLE", WIDE), ("EAGLE3", WIDE),
 ]  # fmt: skip
 
 
