@@ -669,8 +669,10 @@ class Executor:
         logits = self.links.bring_logits(mine, len(parts.tokens) if parts else 1)
         if logits is None:
             return
+        first = logits()[:1]
         for params in (SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_p=0.5)):
-            sample(logits()[:1], [SamplingRow(params, 0, [], [])])
+            for row in (first, first.float()):  # what is edited (penalties, a grammar) is in float32
+                sample(row, [SamplingRow(params, 0, [], [])])
 
     def _refuse_codes(self, backend: str) -> None:
         """Of pages that hold codes, what cannot read them."""

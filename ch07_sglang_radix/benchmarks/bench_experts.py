@@ -213,17 +213,18 @@ def some_tiles(shape: LayerShape, tokens: int):
     from common.kernels.moe import Gemm, tiles_for  # noqa: PLC0415
 
     device = torch.device("cuda")
-    given = tiles_for(tokens * shape.top, shape.experts, shape.width, shape.hidden, shape.dtype, num_processors(device))
+    room, pairs = shared_memory(device), tokens * shape.top
+    given = tiles_for(pairs, shape.experts, shape.width, shape.hidden, shape.dtype, num_processors(device), room)
     gemms = [
         Gemm(rows, columns, warps, stages)
         for rows, columns, warps, stages in product((16, 32, 64, 128), (64, 128), (4, 8), (3, 4))
         if rows * columns >= 2048
     ]
-    tried = {given}
+    tried = set()
     for block, gemm in product({16, given.block // 2, given.block, given.block * 2} - {8, 256}, gemms):
         tried.add(replace(given, block=block, gate_up=gemm))
         tried.add(replace(given, block=block, down=gemm))
-    return given, {tiles for tiles in tried if needs(tiles) <= shared_memory(device)}
+    return given, {given, *(tiles for tiles in tried if needs(tiles) <= room)}
 
 
 def needs(tiles) -> int:

@@ -31,7 +31,7 @@ FEW = 4  # sequences whose parts are merged by each program of `_values` anew: m
 
 
 class TritonLatentAttention(LatentNativeAttention):
-    """The same contract; a step in which every sequence has one new token is stored and attended to by one kernel.
+    """The same contract; a step in which every sequence has one new token is stored and attended to by kernels of its own.
 
     Other steps expand what they read, in products large enough for the GEMM library: they are the plain form's, and so are trees.
     """
@@ -134,9 +134,8 @@ def values(
     dv = kv_b.shape[1] - dn
     o = torch.empty(batch, heads, dv, dtype=means.dtype, device=means.device)
     if batch <= FEW:
-        few = batch * heads <= num_processors(
-            means.device
-        )  # else fewer and larger programs, which read the parts less often
+        # else fewer and larger programs, which read the parts less often
+        few = batch * heads <= num_processors(means.device)
         rows = 16 if few else 32
         launch(
             _values, (triton.cdiv(dv, rows), heads, batch), means, space.part, space.lse, meta.context_lens, kv_b, o, space.splits,
@@ -235,9 +234,8 @@ def _values(
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     d, i = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BC)
     w_at = kv_b + h.to(tl.int64) * kv_stride + (N + d)[:, None] * C + i[None, :]
-    w = tl.load(
-        w_at, mask=(d < DV)[:, None] & (i < C)[None, :], other=0.0
-    )  # nobody writes it: on its way before all else
+    # nobody writes it: on its way before all else
+    w = tl.load(w_at, mask=(d < DV)[:, None] & (i < C)[None, :], other=0.0)
     wait_for_previous(PDL)
     context, head = tl.load(context_lens + b).to(tl.int32), b * H + h
     parts = tl.cdiv(context, _share(context, splits, LEAST, BN))

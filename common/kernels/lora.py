@@ -62,8 +62,9 @@ def most_blocks(tokens: int, slots: int) -> int:
 
 
 def adapter_blocks(slots: np.ndarray, room: int | None = None) -> np.ndarray:
-    """slots [T], 0 for none -> of each block its slot, then the rows of all blocks, T where a block has no more: [n + n * block].
+    """slots [T], 0 for none -> the rows of all blocks, T where a block has no more, then of each block its slot: [n * block + n].
 
+    In this order both begin at a multiple of 16 bytes, of which Triton compiles another kernel than of others.
     room: n; blocks beyond those that there are have slot 0. By default there are no others.
     """
     tokens, block = len(slots), rows_per_block(len(slots))
@@ -73,11 +74,10 @@ def adapter_blocks(slots: np.ndarray, room: int | None = None) -> np.ndarray:
     n = int(blocks.sum()) if room is None else room
     owner, rows = np.zeros(n, dtype=np.int64), np.full(n * block, tokens)
     owner[: blocks.sum()] = np.repeat(present, blocks)
-    shift = (blocks.cumsum() - blocks) * block - (
-        counts.cumsum() - counts
-    )  # of each adapter's rows, for those padded before
+    # of each adapter's rows, for those padded before
+    shift = (blocks.cumsum() - blocks) * block - (counts.cumsum() - counts)
     rows[np.arange(len(order)) + np.repeat(shift, counts)] = order
-    return np.concatenate((owner, rows))
+    return np.concatenate((rows, owner))
 
 
 def shrink(

@@ -103,7 +103,7 @@ class AdapterBlocks:
         """From what `adapter_blocks` gave for so many rows, wherever it lies."""
         block = fused.rows_per_block(tokens)
         n = len(numbers) // (1 + block)
-        return cls(numbers[:n], numbers[n:].view(n, block))
+        return cls(numbers[n * block :], numbers[: n * block].view(n, block))
 
     @staticmethod
     def numbers(slots: np.ndarray, max_loras: int) -> np.ndarray:

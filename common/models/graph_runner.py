@@ -48,7 +48,7 @@ class StepGraphs(ABC):
 
     shapes: (sequences, a second number), the largest first. rows: of each shape, how many the model computes. max_loras: LoRA
     adapters in a step at most; what its rows use stands at a fixed place too, for as many blocks as there can be; 0: none. With
-    adapters each shape is recorded twice: the launches for them take time (12 % of a step of Qwen2.5-7B) even if nobody has one.
+    adapters each shape is recorded twice: the launches for them take time even if nobody has one.
     """
 
     kind = ""
@@ -100,6 +100,8 @@ class StepGraphs(ABC):
 
     def _capture(self) -> None:
         quiet = None if self.tp.world_rank == 0 else True
+        if self.adapters is not None:
+            self.adapters.zero_()  # of the last step, in the layout of its own shape: slots that there are not, to another
         for shape in tqdm(self.shapes, desc=f"capturing {self.kind} graphs", disable=quiet, leave=False):
             self._pad(shape)
             for adapters in self._with_and_without(shape):

@@ -20,9 +20,8 @@ from common.layers.adapter_rows import AdapterBlocks
 from common.models.decoder import CausalLM
 from common.models.graph_runner import StepGraphs, batch_sizes
 
-MOST_NODES = (
-    512  # of a recorded step, all trees together: a larger one has launches long enough, and logits by the gigabyte
-)
+# of a recorded step, all trees together: a larger one has launches long enough, and logits by the gigabyte
+MOST_NODES = 512
 
 
 @dataclass(frozen=True)

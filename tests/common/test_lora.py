@@ -201,6 +201,11 @@ def test_a_step_in_which_nobody_has_an_adapter_is_replayed_without_their_launche
         graphs.run(rows, 0 * rows, adapters=slots)
     assert replayed == [False, False, True]
     assert graphs.adapters.tolist()[: len(AdapterBlocks.numbers(rows, 2))] == AdapterBlocks.numbers(slots, 2).tolist()
+    recorded = []
+    graphs._record = lambda shape, adapters: recorded.append(graphs.adapters.clone())
+    graphs.capture()  # again, after a sleep
+    assert len(recorded) == 4
+    assert not torch.stack(recorded).any(), "no shape is recorded with what a step of another one has left"
 
 
 def test_an_adapter_may_come_into_a_slot_between_two_steps(checkpoint, adapters):

@@ -38,6 +38,7 @@ def check(tp: TPGroup, dtype: torch.dtype, width: int, atol: float) -> None:
         residual = torch.randn(rows, width, generator=torch.Generator().manual_seed(i)).to(tp.device, dtype)
         one_kernel = fast.fits_norm(parts[0])  # with more ranks a message of many rows goes another way
         seen.add(one_kernel)
+        assert one_kernel or tp.size > 2, (rows, width, dtype)
         if i % 7 == 0:
             fast(parts[tp.rank].clone())  # its own inbox, its own rounds
         y, total = all_reduce_add_norm(parts[tp.rank].clone(), residual, norm, tp, "test")

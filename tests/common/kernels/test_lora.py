@@ -163,7 +163,7 @@ def test_every_row_of_an_adapter_is_in_one_block_of_that_adapter(slots, unused):
     slots = np.array(slots)
     room, block = most_blocks(len(slots), 5) + unused, rows_per_block(len(slots))
     numbers = adapter_blocks(slots, room)
-    owner, rows = numbers[:room], numbers[room:].reshape(room, block)
+    rows, owner = numbers[: room * block].reshape(room, block), numbers[room * block :]
     for slot, mine in zip(owner, rows, strict=True):
         real = mine[mine < len(slots)]
         assert (slots[real] == slot).all()
@@ -171,8 +171,8 @@ def test_every_row_of_an_adapter_is_in_one_block_of_that_adapter(slots, unused):
     assert sorted(rows[rows < len(slots)]) == np.flatnonzero(slots).tolist()
     exact = adapter_blocks(slots)
     n = len(exact) // (1 + block)
-    assert exact[:n].tolist() == owner[owner > 0].tolist()
-    assert exact[n:].tolist() == rows[:n].reshape(-1).tolist()
+    assert exact[n * block :].tolist() == owner[owner > 0].tolist()
+    assert exact[: n * block].tolist() == rows[:n].reshape(-1).tolist()
 
 
 def test_tokens_of_an_engine_equal_transformers(tmp_path):
