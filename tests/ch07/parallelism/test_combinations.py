@@ -37,7 +37,7 @@ def answers(sizes: dict, folder, prompts, new: int, chunk: int | None = None):
 @pytest.mark.parametrize("layout", [name for name in ALL if name != "tp"])
 def test_tokens_equal_transformers_on_the_published_config(layout, checkpoint, ranks):
     """Qwen2.5-0.5B as published, random weights, on two ranks; cut by heads it is in tests/ch07/test_equality.py."""
-    folder, prompts = checkpoint("qwen2.5-0.5b"), some_prompts(151_936, 3, shared=20, longest=6)
+    folder, prompts = checkpoint("qwen2.5-0.5b"), some_prompts(151_936, 4, shared=20, longest=6)
     expected = [greedy(folder, prompt, 4) for prompt in prompts] * 2
     for said in ranks(2).run(answers, ALL[layout], folder, prompts, 4):
         assert said == expected
