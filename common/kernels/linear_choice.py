@@ -26,9 +26,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from common.distributed.collectives import TPGroup
 from common.distributed.messages import share_all
 from common.kernels.timing import timed_in_turn
-from common.parallel_state import TPGroup
 
 FEW = 64  # rows of x of which every matrix is measured; of more of them the library is the better by far, but for small matrices
 MOST_PRODUCTS = 1 << 29  # rows * out * width up to which it is not
