@@ -35,7 +35,10 @@ import triton.language as tl
 from common.kernels.launch import launch, let_next_start, wait_for_previous
 
 TOKENS = 4  # more of them share so many experts that moe.py, which reads each once, is as fast
-ALONG = 1  # tokens with which the shared expert goes along: each reads it, and only the first from memory
+ALONG = (
+    2  # tokens with which the shared expert goes along: each reads it, and only the first from memory. Three win little
+)
+SLOTS = 8  # of a token, with it: 16 made it slower (DeepSeek-V3's 8 + 1: 286 us a layer by itself, 304 along)
 
 
 class Gemv(NamedTuple):
@@ -61,11 +64,12 @@ def gemvs_for(hidden: int, intermediate: int, slots: int, itemsize: int = 2) -> 
     )
 
 
-def goes_along(tokens: int, w2: torch.Tensor, shared_w13: torch.Tensor, shared_w2: torch.Tensor) -> bool:
-    """Whether `run` takes the shared expert's [2S, D] and [D, S] beside w2 [E, D, F]: few tokens, S = m F, and rows in order (on a
-    CPU a linear layer may keep its matrix in another form)."""
+def goes_along(tokens: int, top: int, w2: torch.Tensor, shared_w13: torch.Tensor, shared_w2: torch.Tensor) -> bool:
+    """Whether `run` takes the shared expert's [2S, D] and [D, S] beside `top` experts a token of w2 [E, D, F]: few tokens, S = m F,
+    few slots, and rows in order (on a CPU a linear layer may keep its matrix in another form)."""
     in_rows = all(w.layout == torch.strided and w.is_contiguous() for w in (shared_w13, shared_w2))
-    return tokens <= ALONG and in_rows and shared_w2.shape[1] % w2.shape[2] == 0
+    more, rest = divmod(shared_w2.shape[1], w2.shape[2])
+    return tokens <= ALONG and in_rows and rest == 0 and top + more <= SLOTS
 
 
 def run(

@@ -47,7 +47,7 @@ def takes(x: torch.Tensor, packed: PackedCodes) -> bool:
 def work(packed: PackedCodes) -> Work:
     """The fastest of 25 for Qwen2.5-7B's matrices on an H100 (bench_quantized.py --part tune)."""
     if packed.bits == 4:
-        return Work(8, 4, 4, 4) if packed.out >= WIDE else Work(4, 16, 2, 8)
+        return Work(4, 4, 4, 4) if packed.out >= WIDE else Work(4, 16, 2, 8)
     return Work(2, 4, 4, 4) if packed.out >= WIDE else Work(2, 16, 2, 4)
 
 

@@ -4,8 +4,8 @@
 
 `experts` are this rank's own numbers 0 .. E'-1, and -1 is an expert that is not here and adds nothing; F' are this rank's
 columns of each, gate above up in w13. What comes out are partial sums wherever other ranks have other experts or columns.
-`added` comes to each sum last: what the expert gives that all tokens visit; to `triton` before it rounds. For one token `triton`
-takes that expert's matrices in place of it, and computes it in the launches of the others (`MoERunner.takes_along`).
+`added` comes to each sum last: what the expert gives that all tokens visit; to `triton` before it rounds. For a token or two
+`triton` takes that expert's matrices in place of it, and computes it in the launches of the others (`MoERunner.takes_along`).
 `loop` and `grouped` take codes in place of w13 and w2, too, and make an expert's numbers when its turn comes.
 
     loop      an expert after the other: its tokens, its two products, its weights              to read
@@ -134,9 +134,11 @@ class MoERunner(NamedTuple):
     run: Run
     capturable: bool
 
-    def takes_along(self, tokens: int, w2: Matrices, shared_w13: torch.Tensor, shared_w2: torch.Tensor) -> bool:
-        """Whether `run` takes shared=SharedMatrices of these for so many tokens."""
-        return self.name == "triton" and fused.moe_gemv.goes_along(tokens, w2, shared_w13, shared_w2)
+    def takes_along(
+        self, experts: torch.Tensor, w2: Matrices, shared_w13: torch.Tensor, shared_w2: torch.Tensor
+    ) -> bool:
+        """Whether `run` takes shared=SharedMatrices of these for tokens with these experts [T, k]."""
+        return self.name == "triton" and fused.moe_gemv.goes_along(*experts.shape, w2, shared_w13, shared_w2)
 
 
 def pick_runner(name: str, device: torch.device) -> MoERunner:

@@ -121,14 +121,16 @@ def test_it_does_so_in_any_turns_and_whoever_is_here(choices, ways):
 
 
 def test_what_goes_along():
-    from common.kernels.moe_gemv import ALONG, goes_along  # noqa: PLC0415
+    from common.kernels.moe_gemv import ALONG, SLOTS, goes_along  # noqa: PLC0415
 
-    w2, w13, down = torch.zeros(4, 24, 10), torch.zeros(60, 24), torch.zeros(24, 30)
-    assert goes_along(ALONG, w2, w13, down)
-    assert not goes_along(ALONG + 1, w2, w13, down)
-    assert not goes_along(1, w2, torch.zeros(50, 24), torch.zeros(24, 25))  # two and a half
-    assert not goes_along(1, w2, w13, torch.zeros(30, 24).t())  # as cpu_linear.py may keep it
-    assert not goes_along(1, w2, w13.to_mkldnn(), down)
+    w2, w13, down = torch.zeros(4, 24, 10), torch.zeros(60, 24), torch.zeros(24, 30)  # three more slots
+    assert goes_along(ALONG, 2, w2, w13, down)
+    assert not goes_along(ALONG + 1, 2, w2, w13, down)
+    assert goes_along(1, SLOTS - 3, w2, w13, down)
+    assert not goes_along(1, SLOTS - 2, w2, w13, down)
+    assert not goes_along(1, 2, w2, torch.zeros(50, 24), torch.zeros(24, 25))  # two and a half
+    assert not goes_along(1, 2, w2, w13, torch.zeros(30, 24).t())  # as cpu_linear.py may keep it
+    assert not goes_along(1, 2, w2, w13.to_mkldnn(), down)
 
 
 def test_columns_of_ranks_add_up():
