@@ -33,8 +33,8 @@ from common.kernels.timing import timed_in_turn
 
 FEW = 64  # rows of x of which every matrix is measured; of more of them the library is the better by far, but for small matrices
 MOST_PRODUCTS = 1 << 29  # rows * out * width up to which it is not
-# a number in between is treated as the next of these; 2 to 16 rows are one tile of `few_rows`: on an H100 the kernel's times for 2, 4,
-# 8 and 16 were within 6 %, the library's within 10 %
+# a number in between is treated as the next of these; 2 to 16 rows are one tile of `few_rows`: on an H100 the kernel's times for
+# 2, 4, 8 and 16 were within 6 %, the library's within 10 %
 ROWS = (1, 16, 32, 64, 128, 256, 512)
 SMALLEST = 512 << 10  # bytes of a matrix; of a smaller one launching is all the cost
 COLD = 128 << 20  # bytes, more than twice the L2 cache of an H100
