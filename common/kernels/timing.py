@@ -20,12 +20,14 @@ def timed(calls: list[Callable[[], object]]) -> float:
     return timed_in_turn([calls])[0]
 
 
-def timed_in_turn(contenders: Sequence[list[Callable[[], object]]], replays: int = 10) -> list[float]:
+def timed_in_turn(
+    contenders: Sequence[list[Callable[[], object]]], replays: int = 10, alike: bool = False
+) -> list[float]:
     """Microseconds a call of each contender: its calls captured into one graph; the graphs are replayed in turn, and the median
-    of so many replays counts. What the calls put out is lost."""
+    of so many replays counts. What the calls put out is lost. alike: what the first of them compiles or loads is enough for all."""
     graphs: list[torch.cuda.CUDAGraph] = []
     for calls in contenders:
-        graphs.append(_recorded(calls, graphs[0].pool() if graphs else None))
+        graphs.append(_recorded(calls, calls[:1] if alike else calls, graphs[0].pool() if graphs else None))
     times: list[list[float]] = [[] for _ in graphs]
     for _ in range(WARM_UPS + replays):
         for graph, its in zip(graphs, times, strict=True):
@@ -40,11 +42,11 @@ def timed_in_turn(contenders: Sequence[list[Callable[[], object]]], replays: int
     ]
 
 
-def _recorded(calls: list[Callable[[], object]], pool=None) -> torch.cuda.CUDAGraph:
+def _recorded(calls: list[Callable[[], object]], first: list[Callable[[], object]], pool=None) -> torch.cuda.CUDAGraph:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for call in calls:
+        for call in first:
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()

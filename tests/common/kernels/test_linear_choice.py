@@ -57,9 +57,10 @@ def met_by(*weights: torch.Tensor) -> linear_choice.Met:
 
 
 @pytest.mark.parametrize(
-    ("count", "stands_for"), [(0, 0), (1, 1), (2, 2), (3, 4), (8, 8), (9, 16), (33, 64), (64, 64), (65, 128)]
+    ("count", "stands_for"),
+    [(0, 0), (1, 1), (2, 16), (16, 16), (17, 32), (32, 32), (33, 64), (64, 64), (65, 128), (512, 512), (513, 513)],
 )
-def test_a_power_of_two_stands_for_the_numbers_below_it(count, stands_for):
+def test_a_number_of_rows_stands_for_those_below_it(count, stands_for):
     assert rounded_up(count) == stands_for
 
 
@@ -80,10 +81,10 @@ def test_what_was_not_measured_is_guessed():
 
 def test_the_faster_one_is_taken_for_the_rows_that_were_measured_and_for_no_other_matrix():
     one, other, bias = weight(1024, 512), weight(1024, 1024), torch.zeros(1024, dtype=torch.bfloat16)
-    times = {1: (1.0, 2.0), 2: (2.0, 1.0), 4: (1.0, 2.0), 8: (2.0, 1.0)}
+    times = {16: (2.0, 1.0), 64: (2.0, 1.0)}
     choose(met_by(one), TPGroup(), lambda count, matrix, met: times.get(count, (1.0, 2.0)))
-    assert [wanted(rows(n, one), one) for n in (0, 1, 2, 3, 4, 5, 8, 9, 64, 512)] == [
-        False, True, False, True, True, False, False, True, True, True,
+    assert [wanted(rows(n, one), one) for n in (0, 1, 2, 16, 17, 32, 33, 64, 65, 512)] == [
+        False, True, False, False, True, True, False, False, True, True,
     ]  # fmt: skip
     for x, w, b in ((rows(2, other), other, None), (rows(2, one), one, bias), (rows(2, one).half(), one.half(), None)):
         assert wanted(x, w, b) == guess(2, Matrix(*w.shape, str(x.dtype), b is not None)), "another product"
@@ -148,9 +149,9 @@ def decide(counts: list[int]) -> tuple[list[Choice], list[bool]]:
 
 
 def test_all_ranks_take_what_rank_0_has_measured(ranks):
-    first, second = ranks(2).run(decide, [2, 64])
+    first, second = ranks(2).run(decide, [16, 64])
     assert first == second
-    assert first[1] == [n not in (2, 64) for n in ROWS]
+    assert first[1] == [n not in (16, 64) for n in ROWS]
 
 
 def test_choices_travel_as_json():
