@@ -47,7 +47,7 @@ from common.models.lora_manager import LoRAOptions
 from common.models.prefill_graphs import PREFILL_GRAPH_TOKENS
 from common.parallel_state import get_parallel_state, initialize_tensor_parallel
 from common.pool_size import VLLM_WORDS
-from common.request.answer import End
+from common.request.end import End
 from common.request.intake import Intake
 from common.request.queued_step import QueuedStep
 from common.sampling.nodes import node_batch

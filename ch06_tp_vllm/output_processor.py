@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from ch06_tp_vllm.outputs import CompletionOutput, Logprob, Logprobs, RequestMetrics, RequestOutput
 from ch06_tp_vllm.request import Request
 from ch06_tp_vllm.sampling_params import RequestOutputKind, SamplingParams
-from common.request.answer import End
+from common.request.end import End
 from common.request.queued_step import QueuedStep
 from common.sampling.logprobs import TokenLogprobs
 from common.sampling.sampler import problem

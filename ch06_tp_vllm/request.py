@@ -8,7 +8,8 @@ WAITING -> RUNNING -> FINISHED_*
 from dataclasses import dataclass, field
 from enum import Enum
 
-from common.request.answer import Answer, End
+from common.request.answer import Answer
+from common.request.end import End
 from common.sampling.batch import SamplingRow
 from common.sampling.grammar import GrammarMask
 from common.sampling.logprobs import TokenLogprobs

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from ch07_sglang_radix.request import Req, RequestOutput
 from ch07_sglang_radix.scheduler_state import SchedulerState
-from common.request.answer import End
+from common.request.end import End
 from common.request.queued_step import QueuedStep
 from common.sampling.logprobs import TokenLogprobs
 from common.sampling.sampler import problem

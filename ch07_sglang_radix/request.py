@@ -13,7 +13,8 @@ import numpy as np
 
 from ch07_sglang_radix.handoff import Handoff
 from ch07_sglang_radix.tree_node import TreeNode
-from common.request.answer import Answer, End
+from common.request.answer import Answer
+from common.request.end import End
 from common.sampling.batch import SamplingRow
 from common.sampling.grammar import GrammarMask
 from common.sampling.logprobs import TokenLogprobs

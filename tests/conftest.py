@@ -1,11 +1,15 @@
 import os
 
+# Where Python was told to keep no compiled files, as in many containers, each of some hundred processes would compile this
+# repository anew: half a second of a core, more than all else that a forked one does before its work.
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import multiprocessing.util
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +41,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    sys.dont_write_bytecode = False  # as the environment has it now
     settings.register_profile("all", max_examples=100, deadline=None)
     settings.register_profile("test", max_examples=10, deadline=None)
     if not config.getoption("--hypothesis-profile"):

@@ -1,9 +1,13 @@
 """Processes of their own that need not import torch first: they are forked from one that has.
 
 A short script's time is that of `import torch` and of transformers' models, four seconds of a core, and the READMEs name a hundred
-commands, many of several processes. A process from here is as new as one that Python starts, except that these two libraries, and
-nothing of this repository, are in memory already. Variables of the environment that these read while they are imported have the
-values that they had when the first process was started from here. Where there is no fork (Windows) each imports them for itself.
+commands, many of several processes. A process from here is as new as one that Python starts, except that these two libraries and a
+server's, and nothing of this repository, are in memory already. Variables of the environment that these read while they are
+imported have the values that they had when the first process was started from here. Where there is no fork (Windows) each imports
+them for itself.
+
+What such a process starts of OURS, the ranks of an engine and the children of a server, is forked as well: a demo of two engines
+imported torch three times. That they start as Python processes do is held by tests/ch07/serving/test_life_and_death.py.
 
 Where there are namespaces (Linux), a process may enter those of another one before it begins: so it is on another host (hosts.py).
 """
@@ -13,6 +17,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import runpy
 import signal
@@ -21,15 +26,21 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 from typing import IO
 
 import torch.distributed
 
-IMPORTED = ["torch", "transformers.models.qwen2.modeling_qwen2", "transformers.models.auto.tokenization_auto"]
+IMPORTED = [
+    "torch", "transformers.models.qwen2.modeling_qwen2", "transformers.models.auto.tokenization_auto",
+    "fastapi", "uvicorn", "prometheus_client", "zmq.asyncio", "llguidance",
+]  # fmt: skip
+OURS = ("common.distributed.rank_main", "ch07_sglang_radix.serving.child")
+LIST_OF_FORKED = "LIST_OF_FORKED"  # in the environment: a file that gets a line for each of them, its pid and its words
 FORK = "forkserver" in multiprocessing.get_all_start_methods()
 AGENT_WAITS_S = 30.0  # for ranks that it has sent SIGTERM
 # user, network, host name, mounts: CLONE_NEW... of sched.h
@@ -47,18 +58,22 @@ def process(target: Callable, *args, env: dict[str, str] | None = None, **option
 class _Forked:
     """subprocess.Popen([sys.executable, *args], ...) of a file, or of -m and a module: as much of it as is asked of one here.
 
-    beside: the pid of a process whose namespaces it enters first, as nsenter does.
+    beside: the pid of a process whose namespaces it enters first, as nsenter does. forks: whether OURS are forked that it starts.
     """
 
-    def __init__(self, args, cwd=None, env=None, stdin=None, stdout=None, stderr=None, text=False, beside=None):
+    def __init__(
+        self, args, cwd=None, env=None, stdin=None, stdout=None, stderr=None, text=False, beside=None, forks=True
+    ):
         self.args, self._lock = args, threading.Lock()
         self.stdin, stdin = _ours_and_its(0, stdin, text)
         self.stdout, stdout = _ours_and_its(1, stdout, text)
         self.stderr, stderr = _ours_and_its(2, stderr, text)
         folder = Path.cwd() if cwd is None else Path(cwd)
         its = [stdin, stdout, stderr]
-        self._process = process(_script, [str(arg) for arg in args[1:]], folder, its, beside, env=env, daemon=True)
-        self._process.start()
+        words = [str(arg) for arg in args[1:]]
+        self._process = process(_script, words, folder, its, beside, forks, env=env, daemon=True)
+        with _another_main():
+            self._process.start()
         for end in its:
             end.close()
         self.pid = self._process.pid
@@ -112,6 +127,36 @@ class _Forked:
 
 
 Popen = _Forked if FORK else subprocess.Popen
+
+
+def forks(ours: bool) -> dict[str, bool]:
+    """An argument of Popen, where there is one."""
+    return {"forks": ours} if FORK else {}
+
+
+class _ForksOurs(subprocess.Popen):
+    """Popen of a forked process: OURS are forked beside it, anything else starts as ever."""
+
+    beside: int | None = None  # as its own was
+
+    def __new__(cls, args, **options):
+        if len(args) < 3 or args[2] not in OURS:
+            return super().__new__(cls)
+        one = _Forked(args, **options, beside=cls.beside)
+        if file := os.environ.get(LIST_OF_FORKED):
+            with open(file, "a", encoding="utf-8") as told:
+                told.write(f"{one.pid} {' '.join(args[2:])}\n")
+        return one
+
+
+@contextlib.contextmanager
+def _another_main() -> Iterator[None]:
+    """multiprocessing would import this process's script in the new one, under another name."""
+    mine, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = mine
 
 
 def run(
@@ -202,13 +247,18 @@ def _ours_and_its(number: int, asked: int | IO | None, text: bool) -> tuple[IO |
 def _in_environment(env: dict[str, str], target: Callable, args: tuple) -> None:
     os.environ.clear()  # the server's own, and that may be of long ago
     os.environ.update(env)
+    sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))  # which Python reads at its start
     target(*args)
 
 
-def _script(args: list[str], folder: Path, standard: list[Connection], beside: int | None) -> None:
+def _script(args: list[str], folder: Path, standard: list[Connection], beside: int | None, forks: bool) -> None:
     multiprocessing.current_process().daemon = False  # it may have processes of its own
     if beside:
         _enter_namespaces_of(beside)
+    if forks:  # it has the address of the server that it comes from, and needs no other
+        multiprocessing.forkserver._forkserver.ensure_running = lambda: None
+        _ForksOurs.beside = beside and os.getpid()
+        subprocess.Popen = _ForksOurs
     os.chdir(folder)
     for number, (name, end) in enumerate(zip(("stdin", "stdout", "stderr"), standard, strict=True)):
         os.dup2(end.fileno(), number)

@@ -16,7 +16,7 @@ from ch07_sglang_radix.disaggregation.held import Held
 from ch07_sglang_radix.disaggregation.rooms import DEFLECTED, State
 from ch07_sglang_radix.disaggregation.side import Passage, Side
 from ch07_sglang_radix.request import Req
-from common.request.answer import End
+from common.request.end import End
 
 
 class Prefill(Side):

@@ -19,7 +19,7 @@ from ch07_sglang_radix.disaggregation.rooms import State
 from ch07_sglang_radix.request import Req
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tasks import WingTask
-from common.request.answer import End
+from common.request.end import End
 
 
 @dataclass(eq=False)

@@ -6,8 +6,8 @@
 Each stage notes when it began and ended the layers of each step (Executor.spans). What of the time between the first beginning
 and the last end a stage was not computing is its bubble: (N-1)/(m+N-1) of it for m equal micro-batches over N stages, if
 messages took no time and all stages were equally fast. Of 15 rounds the one with the smallest bubble is drawn: on a busy machine
-stages wait for a core, too. Where no round shows two stages at work at once, 15 more are played, up to 150. The tokens are the
-same, however the prompts are cut.
+stages wait for a core, too. Where none of them shows two stages at work at once, more are played until one does, up to 150. The
+tokens are the same, however the prompts are cut.
 
 The schedules at the end are COMPUTED, not measured: training needs a backward pass, which nothing here has.
 """
@@ -53,9 +53,8 @@ def main() -> None:
         run(wrapper, m)  # warm up
         timelines: list[list[Span]] = []
         while len(timelines) < ROUNDS or (m > 1 and not any(map(overlap, timelines)) and len(timelines) < MOST_ROUNDS):
-            for _ in range(ROUNDS):
-                spans, answers[m] = run(wrapper, m)
-                timelines.append(together(share_all(spans, parallel.world)))  # the same on all, who so decide alike
+            spans, answers[m] = run(wrapper, m)
+            timelines.append(together(share_all(spans, parallel.world)))  # the same on all, who so decide alike
         seen = list(filter(overlap, timelines)) or timelines
         measured[m] = min(seen, key=bubble)  # the one that other programs have disturbed least
         if parallel.world.rank == 0:

@@ -2,26 +2,27 @@
 
 One BatchTokenIDs in, one BatchStr out. The scheduler knows where an answer ends (it looks for stop texts itself, token by
 token); here the same AnswerText makes the text that is shown: half a character and what may be the beginning of a stop are
-held back, and a stop is cut off. SGLang: srt/managers/detokenizer_manager.py.
+held back, and a stop is cut off. Nothing here needs torch, and the process starts without it. SGLang:
+srt/managers/detokenizer_manager.py.
 """
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ch07_sglang_radix.serving.channels import Pull, Push
 from ch07_sglang_radix.serving.messages import VERSION, BatchStr, BatchTokenIDs, Begin, Hello, Leave
-from common.request.answer import Answer, End
-from common.sampling.params import SamplingParams
+from common.request.end import End, text_shown
 from common.text.answer import AnswerText
 from common.text.tokenizer import Tokenizer
 
 
 @dataclass(eq=False)
 class Shown:
-    """An answer, and how many characters of it are out."""
+    """An answer's tokens, its text, and how many characters of that are out."""
 
-    answer: Answer
+    text: AnswerText
+    output_ids: list[int] = field(default_factory=list)
     characters: int = 0
 
 
@@ -54,17 +55,16 @@ class DetokenizerManager:
 
     def _new_text(self, ticket: int, begin: Begin | None, new_ids: list[int], finished: dict | None) -> str:
         if begin is not None:
-            text = AnswerText(self.tokenizer, begin.context, **begin.words)
-            self.answers[ticket] = Shown(Answer(SamplingParams(), frozenset(), text))
-        shown = self.answers[ticket]
-        shown.answer.output_ids += new_ids
+            self.answers[ticket] = Shown(AnswerText(self.tokenizer, begin.context, **begin.words))
+        shown, end = self.answers[ticket], None
+        shown.output_ids += new_ids
         if finished is not None:
             del self.answers[ticket]
-            shown.answer.end = as_end(finished)
+            end = as_end(finished)
         with suppress(
             ValueError
         ):  # a stop pattern that takes too long now, and was quick in the scheduler: no new text
-            text = shown.answer.shown()
+            text = text_shown(shown.text, shown.output_ids, end)
             new, shown.characters = text[shown.characters :], len(text)
             return new
         return ""

@@ -1,26 +1,16 @@
 """One answer while it grows: its tokens, what is told about them, its text, and how it comes to its end.
 
 Both engines take tokens the same way and differ in the words for the end: vLLM has a status and a stop_reason, SGLang a
-finish_reason object. `End` is what they translate.
+finish_reason object. `End` (end.py) is what they translate.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from common.request.end import End, text_shown
 from common.sampling.logprobs import TokenLogprobs
 from common.sampling.params import SamplingParams
 from common.text.answer import AnswerText
-
-
-@dataclass(frozen=True)
-class End:
-    """kind: stop (a token or a text said so), length, abort, error, or refused (it was the request's own fault). matched: the
-    stop token or stop text. message: of an error or a refusal.
-    """
-
-    kind: str
-    matched: int | str | None = None
-    message: str | None = None
 
 
 @dataclass(eq=False)
@@ -70,10 +60,4 @@ class Answer:
 
     def shown(self) -> str:
         """The text that is certain; all of it once the answer has ended."""
-        if self.end is None:
-            self.text.catch_up(self.output_ids)
-            return self.text.certain
-        if self.end.kind != "error":
-            by_token = self.end.kind == "stop" and isinstance(self.end.matched, int)
-            self.text.finish(self.output_ids, by_stop_token=by_token)
-        return self.text.text
+        return text_shown(self.text, self.output_ids, self.end)

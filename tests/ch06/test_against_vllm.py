@@ -14,7 +14,7 @@ import torch
 from ch06_tp_vllm.block_manager import BlockManager
 from ch06_tp_vllm.request import Request
 from ch06_tp_vllm.scheduler import Scheduler
-from common.request.answer import End
+from common.request.end import End
 from common.sampling.params import SamplingParams
 from common.tiny_qwen import TINY_QWEN_PATH
 

@@ -2,7 +2,7 @@ from types import ModuleType
 
 from ch07_sglang_radix.exercises.checks.trees import a_req
 from ch07_sglang_radix.request import Req
-from common.request.answer import End
+from common.request.end import End
 from common.teaching.expect import ask, expect
 
 STOP, ON_THE_GPU = 7, -1

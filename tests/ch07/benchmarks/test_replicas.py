@@ -59,12 +59,12 @@ def test_one_replica_has_every_prefix(three):
 
 def test_the_benchmark_writes_a_row_for_each_policy(tmp_path, monkeypatch, capsys):
     out = tmp_path / "rows.csv"
-    monkeypatch.setattr("sys.argv", ["bench", "--scale", "0.1", "--workloads", "few-shot", "--out", str(out)])
+    monkeypatch.setattr("sys.argv", ["bench", "--scale", "0.05", "--workloads", "few-shot", "--out", str(out)])
     bench_load_balance.main()
     with out.open() as file:
         rows = list(csv.DictReader(file))
     assert [row["policy"] for row in rows] == list(POLICIES)
-    assert {row["requests"] for row in rows} == {"4"}
+    assert {row["requests"] for row in rows} == {"2"}
     assert "one tree %" in capsys.readouterr().out
 
 

@@ -2,7 +2,6 @@
 
 import signal
 
-import psutil
 import pytest
 
 from ch07_sglang_radix.serving.watch import wait_until
@@ -60,8 +59,7 @@ def impatient():
 def test_a_half_that_is_stopped_is_not_waited_for_for_ever(impatient, half):
     """It neither answers nor closes its links: the other's rooms run out of time, and the balancer's client gets an error."""
     assert impatient.front.generate(**BODY)["output_ids"] == RIGHT
-    children = psutil.Process(getattr(impatient, half).process.pid).children()
-    scheduler = next(one for one in children if "scheduler" in one.cmdline())
+    scheduler = getattr(impatient, half).processes()["scheduler"]
     scheduler.suspend()
     status, answer = impatient.front.call("/generate", BODY | {"input_ids": [9, *PROMPT]})
     assert status == 500

@@ -14,7 +14,7 @@ from ch07_sglang_radix.serving.io_struct import GenerateRequest, RequestError, S
 from ch07_sglang_radix.serving.watch import wait_until
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.ch07.serving.running import InThisProcess, RunningServer, a_server
-from tests.ch07.serving.test_life_and_death import ALL_END_S, STOPPED_S, Client, gone, processes
+from tests.ch07.serving.test_life_and_death import ALL_END_S, STOPPED_S, Client, gone
 from tests.oracle import greedy
 
 PROMPTS = [
@@ -144,7 +144,7 @@ def test_replicas_are_not_spread_over_hosts():
 
 
 def scheduler(server, rank):
-    return processes(server)[f"scheduler_{rank}"]
+    return server.processes()[f"scheduler_{rank}"]
 
 
 # no detokenizer, which is a process more to start; the first server below has one
@@ -158,7 +158,7 @@ def ask_over_http(server):
 def test_a_replica_that_is_killed_takes_its_own_requests_and_the_rest_goes_on():
     with a_server("--dp-size", "2", "--enable-metrics") as server:
         running = [Client(server, stream=True).started(), Client(server, stream=True).started()]  # replica 0, replica 1
-        everybody = processes(server)
+        everybody = server.processes()
         scheduler(server, 0).kill()
         assert "scheduler_0" in running[0].done(5).last["error"]["message"]
         server.said(r"replica 0 is lost: scheduler_0 \(pid \d+\) has died")
@@ -181,7 +181,7 @@ def test_a_replica_that_is_killed_takes_its_own_requests_and_the_rest_goes_on():
 
 def test_when_the_last_replica_has_died_the_server_ends_and_says_so():
     with a_server("--dp-size", "2", "--tp-size", "2", TOKENS_ALONE) as server:
-        everybody = processes(server)
+        everybody = server.processes()
         ranks = [process for name, process in everybody.items() if name.startswith("rank")]
         assert len(ranks) == 2
         ranks[0].kill()  # a rank of a replica is that replica's end, and of no other

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from ch07_sglang_radix.server_args import ServerArgs
 from ch07_sglang_radix.serving.http_args import HttpArgs
 from ch07_sglang_radix.serving.launcher import ends_of, tokenizer_folder
@@ -34,16 +36,19 @@ LEAN = (*ONE_PROCESS, "--skip-tokenizer-init")
 
 class RunningServer:
     """python -m ch07_sglang_radix.launch_server FLAGS. Its temporary files lie in `folder`, so that one sees what is left.
-    variables: of its environment, beside this one's. Its main process is one of tests/warm.py, those that it starts are not."""
+    variables: of its environment, beside this one's. forks: all its processes are those of tests/warm.py; else its main process
+    alone is."""
 
-    def __init__(self, *flags: str, wait: bool = True, variables: Mapping[str, str] | None = None):
+    def __init__(self, *flags: str, wait: bool = True, variables: Mapping[str, str] | None = None, forks: bool = True):
         self.folder = Path(tempfile.mkdtemp(prefix="t-"))
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # packages may lie elsewhere
         environment = os.environ | {"TMPDIR": str(self.folder), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-        environment |= variables or {}
+        file, self._list_of_forked = tempfile.mkstemp(prefix="t-")
+        os.close(file)
+        environment |= {warm.LIST_OF_FORKED: self._list_of_forked} | (variables or {})
         self.process = warm.Popen(
             [sys.executable, "-m", "ch07_sglang_radix.launch_server", "--port", "0", *TINY, *flags],
-            cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+            cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **warm.forks(forks),
         )  # fmt: skip
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -114,6 +119,21 @@ class RunningServer:
         assert info["free_tokens"] + info["evictable_tokens"] == info["max_total_num_tokens"]
         return info
 
+    def processes(self) -> dict[str, psutil.Process]:
+        """By name all that belong to it: main, scheduler, scheduler_0, detokenizer, rank 1, ..."""
+        main = psutil.Process(self.process.pid)
+        words = [(child, child.cmdline()[2:]) for child in main.children(recursive=True)]
+        for line in Path(self._list_of_forked).read_text(encoding="utf-8").splitlines():
+            pid, *own = line.split()
+            words.append((psutil.Process(int(pid)), own))
+        found = {"main": main}
+        for child, (module, *name) in ((child, own) for child, own in words if own):
+            if module == "ch07_sglang_radix.serving.child":
+                found[name[0]] = child
+            elif module == "common.distributed.rank_main":
+                found[f"rank {len(found) - 2}"] = child
+        return found
+
     def leftovers(self) -> list[str]:
         return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*"))
 
@@ -129,8 +149,8 @@ class RunningServer:
 
 
 @contextmanager
-def a_server(*flags: str) -> Iterator[RunningServer]:
-    server = RunningServer(*flags)
+def a_server(*flags: str, forks: bool = True) -> Iterator[RunningServer]:
+    server = RunningServer(*flags, forks=forks)
     try:
         yield server
     finally:

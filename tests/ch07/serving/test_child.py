@@ -2,12 +2,14 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from ch07_sglang_radix.serving.child import begin
+from ch07_sglang_radix.serving.child import ROOT, begin
 
 
 def test_a_child_whose_main_says_nothing_ends_in_silence(capfd):
@@ -39,3 +41,9 @@ def _ignored(pid: int) -> int:
     """The signals that a process ignores, a bit each."""
     with open(f"/proc/{pid}/status") as file:
         return next(int(line.split()[1], 16) for line in file if line.startswith("SigIgn"))
+
+
+def test_the_detokenizer_starts_without_torch():
+    """Which takes two seconds of a core, for what only turns ids into text."""
+    script = "import sys, ch07_sglang_radix.serving.detokenizer_manager; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0

@@ -64,19 +64,6 @@ class Client:
         self.connection.close()
 
 
-def processes(server):
-    """{name: process} of all that belong to a server."""
-    main = psutil.Process(server.process.pid)
-    found = {"main": main}
-    for child in main.children(recursive=True):
-        command = child.cmdline()
-        if "ch07_sglang_radix.serving.child" in command:
-            found[command[-1]] = child
-        elif "common.distributed.rank_main" in command:
-            found[f"rank {len(found) - 2}"] = child
-    return found
-
-
 def gone(process):
     try:
         return process.status() == psutil.STATUS_ZOMBIE
@@ -119,7 +106,7 @@ def test_who_is_not_done_when_the_time_is_up_hears_so():
     with a_server("--drain-timeout", "0.3") as server:
         client = Client(server, stream=True).started()
         waiting = Client(server)
-        everybody = processes(server)
+        everybody = server.processes()
         server.process.terminate()
         assert server.process.wait(100) == 0
         assert "not done in time" in client.done().last["error"]["message"]
@@ -132,7 +119,7 @@ def test_who_is_not_done_when_the_time_is_up_hears_so():
 def test_a_second_signal_ends_now(name):
     with a_server() as server:
         client = Client(server, stream=True).started()
-        everybody = processes(server)
+        everybody = server.processes()
         server.process.send_signal(getattr(signal, name))
         server.said("no new requests")
         server.process.send_signal(getattr(signal, name))
@@ -162,9 +149,10 @@ def test_a_signal_while_it_loads_ends_it():
     ],
 )
 def test_when_one_is_killed_all_end(who, busy):
-    with a_server(*(["--tp-size", "2"] if who == "rank 1" else [])) as server:
+    """Of processes that Python starts, as at a user's; all other servers of these tests are forked."""
+    with a_server(*(["--tp-size", "2"] if who == "rank 1" else []), forks=False) as server:
         clients = [Client(server, stream=True).started(), Client(server)] if busy else []
-        everybody = processes(server)
+        everybody = server.processes()
         assert set(everybody) >= {"main", "scheduler", "detokenizer", who}
         everybody[who].kill()
         assert wait_until(lambda: all(map(gone, everybody.values())), ALL_END_S), [
@@ -184,7 +172,7 @@ def test_when_one_is_killed_all_end(who, busy):
 def test_when_one_is_stopped_all_others_end_in_the_watchdog_s_time(who):
     with a_server("--watchdog-timeout", str(STOPPED_S), *(["--tp-size", "2"] if who == "rank 1" else [])) as server:
         client = Client(server, stream=True).started()
-        everybody = processes(server)
+        everybody = server.processes()
         os.kill(everybody[who].pid, signal.SIGSTOP)
         others = {name: process for name, process in everybody.items() if name != who}
         assert wait_until(lambda: all(map(gone, others.values())), STOPPED_S + ALL_END_S), [
@@ -216,7 +204,7 @@ def test_nothing_grows_with_the_requests_that_have_been():
         body = {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 2}}
 
         def held():
-            return {name: (p.num_fds(), p.num_threads()) for name, p in processes(server).items()}
+            return {name: (p.num_fds(), p.num_threads()) for name, p in server.processes().items()}
 
         for _ in range(5):
             server.generate(**body)
