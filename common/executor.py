@@ -29,6 +29,7 @@ from common.distributed.messages import share_all
 from common.distributed.processes import Together
 from common.distributed.transfer import upload, upload_all
 from common.draft_tree import DraftTree
+from common.kernels import linear_choice
 from common.layers.batch_invariant import make_batch_invariant
 from common.layers.communicator import LayerCommunicator, TokenRows
 from common.layers.cpu_linear import choose_forms
@@ -38,7 +39,7 @@ from common.models.config import ModelConfig
 from common.models.draft_graphs import DraftGraphs
 from common.models.drafters.contract import Drafter, DraftOptions, Target
 from common.models.drafters.load import load_drafter
-from common.models.graph_runner import DecodeGraphs, StepGraphs
+from common.models.graph_runner import DecodeGraphs, StepGraphs, nothing_collected
 from common.models.hub import resolve_model
 from common.models.links import StageLinks
 from common.models.lora_manager import LoRAManager, LoRAOptions
@@ -107,6 +108,7 @@ class Executor:
     request gets does not depend on what else runs, on what is cached and on how its prompt is cut
     (common/layers/batch_invariant.py); `self.deterministic` says so to who gives out seeds and keeps pages. prefill_graph_tokens:
     prefills of so many tokens at most are CUDA graphs, too, where decode steps are (common/models/prefill_graphs.py); 0: none.
+    On a GPU `self.linear_choices` are what was measured of who multiplies (common/kernels/linear_choice.py); not if deterministic.
     Raises ValueError or FileNotFoundError, on every rank alike, for what cannot be run.
     """
 
@@ -256,6 +258,7 @@ class Executor:
         self._scored: torch.Tensor | None = None  # hidden states [S, D] that wait for `prompt_logprobs`
         self._scored_slots: np.ndarray | None = None  # and their adapters
         self.graphs = self.tree_graphs = self.prefill_graphs = None
+        self.linear_choices: list[linear_choice.Choice] = []  # what was measured at this start
         capturable = (
             self.attention.capturable and self.model.capturable and (not self.lora or self.lora.form.capturable)
         )
@@ -643,16 +646,21 @@ class Executor:
         )
 
     def _get_ready(self) -> None:
-        """Compile all kernels, first of all and side by side; then capture, and run what is not captured once."""
+        """Compile all kernels, first of all and side by side; measure who multiplies; then capture, and run what is not captured
+        once."""
+        met: linear_choice.Met = {}
         if self.attention.capturable:  # it is Triton's
             from common.kernels.launch import compile_ahead  # noqa: PLC0415, a CPU build of torch comes without Triton
 
-            with compile_ahead():
+            with compile_ahead(), linear_choice.noting() as met:
                 self._warm_up()
                 for graphs in self.recorded:
                     graphs.rehearse()
-        for graphs in self.recorded:
-            graphs.capture()
+                linear_choice.rehearse(met)
+        with nothing_collected():
+            self.linear_choices = linear_choice.choose(met, self.tp)
+            for graphs in self.recorded:
+                graphs.capture()
         self._warm_up()
 
     @torch.inference_mode()

@@ -9,6 +9,7 @@
     torchrun --nproc_per_node=2 -m ch07_sglang_radix.benchmarks.bench_gpu --part layouts [--pp-size 2]
     python -m ch07_sglang_radix.benchmarks.bench_gpu --part deterministic    Qwen3-0.6B: A and D with it and without, and E
     python -m ch07_sglang_radix.benchmarks.bench_gpu --part prefill      0.5B, 0.6B, 7B: F and A by cuda_graph_max_bs_prefill
+    python -m ch07_sglang_radix.benchmarks.bench_gpu --part products     0.5B, 7B: who multiplies, measured and guessed; D, A, A64
 
 Real configs, random bfloat16 weights, token ids in, no detokenisation, end of sequence ignored:
 
@@ -30,6 +31,7 @@ Writes figures/bench_gpu_<part>.csv, and layouts_gpu_<layout>.csv. The kernels o
 import argparse
 import gc
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -37,6 +39,7 @@ import torch
 from ch07_sglang_radix.benchmarks.gpu_workloads import LONG, LONG_CHUNKS, Workloads
 from ch07_sglang_radix.engine import Engine
 from common.distributed.launch import run_main
+from common.kernels import linear_choice
 from common.models.published_configs import shared_random_weights
 from common.parallel_state import ParallelState
 from common.teaching.report import FIGURES, write_csv
@@ -48,7 +51,9 @@ KV_DTYPES_HERE = ("bfloat16", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--part", required=True, choices=("small", "large", "kv", "compile", "layouts", "deterministic", "prefill")
+        "--part",
+        required=True,
+        choices=("small", "large", "kv", "compile", "layouts", "deterministic", "prefill", "products"),
     )
     parser.add_argument("--pp-size", type=int, default=1, help="stages; the other ranks share each layer")
     parser.add_argument("--dp-size", type=int, default=1, help="replicas, each of the other ranks")
@@ -66,6 +71,8 @@ def main() -> None:
         rows = measure_deterministic("Qwen3-0.6B", parallel)
     elif args.part == "prefill":
         rows = [row for name in ("Qwen2.5-0.5B", "Qwen3-0.6B", *names) for row in measure_prefill(name, parallel)]
+    elif args.part == "products":
+        rows = [row for name in ("Qwen2.5-0.5B", *names) for row in measure_products(name, parallel)]
     else:
         rows = [row for name in names for row in measure_model(name, parallel, args.part)]
     if parallel.world.rank == 0:
@@ -200,6 +207,36 @@ def measure_prefill(name: str, parallel: ParallelState) -> list[dict]:
         engine = work = None  # the next one needs the room
         gc.collect()
         torch.cuda.empty_cache()
+    return rows
+
+
+def measure_products(name: str, parallel: ParallelState) -> list[dict]:
+    """What the engine measured at its start of who multiplies (common/kernels/linear_choice.py), and D and A with that and with
+    what is guessed without: one engine, whose graphs are recorded anew, in turn and twice."""
+    engine = Engine(str(shared_random_weights(name, parallel.world)), device="cuda")
+    choices = engine.wrapper.linear_choices
+    for choice in choices if parallel.world.rank == 0 else ():
+        print(f"{name:13s} {choice}", flush=True)
+    told = {
+        "seconds to measure": sum(one.seconds for one in choices), "products measured": len(choices),
+        "by the library": sum(not one.kernel for one in choices),
+        "not as guessed": sum(not one.as_guessed for one in choices),
+    }  # fmt: skip
+    rows = report(told, parallel, model=name, who="start", run=1)
+    work, label, count = Workloads(engine), *(("A64", 64) if "7B" in name else ("A", 256))
+    for run in (1, 2):
+        for who in ("guessed", "measured"):
+            with linear_choice.forgotten() if who == "guessed" else nullcontext():
+                for graphs in engine.wrapper.recorded:
+                    graphs.forget()
+                    graphs.capture()
+                work.d(32)
+                told = {"D ms per token": min(work.d() for _ in range(2)), f"{label} tokens/s": work.a(count)}
+            rows += report(told, parallel, model=name, who=who, run=run)
+    engine.shutdown()
+    engine = work = None  # the next one needs the room
+    gc.collect()
+    torch.cuda.empty_cache()
     return rows
 
 

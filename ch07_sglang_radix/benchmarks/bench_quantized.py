@@ -66,7 +66,7 @@ def main() -> None:
     for row in on_a_gpu(chosen) if args.part == "gpu" else on_a_cpu(chosen):
         print(" ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         rows.append(row)
-    write_csv(rows, path)
+        write_csv(rows, path)  # of each as it comes: a form that fails takes no other's figures with it
 
 
 def quantized_copy(source: Path, name: str | None, device: str) -> Path:
@@ -105,8 +105,10 @@ def on_a_gpu(chosen: list[str]):
             "D ms a token": round(d, 3), "A64 tokens/s": round(a64, 1), "s to ready": round(ready, 1),
         }  # fmt: skip
         engine.shutdown()
-        engine = work = None  # the next one needs the room
+        engine = work = None  # the next one needs the room, and its checkpoint room on the disk
         gc.collect()
+        if folder != source:
+            shutil.rmtree(folder)
 
 
 def read_a_token(engine: Engine) -> int:

@@ -7,6 +7,10 @@ The floor is the bytes a kernel must move over the bandwidth of a large copy on 
 kernel runs on rotating buffers too large for the L2 cache, captured into one graph; the median of ten
 replays counts. `plain us` is PyTorch's own way to the same numbers, timed alike (it may be several kernels), and
 `error` the relative distance to it in float32.
+
+Who multiplies in `linear` is measured first, as at the start of an engine (linear_choice.py): between other kernels, where the
+library loses what it does not lose here. So a kernel may be taken that is a little slower than plain in this table. Where the
+library is taken the row says so: it is then the same call twice.
 """
 
 import argparse
@@ -23,10 +27,12 @@ from common.attention.kv_cache import PagedKVCache
 from common.attention.kv_format import KV_DTYPES, row_bytes
 from common.attention.torch_native import TorchNativeAttention
 from common.distributed.launch import run_main
-from common.kernels import fused, linear, sampling
+from common.kernels import fused, linear, linear_choice, sampling
 from common.kernels.paged_attention import TritonAttention
 from common.kernels.timing import ROTATE_BYTES, copy_bandwidth, timed
+from common.layers.linear import multiply
 from common.models.published_configs import published_config
+from common.parallel_state import TPGroup
 from common.sampling.batch import SamplingBatch, SamplingRow
 from common.sampling.params import SamplingParams
 from common.sampling.sampler import _sample
@@ -34,6 +40,7 @@ from common.teaching.report import FIGURES, write_csv
 
 MODELS = ("Qwen2.5-0.5B", "Qwen3-0.6B", "Qwen2.5-7B")
 BF16 = torch.bfloat16
+BY_LIBRARY = "linear, by the library"
 SAMPLINGS = {
     "greedy": {},
     "temperature": {"temperature": 0.6},
@@ -52,6 +59,8 @@ def main() -> None:
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     print(f"copy: {bandwidth / 1e12:.2f} TB/s")
+    for name in MODELS if only in BY_LIBRARY else ():
+        choose_linear(name)
     cases = [case for name in MODELS for case in model_cases(name) if only in case.kernel]
     rows = []
     for case in tqdm(cases, desc="kernels", disable=None):
@@ -97,22 +106,11 @@ def model_cases(name: str) -> list[Case]:
         config.hidden_size,
         config.intermediate_size,
     )
-    shapes = {
-        "qkv": ((hq + 2 * hkv) * d, width), "o": (width, hq * d), "gate_up": (2 * mlp, width), "down": (width, mlp),
-        "lm_head": (config.vocab_size, width),
-    }  # fmt: skip
-    cases = [
-        Case(
-            "linear",
-            name,
-            f"{label} {rows}x{k} -> {n}",
-            2 * n * k,
-            lambda n=n, k=k, rows=rows: linear_inputs(n, k, rows),
-        )
-        for rows in (1, 8, 64)
-        for label, (n, k) in shapes.items()
-        if linear.wanted(torch.empty(rows, k, dtype=BF16, device="meta"), torch.empty(n, k, device="meta"))
-    ]
+    shapes, cases = linear_shapes(name), []
+    for rows, (label, (n, k)) in itertools.product((1, 8, 64), shapes.items()):
+        kernel = linear_choice.wanted(torch.empty(rows, k, dtype=BF16, device="meta"), torch.empty(n, k, device="meta"))
+        size, make = 2 * n * k, lambda n=n, k=k, rows=rows: linear_inputs(n, k, rows)
+        cases.append(Case("linear" if kernel else BY_LIBRARY, name, f"{label} {rows}x{k} -> {n}", size, make))
     for label in ("qkv", "down"):
         n, k = shapes[label]
         for rows in (1, 64, 256, 2048):
@@ -173,7 +171,30 @@ def randn(*shape: int) -> torch.Tensor:
     return torch.randn(shape, device="cuda", dtype=BF16)
 
 
-def linear_inputs(n: int, k: int, rows: int, multiply: Callable = linear.linear):
+def linear_shapes(name: str) -> dict[str, tuple[int, int]]:
+    """W [out, in] of a layer, and of the head."""
+    config = published_config(name)
+    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    hq, hkv, width, mlp = (
+        config.num_attention_heads, config.num_key_value_heads, config.hidden_size, config.intermediate_size,
+    )  # fmt: skip
+    return {
+        "qkv": ((hq + 2 * hkv) * d, width), "o": (width, hq * d), "gate_up": (2 * mlp, width), "down": (width, mlp),
+        "lm_head": (config.vocab_size, width),
+    }  # fmt: skip
+
+
+def choose_linear(name: str) -> None:
+    """Measure who multiplies by the matrices of this model."""
+    met = {
+        linear_choice.Matrix(n, k, str(BF16), False): {i: (randn(n, k), None)}
+        for i, (n, k) in enumerate(linear_shapes(name).values())
+    }
+    for choice in linear_choice.choose(met, TPGroup()):
+        print(f"{name} {choice}")
+
+
+def linear_inputs(n: int, k: int, rows: int, multiply: Callable = multiply):
     x, weight = randn(rows, k), randn(n, k)
     return lambda: multiply(x, weight), lambda: F.linear(x, weight)
 

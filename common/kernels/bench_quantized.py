@@ -1,7 +1,7 @@
 """Products by quantized weights at the shapes of Qwen2.5-7B: are they right, and how far from the time their bytes need?
 
     python -m common.kernels.bench_quantized [--out FOLDER]        # some three minutes; writes figures/bench_quantized_kernels.csv
-    python -m common.kernels.bench_quantized --part tune           # other tilings of the weight-only kernel against the chosen one
+    python -m common.kernels.bench_quantized --part tune           # other tilings of the weight-only kernels, and those they take
 
 As bench_kernels.py: rotating buffers too large for the L2 cache, one graph, the median of ten replays. `bf16 us` is the product by
 the same matrix in bfloat16, as a plain layer computes it; `error` the relative distance to the twin in plain PyTorch, in float32.
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from common.distributed.launch import run_main
 from common.kernels import quantized_activations as rounded
 from common.kernels import quantized_linear as weight_only
+from common.kernels import quantized_row
 from common.kernels.launch import compile_ahead, num_processors
 from common.kernels.quantized_layout import PackedCodes, multiply_plain, pack, unpack
 from common.kernels.timing import ROTATE_BYTES, copy_bandwidth, timed
@@ -40,6 +41,12 @@ FORMS = {
     "fp8 channel": Scheme("fp8", 8, "float", "channel"),
     "fp8 block": Scheme("fp8", 8, "float", "block", block=(128, 128)),
 }
+ONE_ROW = [
+    quantized_row.Work(deep, turns, beside, warps)
+    for deep, turns, beside, warps in itertools.product((1, 2, 4, 8), (2, 4, 8, 16), (2, 4, 8), (2, 4, 8))
+    if 16 <= turns * beside <= 64
+    and turns * beside in (4 * warps, 8 * warps)  # two or four of a row's runs for each thread
+]
 ROUNDED = ("int8 channel", "fp8 channel", "fp8 block")
 
 
@@ -137,33 +144,36 @@ def error(got: torch.Tensor, x: torch.Tensor, packed: PackedCodes, way: str) -> 
 
 
 def tune(bandwidth: float) -> None:
-    """The fastest tilings of the weight-only kernel for each shape, and the one that `tiling` takes."""
+    """The fastest tilings of the weight-only kernels for each shape, and the one that they take."""
     plans = list(itertools.product((64, 128), (1, 2, 4, 8), (4, 8), (2, 3, 4)))
     for (shape, (out, width)), form in itertools.product(
-        SHAPES.items(), ("int4 group 128", "fp8 block", "fp8 channel")
+        SHAPES.items(), ("int4 group 128", "int4 group 128, zeros", "fp8 block", "fp8 channel")
     ):
         one = packed_like(FORMS[form], (out, width))
         copies = [one] + [copied(one) for _ in range(max(0, min(8, ROTATE_BYTES // one.nbytes - 1)))]
         for count in (1, 16, 64):
             x = torch.randn(count, width, device="cuda", dtype=BF16)
             block = min(max(count, 16), 64)
-            fitting = [
-                weight_only.Tiling(block, n, parts, warps, stages)
-                for n, parts, warps, stages in plans
-                if n * warps in (256, 1024)
-            ]
-            taken = weight_only.tiling(count, one, num_processors(x.device))
+            if count == 1:
+                way, taken, fitting = quantized_row.one_row, quantized_row.work(one), ONE_ROW
+            else:
+                way, taken = weight_only.few_rows, weight_only.tiling(count, one, num_processors(x.device))
+                fitting = [
+                    weight_only.Tiling(block, n, parts, warps, stages)
+                    for n, parts, warps, stages in plans
+                    if n * warps in (256, 1024)
+                ]
             with compile_ahead():
                 for plan in (taken, *fitting):
-                    weight_only.few_rows(x, one, None, plan)
+                    way(x, one, None, plan)
             times = {
-                plan: timed([lambda x=x, p=p, plan=plan: weight_only.few_rows(x, p, None, plan) for p in copies])
+                plan: timed([lambda x=x, p=p, plan=plan, way=way: way(x, p, None, plan) for p in copies])
                 for plan in (taken, *fitting)
             }
             best = sorted(times, key=times.get)[:4]
             floor = (one.nbytes + 2 * count * (out + width)) / bandwidth * 1e6
             print(f"{shape} {form} rows {count}: floor {floor:.1f}, taken {times[taken]:.1f} {taken}", flush=True)
-            print("   " + "; ".join(f"{times[plan]:.1f} {tuple(vars(plan).values())[1:]}" for plan in best), flush=True)
+            print("   " + "; ".join(f"{times[plan]:.1f} {plan}" for plan in best), flush=True)
 
 
 if __name__ == "__main__":

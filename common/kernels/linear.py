@@ -6,6 +6,8 @@
     fixed_linear   any rows, never cut along `in`: the bits of a row do not depend on how many there are
                (common/layers/batch_invariant.py)
 
+Whether one of the first two is taken, or the library, is measured (linear_choice.py).
+
 The rows of x are read from cache, W [out/R, in/R] once from memory: out * in numbers, and two operations a row for
 each. Up to some 64 rows memory bandwidth is the whole cost, and a GEMM library tuned for more rows leaves some of
 it unused; for a small matrix the cost is the launch, and these kernels start before the previous one has ended.
@@ -24,20 +26,6 @@ from common.kernels.launch import counters, launch, let_next_start, num_processo
 LARGE = 1 << 24  # numbers of W: so many go through the tensor cores even for one row of x
 ROWS = 64  # of x a program at most, and of W where W is small
 WIDE = 8000  # rows of a W that keeps the whole chip busy without being cut along `in`
-
-
-def wanted(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Is one of these kernels faster than the library, x [T, in/R], weight [out/R, in/R]? Measured on an H200."""
-    (rows, width), out = x.shape, len(weight)
-    if rows <= 1:
-        return rows == 1
-    if x.dtype == torch.float32:
-        return False
-    if rows <= ROWS // 2:
-        return True
-    if rows <= ROWS:
-        return out > 3000 or width < 3000  # few and long rows of W: the library cuts them up better
-    return rows * out * width <= 1 << 29
 
 
 def linear(

@@ -81,18 +81,19 @@ def _narrow(gemm: Gemm, blocks: int, out: int, processors: int) -> Gemm:
 
 def run(
     x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor,
-    added: torch.Tensor | None = None, tiles: Tiles | None = None,
+    added: torch.Tensor | None = None, shared=None, tiles: Tiles | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """x [T, D], weights [T, k], experts [T, k] int64 (-1: not here), w13 [E, 2F, D] (gate, up), w2 [E, D, F] -> [T, D].
 
-    added [T, D]: what comes to each sum last, before it is rounded. tiles: of the four launches, whatever T.
+    added [T, D]: what comes to each sum last, before it is rounded. shared: SharedMatrices of an expert for all tokens, where
+    `goes_along` (moe_gemv.py) says so. tiles: of the four launches, whatever T.
     """
     (tokens, hidden), top = x.shape, experts.shape[1]
     if not tokens:
         return torch.empty_like(x)
     weights, experts = weights.contiguous(), experts.contiguous()
     if tokens <= moe_gemv.TOKENS and tiles is None:
-        return moe_gemv.run(x, weights, experts, w13, w2, added)
+        return moe_gemv.run(x, weights, experts, w13, w2, added, shared)
     num_experts, intermediate, pairs = len(w13), w2.shape[2], tokens * top
     processors, room = num_processors(x.device), shared_memory(x.device)
     tiles = tiles or tiles_for(pairs, num_experts, intermediate, hidden, x.dtype, processors, room)

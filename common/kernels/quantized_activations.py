@@ -10,8 +10,9 @@ One group is a scale for a row of x and one for a row of W; they are then multip
 (DeepSeek-V3's blocks of 128 x 128) each group's products are summed apart and scaled, in float32. That is also more exact:
 Hopper's FP8 tensor cores keep some 14 bits of a running sum (DeepSeek-V3, section 3.3.2).
 
-Bytes: out * in and its scales, x once in 16 bits and written and read in 8 bits. Even one row is faster so than with x as it is
-(quantized_linear.py), rounding included: widening each byte of W costs more than a launch.
+Bytes: out * in and its scales, x once in 16 bits and written and read in 8 bits. For a few rows that is faster than x as it is
+(quantized_linear.py), rounding included: widening each byte of W costs more than a launch. One row of 16-bit floats stays as it is:
+quantized_row.py.
 """
 
 import torch

@@ -13,6 +13,7 @@ sum of x, which the tensor cores find with a matrix of ones.
 
 Bytes: out * in * bits / 8, the scales and zeros (quantized_layout.py), and x once for each BN rows of W, from cache. More than
 `MANY` rows of x are multiplied by the library, and W is dequantised before, which reads it once more and writes it as numbers.
+One row has a kernel of its own, without tensor cores: quantized_row.py.
 """
 
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from common.kernels import quantized_row
 from common.kernels.launch import INTERPRETED, counters, launch, let_next_start, num_processors, wait_for_previous
 from common.kernels.quantized_layout import ROWS, PackedCodes
 
@@ -60,6 +62,8 @@ def linear(
 ) -> torch.Tensor:
     """x [T, in] -> x W^T (+ bias) [T, out], of x's dtype; in a CUDA graph too."""
     x = packed.ordered(x)
+    if plan is None and quantized_row.takes(x, packed):
+        return quantized_row.one_row(x, packed, bias)
     if len(x) > MANY and plan is None:
         return F.linear(x, dequantise(packed, x.dtype), bias)
     return few_rows(x, packed, bias, plan)

@@ -1,10 +1,11 @@
 """How long kernels take on a GPU, without the CPU that launches them; and how fast its memory is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 ROTATE_BYTES = 256 << 20  # of buffers used in turn, several times the L2 cache
+WARM_UPS = 3  # replays that do not count
 
 
 def copy_bandwidth() -> float:
@@ -16,22 +17,40 @@ def copy_bandwidth() -> float:
 
 def timed(calls: list[Callable[[], object]]) -> float:
     """Microseconds a call: all of them captured into one graph, the median of ten replays."""
+    return timed_in_turn([calls])[0]
+
+
+def timed_in_turn(
+    contenders: Sequence[list[Callable[[], object]]], replays: int = 10, alike: bool = False
+) -> list[float]:
+    """Microseconds a call of each contender: its calls captured into one graph; the graphs are replayed in turn, and the median
+    of so many replays counts. What the calls put out is lost. alike: what the first of them compiles or loads is enough for all."""
+    graphs: list[torch.cuda.CUDAGraph] = []
+    for calls in contenders:
+        graphs.append(_recorded(calls, calls[:1] if alike else calls, graphs[0].pool() if graphs else None))
+    times: list[list[float]] = [[] for _ in graphs]
+    for _ in range(WARM_UPS + replays):
+        for graph, its in zip(graphs, times, strict=True):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            its.append(start.elapsed_time(end))
+    return [
+        sorted(its[WARM_UPS:])[replays // 2] * 1e3 / len(calls) for its, calls in zip(times, contenders, strict=True)
+    ]
+
+
+def _recorded(calls: list[Callable[[], object]], first: list[Callable[[], object]], pool=None) -> torch.cuda.CUDAGraph:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for call in calls:
+        for call in first:
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         for call in calls:
             call()
-    times = []
-    for _ in range(13):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times[3:])[5] * 1e3 / len(calls)
+    return graph

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.kernels.linear_choice import wanted
 from common.layers.heads import HeadLayout, Piece, split_evenly
 from common.parallel_state import TPGroup, all_reduce
 from common.quantization.codes import Codes
@@ -58,13 +59,14 @@ def loadable(values: torch.Tensor, loader: Callable, shard_shapes: dict) -> nn.P
 def multiply(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """x [T, in], weight [out, in] in any form -> x W^T (+ bias) [T, out]; a few rows on a GPU have their own kernel.
+    """x [T, in], weight [out, in] in any form -> x W^T (+ bias) [T, out]; a few rows on a GPU have their own kernel where it is
+    faster (common/kernels/linear_choice.py).
 
     dtype: in which it is computed and put out, a wider one than x's, of which products are exact in it; None: x's.
     """
     if weight.is_mkldnn:  # packed, see cpu_linear.py
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    if fused and x.is_cuda and fused.wanted(x, weight):
+    if fused and x.is_cuda and wanted(x, weight, bias, dtype):
         return fused.linear(x, weight, bias, dtype)
     if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)

@@ -27,7 +27,7 @@ from common.layers.expert_placement import ExpertPlacement
 from common.layers.heads import split_evenly
 from common.layers.linear import ReplicatedLinear, loadable
 from common.layers.mlp import MLP
-from common.layers.moe_runner import Matrices, grouped_mm_takes, pick_runner
+from common.layers.moe_runner import Matrices, SharedMatrices, grouped_mm_takes, pick_runner
 from common.layers.router import Router, RouterRule
 from common.parallel_state import TPGroup, all_reduce
 from common.quantization.method import PLAIN, LayerMethods
@@ -186,8 +186,9 @@ class MoE(nn.Module):
         weights, experts = self.gate.route(x, live)  # [T, k]
         experts = self.placement.here(self.layer, experts)
         self.placement.note(self.layer, experts, live)
-        shared = None if self.shared_expert is None else self.shared(x)
-        y = self.runner.run(x, weights, experts, *self.experts.matrices, shared)  # [T, D], a partial sum
+        y = self.runner.run(
+            x, weights, experts, *self.experts.matrices, **self._shared(x, experts)
+        )  # [T, D], a partial sum
         if self.reduce_results:
             y = all_reduce(y, self.tp, f"{self.name}.down_proj")  # COMM all-reduce [T, D]: partial sums -> full sum
         return y
@@ -220,6 +221,17 @@ class MoE(nn.Module):
     def move_experts(self, new: torch.Tensor) -> None:
         """Fetch and give away weights, so that they lie as new [P] says; `placement` is told afterwards, once for all layers."""
         move_layer(self.experts.w13, self.experts.w2, self.placement, self.layer, new)
+
+    def _shared(self, x: torch.Tensor, experts: torch.Tensor) -> dict[str, torch.Tensor | SharedMatrices]:
+        """What a runner is given of the shared expert: its matrices where it multiplies by them itself, else what it gives."""
+        expert, gate = self.shared_expert, self.shared_expert_gate
+        if expert is None:
+            return {}
+        one, two = expert.gate_up_proj, expert.down_proj
+        plain = one.method is None and two.method is None
+        if plain and self.runner.takes_along(experts, self.experts.w2, one.weight, two.weight):
+            return {"shared": SharedMatrices(one.weight, two.weight, None if gate is None else gate(x).sigmoid())}
+        return {"added": self.shared(x)}
 
     def shared(self, x: torch.Tensor) -> torch.Tensor:
         """What the shared expert gives, a partial sum: the gate is whole on every rank, and so is its factor."""

@@ -4,7 +4,8 @@
 
 `experts` are this rank's own numbers 0 .. E'-1, and -1 is an expert that is not here and adds nothing; F' are this rank's
 columns of each, gate above up in w13. What comes out are partial sums wherever other ranks have other experts or columns.
-`added` comes to each sum last: what the expert gives that all tokens visit; to `triton` before it rounds.
+`added` comes to each sum last: what the expert gives that all tokens visit; to `triton` before it rounds. For a token or two
+`triton` takes that expert's matrices in place of it, and computes it in the launches of the others (`MoERunner.takes_along`).
 `loop` and `grouped` take codes in place of w13 and w2, too, and make an expert's numbers when its turn comes.
 
     loop      an expert after the other: its tokens, its two products, its weights              to read
@@ -118,12 +119,26 @@ def grouped_mm_takes(weight: Matrices) -> bool:
 # --- which one
 
 
+class SharedMatrices(NamedTuple):
+    """The expert that all tokens visit: gate above up, as a linear layer keeps them, and what it gives counts `factor`."""
+
+    w13: torch.Tensor  # [2S, D]
+    w2: torch.Tensor  # [D, S]
+    factor: torch.Tensor | None  # [T, 1]; None: 1
+
+
 class MoERunner(NamedTuple):
     """capturable: a CUDA graph may hold it, because nothing in it depends on how many tokens an expert has."""
 
     name: str
     run: Run
     capturable: bool
+
+    def takes_along(
+        self, experts: torch.Tensor, w2: Matrices, shared_w13: torch.Tensor, shared_w2: torch.Tensor
+    ) -> bool:
+        """Whether `run` takes shared=SharedMatrices of these for tokens with these experts [T, k]."""
+        return self.name == "triton" and fused.moe_gemv.goes_along(*experts.shape, w2, shared_w13, shared_w2)
 
 
 def pick_runner(name: str, device: torch.device) -> MoERunner:

@@ -13,7 +13,8 @@ Any engine that keeps its sequences in a SequenceTable can use it.
 import bisect
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,22 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     out: Any  # what `_step` returned: where every replay leaves it
     messages: list[LedgerEntry]  # what one replay sends
+
+
+@contextmanager
+def nothing_collected() -> Iterator[None]:
+    """For recordings: an engine that was let go of before may still lie about, graphs and all, in a cycle of references. If the
+    collector found it during a recording, what it frees would break the recording: so it goes now, and nothing is collected inside.
+    """
+    if not gc.isenabled():  # another one is around this
+        yield
+        return
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 class StepGraphs(ABC):
@@ -86,17 +103,9 @@ class StepGraphs(ABC):
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Record all shapes, the largest first: the smaller ones then fit into its memory.
-
-        An engine that was let go of before may still lie about, graphs and all, in a cycle of references. If the collector found
-        it during a recording, what it frees would break the recording: so it goes now, and nothing is collected meanwhile.
-        """
-        gc.collect()
-        gc.disable()
-        try:
+        """Record all shapes, the largest first: the smaller ones then fit into its memory."""
+        with nothing_collected():
             self._capture()
-        finally:
-            gc.enable()
 
     def _capture(self) -> None:
         quiet = None if self.tp.world_rank == 0 else True

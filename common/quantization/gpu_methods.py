@@ -12,8 +12,9 @@ from common.quantization.scheme import Scheme
 try:  # a CPU build of torch comes without Triton
     from common.kernels import quantized_activations as rounded
     from common.kernels import quantized_linear as weight_only
+    from common.kernels import quantized_row
 except ImportError:
-    rounded = weight_only = None
+    rounded = weight_only = quantized_row = None
 
 FP8_SINCE = (8, 9)  # compute capability
 GROUP = 128  # columns that share a scale where both factors are rounded
@@ -40,7 +41,8 @@ class RoundedActivations(WeightOnlyKernels):
     A scale for all of x (strategy tensor) that is found as x comes is found by the row here: a finer one, and no request's numbers
     depend on who else is in the step. Where W is in blocks, many rows of x stay as they are and W is dequantised: no kernel here
     multiplies so many rows by blocks as fast as the library multiplies 16-bit floats. So it is where a rank's columns are cut into
-    shorter runs than 128 each (heads of 64 that do not lie side by side).
+    shorter runs than 128 each (heads of 64 that do not lie side by side). And so it is with one row of 16-bit floats: rounding
+    makes products cheap, and there W's bytes are the cost; it would take a launch, and make the answer less exact.
     """
 
     name = "FP8 and INT8 kernels"
@@ -76,7 +78,8 @@ class RoundedActivations(WeightOnlyKernels):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         packed = self.packed
-        if packed.group not in (0, GROUP) or (packed.group and len(x) > weight_only.MANY):
+        one = quantized_row.takes(x, packed)
+        if one or packed.group not in (0, GROUP) or (packed.group and len(x) > weight_only.MANY):
             return weight_only.linear(x, packed, bias)
         x, dtype = packed.ordered(x), x.dtype
         q, scale = rounded.round_rows(x, packed.q.dtype, bool(packed.group), self.static)

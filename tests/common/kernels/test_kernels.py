@@ -250,17 +250,18 @@ def test_linear_of_more_rows(rows, out, width):
 
 
 def check_linear(rows: int, out: int, width: int, dtype: torch.dtype) -> None:
-    from common.kernels import linear  # noqa: PLC0415
+    from common.kernels import linear, linear_choice  # noqa: PLC0415
 
     x, weight = (torch.randn(n, width, device="cuda", dtype=dtype) for n in (rows, out))
     bias = torch.randn(out, device="cuda", dtype=dtype)
-    assert linear.wanted(x, weight)
+    with linear_choice.forgotten():
+        assert linear_choice.wanted(x, weight)
+        assert rows == 1 or not linear_choice.wanted(x.float(), weight.float())
     want, limit = x.double() @ weight.double().t(), TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
     for _ in range(2):  # the counters are as they were before
         assert relative_error(linear.linear(x, weight), want) < limit
     assert relative_error(linear.linear(x, weight, bias), want + bias) < limit
     assert relative_error(linear.linear(x, weight, bias, torch.float32), want + bias) < 3e-4  # and not a 16-bit float
-    assert rows == 1 or not linear.wanted(x.float(), weight.float())
 
 
 @gpu

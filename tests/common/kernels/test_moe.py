@@ -152,10 +152,11 @@ def test_tiles_fit_a_gpu(pairs, experts):
         assert min(gemm.rows, gemm.columns, tiles.block) >= 16
 
 
-def test_tokens_of_an_engine_equal_transformers(tmp_path):
-    """In float32, a prompt with many rows an expert and decode steps of one row."""
+@pytest.mark.parametrize("name", ["qwen3_moe", pytest.param("deepseek_v3", marks=gpu)])
+def test_tokens_of_an_engine_equal_transformers(name, tmp_path):
+    """In float32, a prompt with many rows an expert and decode steps of one row; DeepSeek's with the shared expert along."""
     prompt = list(range(3, 21))
-    folder = save_random("qwen3_moe", tmp_path)
+    folder = save_random(name, tmp_path)
     engine = Engine(str(folder), device=DEVICE.type, dtype="float32", moe_runner="triton")
     (answer,) = engine.generate(input_ids=[prompt], sampling_params={"max_new_tokens": 4, "temperature": 0.0})
     assert answer["output_ids"] == greedy(folder, prompt, 4)

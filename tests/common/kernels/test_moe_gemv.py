@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from common.layers.moe_runner import loop
+from common.layers.activation import silu_and_mul
+from common.layers.moe_runner import SharedMatrices, loop
 from tests.common.kernels.test_moe import Shape, in_float64, operands
 from tests.common.kernels.where import DEVICE, TOLERANCE, gpu, kernel, relative_error
 
@@ -70,6 +71,68 @@ def test_what_is_added_is_rounded_with_the_sum(tokens):
     assert ((y.double() - want).abs() <= 0.55 * spacing + 4e-3).all()
 
 
+def shared_operands(shape: Shape, of_others: int, dtype: torch.dtype, gated: bool) -> SharedMatrices:
+    """As wide as so many of the others."""
+    random, width = torch.Generator().manual_seed(7), of_others * shape.width
+    w13 = torch.randn(2 * width, shape.hidden, generator=random) * shape.hidden**-0.5
+    w2 = torch.randn(shape.hidden, width, generator=random) * width**-0.5
+    factor = torch.rand(shape.tokens, 1, generator=random) if gated else None
+    return SharedMatrices(*(None if one is None else one.to(DEVICE, dtype) for one in (w13, w2, factor)))
+
+
+def with_shared_in_float64(inputs, shared: SharedMatrices) -> torch.Tensor:
+    x = inputs[0].double()
+    y = silu_and_mul(x @ shared.w13.double().t()) @ shared.w2.double().t()
+    return in_float64(*inputs) + (y if shared.factor is None else shared.factor.double() * y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "of_others", "gated"),
+    [(Shape(1, 1, 3, 24, 16), 1, True), (Shape(1, 6, 9, 37, 19), 2, False), (Shape(2, 3, 5, 40, 12), 3, True)],
+    ids=["one choice, one more", "six choices and two, odd widths", "two tokens, three choices and three"],
+)
+def test_the_shared_expert_goes_along(shape, of_others, gated, dtype):
+    """Its programs and those of the k choices have rows beyond the last; several turns."""
+    inputs, shared = operands(shape, dtype, seed=shape.top), shared_operands(shape, of_others, dtype, gated)
+    ways = (8, 16, 4), (16, 8, 4)
+    y = run(inputs, ways, shared=shared)
+    assert y.dtype == dtype
+    assert relative_error(y, with_shared_in_float64(inputs, shared)) < DTYPES[dtype]
+    assert torch.equal(run(inputs, ways, shared=shared), y)
+
+
+@pytest.mark.parametrize(
+    ("choices", "ways"),
+    [([4, 0, 2], ((8, 64, 4), (16, 32, 4))), ([-1, 2, -1], None), ([-1, -1, -1], ((32, 16, 8), (64, 16, 4)))],
+    ids=["all here, a turn", "one here, as real sizes choose", "none here, a program each"],
+)
+def test_it_does_so_in_any_turns_and_whoever_is_here(choices, ways):
+    """Weights of experts that nobody chose are NaN, and so is the router's weight of a choice that is not here."""
+    shape = Shape(1, 3, 6, 44, 22)
+    inputs, shared = operands(shape, torch.float32), shared_operands(shape, 2, torch.float32, gated=True)
+    _, weights, experts, w13, w2 = inputs
+    experts.copy_(torch.tensor([choices]))
+    want = with_shared_in_float64(inputs, shared)
+    for w in (w13, w2):
+        w[[e for e in range(6) if e not in choices]] = torch.nan
+    weights[experts < 0] = torch.nan
+    assert relative_error(run(inputs, ways, shared=shared), want) < TOLERANCE[torch.float32]
+
+
+def test_what_goes_along():
+    from common.kernels.moe_gemv import ALONG, SLOTS, goes_along  # noqa: PLC0415
+
+    w2, w13, down = torch.zeros(4, 24, 10), torch.zeros(60, 24), torch.zeros(24, 30)  # three more slots
+    assert goes_along(ALONG, 2, w2, w13, down)
+    assert not goes_along(ALONG + 1, 2, w2, w13, down)
+    assert goes_along(1, SLOTS - 3, w2, w13, down)
+    assert not goes_along(1, SLOTS - 2, w2, w13, down)
+    assert not goes_along(1, 2, w2, torch.zeros(50, 24), torch.zeros(24, 25))  # two and a half
+    assert not goes_along(1, 2, w2, w13, torch.zeros(30, 24).t())  # as cpu_linear.py may keep it
+    assert not goes_along(1, 2, w2, w13.to_mkldnn(), down)
+
+
 def test_columns_of_ranks_add_up():
     """F cut into three: the parts are those of the whole."""
     x, weights, experts, w13, w2 = operands(Shape(1, 4, 6, 40, 36), torch.float32)
@@ -93,14 +156,29 @@ def test_programs_are_small():
 
 
 @gpu
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("experts", "top", "of_others"), [(64, 6, 2), (60, 4, 4)], ids=["DeepSeek-V2-Lite", "Qwen1.5-MoE"]
+)
+def test_the_shared_expert_at_real_sizes_in_bfloat16(experts, top, of_others, gated):
+    shape = Shape(1, top, experts, 2048, 1408)
+    inputs, shared = operands(shape, torch.bfloat16), shared_operands(shape, of_others, torch.bfloat16, gated)
+    y = run(inputs, shared=shared)
+    assert relative_error(y, with_shared_in_float64(inputs, shared)) < 1e-2
+    assert torch.equal(run(inputs, shared=shared), y)
+
+
+@gpu
+@pytest.mark.parametrize("of_others", [0, 2], ids=["no shared expert", "a shared expert along"])
 @torch.inference_mode()
-def test_rows_of_w2_are_those_of_this_layer_s_experts():
+def test_rows_of_w2_are_those_of_this_layer_s_experts(of_others):
     """They are asked for before the wait; the experts of all layers of a graph lie at the same address, one after the other."""
     from common.kernels import moe_gemv, router  # noqa: PLC0415
     from common.layers.router import RouterRule  # noqa: PLC0415
 
-    layers, rule = 6, RouterRule(top_k=8)
-    x, _, _, w13, w2 = operands(Shape(1, 8, 64, 2048, 768), torch.bfloat16)
+    layers, rule, shape = 6, RouterRule(top_k=8), Shape(1, 8, 64, 2048, 768)
+    x, _, _, w13, w2 = operands(shape, torch.bfloat16)
+    shared = shared_operands(shape, of_others, torch.bfloat16, gated=False) if of_others else None
     logits = torch.randn(layers, 1, 64, dtype=torch.bfloat16, device=DEVICE)
 
     def step(between=lambda: None):
@@ -108,7 +186,7 @@ def test_rows_of_w2_are_those_of_this_layer_s_experts():
         for layer in logits:
             weights, experts = router.choose(layer, rule, None, torch.bfloat16)
             between()
-            ys.append(moe_gemv.run(x, weights, experts, w13, w2))
+            ys.append(moe_gemv.run(x, weights, experts, w13, w2, shared=shared))
             between()
         return torch.cat(ys)
 

@@ -134,10 +134,10 @@ def test_products(name, dtype):
         width=st.integers(1, 300), group=st.sampled_from([0, 16, 32, 48, 128]), start=st.integers(0, 40), shuffled=st.booleans(),
         same_zero=st.booleans(),
     ),
-    st.integers(1, 30),
+    st.integers(1, 30) | st.just(1), st.sampled_from(list(TOLERANCE)),
 )  # fmt: skip
-def test_any_matrix(matrix, rows):
-    check(matrix, (rows,), torch.float32)
+def test_any_matrix(matrix, rows, dtype):
+    check(matrix, (rows,), dtype)
 
 
 def check(matrix: Matrix, counts: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -13,6 +13,7 @@ from common.layers.router import RouterRule
 from common.models.weights import TensorSource
 from common.parallel_state import TPGroup
 from tests.common.in_memory import InMemory
+from tests.common.kernels.where import DEVICE, kernel
 
 D, E, WIDTH, SHARED = 24, 5, 11, 13
 BLOCKS = {
@@ -150,3 +151,49 @@ def test_the_form_of_matrices_on_a_cpu_is_none_of_the_experts_business(form):
     }  # fmt: skip
     assert all(a is b for a, b in zip(experts, [layer.experts.w13, layer.experts.w2, layer.gate.weight], strict=True))
     torch.testing.assert_close(layer(tokens(9)), want)
+
+
+def with_a_shared_one(gated: bool, width: int, shared: int) -> tuple[Mixture, dict[str, torch.Tensor]]:
+    """A mixture of 5 experts, 3 a token, and random tensors: name -> shape as one rank has them."""
+    random, shapes = torch.Generator().manual_seed(3), {
+        "gate.weight": (E, D), "experts.w13": (E, 2 * width, D), "experts.w2": (E, D, width),
+        "shared_expert.gate_up_proj.weight": (2 * shared, D), "shared_expert.down_proj.weight": (D, shared),
+        "shared_expert_gate.weight": (1, D),
+    }  # fmt: skip
+    values = {name: 0.3 * torch.randn(shape, generator=random) for name, shape in shapes.items()}
+    return Mixture(E, RouterRule(3), width, (True,), shared, gated), values
+
+
+def on_a_rank(mixture, values, rank, ranks, ep=1, runner="triton"):
+    """The layer of one of R ranks, `ep` groups of which have experts of their own; and what else its runner was given."""
+    tp, moe_tp = TPGroup(rank, ranks, device=DEVICE), TPGroup(rank % (ranks // ep), ranks // ep, device=DEVICE)
+    options = MoEOptions(runner, TPGroup(rank // (ranks // ep), ep, device=DEVICE), moe_tp)
+    layer, given = MoE(D, mixture, tp, "mlp", reduce_results=False, options=options), []
+    for name, param in layer.named_parameters():
+        parts = values[name].chunk(2) if "gate_up" in name else [values[name]]
+        for shard_id in getattr(param, "fused_shapes", param.shard_shapes):
+            source = TensorSource(parts[shard_id or 0])
+            param.weight_loader(source, shard_id)
+    run = layer.runner.run
+    layer.runner = layer.runner._replace(run=lambda *args, **more: given.append(set(more)) or run(*args, **more))
+    return layer.to(DEVICE), given
+
+
+@kernel
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("ranks", "ep", "gated", "along"),
+    [(1, 1, False, True), (3, 1, True, True), (2, 2, True, True), (4, 2, False, True), (4, 4, True, False)],
+)
+def test_a_shared_expert_goes_along_wherever_it_is_as_wide_as_some_of_the_others(ranks, ep, gated, along):
+    """Width 12, shared 24: over 4 ranks 6 columns, of which experts dealt out whole have 12. All against the loop on one rank."""
+    mixture, values = with_a_shared_one(gated, 12, 24)
+    x = tokens(1).to(DEVICE)
+    alone, _ = on_a_rank(mixture, values, 0, 1, runner="loop")
+    parts = 0
+    for rank in range(ranks):
+        layer, given = on_a_rank(mixture, values, rank, ranks, ep)
+        parts = parts + layer(x)
+        layer(tokens(5).to(DEVICE))
+        assert given == [{"shared"} if along else {"added"}, {"added"}]  # five tokens have it by itself
+    torch.testing.assert_close(parts, alone(x), rtol=1e-5, atol=1e-5)

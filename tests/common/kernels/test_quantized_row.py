@@ -1,0 +1,68 @@
+"""One row of x by codes, on the ordinary cores; on a CPU in Triton's interpreter."""
+
+import pytest
+import torch
+
+from common.kernels.quantized_layout import pack
+from common.quantization.codes import Codes
+from common.quantization.gpu_methods import RoundedActivations
+from common.quantization.rounding import round_to_nearest
+from common.quantization.scheme import Activations, Scheme
+from tests.common.kernels.test_quantized_linear import MATRICES
+from tests.common.kernels.where import DEVICE, TOLERANCE, kernel, relative_error
+
+pytestmark = kernel
+PLANS = [(1, 1, 8, 1), (2, 4, 4, 4), (4, 4, 4, 4), (4, 16, 2, 8)]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("name", MATRICES)
+def test_any_share_of_the_work_gives_the_numbers_of_float64(name, plan):
+    from common.kernels import quantized_row  # noqa: PLC0415
+
+    matrix, width = MATRICES[name], MATRICES[name].width
+    codes = matrix.codes()
+    packed = pack(Codes(*(None if x is None else x.to(DEVICE) for x in codes)), matrix.bits)
+    bias = torch.randn(matrix.out, device=DEVICE)
+    for dtype in {torch.float16, *TOLERANCE} - {
+        torch.float32
+    }:  # the interpreter rounds to bfloat16 in a way of its own
+        x = torch.randn(1, width, device=DEVICE).to(dtype)
+        ordered = packed.ordered(x)
+        if packed.e2m1 or packed.width % 4:
+            assert not quantized_row.takes(ordered, packed)
+            continue
+        assert quantized_row.takes(ordered, packed)
+        got = quantized_row.one_row(ordered, packed, bias.to(dtype), quantized_row.Work(*plan))
+        want = x.double() @ codes.dequantise(torch.float64).to(DEVICE).t() + bias.to(dtype)
+        assert got.dtype == dtype
+        assert relative_error(got, want) < 1.5 * relative_error(
+            want.to(dtype), want
+        )  # little more than its last rounding
+
+
+def test_who_has_another_kernel():
+    from common.kernels import quantized_row  # noqa: PLC0415
+
+    packed = pack(MATRICES["INT8"].codes(), 8)
+    assert not quantized_row.takes(torch.zeros(2, 256, dtype=torch.float16), packed)
+    assert not quantized_row.takes(torch.zeros(1, 256), packed)
+
+
+def test_a_single_row_is_not_rounded():
+    """INT8 by a row of one large number and small ones: rounding loses the small ones."""
+    scheme = Scheme("w8a8_int8", 8, "int", activations=Activations(8, "int"))
+    codes = round_to_nearest(torch.randn(64, 256), scheme)
+    codes = Codes(*(None if x is None else x.to(DEVICE) for x in codes))
+    layer, method = torch.nn.Module(), RoundedActivations(scheme)
+    method.pack(layer, codes)
+    dtype = next(kind for kind in TOLERANCE if kind != torch.float32)
+    x = (0.01 * torch.randn(2, 256, device=DEVICE)).to(dtype)
+    x[:, 0] = 100.0
+    want = x.double() @ codes.dequantise(torch.float64).t()
+    large = x.double()[:, :1] @ codes.dequantise(torch.float64).t()[:1]
+    alone = method.apply(layer, x[:1], None)
+    beside = method.apply(layer, x, None)[:1]
+    assert relative_error(alone, want[:1]) < TOLERANCE[dtype]
+    assert relative_error(beside, large[:1]) < TOLERANCE[dtype], "two rows are rounded, and the small numbers are gone"
+    assert (alone.double() - want[:1]).norm() < 0.9 * (beside.double() - want[:1]).norm()
