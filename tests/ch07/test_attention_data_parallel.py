@@ -23,7 +23,7 @@ from tests.oracle import greedy
 from tests.ranks import layout_of_the_pool
 
 SMALL_POOL = 112
-LAYOUTS = {  # ranks, data ranks among them, sequence parallelism; one of so many draws, 29 of 100 in all: fewer where messages take longest
+LAYOUTS = {  # ranks, data ranks among them, sequence parallelism; one of so many draws: fewer where a message takes longest
     "attn_dp2": (2, 2, False, 10),
     "attn_dp3": (3, 3, False, 20),
     "tp4_attn_dp2": (4, 2, False, 25),
