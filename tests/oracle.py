@@ -89,6 +89,11 @@ SMALL = {
 }  # fmt: skip
 
 
+STORED = {
+    "qwen2.5-0.5b": torch.bfloat16
+}  # as published, and half of 2 GB to write, and to read for each rank; both compute in float32
+
+
 def save_random(name: str, folder: Path, **save_options) -> Path:
     """A checkpoint with random weights, and biases and norms that are not the trivial 0 and 1."""
     torch.manual_seed(0)
@@ -100,7 +105,7 @@ def save_random(name: str, folder: Path, **save_options) -> Path:
         if key.endswith("e_score_correction_bias"):
             buffer.add_(0.2 * torch.randn_like(buffer))
     model.generation_config.eos_token_id = None
-    model.save_pretrained(folder, **save_options)
+    model.to(STORED.get(name, torch.float32)).save_pretrained(folder, **save_options)
     return folder
 
 

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from tests import warm
 from tests.readme import run
 
 SCRIPT = """
@@ -44,3 +45,17 @@ def test_a_rank_that_fails_is_a_failure(script):
 
 def test_a_module_is_run_as_one():
     run("python -m calendar 2026 11", "   November 2026")
+
+
+BESIDE = """
+import subprocess, sys
+rank = subprocess.Popen([sys.executable, "-m", "common.distributed.rank_main"], stdin=subprocess.PIPE)
+rank.stdin.close()
+print(type(rank).__name__, rank.wait(60), subprocess.run([sys.executable, "-c", "print(42)"], capture_output=True).stdout)
+"""
+
+
+@pytest.mark.skipif(not warm.FORK, reason="this system has no fork")
+def test_a_rank_that_it_starts_is_forked_and_anything_else_is_not(tmp_path):
+    (tmp_path / "starts.py").write_text(BESIDE, encoding="utf-8")
+    run(f"python {tmp_path / 'starts.py'}", "_Forked 0 b'42\\n'")

@@ -23,12 +23,12 @@ from tests.oracle import greedy
 from tests.ranks import layout_of_the_pool
 
 SMALL_POOL = 112
-LAYOUTS = {  # ranks, data ranks among them, sequence parallelism
-    "attn_dp2": (2, 2, False),
-    "attn_dp3": (3, 3, False),
-    "tp4_attn_dp2": (4, 2, False),
-    "sp2": (2, 1, True),
-    "sp3": (3, 1, True),
+LAYOUTS = {  # ranks, data ranks among them, sequence parallelism; one of so many draws: fewer where a message takes longest
+    "attn_dp2": (2, 2, False, 10),
+    "attn_dp3": (3, 3, False, 20),
+    "tp4_attn_dp2": (4, 2, False, 25),
+    "sp2": (2, 1, True, 16),
+    "sp3": (3, 1, True, 25),
 }
 
 
@@ -90,10 +90,10 @@ def assert_right(case: dict, by_rank: list) -> None:
 
 @pytest.mark.parametrize(("size", "layout"), [(LAYOUTS[name][0], name) for name in LAYOUTS], ids=str)
 def test_nothing_changes_an_answer(size, layout, ranks):
-    _, attn_dp, sp = LAYOUTS[layout]
+    _, attn_dp, sp, one_of = LAYOUTS[layout]
 
     @settings(
-        max_examples=max(settings().max_examples // 16, 3), deadline=None, derandomize=True, database=None,
+        max_examples=max(settings().max_examples // one_of, 3), deadline=None, derandomize=True, database=None,
         suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate),
     )  # fmt: skip
     @given(case=cases)
