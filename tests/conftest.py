@@ -109,7 +109,7 @@ def no_group_left_over():
 def forked():
     """The ranks and replicas that an engine in this process starts are forked (warm.py): 1.1 CPU seconds each, not 2.9.
 
-    That they start as Python processes do is held where a script, a notebook or a server starts them.
+    That they start as Python processes do is held by notebooks, test_spawn.py's scripts and a server of test_life_and_death.py.
     """
     multiprocessing.util.get_temp_dir()  # made now: some tests have a temporary folder of their own, which must stay empty
     with pytest.MonkeyPatch.context() as patch:

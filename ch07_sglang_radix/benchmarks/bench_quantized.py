@@ -107,7 +107,8 @@ def on_a_gpu(chosen: list[str]):
         engine.shutdown()
         engine = work = None  # the next one needs the room, and its checkpoint room on the disk
         gc.collect()
-        if folder != source:
+        following = [FORMS[other][0] for other in chosen[chosen.index(form) + 1 :]]
+        if name is not None and name not in following:
             shutil.rmtree(folder)
 
 

@@ -171,10 +171,15 @@ def choose(met: Met, tp: TPGroup, time_both: TimeBoth | None = None) -> list[Cho
     same bits on each, and a rank that decides for itself may decide otherwise. time_both: us of the kernel and of the library, by
     default on this GPU.
     """
-    mine = _measure(met, time_both or _time_both) if tp.rank == 0 else []
-    choices = [Choice(rows, Matrix(*matrix), *rest) for rows, matrix, *rest in share_all(mine, tp)[0]]
-    _measured.update({(one.rows, one.matrix): one.kernel for one in choices})
-    return choices
+    told = ([], [])
+    if tp.rank == 0:
+        mine = _measure(met, time_both or _time_both)
+        _measured.update({(one.rows, one.matrix): one.kernel for one in mine})
+        # what was measured for an engine before, too: a rank may be of a younger process
+        told = mine, [(rows, each, kernel) for (rows, each), kernel in _measured.items() if each in met]
+    choices, known = share_all(told, tp)[0]
+    _measured.update({(rows, Matrix(*each)): kernel for rows, each, kernel in known})
+    return [Choice(rows, Matrix(*each), *rest) for rows, each, *rest in choices]
 
 
 @torch.inference_mode()

@@ -56,6 +56,8 @@ def one_row(
 ) -> torch.Tensor:
     """x [1, width], its columns in the order of the codes -> x W^T (+ bias) [1, out], of x's dtype."""
     x, out = x.contiguous(), packed.out
+    if x.storage_offset() % 4:  # four numbers are read at a time
+        x = x.clone()
     y = torch.empty(1, out, dtype=x.dtype, device=x.device)
     plan = plan or work(packed)
     launch(
@@ -170,9 +172,10 @@ def _one_row(
     # the address of x has the shape of that of W: so both are laid out alike over the threads, and nothing is exchanged
     x_at = x + t[:, None, None] * (TURN // 4) + 0 * n[None, :, None] + k[None, None, :]
     column = t[:, None, None] * TURN + 4 * k[None, None, :] + 0 * n[None, :, None]
-    live, turns = (n < out)[None, :], tl.cdiv(width, TURN)
+    turns = tl.cdiv(width, TURN)
     code, s, z, acc = (), (), (), ()
     for r in tl.static_range(R):
+        live = (n + r * N < out)[None, :]
         code = code + (tl.load(q_at + r * N * row_stride, mask=(column < width) & live[:, :, None], other=0),)
         at = ((n + r * N) // SHARE)[None, :] + (t * TURN // GROUP if GROUP else t * 0)[:, None] * scale_stride
         s = s + ((tl.load(scale + at, mask=(t < turns)[:, None] & live, other=0.0) if GROUP else 0),)
@@ -185,6 +188,7 @@ def _one_row(
         turn, ahead = first + T + t, (first + T) * TURN + column
         code_ahead, s_ahead, z_ahead, sums = (), (), (), ()
         for r in tl.static_range(R):
+            live = (n + r * N < out)[None, :]
             there = q_at + (first + T) * turn_stride + r * N * row_stride
             code_ahead = code_ahead + (tl.load(there, mask=(ahead < width) & live[:, :, None], other=0),)
             at = ((n + r * N) // SHARE)[None, :] + (turn * TURN // GROUP if GROUP else t * 0)[:, None] * scale_stride

@@ -4,7 +4,7 @@
 
 `experts` are this rank's own numbers 0 .. E'-1, and -1 is an expert that is not here and adds nothing; F' are this rank's
 columns of each, gate above up in w13. What comes out are partial sums wherever other ranks have other experts or columns.
-`added` comes to each sum last: what the expert gives that all tokens visit; to `triton` before it rounds. For a token or two
+`added` comes to each sum last: what the expert gives that all tokens visit; to `triton` before it rounds. For a few tokens
 `triton` takes that expert's matrices in place of it, and computes it in the launches of the others (`MoERunner.takes_along`).
 `loop` and `grouped` take codes in place of w13 and w2, too, and make an expert's numbers when its turn comes.
 

@@ -38,11 +38,12 @@ class RoundedActivations(WeightOnlyKernels):
     """FP8 or INT8 weights of a scheme that rounds x as well: by the row, or by groups of 128 columns where W's blocks have as
     many; or by the checkpoint's scale where it has one.
 
-    A scale for all of x (strategy tensor) that is found as x comes is found by the row here: a finer one, and no request's numbers
-    depend on who else is in the step. Where W is in blocks, many rows of x stay as they are and W is dequantised: no kernel here
+    A scale for all of x (strategy tensor) that is found as x comes is found by the row here: a finer one, and no row's scale
+    depends on who else is in the step. Where W is in blocks, many rows of x stay as they are and W is dequantised: no kernel here
     multiplies so many rows by blocks as fast as the library multiplies 16-bit floats. So it is where a rank's columns are cut into
     shorter runs than 128 each (heads of 64 that do not lie side by side). And so it is with one row of 16-bit floats: rounding
-    makes products cheap, and there W's bytes are the cost; it would take a launch, and make the answer less exact.
+    makes products cheap, and there W's bytes are the cost; it would take a launch, and make the answer less exact. So a request
+    alone in its step is computed more exactly than beside others, and its tokens may differ.
     """
 
     name = "FP8 and INT8 kernels"

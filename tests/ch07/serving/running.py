@@ -134,6 +134,9 @@ class RunningServer:
                 found[f"rank {len(found) - 2}"] = child
         return found
 
+    def forget_forked(self) -> None:
+        Path(self._list_of_forked).unlink(missing_ok=True)
+
     def leftovers(self) -> list[str]:
         return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*"))
 
@@ -155,6 +158,7 @@ def a_server(*flags: str, forks: bool = True) -> Iterator[RunningServer]:
         yield server
     finally:
         server.process.kill() if server.process.poll() is None and server.end() else None
+        server.forget_forked()
 
 
 class InThisProcess:

@@ -89,8 +89,18 @@ def with_shared_in_float64(inputs, shared: SharedMatrices) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("shape", "of_others", "gated"),
-    [(Shape(1, 1, 3, 24, 16), 1, True), (Shape(1, 6, 9, 37, 19), 2, False), (Shape(2, 3, 5, 40, 12), 3, True)],
-    ids=["one choice, one more", "six choices and two, odd widths", "two tokens, three choices and three"],
+    [
+        (Shape(1, 1, 3, 24, 16), 1, True),
+        (Shape(1, 6, 9, 37, 19), 2, False),
+        (Shape(2, 3, 5, 40, 12), 3, True),
+        (Shape(3, 4, 6, 29, 10), 4, True),
+    ],
+    ids=[
+        "one choice, one more",
+        "six choices and two, odd widths",
+        "two tokens, three choices and three",
+        "three tokens, four choices and four",
+    ],
 )
 def test_the_shared_expert_goes_along(shape, of_others, gated, dtype):
     """Its programs and those of the k choices have rows beyond the last; several turns."""

@@ -1,5 +1,10 @@
 """One row of x by codes, on the ordinary cores; on a CPU in Triton's interpreter."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,9 +14,10 @@ from common.quantization.gpu_methods import RoundedActivations
 from common.quantization.rounding import round_to_nearest
 from common.quantization.scheme import Activations, Scheme
 from tests.common.kernels.test_quantized_linear import MATRICES
-from tests.common.kernels.where import DEVICE, TOLERANCE, kernel, relative_error
+from tests.common.kernels.where import DEVICE, GPU, TOLERANCE, kernel, relative_error
 
 pytestmark = kernel
+ROOT = Path(__file__).resolve().parents[3]
 PLANS = [(1, 1, 8, 1), (2, 4, 4, 4), (4, 4, 4, 4), (4, 16, 2, 8)]
 
 
@@ -39,6 +45,54 @@ def test_any_share_of_the_work_gives_the_numbers_of_float64(name, plan):
         assert relative_error(got, want) < 1.5 * relative_error(
             want.to(dtype), want
         )  # little more than its last rounding
+
+
+GUARDED = """
+import ctypes, mmap, sys
+import torch
+from common.kernels.quantized_layout import pack
+from common.kernels.quantized_row import Work, one_row
+from common.quantization.codes import Codes
+
+def last(values):
+    \'\'\'The same in memory behind which is a page that nobody may read.\'\'\'
+    page = mmap.PAGESIZE
+    size = -(-values.nbytes // page) * page
+    memory = mmap.mmap(-1, size + page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL("libc.so.6").mprotect(ctypes.c_void_p(start + size), page, 0) == 0
+    kept = torch.frombuffer(memory, dtype=torch.uint8)[size - values.nbytes : size].view(values.dtype).view(values.shape)
+    return kept.copy_(values)
+
+out, bits, grouped = (int(word) for word in sys.argv[1:])
+group = torch.arange(512) // 128 * grouped
+scale = torch.rand(out, 4 if grouped else 1) + 0.1
+top = 1 << bits - 1
+codes = Codes(torch.randint(-top, top, (out, 512)).to(torch.int8), scale, None, group)
+packed = pack(codes, bits)
+packed.q, packed.scale = last(packed.q), last(packed.scale)
+x = torch.randn(1, 512, dtype=torch.float16)
+want = x.double() @ codes.dequantise(torch.float64).t()
+for plan in (None, Work(4, 4, 4, 4)):
+    assert ((one_row(x, packed, None, plan).double() - want).norm() / want.norm()) < 1e-3
+"""
+
+
+@pytest.mark.skipif(GPU or sys.platform != "linux", reason="memory that nobody may read, on a CPU under Linux")
+@pytest.mark.parametrize(("out", "bits", "grouped"), [(13, 8, 0), (13, 8, 1), (13, 4, 1), (70, 4, 1)])
+def test_nothing_is_read_behind_the_last_row(out, bits, grouped):
+    words = [sys.executable, "-c", GUARDED, str(out), str(bits), str(grouped)]
+    subprocess.run(words, check=True, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT)
+
+
+def test_a_row_may_begin_anywhere():
+    from common.kernels import quantized_row  # noqa: PLC0415
+
+    packed = pack(Codes(*(None if one is None else one.to(DEVICE) for one in MATRICES["INT8"].codes())), 8)
+    wide = torch.randn(1, 260, dtype=torch.float16, device=DEVICE)
+    assert torch.equal(
+        quantized_row.one_row(wide[:, 2:258], packed), quantized_row.one_row(wide[:, 2:258].clone(), packed)
+    )
 
 
 def test_who_has_another_kernel():
