@@ -167,19 +167,20 @@ def _one_row(
     FOURS: tl.constexpr = TURN * BITS // 32  # int32 of a row's turn
     ABOVE: tl.constexpr = 128 if BITS == 4 else 0
     n, t, k = tl.program_id(0) * (R * N) + tl.arange(0, N), tl.arange(0, T), tl.arange(0, FOURS)
-    row = (n // 64).to(tl.int64) * tile_stride + (n % 64) * row_stride
-    q_at = q + t[:, None, None] * turn_stride + row[None, :, None] + k[None, None, :]  # [T, N, FOURS]
+    turns, any_row = tl.cdiv(width, TURN), 0 * n[None, :, None]
     # the address of x has the shape of that of W: so both are laid out alike over the threads, and nothing is exchanged
-    x_at = x + t[:, None, None] * (TURN // 4) + 0 * n[None, :, None] + k[None, None, :]
-    column = t[:, None, None] * TURN + 4 * k[None, None, :] + 0 * n[None, :, None]
-    turns = tl.cdiv(width, TURN)
-    code, s, z, acc = (), (), (), ()
+    x_at = x + t[:, None, None] * (TURN // 4) + any_row + k[None, None, :]
+    column = t[:, None, None] * TURN + 4 * k[None, None, :] + any_row  # [T, N, FOURS]
+    q_at, of_row, code, s, z, acc = (), (), (), (), (), ()
     for r in tl.static_range(R):
-        live = (n + r * N < out)[None, :]
-        code = code + (tl.load(q_at + r * N * row_stride, mask=(column < width) & live[:, :, None], other=0),)
-        at = ((n + r * N) // SHARE)[None, :] + (t * TURN // GROUP if GROUP else t * 0)[:, None] * scale_stride
-        s = s + ((tl.load(scale + at, mask=(t < turns)[:, None] & live, other=0.0) if GROUP else 0),)
-        z = z + ((tl.load(zero + at, mask=(t < turns)[:, None] & live, other=0) if ZERO else 0),)
+        m = tl.minimum(n + r * N, out - 1)  # behind the last row it is read again, and not stored
+        row = (m // 64).to(tl.int64) * tile_stride + (m % 64) * row_stride
+        there = q + t[:, None, None] * turn_stride + row[None, :, None] + k[None, None, :]
+        q_at, code = q_at + (there,), code + (tl.load(there, mask=column < width, other=0),)
+        of_row = of_row + ((m // SHARE)[None, :],)
+        at = of_row[r] + (t * TURN // GROUP if GROUP else t * 0)[:, None] * scale_stride
+        s = s + ((tl.load(scale + at, mask=(t < turns)[:, None], other=0.0) if GROUP else 0),)
+        z = z + ((tl.load(zero + at, mask=(t < turns)[:, None], other=0) if ZERO else 0),)
         acc = acc + (tl.zeros([T, N], tl.float32),)
     wait_for_previous(PDL)
     low = tl.load(x_at, mask=column < width, other=0)
@@ -188,21 +189,19 @@ def _one_row(
         turn, ahead = first + T + t, (first + T) * TURN + column
         code_ahead, s_ahead, z_ahead, sums = (), (), (), ()
         for r in tl.static_range(R):
-            live = (n + r * N < out)[None, :]
-            there = q_at + (first + T) * turn_stride + r * N * row_stride
-            code_ahead = code_ahead + (tl.load(there, mask=(ahead < width) & live[:, :, None], other=0),)
-            at = ((n + r * N) // SHARE)[None, :] + (turn * TURN // GROUP if GROUP else t * 0)[:, None] * scale_stride
-            s_ahead = s_ahead + ((tl.load(scale + at, mask=(turn < turns)[:, None] & live, other=0.0) if GROUP else 0),)
-            z_ahead = z_ahead + ((tl.load(zero + at, mask=(turn < turns)[:, None] & live, other=0) if ZERO else 0),)
-        there = x_at + (first + T) * (TURN // 4)
-        low_ahead = tl.load(there, mask=ahead < width, other=0)
-        high_ahead = tl.load(there + TURN // 8, mask=ahead + TURN // 2 < width, other=0) if BITS == 4 else 0
+            code_ahead = code_ahead + (tl.load(q_at[r] + (first + T) * turn_stride, mask=ahead < width, other=0),)
+            at = of_row[r] + (turn * TURN // GROUP if GROUP else t * 0)[:, None] * scale_stride
+            s_ahead = s_ahead + ((tl.load(scale + at, mask=(turn < turns)[:, None], other=0.0) if GROUP else 0),)
+            z_ahead = z_ahead + ((tl.load(zero + at, mask=(turn < turns)[:, None], other=0) if ZERO else 0),)
+        x_there = x_at + (first + T) * (TURN // 4)
+        low_ahead = tl.load(x_there, mask=ahead < width, other=0)
+        high_ahead = tl.load(x_there + TURN // 8, mask=ahead + TURN // 2 < width, other=0) if BITS == 4 else 0
         x0, x1, x2, x3 = _four_of(low, DTYPE)
-        sum_x = x0 + x1 + x2 + x3
         if BITS == 4:
             x4, x5, x6, x7 = _four_of(high, DTYPE)
-            sum_x += x4 + x5 + x6 + x7
-        sum_x = tl.sum(sum_x, 2)
+            sum_x = tl.sum(x0 + x1 + x2 + x3 + (x4 + x5 + x6 + x7), 2)
+        elif ZERO or OFFSET != 0:
+            sum_x = tl.sum(x0 + x1 + x2 + x3, 2)
         for r in tl.static_range(R):
             if BITS == 4:
                 a, b, c, d, e, f, g, h = _halves(code[r], INTERPRETED)

@@ -28,6 +28,7 @@ class Matrix:
     start: int = 0
     shuffled: bool = False
     same_zero: bool = False
+    odd_zero: bool = False  # not the middle one
     blocks: bool = False  # rows share scales as well
 
     def codes(self, seed: int = 0) -> Codes:
@@ -50,7 +51,7 @@ class Matrix:
             q = torch.randint(0, top, shape, generator=random).to(torch.uint8)
             zero = torch.randint(0, top + 1, scale.shape, generator=random).float()  # top: of GPTQ's zeros + 1
             if self.same_zero:
-                zero.fill_(top // 2)
+                zero.fill_(top // 2 + 3 * self.odd_zero)
         elif self.bits == 4:
             q, scale = (
                 E2M1[torch.randint(0, 15, shape, generator=random)].to(torch.float8_e4m3fn),
@@ -72,6 +73,7 @@ MATRICES = {
     "E2M1": Matrix(4, "float", 40, 96, 32),
     "INT8": Matrix(8, "signed", 70, 256),
     "8 bits, zeros": Matrix(8, "unsigned", 70, 256, 128),
+    "8 bits, one zero for all": Matrix(8, "unsigned", 70, 256, 128, same_zero=True, odd_zero=True),
     "FP8": Matrix(8, "float", 70, 200),
     "FP8 in blocks": Matrix(8, "float", 300, 256, 128, blocks=True),
 }
