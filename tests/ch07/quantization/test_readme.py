@@ -60,6 +60,18 @@ def test_what_weights_of_fewer_bytes_save_is_what_was_measured():
     assert all(row["date"] in TEXT for row in rows)
 
 
+def test_what_codes_are_worth_on_a_cpu_is_what_was_measured():
+    rows = {(row["model"], row["form"]): row for row in rows_of("bench_quantized_cpu.csv")}
+    shown = cells_of(re.search(r"<!-- on a CPU -->(.*?)<!-- /on a CPU -->", TEXT, re.DOTALL).group(1))
+    assert len(rows) == 2 * len(shown)
+    for form, *cells in shown:
+        small, large = rows["bundled", form], rows["Qwen2.5-0.5B", form]
+        assert cells == [
+            f"{float(small['MB']):.1f}", f"{float(small['tokens/s of 1']):.0f}", f"{float(small['tokens/s of 8']):,.0f}",
+            f"{float(large['MB']):,.0f}", f"{float(large['tokens/s of 1']):.1f}", f"{float(large['tokens/s of 8']):.1f}",
+        ]  # fmt: skip
+
+
 def test_what_pages_of_fewer_bytes_hold_is_what_was_measured():
     rows = rows_of("bench_gpu_kv.csv")
     of = {(row["kv_cache_dtype"], row["metric"]): float(row["value"]) for row in rows}
