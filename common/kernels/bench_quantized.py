@@ -44,8 +44,7 @@ FORMS = {
 ONE_ROW = [
     quantized_row.Work(deep, turns, beside, warps)
     for deep, turns, beside, warps in itertools.product((1, 2, 4, 8), (2, 4, 8, 16), (2, 4, 8), (2, 4, 8))
-    if 16 <= turns * beside <= 64
-    and turns * beside in (4 * warps, 8 * warps)  # two or four of a row's runs for each thread
+    if 16 <= turns * beside <= 64 and turns * beside in (4 * warps, 8 * warps)  # 8 to 32 bytes of W a thread at once
 ]
 ROUNDED = ("int8 channel", "fp8 channel", "fp8 block")
 

@@ -1,7 +1,7 @@
 """y = x W^T for one row of x and W in codes: products on the ordinary cores, for decode of one request.
 
 On tensor cores (quantized_linear.py) a row of x costs as much as 16 do, and each code passes through shared memory on its way to
-them. Here a thread takes 16 bytes of W straight into its registers, widens them to float32 by bits, multiplies and adds:
+them. Here a thread takes some bytes of W straight into its registers, widens them to float32 by bits, multiplies and adds:
 
     4 bits   byte b in the third place of 0x43000000 is the float32 128 + b: both halves of four bytes in 11 instructions
     INT8     byte b + 128 in the last place of 0x4B000000 is the float32 2^23 + 128 + b; the subtraction is exact
@@ -12,7 +12,8 @@ the next T need, x and scales included, is on its way while these are multiplied
 34 us, and so it takes 21 (H100). Sums are float32.
 
 Bytes: out * in * bits / 8, the scales and zeros (quantized_layout.py); x from cache, once a program. What keeps 4 bits from their
-floor is instructions: a weight takes almost 5, and in the time in which it comes from memory a processor has 5 to give.
+floor is instructions: a weight takes almost 5, and in the time in which it comes from memory a processor has 5 to give. The twin in
+plain PyTorch is `multiply_plain` (quantized_layout.py).
 """
 
 # ruff: noqa: RUF005 (Triton has no starred tuples)
@@ -31,7 +32,8 @@ TRITON = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class Work(NamedTuple):
-    """deep x beside: rows of W of a program, `beside` of which its threads read at once; turns at once, of 128 columns; warps."""
+    """deep x beside: rows of W of a program, `beside` of which its threads read at once; turns at once, of 128 columns each;
+    warps. A thread reads turns * beside * bits / (2 * warps) bytes of W at once, `deep` times."""
 
     deep: int
     turns: int
@@ -45,7 +47,7 @@ def takes(x: torch.Tensor, packed: PackedCodes) -> bool:
 
 
 def work(packed: PackedCodes) -> Work:
-    """The fastest of 25 for Qwen2.5-7B's matrices on an H100 (bench_quantized.py --part tune)."""
+    """Among the fastest of 26 for Qwen2.5-7B's matrices on an H100; `bench_quantized --part tune` tries more."""
     if packed.bits == 4:
         return Work(4, 4, 4, 4) if packed.out >= WIDE else Work(4, 16, 2, 8)
     return Work(2, 4, 4, 4) if packed.out >= WIDE else Work(2, 16, 2, 4)
