@@ -7,8 +7,8 @@
     python -m ch07_sglang_radix.benchmarks.bench_layouts --plan figures/bench_layouts.csv          no GPU: the planner's winners
 
 D, A64, C and 32k are the workloads of bench_gpu.py; A64 has the same 64 requests for each replica. --check serves the bundled
-model in float32 under every layout: replicas of one rank each are what the others are compared with. --workloads D 32k: these
-alone. --tiny: few short requests on any device, of all but C.
+model, and its mixture of experts, in float32 under every layout: replicas of one rank each are what the others are compared with.
+--workloads D 32k: these alone. --tiny: few short requests on any device, of all but C.
 
 Adds to figures/bench_layouts.csv; rows of the same model, layout and workload are replaced.
 """
@@ -36,6 +36,7 @@ from common.planner.plan import Load, Way
 from common.teaching.report import FIGURES, write_csv
 from common.teaching.show import check, table
 from common.tiny_qwen import TINY_QWEN_PATH
+from common.tiny_qwen.upcycle import MIXTURE_PATH
 
 OPTIONS: dict[int, dict[str, dict[str, int]]] = {  # ranks -> layout -> Engine's arguments; tp is what is left of the ranks
     2: {
@@ -107,20 +108,28 @@ def measure(
 
 
 def same_tokens() -> None:
-    """The bundled model, float32, greedy: every layout's tokens are those of single ranks."""
+    """The bundled model, of layouts with experts its mixture, float32, greedy: every layout's tokens are those of single ranks."""
     ranks = int(os.environ["WORLD_SIZE"])
-    layouts = {name: options for name, options in OPTIONS[ranks].items() if "ep_size" not in options}
-    found, device = {}, "cuda" if torch.cuda.is_available() else "cpu"
+    device, alone = "cuda" if torch.cuda.is_available() else "cpu", f"dp{ranks}"
     params = {"max_new_tokens": 32, "temperature": 0.0, "ignore_eos": True}
-    for name, options in layouts.items():
-        with Engine(device=device, dtype="float32", page_size=4, max_total_tokens=2048, **options) as engine:
-            found[name] = [one["output_ids"] for one in engine.generate(input_ids=PROMPTS, sampling_params=params)]
-            rank = get_parallel_state().world.rank
-    if rank == 0:
-        for name, tokens in found.items():
-            check(
-                f"float32 on {ranks} ranks of {device}, {name}: the tokens of one rank", tokens == found[f"dp{ranks}"]
-            )
+    dense = {name: options for name, options in OPTIONS[ranks].items() if "ep_size" not in options}
+    experts = {
+        name: options
+        for name, options in OPTIONS[ranks].items()
+        if "ep_size" in options or name in (alone, f"tp{ranks}")
+    }
+    for folder, layouts in ((TINY_QWEN_PATH, dense), (MIXTURE_PATH, experts)):
+        found = {}
+        for name, options in layouts.items():
+            with Engine(
+                str(folder), device=device, dtype="float32", page_size=4, max_total_tokens=2048, **options
+            ) as engine:
+                found[name] = [one["output_ids"] for one in engine.generate(input_ids=PROMPTS, sampling_params=params)]
+                rank = get_parallel_state().world.rank
+        if rank == 0:
+            for name, tokens in found.items():
+                where = f"{folder.name}, float32 on {ranks} ranks of {device}, {name}"
+                check(f"{where}: the tokens of one rank", tokens == found[alone])
 
 
 def planned(path: Path) -> None:
