@@ -93,10 +93,11 @@ def workload(scale: float, vocab_size: int) -> list[Request]:
 
 def serve(
     engine: LLMEngine, requests: list[Request], temperature: float, quiet: bool = False,
-    pause: Callable[[], None] | None = None,
+    pause: Callable[[], None] | None = None, forget: bool = True,
 ) -> dict:  # fmt: skip
-    """All requests at once; what the columns say (rank 0), or nothing. `pause` is called before each step, off the clock."""
-    if engine.tp.rank == 0:
+    """All requests at once; what the columns say (rank 0), or nothing. `pause` is called before each step, off the clock.
+    forget: the prefix cache is empty at first."""
+    if engine.tp.rank == 0 and forget:
         engine.blocks.reset_prefix_cache()
     for i, request in enumerate(requests):
         params = SamplingParams(temperature=temperature, max_tokens=request.new_tokens, ignore_eos=True)

@@ -4,12 +4,13 @@
     python -m ch07_sglang_radix.benchmarks.bench_gpu --part large        Qwen2.5-7B: A64, D
     torchrun --nproc_per_node=2 -m ch07_sglang_radix.benchmarks.bench_gpu --part large        the same over two GPUs
     python -m ch07_sglang_radix.benchmarks.bench_gpu --part kv           Qwen3-0.6B: A and D with pages of 16, 8 and 4 bits
-    python -m ch07_sglang_radix.benchmarks.bench_gpu --part compile      Qwen2.5-0.5B: start, A and D with torch.compile and without
+    python -m ch07_sglang_radix.benchmarks.bench_gpu --part compile      Qwen2.5-0.5B: start, A, D: graphs, torch.compile, eager
     python -m ch07_sglang_radix.benchmarks.bench_gpu --part layouts      Qwen2.5-7B: D, A64, C, first token of a long prompt
     torchrun --nproc_per_node=2 -m ch07_sglang_radix.benchmarks.bench_gpu --part layouts [--pp-size 2]
     python -m ch07_sglang_radix.benchmarks.bench_gpu --part deterministic    Qwen3-0.6B: A and D with it and without, and E
     python -m ch07_sglang_radix.benchmarks.bench_gpu --part prefill      0.5B, 0.6B, 7B: F and A by cuda_graph_max_bs_prefill
     python -m ch07_sglang_radix.benchmarks.bench_gpu --part products     0.5B, 7B: who multiplies, measured and guessed; D, A, A64
+    python -m ch07_sglang_radix.benchmarks.bench_gpu --part busy         0.5B: A and C with half of the CPU's cores busy, and not
 
 Real configs, random bfloat16 weights, token ids in, no detokenisation, end of sequence ignored:
 
@@ -30,6 +31,9 @@ Writes figures/bench_gpu_<part>.csv, and layouts_gpu_<layout>.csv. The kernels o
 
 import argparse
 import gc
+import os
+import subprocess
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -53,7 +57,7 @@ def main() -> None:
     parser.add_argument(
         "--part",
         required=True,
-        choices=("small", "large", "kv", "compile", "layouts", "deterministic", "prefill", "products"),
+        choices=("small", "large", "kv", "compile", "layouts", "deterministic", "prefill", "products", "busy"),
     )
     parser.add_argument("--pp-size", type=int, default=1, help="stages; the other ranks share each layer")
     parser.add_argument("--dp-size", type=int, default=1, help="replicas, each of the other ranks")
@@ -69,6 +73,8 @@ def main() -> None:
         rows = measure_compile("Qwen2.5-0.5B", parallel)
     elif args.part == "deterministic":
         rows = measure_deterministic("Qwen3-0.6B", parallel)
+    elif args.part == "busy":
+        rows = measure_busy("Qwen2.5-0.5B", parallel)
     elif args.part == "prefill":
         rows = [row for name in ("Qwen2.5-0.5B", "Qwen3-0.6B", *names) for row in measure_prefill(name, parallel)]
     elif args.part == "products":
@@ -156,18 +162,22 @@ def measure_kv(name: str, parallel: ParallelState) -> list[dict]:
 
 
 def measure_compile(name: str, parallel: ParallelState) -> list[dict]:
-    """Seconds to ready, A and D of one model with the Triton kernels of this repository and with inductor's in their place, in
-    turn and twice: the second start finds the caches filled."""
+    """Seconds to ready, A and D of one model with the Triton kernels of this repository, with inductor's in their place, and
+    with ours launched one by one, in turn and twice: the second start finds the caches filled."""
     folder, rows = shared_random_weights(name, parallel.world), []
+    ways = {
+        "triton": {}, "inductor": {"enable_torch_compile": True, "torch_compile_max_bs": 256},
+        "triton, eager": {"disable_cuda_graph": True},
+    }  # fmt: skip
     for run in (1, 2):
-        for compiles in (False, True):
+        for kernels, options in ways.items():
             began = time.perf_counter()
-            engine = Engine(str(folder), device="cuda", enable_torch_compile=compiles, torch_compile_max_bs=256)
+            engine = Engine(str(folder), device="cuda", **options)
             told = {"seconds to ready": time.perf_counter() - began}
             work = Workloads(engine)
             work.d(32)
             told |= {"D ms per token": min(work.d() for _ in range(2)), "A tokens/s": work.a(256)}
-            rows += report(told, parallel, model=name, kernels="inductor" if compiles else "triton", run=run)
+            rows += report(told, parallel, model=name, kernels=kernels, run=run)
             engine = work = None  # the next one needs the room
             gc.collect()
             torch.cuda.empty_cache()
@@ -207,6 +217,30 @@ def measure_prefill(name: str, parallel: ParallelState) -> list[dict]:
         engine = work = None  # the next one needs the room
         gc.collect()
         torch.cuda.empty_cache()
+    return rows
+
+
+def measure_busy(name: str, parallel: ParallelState) -> list[dict]:
+    """A and C of one engine with a process that never waits on half of the cores that this one may use, and without, in turn."""
+    work, rows = Workloads(Engine(str(shared_random_weights(name, parallel.world)), device="cuda")), []
+    work.a(256)
+    work.gaps(True)  # the first profile of a process is slower
+    for run in (1, 2, 3):
+        for busy in (0, len(os.sched_getaffinity(0)) // 2):
+            others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+            try:
+                told = {
+                    "A tokens/s": work.a(256),
+                    "C cold tokens/s": work.c(True)[0],
+                    "C warm tokens/s": work.c(False)[0],
+                }
+                step, idle = work.gaps(True)
+            finally:
+                for other in others:
+                    other.kill()
+                    other.wait()
+            told |= {"64 running us a decode step": step, "of it without a kernel": idle}
+            rows += report(told, parallel, model=name, busy_cores=busy, run=run)
     return rows
 
 

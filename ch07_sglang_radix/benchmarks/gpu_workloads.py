@@ -74,11 +74,15 @@ class Workloads:
             for name, q in (("median ms", 50), ("p99 ms", 99))
         }
 
+    def with_beginnings(self) -> list[list[int]]:
+        """The 256 prompts of C: a shared beginning and a suffix that nobody has had."""
+        return [self.shared[i % 8] + [random.randint(0, self.last_id) for _ in range(128)] for i in range(256)]
+
     def c(self, fresh: bool) -> tuple[float, float]:
         """Tokens put out a second, and the share of prompt tokens that were cached."""
         if fresh:
             self.forget()
-        prompts = [self.shared[i % 8] + [random.randint(0, self.last_id) for _ in range(128)] for i in range(256)]
+        prompts = self.with_beginnings()
         seconds, results = self.run(prompts, [128] * 256)
         cached = sum(result["meta_info"]["cached_tokens"] for result in results)
         return 256 * 128 / seconds, cached / sum(map(len, prompts))

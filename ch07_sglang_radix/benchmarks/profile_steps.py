@@ -3,9 +3,10 @@
     torchrun --nproc_per_node=2 ch07_sglang_radix/benchmarks/profile_steps.py steps.json      # or python, on one rank
     ... --running 32 --steps 20 --prompt 140
     ... --published SmolLM2-135M --dtype bfloat16                                             # its shape, random weights
+    ... --published Qwen3-30B-A3B --layers 24 --running 1            --published Qwen2.5-7B --quantization w8a8_fp8 --running 64
 
 Writes a Chrome trace of rank 0's steps (open it in https://ui.perfetto.dev) and prints how long each part took, and which of
-torch's operators took longest. The chapter's last page says how to read it beside one of SGLang.
+torch's operators, on a GPU also which kernels, took longest. The chapter's last page says how to read it beside one of SGLang.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ch07_sglang_radix.scheduler import TPScheduler
@@ -26,6 +28,7 @@ from common.teaching.show import heading, table
 
 WARM_UP = 5
 LONGEST = 6
+KERNELS = 14
 PARTS = {  # (where it is, its name here): SGLang's name for what does the same
     ("admission", "next_prefill"): "get_new_batch_prefill",
     ("step_tasks", "decode"): "prepare_for_decode",
@@ -40,7 +43,9 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="the trace, as JSON")
     parser.add_argument("--model-name", help="folder in Hugging Face layout or Hub id; default: the bundled tiny model")
     parser.add_argument("--published", choices=CONFIGS, help="a published shape with random weights")
+    parser.add_argument("--layers", type=int, help="of a published shape, so many layers")
     parser.add_argument("--dtype", help="of the weights; default: the device's own")
+    parser.add_argument("--quantization", help="a scheme that the weights are rounded to at load")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt (default 64)")
     parser.add_argument("--running", type=int, default=8, help="requests that decode (default 8)")
     parser.add_argument("--steps", type=int, default=10, help="decode steps in the trace (default 10)")
@@ -49,8 +54,11 @@ def main() -> None:
     if min(args.running, args.steps, args.prompt) < 1:
         raise ValueError(f"running={args.running}, steps={args.steps} and prompt={args.prompt} must be at least 1")
     tp = initialize_tensor_parallel()
-    folder = str(shared_random_weights(args.published, tp)) if args.published else args.model_name
-    wrapper = TPRadixAttentionModelWrapper(folder, page_size=16, dtype=args.dtype, tp=tp)
+    changes = {"num_hidden_layers": args.layers} if args.layers else {}
+    folder = str(shared_random_weights(args.published, tp, **changes)) if args.published else args.model_name
+    wrapper = TPRadixAttentionModelWrapper(
+        folder, page_size=16, dtype=args.dtype, tp=tp, quantization=args.quantization
+    )
     scheduler = TPScheduler(wrapper, chunked_prefill_size=-1)
     params = SamplingParams(max_new_tokens=WARM_UP + args.steps + 1, ignore_eos=True)
     for i in range(args.running):
@@ -80,6 +88,7 @@ def main() -> None:
     rows = [(f"{owner}.{name}", label, times.get(label, 0.0)) for (owner, name), label in PARTS.items()]
     table(("here", "in SGLang", "ms a step"), [*rows, ("step", "event_loop_*", times.get("step", 0.0))])
     _show_operators([event for event in events if "::" in event.key], args.steps)
+    _show_kernels([event for event in events if event.device_type == DeviceType.CUDA], args.steps)
     print(f"wrote {args.out}; open it in https://ui.perfetto.dev")
 
 
@@ -95,6 +104,25 @@ def _show_operators(events: list[Any], steps: int) -> None:
             for e in longest
         ],
     )
+
+
+def _show_kernels(events: list[Any], steps: int) -> None:
+    """Where the GPU was. Kernels that start before the one in front has ended are counted twice for that time."""
+    if not events:
+        return
+    events = sorted(events, key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in events)
+    heading(f"The {KERNELS} kernels that took longest, of {len(events)}; all: {total / steps:,.0f} us a step")
+    table(
+        ("kernel", "calls a step", "us a call", "us a step", "% of all"),
+        [
+            (
+                e.key[:60], round(e.count / steps, 1), e.self_device_time_total / e.count, e.self_device_time_total / steps,
+                100 * e.self_device_time_total / total,
+            )
+            for e in events[:KERNELS]
+        ],
+    )  # fmt: skip
 
 
 def _label(owner: Any, name: str, label: str) -> None:

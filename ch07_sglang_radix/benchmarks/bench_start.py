@@ -1,0 +1,78 @@
+"""From the beginning of a process to its first answers: what a user waits for after typing a command.
+
+    python -m ch07_sglang_radix.benchmarks.bench_start                               Qwen2.5-0.5B's shape on a GPU, or --device cpu
+    python -m ch07_sglang_radix.benchmarks.bench_start --bundled --device cpu        the bundled model
+
+Each run is a process of its own; the first one finds no compiled kernel (TRITON_CACHE_DIR is an empty folder), the others find
+those of the first. Seconds are counted from the call that starts the process: the interpreter, imports, weights, kernels, graphs.
+The first request and the second have 128 other tokens, one token is asked for. Writes figures/bench_start_<device>.csv.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from common.distributed.launch import run_main
+from common.models.published_configs import shared_random_weights
+from common.parallel_state import initialize_tensor_parallel
+from common.teaching.report import FIGURES, write_csv
+from common.tiny_qwen import TINY_QWEN_PATH
+
+RUNS = 4
+PROGRAM = """
+import json, sys, time
+began, folder, device = float(sys.argv[1]), sys.argv[2], sys.argv[3]
+from ch07_sglang_radix import Engine
+imported = time.time()
+engine = Engine(folder, device=device)
+ready = time.time()
+times = []
+for first in (1, 301):
+    start = time.perf_counter()
+    engine.generate(input_ids=list(range(first, first + 128)), sampling_params={"max_new_tokens": 1, "ignore_eos": True})
+    times.append(1e3 * (time.perf_counter() - start))
+print(json.dumps({"s to the import's end": imported - began, "s to ready": ready - began,
+                  "first request ms": times[0], "second request ms": times[1]}))
+"""
+
+
+def measure(folder: str, device: str, runs: int) -> list[dict[str, object]]:
+    rows = []
+    with tempfile.TemporaryDirectory() as cache:
+        for run in range(1, runs + 1):
+            command = [sys.executable, "-c", PROGRAM, str(time.time()), folder, device]
+            done = subprocess.run(
+                command, env=os.environ | {"TRITON_CACHE_DIR": cache}, capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise ValueError(f"the engine did not start: {done.stderr[-2000:]}")
+            told = json.loads(done.stdout.splitlines()[-1])
+            row = {"model": Path(folder).name, "run": run, "kernels": "empty" if run == 1 else "there"}
+            rows.append(row | {name: round(value, 3) for name, value in told.items()})
+            print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bundled", action="store_true", help="the bundled model, not Qwen2.5-0.5B's shape")
+    parser.add_argument("--runs", type=int, default=RUNS)
+    parser.add_argument("--out", type=Path, default=FIGURES, help="folder for the CSV")
+    args = parser.parse_args()
+    if args.runs < 1:
+        raise ValueError(f"runs={args.runs} must be at least 1")
+    tp = initialize_tensor_parallel(device=args.device)
+    folder = TINY_QWEN_PATH if args.bundled else shared_random_weights("Qwen2.5-0.5B", tp)
+    write_csv(measure(str(folder), args.device, args.runs), args.out / f"bench_start_{args.device}.csv")
+
+
+if __name__ == "__main__":
+    run_main(main)
