@@ -8,6 +8,7 @@ import torch
 from common.kernels.quantized_layout import pack
 from common.layers.activation import silu_and_mul
 from common.quantization.codes import Codes
+from common.quantization.gpu_methods import WeightOnlyKernels
 from tests.common.kernels.test_quantized_linear import MATRICES
 from tests.common.kernels.where import DEVICE, GPU, kernel, relative_error
 
@@ -91,6 +92,10 @@ def test_of_one_row_and_codes(name, plan):
         assert got.dtype == x.dtype
         assert got.shape == want.shape
         assert relative_error(got, want) < 1.5 * relative_error(want.to(x.dtype), want)
+    method = WeightOnlyKernels()
+    method.packed = packed
+    assert relative_error(method.gated(None, small, bias), want) < 1.5 * relative_error(want.to(x.dtype), want)
+    assert method.gated(None, small.repeat(2, 1), bias) is None
 
 
 def test_the_plans_of_codes_have_gate_and_up_in_pairs():
