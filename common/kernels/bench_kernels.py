@@ -6,7 +6,7 @@
 The floor is the bytes a kernel must move over the bandwidth of a large copy on this GPU, measured first. Each
 kernel runs on rotating buffers too large for the L2 cache, captured into one graph; the median of ten
 replays counts. `plain us` is PyTorch's own way to the same numbers, timed alike (it may be several kernels), and
-`error` the relative distance to it in float32.
+`error` the relative distance to it in float32. Of `linear and silu_and_mul`, one launch, plain is these two by kernels of ours.
 
 Who multiplies in `linear` is measured first, as at the start of an engine (linear_choice.py): between other kernels, where the
 library loses what it does not lose here. So a kernel may be taken that is a little slower than plain in this table. Where the
@@ -111,6 +111,10 @@ def model_cases(name: str) -> list[Case]:
         kernel = linear_choice.wanted(torch.empty(rows, k, dtype=BF16, device="meta"), torch.empty(n, k, device="meta"))
         size, make = 2 * n * k, lambda n=n, k=k, rows=rows: linear_inputs(n, k, rows)
         cases.append(Case("linear" if kernel else BY_LIBRARY, name, f"{label} {rows}x{k} -> {n}", size, make))
+    n, k = shapes["gate_up"]
+    for rows in (1, 16, 64):
+        size, make = 2 * n * k, lambda rows=rows: gated_inputs(*shapes["gate_up"], rows)
+        cases.append(Case("linear and silu_and_mul", name, f"gate_up {rows}x{k} -> {n // 2}", size, make))
     for label in ("qkv", "down"):
         n, k = shapes[label]
         for rows in (1, 64, 256, 2048):
@@ -197,6 +201,12 @@ def choose_linear(name: str) -> None:
 def linear_inputs(n: int, k: int, rows: int, multiply: Callable = multiply):
     x, weight = randn(rows, k), randn(n, k)
     return lambda: multiply(x, weight), lambda: F.linear(x, weight)
+
+
+def gated_inputs(n: int, k: int, rows: int):
+    """By one launch, and beside it, as plain, by two."""
+    x, weight = randn(rows, k), randn(n, k)
+    return lambda: linear.linear(x, weight, gated=True), lambda: fused.silu_and_mul(linear.linear(x, weight))
 
 
 def norm_inputs(tokens: int, width: int):

@@ -6,7 +6,9 @@
     fixed_linear   any rows, never cut along `in`: the bits of a row do not depend on how many there are
                (common/layers/batch_invariant.py)
 
-Whether one of the first two is taken, or the library, is measured (linear_choice.py).
+Whether one of the first two is taken, or the library, is measured (linear_choice.py). Where W is the rows of gate and then those
+of up, these two put out silu(gate) * up as well: a launch less, and the 2F numbers of a row are neither written nor read. For
+that a program takes the same rows of both, and nothing of what it reads at a time changes.
 
 The rows of x are read from cache, W [out/R, in/R] once from memory: out * in numbers, and two operations a row for
 each. Up to some 64 rows memory bandwidth is the whole cost, and a GEMM library tuned for more rows leaves some of
@@ -21,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from common.kernels.fused import silu_times
 from common.kernels.launch import counters, launch, let_next_start, num_processors, shared_memory, wait_for_previous
 
 LARGE = 1 << 24  # numbers of W: so many go through the tensor cores even for one row of x
@@ -29,27 +32,32 @@ WIDE = 8000  # rows of a W that keeps the whole chip busy without being cut alon
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """x [T, in/R] -> [T, out/R] of `dtype`, x's by default; 16-bit floats, or a single row of any float. Sums are float32."""
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None,
+    gated: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """x [T, in/R] -> [T, out/R] of `dtype`, x's by default; 16-bit floats, or a single row of any float. Sums are float32.
+
+    gated: W is the rows of gate [F, in], then those of up -> silu(gate) * up [T, F].
+    """
     if len(x) == 1 and (weight.numel() <= LARGE or x.dtype == torch.float32):
-        return one_row(x, weight, bias, dtype)
-    return few_rows(x, weight, bias, dtype)
+        return one_row(x, weight, bias, dtype, gated=gated)
+    return few_rows(x, weight, bias, dtype, gated)
 
 
 def one_row(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None,
-    second: torch.Tensor | None = None,
+    second: torch.Tensor | None = None, gated: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """x [1, in/R] -> [1, out/R]; second [more, in/R]: another matrix, whose products with x stand behind, without a bias."""
     out, width = weight.shape
     whole = out if second is None else out + len(second)
-    y = torch.empty(1, whole, dtype=dtype or x.dtype, device=x.device)
+    y = torch.empty(1, whole // 2 if gated else whole, dtype=dtype or x.dtype, device=x.device)
     block_n, block_k, warps = _blocks(whole, width)
+    block_n = max(block_n, 2) if gated else block_n
     launch(
         _one_row, (triton.cdiv(whole, block_n),), x, weight, weight if second is None else second,
-        weight if bias is None else bias, y, whole, out, K=width, BN=block_n, BK=block_k, BIAS=bias is not None,
-        TWO=second is not None, num_warps=warps,
+        weight if bias is None else bias, y, y.shape[1], out, K=width, BN=block_n, BK=block_k, BIAS=bias is not None,
+        TWO=second is not None, GATED=gated, num_warps=warps,
     )  # fmt: skip
     return y
 
@@ -64,16 +72,20 @@ def _blocks(out: int, width: int) -> tuple[int, int, int]:
 @triton.jit
 def _one_row(
     x, weight, second, bias, y, out, first, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr,
-    TWO: tl.constexpr, PDL: tl.constexpr,
+    TWO: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
     n, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
-    rows = weight + n.to(tl.int64) * K
+    row = n  # of W, for column n of y
+    if GATED:  # two of W for one: gate's and, behind it in the tile, up's
+        n = n // 2
+        row = n + tl.arange(0, BN) % 2 * out
+    rows = weight + row.to(tl.int64) * K
     if TWO:
         rows = tl.where(n < first, rows, second + (n - first).to(tl.int64) * K)
     w_at = rows[:, None] + k[None, :]
     w = tl.load(w_at, mask=(n < out)[:, None] & (k < K)[None, :], other=0.0)
-    b = tl.load(bias + n, mask=n < out, other=0.0).to(tl.float32) if BIAS else tl.zeros([BN], tl.float32)
+    b = tl.load(bias + row, mask=n < out, other=0.0).to(tl.float32) if BIAS else tl.zeros([BN], tl.float32)
     wait_for_previous(PDL)
     acc = tl.zeros([BN, BK], tl.float32)
     for start in tl.range(0, K, BK, loop_unroll_factor=4):
@@ -82,15 +94,20 @@ def _one_row(
         xs = tl.load(x + start + k, mask=start + k < K, other=0.0)
         acc += xs.to(tl.float32)[None, :] * w.to(tl.float32)
         w = coming
-    tl.store(y + n, (tl.sum(acc, 1) + b).to(y.dtype.element_ty), mask=n < out)
+    total = tl.sum(acc, 1) + b
+    if GATED:
+        gate, up = tl.split(tl.reshape(total, [BN // 2, 2]))
+        total, n = silu_times(gate, up), tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
+    tl.store(y + n, total.to(y.dtype.element_ty), mask=n < out)
 
 
 def few_rows(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
-) -> torch.Tensor:
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None,
+    gated: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """x [T, in/R], 16-bit floats -> [T, out/R]."""
     (rows, width), out = x.shape, len(weight)
-    y = torch.empty(rows, out, dtype=dtype or x.dtype, device=x.device)
+    y = torch.empty(rows, out // 2 if gated else out, dtype=dtype or x.dtype, device=x.device)
     block_m = min(max(triton.next_power_of_2(rows), 16), ROWS)
     block_n, block_k, warps = (128, 64, 8) if out >= WIDE and block_m == ROWS else (ROWS, 128, 4)
     grid = triton.cdiv(out, block_n), triton.cdiv(rows, block_m)
@@ -101,8 +118,8 @@ def few_rows(
     parts = triton.cdiv(turns, share)
     part = torch.empty(parts, rows, out, dtype=torch.float32, device=x.device) if parts > 1 else y
     launch(
-        _few_rows, (*grid, parts), x, weight, weight if bias is None else bias, y, part, counters(x.device), rows, out, width,
-        x.stride(0), share, BM=block_m, BN=block_n, BK=block_k, CUT=parts > 1, BIAS=bias is not None,
+        _few_rows, (*grid, parts), x, weight, weight if bias is None else bias, y, part, counters(x.device), rows, y.shape[1],
+        width, x.stride(0), share, BM=block_m, BN=block_n, BK=block_k, CUT=parts > 1, BIAS=bias is not None, GATED=gated,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y
@@ -201,14 +218,19 @@ def _fixed_rows(
 @triton.jit(do_not_specialize=("rows", "share"))
 def _few_rows(
     x, weight, bias, y, part, arrived, rows, out, width, x_stride, share, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, CUT: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+    BK: tl.constexpr, CUT: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
     p, parts = tl.program_id(2), tl.num_programs(2)
     n, m = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
     k = tl.arange(0, BK)
     start, stop = p * share * BK, tl.minimum((p + 1) * share * BK, width)
-    w_at = weight + n.to(tl.int64)[:, None] * width + k[None, :]
+    row, whole = n, out  # of W, for column n of y; how many W has
+    if GATED:  # in turn eight of gate and of up: a thread then has both of a column
+        i, whole = tl.arange(0, BN), 2 * out
+        n = tl.program_id(0) * (BN // 2) + i // 16 * 8 + i % 8
+        row = n + i // 8 % 2 * out
+    w_at = weight + row.to(tl.int64)[:, None] * width + k[None, :]
     x_at = x + m[None, :] * x_stride + k[:, None]
     wait_for_previous(PDL)
     acc = tl.zeros([BN, BM], tl.float32)
@@ -217,10 +239,10 @@ def _few_rows(
         xs = tl.load(x_at + first, mask=(m < rows)[None, :] & (first + k < stop)[:, None], other=0.0)  # [BK, BM]
         acc += tl.dot(w, xs)
     live = (n < out)[:, None] & (m < rows)[None, :]
-    at = m[None, :] * out + n[:, None]
     last = True
     if CUT:
-        tl.store(part + p * rows * out + at, acc, mask=live)
+        at = m[None, :] * whole + row[:, None]
+        tl.store(part + p * rows * whole + at, acc, mask=live)
         tl.debug_barrier()  # all threads have stored before one says so
         counter = arrived + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         last = tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1
@@ -228,8 +250,15 @@ def _few_rows(
             tl.store(counter, 0)
             acc = tl.zeros([BN, BM], tl.float32)
             for other in range(parts):
-                acc += tl.load(part + other * rows * out + at, mask=live, other=0.0, cache_modifier=".cg")
+                acc += tl.load(part + other * rows * whole + at, mask=live, other=0.0, cache_modifier=".cg")
     if last:
         if BIAS:
-            acc += tl.load(bias + n, mask=n < out, other=0.0).to(tl.float32)[:, None]
-        tl.store(y + at, acc.to(y.dtype.element_ty), mask=live)
+            acc += tl.load(bias + row, mask=n < out, other=0.0).to(tl.float32)[:, None]
+        if GATED:
+            gate, up = tl.split(tl.permute(tl.reshape(acc, [BN // 16, 2, 8, BM]), 0, 2, 3, 1))
+            one = tl.reshape(silu_times(gate, up), [BN // 2, BM])
+            column = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
+            y_at, there = y + m[None, :] * out + column[:, None], (column < out)[:, None] & (m < rows)[None, :]
+            tl.store(y_at, one.to(y.dtype.element_ty), mask=there)
+        else:
+            tl.store(y + m[None, :] * out + n[:, None], acc.to(y.dtype.element_ty), mask=live)

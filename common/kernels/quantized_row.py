@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from common.kernels.fused import silu_times
 from common.kernels.launch import INTERPRETED, launch, let_next_start, wait_for_previous
 from common.kernels.quantized_layout import ROWS, TURN, PackedCodes
 
@@ -54,21 +55,28 @@ def work(packed: PackedCodes) -> Work:
 
 
 def one_row(
-    x: torch.Tensor, packed: PackedCodes, bias: torch.Tensor | None = None, plan: Work | None = None
+    x: torch.Tensor,
+    packed: PackedCodes,
+    bias: torch.Tensor | None = None,
+    plan: Work | None = None,
+    gated: bool = False,
 ) -> torch.Tensor:
-    """x [1, width], its columns in the order of the codes -> x W^T (+ bias) [1, out], of x's dtype."""
+    """x [1, width], its columns in the order of the codes -> x W^T (+ bias) [1, out], of x's dtype.
+
+    gated: W is the rows of gate [F, width], then those of up -> silu(gate) * up [1, F]. A thread has both: `deep` is even.
+    """
     x, out = x.contiguous(), packed.out
     if x.storage_offset() % 4:  # four numbers are read at a time
         x = x.clone()
-    y = torch.empty(1, out, dtype=x.dtype, device=x.device)
+    y = torch.empty(1, out // 2 if gated else out, dtype=x.dtype, device=x.device)
     plan = plan or work(packed)
     launch(
         _one_row, (triton.cdiv(out, plan.deep * plan.beside),), x.view(torch.int64), packed.q.view(torch.int32), packed.scale,
-        packed.scale if packed.zero is None else packed.zero, x if bias is None else bias, y, out, packed.width,
+        packed.scale if packed.zero is None else packed.zero, x if bias is None else bias, y, y.shape[1], packed.width,
         triton.cdiv(out, packed.share), *_strides(packed), DTYPE=TRITON[x.dtype], R=plan.deep, T=plan.turns * TURN // packed.turn,
         N=plan.beside, TURN=packed.turn, GROUP=packed.group, SHARE=packed.share, BITS=packed.bits,
         FP8=packed.q.dtype == torch.float8_e4m3fn, OFFSET=packed.offset, ZERO=packed.zero is not None, BIAS=bias is not None,
-        INTERPRETED=INTERPRETED, num_warps=plan.warps,
+        GATED=gated, INTERPRETED=INTERPRETED, num_warps=plan.warps,
     )  # fmt: skip
     return y
 
@@ -163,19 +171,21 @@ def _one_row(
     x, q, scale, zero, bias, y, out, width, scale_stride, tile_stride, row_stride, turn_stride, DTYPE: tl.constexpr,
     R: tl.constexpr, T: tl.constexpr, N: tl.constexpr, TURN: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr,
     BITS: tl.constexpr, FP8: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr,
-    INTERPRETED: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
     FOURS: tl.constexpr = TURN * BITS // 32  # int32 of a row's turn
     ABOVE: tl.constexpr = 128 if BITS == 4 else 0
-    n, t, k = tl.program_id(0) * (R * N) + tl.arange(0, N), tl.arange(0, T), tl.arange(0, FOURS)
+    PAIR: tl.constexpr = 2 if GATED else 1  # rows of W for a column of y: gate's, then up's, `out` rows behind it
+    n, t, k = tl.program_id(0) * (R // PAIR * N) + tl.arange(0, N), tl.arange(0, T), tl.arange(0, FOURS)
     turns, any_row = tl.cdiv(width, TURN), 0 * n[None, :, None]
     # the address of x has the shape of that of W: so both are laid out alike over the threads, and nothing is exchanged
     x_at = x + t[:, None, None] * (TURN // 4) + any_row + k[None, None, :]
     column = t[:, None, None] * TURN + 4 * k[None, None, :] + any_row  # [T, N, FOURS]
     q_at, of_row, code, s, z, acc = (), (), (), (), (), ()
     for r in tl.static_range(R):
-        m = tl.minimum(n + r * N, out - 1)  # behind the last row it is read again, and not stored
+        # behind the last row it is read again, and not stored
+        m = tl.minimum(n + r // PAIR * N, out - 1) + r % PAIR * out
         row = (m // 64).to(tl.int64) * tile_stride + (m % 64) * row_stride
         there = q + t[:, None, None] * turn_stride + row[None, :, None] + k[None, None, :]
         q_at, code = q_at + (there,), code + (tl.load(there, mask=column < width, other=0),)
@@ -218,9 +228,14 @@ def _one_row(
             sums = sums + (acc[r] + (s[r].to(tl.float32) * part if GROUP else part),)
         acc, code, s, z, low, high = sums, code_ahead, s_ahead, z_ahead, low_ahead, high_ahead
     for r in tl.static_range(R):
-        total, m = tl.sum(acc[r], 0), n + r * N
+        total, j = tl.sum(acc[r], 0), n + r // PAIR * N
+        m = j + r % PAIR * out
         if not GROUP:
-            total *= tl.load(scale + m // SHARE, mask=m < out, other=0.0).to(tl.float32)
+            total *= tl.load(scale + m // SHARE, mask=j < out, other=0.0).to(tl.float32)
         if BIAS:
-            total += tl.load(bias + m, mask=m < out, other=0.0).to(tl.float32)
-        tl.store(y + m, total.to(y.dtype.element_ty), mask=m < out)
+            total += tl.load(bias + m, mask=j < out, other=0.0).to(tl.float32)
+        if GATED and r % 2 == 0:
+            gate = total
+        else:
+            total = silu_times(gate, total) if GATED else total
+            tl.store(y + j, total.to(y.dtype.element_ty), mask=j < out)

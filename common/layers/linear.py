@@ -244,6 +244,14 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
             sizes += (local,)
         self._init(in_features, sizes, shards, tp, bias, name, method)
 
+    def gated(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Of gate and up: silu(gate) * up [T, F/R] by one launch, rounded once; None where no kernel of ours multiplies."""
+        if self.method is not None:
+            return self.method.gated(self, x, self.bias)
+        if fused and x.is_cuda and wanted(x, self.weight, self.bias):
+            return fused.linear(x, self.weight, self.bias, gated=True)
+        return None
+
 
 class QKVParallelLinear(ColumnParallelLinear):
     """The q, k and v projections as one GEMM, cut by heads.

@@ -10,7 +10,10 @@ from common.quantization.method import PLAIN, LayerMethods
 
 
 class MLP(nn.Module):
-    """x [T, D] -> [T, D]: down(silu(gate(x)) * up(x)); column, then row, one all-reduce unless reduce_results=False."""
+    """x [T, D] -> [T, D]: down(silu(gate(x)) * up(x)); column, then row, one all-reduce unless reduce_results=False.
+
+    Few rows on a GPU: gate, up and what is made of them are one launch, unless an adapter adds to gate and up before.
+    """
 
     def __init__(
         self, hidden_size: int, width: int, tp: TPGroup, name: str = "", reduce_results: bool = True,
@@ -26,4 +29,9 @@ class MLP(nn.Module):
         )
 
     def forward(self, x: torch.Tensor, adapters=None) -> torch.Tensor:
-        return self.down_proj(self.act(self.gate_up_proj(x, adapters)), adapters)  # [T, 2F/R] -> [T, F/R] -> [T, D]
+        h = None
+        if adapters is None and not self.act.compiled:
+            h = self.gate_up_proj.gated(x)  # [T, F/R]
+        if h is None:
+            h = self.act(self.gate_up_proj(x, adapters))  # [T, 2F/R] -> [T, F/R]
+        return self.down_proj(h, adapters)  # [T, D]

@@ -33,6 +33,11 @@ class WeightOnlyKernels(CodesInMemory):
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return weight_only.linear(x, self.packed, bias)
 
+    def gated(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+        if quantized_row.takes(x, self.packed):
+            return quantized_row.one_row(self.packed.ordered(x), self.packed, bias, gated=True)
+        return None
+
 
 class RoundedActivations(WeightOnlyKernels):
     """FP8 or INT8 weights of a scheme that rounds x as well: by the row, or by groups of 128 columns where W's blocks have as

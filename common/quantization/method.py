@@ -80,6 +80,10 @@ class LinearMethod:
         """x [T, in/R] in the layer's dtype -> x W^T (+ bias) [T, out/R]."""
         raise NotImplementedError
 
+    def gated(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """Of a layer that is gate and up: silu(gate) * up of the same by one launch, or None if that takes more."""
+        return None
+
     def packed_bytes(self, outline: Outline, dtype: torch.dtype) -> int:
         """What pack() makes of codes of that outline in a layer of that dtype, in bytes: of tensors and of what is none."""
         raise NotImplementedError

@@ -242,6 +242,7 @@ def test_an_engine_multiplies_as_was_measured(kernel_is_faster, tmp_path, monkey
         engine.generate(input_ids=PROMPTS, sampling_params=[PARAMS] * 4)
     names = {event.key for event in profile.key_averages()}
     assert any("_few_rows" in name or "_one_row" in name for name in names) == kernel_is_faster
+    assert any("_silu_and_mul" in name for name in names) != kernel_is_faster, "the kernel gates what it multiplies"
 
 
 @gpu

@@ -52,6 +52,7 @@ import ctypes, mmap, sys
 import torch
 from common.kernels.quantized_layout import pack
 from common.kernels.quantized_row import Work, one_row
+from common.layers.activation import silu_and_mul
 from common.quantization.codes import Codes
 
 def last(values):
@@ -71,15 +72,17 @@ top = 1 << bits - 1
 codes = Codes(torch.randint(-top, top, (out, 512)).to(torch.int8), scale, None, group)
 packed = pack(codes, bits)
 packed.q, packed.scale = last(packed.q), last(packed.scale)
-x = torch.randn(1, 512, dtype=torch.float16)
+x = torch.randn(1, 512, dtype=torch.float16) / 512
 want = x.double() @ codes.dequantise(torch.float64).t()
+wanted = {False: want} if out % 2 else {False: want, True: silu_and_mul(want)}  # of gate and up
 for plan in (None, Work(4, 4, 4, 4)):
-    assert ((one_row(x, packed, None, plan).double() - want).norm() / want.norm()) < 1e-3
+    for gated, want in wanted.items():
+        assert ((one_row(x, packed, None, plan, gated).double() - want).norm() / want.norm()) < 1e-3
 """
 
 
 @pytest.mark.skipif(GPU or sys.platform != "linux", reason="memory that nobody may read, on a CPU under Linux")
-@pytest.mark.parametrize(("out", "bits", "grouped"), [(13, 8, 0), (13, 8, 1), (13, 4, 1), (70, 4, 1)])
+@pytest.mark.parametrize(("out", "bits", "grouped"), [(13, 8, 0), (13, 8, 1), (13, 4, 1), (14, 8, 1), (70, 4, 1)])
 def test_nothing_is_read_behind_the_last_row(out, bits, grouped):
     words = [sys.executable, "-c", GUARDED, str(out), str(bits), str(grouped)]
     subprocess.run(words, check=True, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT)
