@@ -1,13 +1,15 @@
 """Both chapters' engines on the same requests, in turn in one process on one GPU.
 
-make bench-gpu PART=engines        # or: python figures/compare_engines.py
+make bench-gpu PART=engines        # or: python figures/compare_engines.py [Qwen2.5-0.5B]
 
 Workloads A and C of ch07_sglang_radix/benchmarks/bench_gpu.py. A is that of ch06_tp_vllm/bench_throughput.py: 256 requests,
 prompts and answers of 100 to 1024 tokens, temperature 0.6. C: 256 requests with 8 shared beginnings of 2,048 tokens, 128 of their
 own and 128 new ones, greedy; cold, then warm with other ends. Each round runs chapter 6, then chapter 7; the median of five rounds
 counts. Writes figures/engines.csv; KV waste and the times are chapter 6's own, of the round in the middle.
+Rows of other models stay.
 """
 
+import csv
 import multiprocessing
 import statistics
 import sys
@@ -36,11 +38,14 @@ BLOCKS = 36_000  # of 16 tokens, for each of the two: they share the memory of o
 def main() -> None:
     if not torch.cuda.is_available():
         raise ValueError("compare_engines needs an NVIDIA GPU, and there is none")
-    rows = []
-    for model in MODELS:
+    rows, path = [], FIGURES / "engines.csv"
+    models = tuple(sys.argv[1:]) or MODELS
+    for model in models:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             rows += pool.submit(compare, model).result()
-    write_csv(rows, FIGURES / "engines.csv")
+    with path.open(newline="", encoding="utf-8") as file:
+        others = [row for row in csv.DictReader(file) if row["model"] not in models]
+    write_csv(others + rows, path)
 
 
 def compare(model: str) -> list[dict]:
