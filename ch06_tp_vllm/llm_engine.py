@@ -156,14 +156,12 @@ class LLMEngine:
             raise ValueError(f"cache_salt={own!r}, but the prompt says {salt!r}; give one of the two")
         row = self.inputs.check(ids, params)
         adapter = self.adapter(lora_request)
-        requests = self.inputs.requests(
-            request_id, ids, params, row, priority, own or salt, self._num_requests, adapter
-        )
+        salt = own or salt
+        requests = self.inputs.requests(request_id, ids, params, row, priority, salt, self._num_requests, adapter)
         self._num_requests += len(requests)
         self.outputs.add(Group(request_id, words, params, requests, RequestMetrics(arrival_time=time.time())))
-        if self.tp.rank == 0:
-            for request in requests:
-                self.scheduler.add(request)
+        for request in requests if self.tp.rank == 0 else ():
+            self.scheduler.add(request)
 
     def adapter(self, wanted: LoRARequest | None) -> int:
         """Its number, 0 for none; all ranks have read it when this returns. Raises ValueError, and none has kept it."""

@@ -31,13 +31,13 @@ Writes figures/bench_gpu_<part>.csv, and layouts_gpu_<layout>.csv. The kernels o
 
 import argparse
 import gc
-import os
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import psutil
 import torch
 
 from ch07_sglang_radix.benchmarks.gpu_workloads import LONG, LONG_CHUNKS, Workloads
@@ -226,7 +226,7 @@ def measure_busy(name: str, parallel: ParallelState) -> list[dict]:
     work.a(256)
     work.gaps(True)  # the first profile of a process is slower
     for run in (1, 2, 3):
-        for busy in (0, len(os.sched_getaffinity(0)) // 2):
+        for busy in (0, len(psutil.Process().cpu_affinity()) // 2):
             others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
             try:
                 told = {
