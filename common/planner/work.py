@@ -55,8 +55,8 @@ class Work:
 
 def work(config: ModelConfig, way: Way, stage: Stage, load: Load, step: Step) -> Work:
     """Every weight is read once, but for the embedding, of which each token takes a row, and experts that no row of the step
-    has chosen; K and V are read once by each sequence. All of that, and what is multiplied, is the least there can be, but for
-    the experts: how many of them are read is what to expect if every expert is as likely."""
+    has chosen; K and V are read once by each sequence. That, and what is multiplied, is the least there can be where sequences
+    share no pages, but for the experts: how many of them are read is what to expect if every expert is as likely."""
     layout, has = way.layout, parameters(config, way.layout, stage, way.travels)
     head = (has.head or has.embedding) if stage.last else 0
     own = own_rows(way, step)
