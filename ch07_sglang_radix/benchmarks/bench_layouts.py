@@ -27,10 +27,10 @@ from ch07_sglang_radix.benchmarks.gpu_workloads import LONG, Workloads
 from ch07_sglang_radix.engine import Engine
 from common.distributed.launch import run_main
 from common.distributed.layout import Layout
-from common.distributed.machines import Machine
+from common.distributed.machines import GPUS, Machine
 from common.models.published_configs import model_shape, published_shape, shared_random_weights
 from common.parallel_state import ParallelState, get_parallel_state
-from common.planner.bounds import bound
+from common.planner.bounds import Bound, bound
 from common.planner.choice import room_of
 from common.planner.plan import Load, Way
 from common.teaching.report import FIGURES, write_csv
@@ -133,30 +133,58 @@ def same_tokens() -> None:
 
 
 def planned(path: Path) -> None:
-    """Of each model and workload in the file: the layout that was best, and the planner's of the same ones."""
+    """Of each model, machine and workload in the file: the layout that was best, and the planner's of the same ones.
+
+    Several that are equally good for the planner, with the best among them, are a tie: it names no winner."""
     with path.open(newline="", encoding="utf-8") as file:
         measured = list(csv.DictReader(file))
-    shown, right = [], 0
-    for model, gpus in dict.fromkeys((row["model"], int(row["gpus"])) for row in measured):
+    shown = []
+    for key in dict.fromkeys(_group(one) for one in measured):
         for row in ROWS:
             values = {
                 one["layout"]: float(one["value"])
                 for one in measured
-                if (one["model"], int(one["gpus"]), one["workload"]) == (model, gpus, row.workload)
+                if (_group(one), one["workload"]) == (key, row.workload)
             }
             if len(values) > 1:
-                of_planner = {layout: _planned(model, layout, row) for layout in values}
-                pick = max if row.more else min
-                best, said = pick(values, key=values.__getitem__), pick(of_planner, key=of_planner.__getitem__)
-                right += best == said
-                shown.append(
-                    (model, gpus, row.workload, best, values[best], said, values[said], "yes" if best == said else "no")
-                )
+                model, gpus, gpu = key
+                best = _best(values, row.more)
+                said = _best({layout: _planned(model, layout, row, gpu) for layout in values}, row.more)
+                same = "yes" if said <= best else "tie" if said & best else "no"
+                shown.append((model, f"{gpus} {gpu}", row.workload, *_told(best, values), *_told(said, values), same))
     table(("model", "GPUs", "workload", "best", "measured", "the planner's", "measured", "the same"), shown)
-    print(f"\nThe planner names the winner in {right} of {len(shown)} rows")
+    right, ties = (sum(same == word for *_, same in shown) for word in ("yes", "tie"))
+    print(f"\nThe planner names the winner in {right} of {len(shown)} rows, {ties} {'tie' if ties == 1 else 'ties'}")
 
 
-def _planned(model: str, layout: str, row: Row) -> float:
+def _group(row: dict[str, str]) -> tuple[str, int, str]:
+    """(model, GPUs, their kind): layouts that were measured on the same are compared. Raises ValueError for an unknown kind."""
+    if not (found := [name for name in GPUS if name in row["device"]]):
+        raise ValueError(f"device={row['device']!r} is unknown to the planner; it knows {', '.join(GPUS)}")
+    return row["model"], int(row["gpus"]), max(found, key=len)  # L40S is no L4
+
+
+def _best(values: dict[str, float], more: bool) -> set[str]:
+    """All that are as good as the best."""
+    first = (max if more else min)(values.values())
+    return {layout for layout, value in values.items() if value == first}
+
+
+def _told(layouts: set[str], values: dict[str, float]) -> tuple[str, str]:
+    """(names, what was measured of them), in an order that is not the file's."""
+    names = sorted(layouts)
+    return " or ".join(names), " or ".join(f"{values[name]:,.2f}" for name in names)
+
+
+def _planned(model: str, layout: str, row: Row, gpu: str) -> float:
+    least = bound_of(model, layout, row, gpu)
+    if row.workload == "32k":
+        return least.first_token_s
+    return least.tokens_per_s if row.more else least.seconds
+
+
+def bound_of(model: str, layout: str, row: Row, gpu: str) -> Bound:
+    """The planner's, of what a row of the file has measured."""
     name, _, reduced = model.partition(", ")
     config = published_shape(name, num_hidden_layers=int(reduced.split()[0])) if reduced else model_shape(name)
     sizes = {part.rstrip("0123456789"): int(part.lstrip("abcdefghijklmnopqrstuvwxyz-")) for part in
@@ -164,11 +192,8 @@ def _planned(model: str, layout: str, row: Row) -> float:
     names = {"attn-dp": "attn_dp"}
     shape = Layout(**{names.get(kind, kind): size for kind, size in sizes.items()})
     load = Load(row.context, row.batch * (shape.dp if row.workload == "A64" else 1), chunk=CHUNK)
-    machine = Machine.of_gpus("H100")
-    least = bound(config, Way(shape), load, machine, room_of(machine, shape.world, None, 0.9))
-    if row.workload == "32k":
-        return least.first_token_s
-    return least.tokens_per_s if row.more else least.seconds
+    machine = Machine.of_gpus(gpu)
+    return bound(config, Way(shape), load, machine, room_of(machine, shape.world, None, 0.9))
 
 
 def main() -> None:

@@ -7,7 +7,7 @@
 2. Two GPUs, over NVLink or PCIe: for one request, and for many?
 3. Sixteen GPUs on two hosts and a model that none of them can hold.
 
-Nothing is run: a rank's bytes are counted, and times are lower bounds (common/planner/bounds.py). For other models and
+Nothing is run: a rank's bytes are counted, and times are bounds (common/planner/bounds.py). For other models and
 machines: python -m common.distributed.plan.
 """
 

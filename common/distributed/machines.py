@@ -8,10 +8,15 @@ up both):
     A100 SXM 80 GB       NVIDIA A100 Tensor Core GPU data sheet
     L40S, L4             NVIDIA L40S and L4 data sheets; no NVLink
 
-Links. An operation's start and the latency of a message are NCCL's own, with which it chooses its algorithms (commit b647562,
-src/graph/tuning.cc, baseLat and hwLat of ring and LL: 6.6 us, then 0.6, 1.0 and 2.7 us over NVLink, PCIe and network). A
-network has one adapter a GPU, as in NVIDIA's DGX: InfiniBand NDR 400 Gbit/s; Ethernet here is 100 Gbit/s. All are what is
-possible, so that times from them are lower bounds.
+Links. A network has one adapter a GPU, as in NVIDIA's DGX: InfiniBand NDR 400 Gbit/s; Ethernet here is 100 Gbit/s. An
+operation's start and the latency of a message are NCCL's own, with which it chooses its algorithms (commit b647562,
+src/graph/tuning.cc, baseLat and hwLat of ring and LL: 6.6 us, then 0.6, 1.0 and 2.7 us over NVLink, PCIe and network). But sums
+inside a host over NVLink are this repository's `push` (common/kernels/all_reduce.py): its quickest messages as measured on two
+H200 and four H100 (common/kernels/NOTES.md), from which three ranks have the start of two, and eight that of four.
+
+So what are times from these? Memory, arithmetic and bytes on a link: what is possible, no kernel is faster (sums are added up by
+GPUs here, not in a switch of NVLink). The start of a sum over NVLink: the least that was measured here. All other messages: what
+NCCL expects of itself; another carrier may need less.
 """
 
 import json
@@ -20,10 +25,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.distributed.cost_model import Link
+from common.distributed.cost_model import Link, Sample
 
 LAUNCH_S = 6.6e-6
 NVLINK_S, PCIE_S, NETWORK_S = 0.6e-6, 1.0e-6, 2.7e-6
+PUSH = (Sample("all_reduce", 2, 57_344, 2.4e-6), Sample("all_reduce", 4, 1024, 3.6e-6))
 NETWORKS = {"infiniband": Link(NETWORK_S, 50e9, LAUNCH_S), "ethernet": Link(NETWORK_S, 12.5e9, LAUNCH_S)}
 GPUS_A_HOST = 8
 
@@ -84,7 +90,7 @@ class Machine:
             raise ValueError(f"gpu={name!r} is unknown; use {', '.join(GPUS)}, or --machine with a measured one")
         gpu = GPUS[name]
         inside = {
-            "nvlink": gpu.nvlink and Link(NVLINK_S, gpu.nvlink, LAUNCH_S),
+            "nvlink": gpu.nvlink and Link(NVLINK_S, gpu.nvlink, LAUNCH_S, PUSH),
             "pcie": Link(PCIE_S, gpu.pcie, LAUNCH_S),
         }
         inside["ethernet"] = NETWORKS["ethernet"]
@@ -155,10 +161,14 @@ def _parsed(raw: dict[str, Any]) -> dict[str, Any]:
     return {
         "reading": tuple(Speed(**speed) for speed in raw["reading"]),
         "flops": {dtype: tuple(Speed(**speed) for speed in speeds) for dtype, speeds in raw["flops"].items()},
-        "inside": Link(**raw["inside"]),
-        "between": Link(**raw["between"]),
+        "inside": _link(raw["inside"]),
+        "between": _link(raw["between"]),
         "capability": tuple(raw["capability"]) if raw.get("capability") else None,
     }
+
+
+def _link(raw: dict[str, Any]) -> Link:
+    return Link(**{**raw, "sums": tuple(Sample(**sample) for sample in raw.get("sums", ()))})
 
 
 def _nearest(speeds: tuple[Speed, ...], ranks: int, nbytes: float) -> float:

@@ -4,9 +4,10 @@
     python -m common.distributed.plan --model Qwen2.5-72B --gpus 2 --context 8192 --batch 64 --quantization awq --kv-dtype int8
     python -m common.distributed.plan --model SmolLM2-135M --gpus 2 --machine figures/machine.json --context 512 --batch 8
 
-Weights and pages are what a rank of this repository holds, to the byte (tests compare them with the real model). Times are lower
-bounds: bytes over bandwidth, arithmetic over peak, and messages by the cost model (common/planner/bounds.py);
-`python -m common.distributed.check_plan` puts them beside what is measured here. GPUs and links: machines.py.
+Weights and pages are what a rank of this repository holds, to the byte (tests compare them with the real model). Times are
+bounds: bytes over bandwidth, arithmetic over peak, and messages by the cost model (common/planner/bounds.py); of experts what is
+to be expected. `python -m common.distributed.check_plan` puts them beside what is measured here. GPUs and links, and whose
+messages these are: machines.py.
 """
 
 import argparse

@@ -2,6 +2,9 @@
 
 A rank's turn cannot be shorter than what it must read takes over its memory's bandwidth, nor than what it must compute over its
 arithmetic's peak, and its messages wait for both: turn = max(read, compute) + messages. Kernels take longer, and what starts them.
+Two numbers are not the least there can be: how many experts a step reads is an expectation for evenly routed tokens (work.py), and
+messages other than a sum over NVLink start as NCCL expects them to (machines.py).
+
 Ranks of a host may share its memory, so how fast one reads depends on how many do so at once: of one request's stages one at a
 time, of more replicas than requests those that have one.
 

@@ -1,6 +1,8 @@
 """What one rank reads, computes and says in a step of its stage."""
 
 from dataclasses import dataclass
+from functools import lru_cache
+from math import comb, prod
 from typing import NamedTuple
 
 from common.attention.kv_format import wire_dtype
@@ -53,7 +55,8 @@ class Work:
 
 def work(config: ModelConfig, way: Way, stage: Stage, load: Load, step: Step) -> Work:
     """Every weight is read once, but for the embedding, of which each token takes a row, and experts that no row of the step
-    has chosen; K and V are read once by each sequence."""
+    has chosen; K and V are read once by each sequence. That, and what is multiplied, is the least there can be where sequences
+    share no pages, but for the experts: how many of them are read is what to expect if every expert is as likely."""
     layout, has = way.layout, parameters(config, way.layout, stage, way.travels)
     head = (has.head or has.embedding) if stage.last else 0
     own = own_rows(way, step)
@@ -66,7 +69,7 @@ def work(config: ModelConfig, way: Way, stage: Stage, load: Load, step: Step) ->
     flops += 2 * pairs * _numbers_of_a_pair(config, layout, step) * stage.layers
     read = has._replace(embedding=0, head=head)
     if mixture := config.mixture:
-        read = read._replace(experts=round(has.experts * touched(mixture, step.rows)))
+        read = read._replace(experts=round(has.experts * read_share(mixture, layout.ep, step.rows)))
         seen = -(-own // layout.attn_tp) if way.travels else step.rows  # by router and shared expert of this rank
         flops += 2 * (has.router + has.shared) * seen
         flops += 2 * has.experts * step.rows * mixture.router.top_k // mixture.num_experts
@@ -85,6 +88,33 @@ def touched(mixture: Mixture, rows: int) -> float:
     A router has favourites: then it is less, and the rank that has them is late for another reason.
     """
     return 1 - (1 - mixture.router.top_k / mixture.num_experts) ** rows
+
+
+def read_share(mixture: Mixture, ep: int, rows: int) -> float:
+    """Of its experts' weights, the share that the rank reads for which a layer's sum waits.
+
+    Experts that are cut by columns are read alike by all. Dealt out over `ep` ranks, one of these has most of what was chosen.
+    """
+    experts, share = mixture.num_experts, touched(mixture, rows)
+    if ep == 1:
+        return share
+    return most_on_a_rank(experts, ep, round(experts * share)) / split_evenly(experts, 0, ep)[0]
+
+
+@lru_cache(maxsize=4096)
+def most_on_a_rank(experts: int, ranks: int, drawn: int) -> float:
+    """The expected number of the rank that has most of `drawn` different experts, if each set of so many is as likely.
+
+    E[max] = sum over m of 1 - P(max <= m), and P(max <= m) is the coefficient of x^drawn in the product over the ranks of
+    sum over j <= m of C(own, j) x^j, out of C(experts, drawn). A polynomial is an integer here, its coefficients `experts` + 1
+    bits each: none is more than the sum of all C(experts, j), which is 2^experts.
+    """
+    bits, most = experts + 1, 0.0
+    own = [sum(piece.n for piece in split_evenly(experts, rank, ranks)[1]) for rank in range(ranks)]
+    for m in range(min(max(own), drawn)):
+        product = prod(sum(comb(n, j) << j * bits for j in range(m + 1)) for n in own)
+        most += 1 - ((product >> drawn * bits) & ((1 << bits) - 1)) / comb(experts, drawn)
+    return most
 
 
 def _numbers_of_a_pair(config: ModelConfig, layout: Layout, step: Step) -> int:

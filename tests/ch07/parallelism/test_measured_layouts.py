@@ -5,6 +5,7 @@ import re
 
 import torch
 
+from ch07_sglang_radix.benchmarks import bench_layouts
 from common.distributed.layout import Layout
 from common.distributed.machines import Machine
 from common.models.published_configs import model_shape
@@ -16,10 +17,13 @@ from tests.readme import ROOT
 
 TEXT = (ROOT / "ch07_sglang_radix/parallelism/README.md").read_text(encoding="utf-8")
 FILES = {"one card": "", "tp = 2": "_tp2", "pp = 2": "_pp2", "dp = 2": "_dp2"}
-LAYOUTS = {"one card": Layout(), "tp = 2": Layout(2), "pp = 2": Layout(1, 2), "dp = 2": Layout(1, 1, 2)}
+LAYOUTS = {
+    "one card": Layout(), "tp = 2": Layout(2), "pp = 2": Layout(1, 2), "dp = 2": Layout(1, 1, 2), "cp = 2": Layout(2, cp=2),
+}  # fmt: skip
 LOADS = {
     "D": (384, 1),
     "A64": (850, 64),
+    "C": (2304, 256),
     "32k": (32_000, 1),
 }  # context, requests: the planner's picture of each workload
 
@@ -33,6 +37,12 @@ def measured(row: str) -> list[str]:
     return [f"{of['D'][0]:.2f}", f"{max(a64):,.0f}", f"{of['C cold'][0]:,.0f}", f"{min(of['32k']):.2f}"]
 
 
+def long_prompt() -> str:
+    """s to the first token over two parts of a context: the best that the file has."""
+    with (ROOT / "figures/bench_long_prompt.csv").open(encoding="utf-8") as file:
+        return f"{min(float(one['best_s']) for one in csv.DictReader(file) if one['cp'] == '2'):.2f}"
+
+
 def bounds(row: str) -> list[str]:
     machine, config, layout = Machine.of_gpus("H100"), model_shape("Qwen2.5-7B"), LAYOUTS[row]
     hardware = Hardware("cuda", machine.capability)
@@ -41,8 +51,8 @@ def bounds(row: str) -> list[str]:
         load = Load(context, batch, torch.bfloat16, torch.bfloat16, 16, 8192, hardware)
         return bound(config, Way(layout), load, machine, room_of(machine, layout.world, None, 0.9))
 
-    d, a64, long = (of(*load) for load in LOADS.values())
-    return [f"{1e3 * d.seconds:.2f}", f"{a64.tokens_per_s:,.0f}", f"{long.first_token_s:.2f}"]
+    d, a64, c, long = (of(*load) for load in LOADS.values())
+    return [f"{1e3 * d.seconds:.2f}", f"{a64.tokens_per_s:,.0f}", f"{c.tokens_per_s:,.0f}", f"{long.first_token_s:.2f}"]
 
 
 def table_under(heading: str) -> dict[str, list[str]]:
@@ -61,12 +71,12 @@ def refuse_another_winner(told: dict[str, list[str]], column: int, best) -> None
 
 def test_the_table_of_two_cards_is_the_files_and_the_planner_s():
     told = table_under("Measured on two cards")
-    assert set(told) == {*FILES, "cp = 2"}
-    for name in FILES:
-        d, d_bound, a64, a64_bound, c, first, first_bound = (cell.strip("*") for cell in told[name])
-        assert [d, a64, c, first] == measured(name), name
-        assert [d_bound, a64_bound, first_bound] == bounds(name), name
-    for column, best in ((0, min), (2, max), (4, max), (5, min)):
+    assert set(told) == set(LAYOUTS)
+    for name in LAYOUTS:
+        cells = [cell.strip("*") for cell in told[name]]
+        assert cells[1::2] == bounds(name), name
+        assert cells[::2] == (measured(name) if name in FILES else ["", "", "", long_prompt()]), name
+    for column, best in ((0, min), (2, max), (4, max), (6, min)):
         refuse_another_winner(told, column, best)
 
 
@@ -82,3 +92,47 @@ def test_the_table_of_four_cards_is_the_file_s():
         assert [cell.strip("*") for cell in cells] == [f"{d:.2f}", f"{a64:,.0f}", f"{c:,.0f}", f"{first:.2f}"], name
     for column, best in enumerate((min, max, max, min)):
         refuse_another_winner(told, column, best)
+
+
+MODELS = {
+    "Qwen2.5-32B, tp = 4": ("Qwen2.5-32B", "tp4"),
+    "Qwen2.5-32B, tp = 2 x pp = 2": ("Qwen2.5-32B", "tp2 x pp2"),
+    "Qwen3-30B-A3B, 24 layers, tp = 4": ("Qwen3-30B-A3B, 24 layers", "tp4"),
+    "the same, ep = 4": ("Qwen3-30B-A3B, 24 layers", "tp4, ep4"),
+    "the same, attention data parallel 4, ep = 4": ("Qwen3-30B-A3B, 24 layers", "tp4, attn-dp4, ep4"),
+}  # the row -> model and layout
+
+
+def test_the_table_of_a_large_model_and_of_one_with_experts_is_the_file_s():
+    with (ROOT / "figures/bench_layouts.csv").open(encoding="utf-8") as file:
+        rows = [one for one in csv.DictReader(file) if one["gpus"] == "4" and one["model"] != "Qwen2.5-7B"]
+    of = {(one["model"], one["layout"], one["workload"]): float(one["value"]) for one in rows}
+    told = {
+        name: [cell.strip() for cell in cells.split("|")]
+        for name, cells in re.findall(r"^\| (Qwen[^|]+, [^|]+|the same, [^|]+) \|(.*)\|$", TEXT, re.MULTILINE)
+    }
+    assert set(told) == set(MODELS)
+    assert set(MODELS.values()) == {(model, layout) for model, layout, _ in of}
+    for name, cells in told.items():
+        d, a64, first = (of[(*MODELS[name], workload)] for workload in ("D", "A64", "32k"))
+        assert [cell.strip("*") for cell in cells] == [f"{d:.2f}", f"{a64:,.0f}", f"{first:.2f}"], name
+    for model in {model for model, _ in MODELS.values()}:
+        its = {name: cells for name, cells in told.items() if MODELS[name][0] == model}
+        for column, best in enumerate((min, max, min)):
+            refuse_another_winner(its, column, best)
+
+
+def test_the_winners_that_the_planner_names_are_as_many_as_it_says(capsys):
+    bench_layouts.planned(ROOT / "figures/bench_layouts.csv")
+    right, rows, ties = re.search(
+        r"names the winner in (\d+) of (\d+) rows, (\d+) ties?$", capsys.readouterr().out.strip()
+    ).groups()
+    assert f"it names the winner in {right} of {rows} rows, and {ties} is a tie" in TEXT
+
+
+def test_the_messages_of_one_request_are_the_planner_s():
+    (row,) = (row for row in bench_layouts.ROWS if row.workload == "D")
+    model = "Qwen3-30B-A3B, 24 layers"
+    least = bench_layouts.bound_of(model, "tp4", row, "H100")
+    messages, whole = (f"{1e3 * seconds:.2f}" for seconds in (least.parts["messages"], least.seconds))
+    assert f"{messages} of {whole} ms are messages" in TEXT

@@ -1,10 +1,12 @@
 import json
+import re
 
 import pytest
 
 from common.distributed.cost_model import Link
-from common.distributed.machines import GPUS, GPUS_A_HOST, Machine, Speed
+from common.distributed.machines import GPUS, GPUS_A_HOST, PUSH, Machine, Speed
 from common.teaching.report import write_json
+from tests.readme import ROOT
 
 HERE = Machine(
     "here", 8 * 10**9, True, (Speed(1, 1 << 20, 80e9), Speed(1, 1 << 28, 20e9), Speed(2, 1 << 28, 15e9)),
@@ -12,9 +14,44 @@ HERE = Machine(
 )  # fmt: skip
 
 
-def test_a_machine_is_read_as_it_was_written(tmp_path):
-    write_json(HERE.to_json(), tmp_path / "machine.json")
-    assert Machine.from_file(tmp_path / "machine.json") == HERE
+@pytest.mark.parametrize("machine", [HERE, Machine.of_gpus("H100")], ids=["measured", "GPUs"])
+def test_a_machine_is_read_as_it_was_written(tmp_path, machine):
+    write_json(machine.to_json(), tmp_path / "machine.json")
+    assert Machine.from_file(tmp_path / "machine.json") == machine
+
+
+def test_no_sum_over_nvlink_was_measured_quicker_than_it_is_planned():
+    """Those of NOTES.md, by this repository's kernel, PyTorch's and NCCL; the quickest of each number of ranks is met."""
+    text = (ROOT / "common/kernels/NOTES.md").read_text(encoding="utf-8")
+    us, kb, more, more_kb = re.search(
+        r"takes ([\d.]+) us up to (\d+) KB and ([\d.]+) us at (\d+) KB with `push`", text
+    ).groups()
+    measured = [(2, 1024 * int(kb), float(us)), (2, 1024 * int(more_kb), float(more))]
+    table = text.partition("## Four GPUs")[2].partition("\n## ")[0]
+    for nbytes, cells in re.findall(r"^\| ([\d,]+) \|(.*)\|$", table, re.MULTILINE):
+        measured += [(4, int(nbytes.replace(",", "")), float(cell)) for cell in cells.split("|") if cell.strip()]
+    assert len(measured) == 2 + 4 * 4 + 2 * 3
+    link = Machine.of_gpus("H100").inside
+    for ranks, nbytes, took in measured:
+        assert 1e6 * link.seconds("all_reduce", nbytes, ranks) <= took * (1 + 1e-9), (ranks, nbytes)
+    for sample in PUSH:
+        assert (sample.ranks, sample.nbytes, pytest.approx(1e6 * sample.seconds)) in measured
+        assert link.seconds(sample.op, sample.nbytes, sample.ranks) == pytest.approx(sample.seconds)
+
+
+def test_only_sums_inside_a_host_over_nvlink_are_this_repository_s():
+    h100, pcie = Machine.of_gpus("H100"), Machine.of_gpus("H100", "pcie")
+    bare = Link(h100.inside.latency_s, h100.inside.bytes_per_s, h100.inside.start_s)
+    assert h100.inside.seconds("all_gather", 1024, 4) == bare.seconds("all_gather", 1024, 4)
+    assert h100.inside.seconds("all_reduce", 1024, 4) < bare.seconds("all_reduce", 1024, 4)
+    assert not pcie.inside.sums
+    assert not h100.link(16, 2).sums
+
+
+def test_more_ranks_have_no_quicker_sum():
+    link = Machine.of_gpus("H100").inside
+    times = [link.seconds("all_reduce", 1024, ranks) for ranks in range(2, 17)]
+    assert times == sorted(times)
 
 
 def test_reading_is_as_fast_as_was_measured_nearest():

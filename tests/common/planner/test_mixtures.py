@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from itertools import combinations
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from common.models.stages import stage_layers
 from common.parallel_state import TPGroup
 from common.planner.holdings import holdings, page_bytes, parameters, stages
 from common.planner.plan import Load, Way, ways
-from common.planner.work import Step, messages, touched, work
+from common.planner.work import Step, messages, most_on_a_rank, read_share, touched, work
 from tests.common.planner.test_work import CONTROL, FLOAT32, recorded
 from tests.mixtures import save_mixture
 
@@ -144,6 +145,38 @@ def test_the_experts_that_a_step_reads_are_those_that_somebody_has_chosen():
     assert all_of_it.weights - one.weights == pytest.approx(experts * (1 - 8 / 128), rel=1e-6)
     active = 3.35e9  # as the card says, of which the embedding is not read
     assert one.weights / 2 == pytest.approx(active - 151_936 * 2048, rel=0.02)
+
+
+@pytest.mark.parametrize(("experts", "ranks"), [(8, 1), (8, 2), (8, 4), (9, 3), (7, 3), (5, 4), (6, 6)])
+def test_the_rank_with_most_of_the_experts_is_the_average_over_all_sets_of_them(experts, ranks):
+    """Also where they do not divide: the last ranks have fewer, or none."""
+    slots = -(-experts // ranks)
+    for drawn in range(experts + 1):
+        most = [
+            max(Counter(e // slots for e in chosen).values(), default=0)
+            for chosen in combinations(range(experts), drawn)
+        ]
+        assert most_on_a_rank(experts, ranks, drawn) == pytest.approx(sum(most) / len(most), rel=1e-12)
+
+
+def test_a_step_waits_for_the_rank_that_has_most_of_the_experts():
+    """Of whole experts one rank reads more than its share, until all are read; columns are read alike."""
+    mixture, draw = model_shape("Qwen3-30B-A3B").mixture, random.Random(0)
+    drawn = [max(Counter(e // 32 for e in draw.sample(range(128), 8)).values()) for _ in range(20_000)]
+    assert 32 * read_share(mixture, 4, 1) == pytest.approx(sum(drawn) / len(drawn), rel=0.01)
+    for rows in range(1, 200):
+        assert touched(mixture, rows) == read_share(mixture, 1, rows) < read_share(mixture, 2, rows) <= 1
+        assert read_share(mixture, 2, rows) <= read_share(mixture, 4, rows) <= 1
+    assert read_share(mixture, 4, 200) == 1
+
+
+def test_the_bytes_of_a_step_are_those_of_the_rank_with_most_experts():
+    config, load, step = model_shape("Qwen3-30B-A3B"), Load(1, 1), Step(1, 1, 1, decode=True)
+    stage = stages(config, 1)[0]
+    dealt, cut = (work(config, Way(layout), stage, load, step) for layout in (Layout(4, ep=4), Layout(4)))
+    an_expert = 48 * 3 * 2048 * 768 * 2
+    assert dealt.weights - cut.weights == pytest.approx(an_expert * (most_on_a_rank(128, 4, 8) - 8 / 4), abs=1)
+    assert (dealt.flops, dealt.kv, dealt.messages) == (cut.flops, cut.kv, cut.messages)
 
 
 def test_experts_are_dealt_out_over_all_parts_of_the_ranks_and_travel_where_rows_are_spread():
