@@ -89,7 +89,7 @@ class ReplicaServer:
         self.manager.drain()
         try:
             await asyncio.wait_for(self.manager.idle.wait(), self.args.drain_timeout)
-        except TimeoutError:
+        except asyncio.TimeoutError:
             self.manager.fail(f"the server ends; {self.manager.num_in_flight} request(s) were not done in time")
         self.manager.leave()
         await asyncio.to_thread(self._workers.end, LEAVE_S)
