@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import torch
 
-from common.distributed.cost_model import Link, rounds
+from common.distributed.cost_model import Link, rounds, wire_bytes
 from common.distributed.launch import run_main
 from common.parallel_state import TPGroup, all_reduce, initialize_tensor_parallel, start_all_reduce
 from common.teaching.show import check, heading, table
@@ -71,8 +71,8 @@ def main() -> None:
     nbytes = len(x) * HIDDEN * dtype.itemsize
     modelled = Link(latency, bandwidth).seconds("all_reduce", nbytes, tp.size)
     table(
-        ("message", "bytes", "model, ms", "measured, ms"),
-        [(f"[{len(x)}, {HIDDEN}]", nbytes, 1e3 * modelled, 1e3 * between)],
+        ("message", "bytes", "on the wire", "model, ms", "measured, ms"),
+        [(f"[{len(x)}, {HIDDEN}]", nbytes, wire_bytes("all_reduce", nbytes, tp.size), 1e3 * modelled, 1e3 * between)],
     )
 
 

@@ -22,6 +22,7 @@ experts_forms.svg     <- experts_forms.csv     python -m ch07_sglang_radix.bench
                          experts_kernels.csv   the same on a GPU, --part kernels; left out while it is not there
 hot_experts.svg       <- hot_experts.csv       python ch07_sglang_radix/experts/demo_5_hot_experts.py --csv figures/hot_experts.csv
 cache_bytes.svg       <- cache_bytes.csv       python ch07_sglang_radix/experts/demo_8_cache_bytes.py --csv figures/cache_bytes.csv
+world.svg             <- world.csv             python ch07_sglang_radix/parallelism/demo_1_world.py --csv figures/world.csv
 pipeline.svg          <- pipeline.csv          torchrun --nproc_per_node=2 ch07_sglang_radix/parallelism/demo_3_pipeline_timeline.py
                                                    --csv figures/pipeline.csv
 all_reduce_cpu.svg    <- all_reduce_cpu.csv, all_reduce_decode.csv     python -m common.distributed.bench_all_reduce
@@ -46,7 +47,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch, Polygon, Rectangle
 
 from common.distributed.cost_model import Link, Sample
 
@@ -645,6 +646,44 @@ def links():
     return figure
 
 
+def world():
+    """tp x pp x dp is a box: a rank is a corner, a group an edge in its kind's direction, and a replica a face."""
+    rows = read("world.csv")
+    at = {row["rank"]: (4.4 * int(row["tp"]) + 2 * int(row["replica"]), int(row["replica"]) - 2.6 * int(row["stage"]))
+          for row in rows}  # fmt: skip
+    kinds = {
+        "tp": (BLUE, "-", "tp group: two sums a layer"), "pp": (ORANGE, "-", "pp group: one message a step"),
+        "dp": (GREEN, (0, (2, 1.5)), "dp group: no message"),
+    }  # fmt: skip
+    figure, axis = plt.subplots(figsize=(7, 4.4))
+    for replica, colour in (("1", "#ededed"), ("0", "#f8f8f8")):  # the one behind first
+        stages = [[at[r["rank"]] for r in rows if (r["replica"], r["stage"]) == (replica, stage)] for stage in "01"]
+        face = [*stages[0], *reversed(stages[1])]
+        axis.add_patch(Polygon(face, facecolor=colour, edgecolor="none", alpha=0.75))
+        for kind, (edge, style, _) in kinds.items():
+            for group in dict.fromkeys(row[f"{kind} group"] for row in rows if row["replica"] == replica):
+                axis.plot(*zip(*(at[rank] for rank in group.split()), strict=True), color=edge, ls=style, lw=3)
+    for row in rows:
+        x, y = at[row["rank"]]
+        axis.text(x, y, row["rank"], ha="center", va="center", fontsize=12, color="white", weight="bold", zorder=3,
+                  bbox={"boxstyle": "circle,pad=0.35", "facecolor": "#404040", "edgecolor": "white"})  # fmt: skip
+    for replica, rank, above in (("0", "2", False), ("1", "4", True)):
+        (members,) = {row["replica group"] for row in rows if row["replica"] == replica}
+        x, y = at[rank]
+        said = f"replica {replica}: ranks {members}"
+        axis.text(
+            x + 2.2, y + (0.3 if above else -0.3), said, ha="center", va="bottom" if above else "top", fontsize=10
+        )
+    for stage, rank in (("0", "0"), ("1", "2")):
+        x, y = at[rank]
+        axis.text(x - 0.5, y, f"stage {stage}", ha="right", va="center", fontsize=10)
+    lines = [plt.Line2D([], [], color=colour, ls=style, lw=3, label=said) for colour, style, said in kinds.values()]
+    figure.legend(handles=lines, loc="lower center", ncols=3, fontsize=9, frameon=False)
+    axis.set_aspect("equal")
+    axis.axis("off")
+    return figure
+
+
 def pipeline():
     """When each stage computes which micro-batch: measured, and the schedules of training, computed."""
     rows = read("pipeline.csv")
@@ -815,7 +854,7 @@ def quantization():
 FIGURES: tuple[Callable, ...] = (
     toy_split, parallel_layers, heads, two_ways, loading, kv_cache, blocks, batching, messages,
     overlap_gaps, prefix, load_balance, control_plane, all_reduce_cpu, experts_forms, hot_experts, cache_bytes, links, pipeline,
-    disaggregation, speculation, quantization, quantization_kv,
+    world, disaggregation, speculation, quantization, quantization_kv,
     *((disaggregation_gpu,) if (HERE / "disaggregation_gpu.csv").exists() else ()),
 )  # fmt: skip
 

@@ -41,6 +41,7 @@ import torch
 import transformers
 
 from ch07_sglang_radix.benchmarks.record_layouts import ALONE, LAYOUTS, NEW_TOKENS, PROMPTS
+from common.distributed.cost_model import wire_bytes
 from common.distributed.layout import Layout
 from common.teaching.torchrun import torchrun
 from common.tiny_qwen import TINY_QWEN_PATH
@@ -242,11 +243,27 @@ figure.legend(handles, [op.replace("_", "-") for op in DRAWN], loc="lower center
 figure.subplots_adjust(left=0.2, right=0.87, top=0.94, bottom=0.06, hspace=0.35)
 plt.show()
 
-print("messages of a step, bytes of rank 0's tensors      prefill, 24 tokens           decode, 1 token")
+
+def on_the_wire(of_ranks: list[list[dict]]) -> int:
+    """Bytes of one step between the ranks. What each hands in to a collective is its share of it: shares may be unequal."""
+    wire = 0.0
+    for message in (message for step in of_ranks for message in step):
+        op, ranks = message["op"], len(message["ranks"])
+        shares = 1 if op in ("send", "receive") else ranks
+        wire += wire_bytes(op, message["bytes"], ranks) / shares
+    return round(wire)
+
+
+print(f"{'':15s}{'prefill, 24 tokens':^36s}   {'decode, 1 token':^36s}")
+print(f"{'':15s}" + "   ".join(2 * [f"{'messages':>8s} {'bytes':>12s} {'on the wire':>14s}"]))
 for name, told in two.items():
-    steps = steps_of(told[0])[:2] or [[], []]
-    sizes = [f"{len(step):4d} {sum(message['bytes'] for message in step):9,d}" for step in steps]
-    print(f"{name:48s} {sizes[0]:>20s} {sizes[1]:>25s}")
+    by_rank = [steps_of(one)[:2] or [[], []] for one in told]
+    cells = []
+    for of_ranks in zip(*by_rank, strict=True):
+        size = sum(message["bytes"] for message in of_ranks[0])
+        cells.append(f"{len(of_ranks[0]):8d} {size:12,d} {on_the_wire(of_ranks):14,d}")
+    print(f"{name:15s}" + "   ".join(cells))
+print("bytes: of rank 0's tensors; on the wire: between both ranks (common/distributed/cost_model.py)")
 
 count = {name: Counter(m["op"] for m in steps[1]) for name, told in two.items() if (steps := steps_of(told[0]))}
 assert count["tp2"] == {"broadcast": 2, "all_reduce": 1 + 2 * LAYERS, "gather": 1}
@@ -261,7 +278,8 @@ assert "dp2" not in count
 # together. Between them:
 #
 # - tp2 sums once after the embedding and twice a layer; sp says the same in two halves each time. A single row cannot be cut in two, so it is padded: in a
-#   decode step of one request sp only costs.
+#   decode step of one request sp only costs. In the prefill step the halves hand in more bytes than the sums, but put no more on the wire: a sum of n
+#   bytes is 2 n there, and so are a reduce-scatter of n and an all-gather of n/2. It is even less, because of the last layer only the row that emits is gathered.
 # - attn-dp2 and cp2 have whole attention weights, so there is no sum after o_proj. With attn-dp2 the request is rank 0's, and rank 1, which has none, takes
 #   part in every message all the same. With cp2 both hold some of the keys, and merge what they found.
 # - pp2 says one thing in the middle of a step: a row of 896 bytes. (Its logits are larger than tp2's because one rank has all of them.)

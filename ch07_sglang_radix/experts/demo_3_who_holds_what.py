@@ -13,6 +13,7 @@ import torch
 
 from ch07_sglang_radix import Engine
 from ch07_sglang_radix.experts.one_layer import input_of_layer
+from common.distributed.cost_model import wire_bytes
 from common.distributed.launch import run_main
 from common.distributed.layout import Layout
 from common.layers.heads import split_evenly
@@ -116,10 +117,11 @@ def messages() -> None:
                 way,
                 said["all_reduce"]["calls"],
                 said["all_reduce"]["bytes"],
+                wire_bytes("all_reduce", said["all_reduce"]["bytes"], 2),
                 said.get("all_to_all", {"calls": 0})["calls"],
             )
         )
-    table(("ranks", "all-reduces", "bytes", "all-to-alls"), rows)
+    table(("ranks", "all-reduces", "bytes", "on the wire", "all-to-alls"), rows)
     check(
         f"1 + 2L all-reduces a step, of {NEW} steps, both times", {row[1] for row in rows} == {NEW * (1 + 2 * layers)}
     )

@@ -13,6 +13,7 @@ import torch
 from ch07_sglang_radix.experts.one_layer import input_of_layer
 from common.distributed.cost_model import wire_bytes
 from common.distributed.launch import run_main
+from common.distributed.ledger import LedgerEntry
 from common.layers.dispatch import Travelling, add_at_home, set_out, set_out_fixed
 from common.layers.expert_placement import ExpertPlacement
 from common.layers.moe import MoE
@@ -96,6 +97,8 @@ def among_ranks(layer: MoE, x: torch.Tensor, tp: TPGroup) -> None:
     placement = ExpertPlacement(1, 8, tp)
     most = int(max(all_gather_rows(torch.tensor([len(x)]), tp, "tokens")))  # COMM all-gather [1]: tokens of each rank
     weights, experts = layer.gate.route(x)
+    places, nbytes_of_row = placement.locate(0, experts, tp.rank), x.shape[1] * x.element_size()
+    away = int((places // placement.slots != tp.rank).sum())  # choices of this rank that another one computes
     padded = torch.nn.functional.pad(x, (0, 0, 0, most - len(x)))
     _, all_experts = layer.gate.route(padded)
     live = torch.arange(most) < len(x)
@@ -106,17 +109,29 @@ def among_ranks(layer: MoE, x: torch.Tensor, tp: TPGroup) -> None:
                     padded, placement.locate(0, all_experts, tp.rank), live, placement, tp, "layers.0"
                 )
             else:
-                there = set_out(x, placement.locate(0, experts, tp.rank), placement, tp, "layers.0")
+                there = set_out(x, places, placement, tp, "layers.0")
             y, computed = come_home(layer, there, placement)
-            entries = [(entry.label, list(entry.shape), entry.bytes) for entry in ledger.entries]
+            entries = list(ledger.entries)
         y = add_at_home(y[: len(x)], weights, experts)
-        right = torch.tensor([int(torch.allclose(y, alone(layer, x), rtol=1e-4, atol=1e-4)), len(x), computed])
-        all_right = all_gather_rows(right.unsqueeze(0), tp, "right")  # COMM all-gather [3]: is it right, and how much
+        right = torch.tensor([int(torch.allclose(y, alone(layer, x), rtol=1e-4, atol=1e-4)), len(x), computed, away])
+        all_right = all_gather_rows(right.unsqueeze(0), tp, "right")  # COMM all-gather [4]: is it right, and how much
         if tp.rank == 0:
             heading(f"{said}; rank 0 of {tp.size}")
-            table(("message", "shape", "bytes"), entries)
-            table(("rank", "tokens", "rows computed"), [(r, int(n), int(c)) for r, (_, n, c) in enumerate(all_right)])
+            # ranks hand in unlike numbers of rows if exact, so what crosses is not to be seen in one rank's tensor
+            travel = None if fixed else nbytes_of_row * int(all_right[:, 3].sum())
+            table(("message", "shape", "bytes", "on the wire"), [
+                (e.label, list(e.shape), e.bytes, crossing(e, travel)) for e in entries
+            ])  # fmt: skip
+            told = [(rank, *row) for rank, row in enumerate(all_right[:, 1:].tolist())]
+            table(("rank", "tokens", "rows computed", "rows to others"), told)
             check("every rank's rows are those of one rank alone", bool(all_right[:, 0].all()))
+
+
+def crossing(entry: LedgerEntry, travel: int | None) -> int:
+    """Bytes of a message between all ranks; travel: of the rows, if each rank has another number of them."""
+    if travel is None or entry.label.endswith("counts"):
+        return wire_bytes(entry.op, entry.bytes, entry.ranks)
+    return travel
 
 
 def come_home(layer: MoE, there: Travelling, placement: ExpertPlacement) -> tuple[torch.Tensor, int]:

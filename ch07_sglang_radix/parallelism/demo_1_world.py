@@ -1,6 +1,7 @@
 """Who is in which group: the world as a table, drawn before anything runs, and then held against ranks that do.
 
     python ch07_sglang_radix/parallelism/demo_1_world.py
+    python ch07_sglang_radix/parallelism/demo_1_world.py --csv figures/world.csv
     torchrun --nproc_per_node=4 ch07_sglang_radix/parallelism/demo_1_world.py
 
 Eight ranks as 2 replicas of 2 stages of 2 tensor-parallel ranks; the cuts inside a stage; where the ranks go on two hosts; and
@@ -14,34 +15,40 @@ import torch
 from common.distributed.launch import run_main
 from common.distributed.layout import GROUPS, Layout, get_rank_mapping
 from common.parallel_state import ParallelState, all_gather, all_reduce
+from common.teaching.report import csv_option, write_csv
 from common.teaching.show import check, heading, table
 
 
 def main() -> None:
-    rank = int(os.environ.get("RANK", "0"))
+    csv, rank = csv_option(__doc__), int(os.environ.get("RANK", "0"))
     if rank == 0:
-        replicas_stages_ranks()
+        rows = replicas_stages_ranks()
         inside_a_stage()
         on_two_hosts()
         what_does_not_multiply()
+        if csv:
+            write_csv(rows, csv, measured=False)
     if os.environ.get("WORLD_SIZE") == "4":
         real_groups()
     elif rank == 0:
         print("\nthe same with real ranks: torchrun --nproc_per_node=4 ch07_sglang_radix/parallelism/demo_1_world.py")
 
 
-def replicas_stages_ranks() -> None:
+def replicas_stages_ranks() -> list[dict[str, int | str]]:
+    """A row a rank: its place, and its groups."""
     layout = Layout.of(tp=2, pp=2, dp=2)
     heading(f"{layout}: 8 ranks, rank = (dp * pp_size + pp) * tp_size + tp")
     kinds = ("tp", "pp", "dp", "replica")
     rows = [
-        (p.rank, p.dp, p.pp, p.tp, *(said(layout.group_of(kind, p.rank)) for kind in kinds))
+        {"rank": p.rank, "replica": p.dp, "stage": p.pp, "tp": p.tp}
+        | {f"{kind} group": said(layout.group_of(kind, p.rank)) for kind in kinds}
         for p in map(layout.place, range(layout.world))
     ]
-    table(("rank", "replica", "stage", "tp", *(f"{kind} group" for kind in kinds)), rows)
+    table(list(rows[0]), [list(row.values()) for row in rows])
     check("tp ranks are neighbours: they talk 2 times a layer", layout.group_of("tp", 4) == [4, 5])
     check("the same place in the next stage is tp_size further: once a step", layout.group_of("pp", 4) == [4, 6])
     check("rank 0 of a replica is its one will", [group[0] for group in layout.groups("replica")] == [0, 4])
+    return rows
 
 
 def inside_a_stage() -> None:

@@ -1,4 +1,4 @@
-"""One prompt through two stages, message by message: who sends what to whom, its shape and its bytes.
+"""One prompt through two stages, message by message: who sends what to whom, its shape, its bytes, and those on the wire.
 
     torchrun --nproc_per_node=2 ch07_sglang_radix/parallelism/demo_2_two_stages.py
 
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
+from common.distributed.cost_model import wire_bytes
 from common.distributed.launch import run_main
 from common.distributed.ledger import LedgerEntry
 from common.distributed.messages import share_all
@@ -32,10 +33,12 @@ class Shown(NamedTuple):
     label: str
     shape: tuple[int, ...]
     bytes: int
+    wire: int
 
     @classmethod
     def of(cls, entry: LedgerEntry) -> "Shown":
-        return cls(entry.op, entry.label, entry.shape, entry.bytes)
+        crosses = wire_bytes("send", entry.bytes, entry.ranks)  # at whichever end it was written down
+        return cls(entry.op, entry.label, entry.shape, entry.bytes, crosses)
 
 
 def main() -> None:
@@ -57,8 +60,9 @@ def main() -> None:
     )
     messages = [Shown(*one) for one in first["said"]]
     ways = {"send": "0 -> 1", "receive": "0 <- 1"}
-    table(("way", "what", "shape", "bytes", "why"), [
-        (ways[one.op], one.label, str(list(one.shape)), one.bytes, WHY[one.label]) for one in messages if one.label in WHY
+    table(("way", "what", "shape", "bytes", "on the wire", "why"), [
+        (ways[one.op], one.label, str(list(one.shape)), one.bytes, one.wire, WHY[one.label])
+        for one in messages if one.label in WHY
     ])  # fmt: skip
     print(
         "  The chunk that does not end the prompt brings nothing back: rank 0 begins the next one while rank 1 is still at it.\n"
@@ -68,7 +72,7 @@ def main() -> None:
     check("what one sends is what the other one receives, in the same order", both_ends(messages, others))
     hidden = [one for one in messages if one.label == "hidden"]
     check("hidden states are [T, D]", all(one.bytes == one.shape[0] * hidden_size * item for one in hidden))
-    what_sglang_sends(sum(one.bytes for one in hidden), hidden[0].shape)
+    what_sglang_sends(hidden)
     alone = TPRadixAttentionModelWrapper(device="cpu", page_size=4, max_total_tokens=1024, tp=TPGroup())
     heading("The same question, one process with all layers")
     whole, _ = ask(alone)
@@ -103,12 +107,14 @@ def both_ends(mine: list[Shown], theirs: list[Shown]) -> bool:
     )
 
 
-def what_sglang_sends(ours: int, shape: tuple[int, ...]) -> None:
+def what_sglang_sends(hidden: list[Shown]) -> None:
     """SGLang 0.5.23, srt/managers/scheduler_pp_mixin.py: PPProxyTensors of hidden_states and residual."""
-    heading("Between the stages")
-    table(("who", "tensors of the first chunk", "bytes, all steps together"), [
-        ("SGLang", f"hidden_states {list(shape)}, residual {list(shape)}", 2 * ours),
-        ("here", f"their sum {list(shape)}", ours),
+    heading("Between the stages, all steps together")
+    shape = list(hidden[0].shape)
+    nbytes, wire = (sum(sizes) for sizes in zip(*((one.bytes, one.wire) for one in hidden), strict=True))
+    table(("who", "tensors of the first chunk", "bytes", "on the wire"), [
+        ("SGLang", f"hidden_states {shape}, residual {shape}", 2 * nbytes, 2 * wire),
+        ("here", f"their sum {shape}", nbytes, wire),
     ])  # fmt: skip
     print("  A layer's norm adds them first of all (fused, on a GPU); who adds them before sending sends half.")
 

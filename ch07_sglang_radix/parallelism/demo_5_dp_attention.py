@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from ch07_sglang_radix import Engine
+from common.distributed.cost_model import wire_bytes
 from common.distributed.launch import run_main
 from common.teaching.show import check, heading, table
 
@@ -51,6 +52,7 @@ def serve(trace: Path, attn_dp_size: int) -> tuple[list, dict]:
             "heads": f"{heads.num_q} + {heads.num_kv}", "attention": attention, "mlp": mlp,
             "token": wrapper.kv_cache.kv.nbytes // (wrapper.num_pages * PAGE), "pool": info["max_total_num_tokens"],
             "held": info["held_tokens"], "messages": ledger.summary(),
+            "layers": wrapper.config.num_layers, "row": wrapper.config.hidden_size * wrapper.dtype.itemsize,
         }  # fmt: skip
     facts["steps"] = [json.loads(line) for line in trace.read_text(encoding="utf-8").splitlines()]
     return [answer["output_ids"] for answer in answers], facts
@@ -109,14 +111,42 @@ def shown(part: dict | None) -> str:
 def messages(one: dict, two: dict) -> None:
     heading("Messages of rank 0, all steps together")
     ops = sorted({*one["messages"], *two["messages"]} - {"broadcast"})
-    count = lambda said, op: said["messages"].get(op, {"calls": 0, "bytes": 0})  # noqa: E731
-    table(
-        ("", "tp 2: calls", "bytes", "attn-dp 2: calls", "bytes"),
-        [(op, *count(one, op).values(), *count(two, op).values()) for op in ops],
-    )
+    header = ("", "tp 2: calls", "bytes", "on the wire", "attn-dp 2: calls", "bytes", "on the wire")
+    table(header, [(op, *counted(one, op), *counted(two, op)) for op in ops])
+    print("  on the wire: between both ranks; in an all-to-all rank 1 has other numbers of rows to send than rank 0.")
+    mine, _ = uneven(two)
+    check("rank 0's all-to-alls carry the rows of its requests", mine == two["messages"]["all_to_all"]["bytes"])
     print(
         "  tp 2 sums after the embedding, after attention and after the MLP; here only the MLP has messages, two a layer."
     )
+
+
+def counted(facts: dict, op: str) -> tuple[int, int, int]:
+    """(calls, bytes of rank 0's tensors, bytes on the wire)"""
+    said = facts["messages"].get(op, {"calls": 0, "bytes": 0})
+    if op != "all_to_all" or not said["calls"]:
+        return said["calls"], said["bytes"], wire_bytes(op, said["bytes"], RANKS)
+    return said["calls"], said["bytes"], uneven(facts)[1]
+
+
+def uneven(facts: dict) -> tuple[int, int]:
+    """(bytes that rank 0 hands in, bytes on the wire) of a prefill step's all-to-alls: cost_model.py's are of equal tensors.
+
+    In each layer a rank sends its rows to every other one, and gets its part of their sums for these; at the end it sends the
+    row of each request, for the LM head. What it hands in has a place for itself as well.
+    """
+    mine = wire = 0
+    for step in facts["steps"]:
+        if not any(part and part["kind"] == "prefill" for part in step.get("parts", ())):
+            continue
+        rows, ends = [tokens_of(part) for part in step["parts"]], [requests_of(part) for part in step["parts"]]
+        mine += facts["layers"] * (RANKS * rows[0] + sum(rows)) + RANKS * ends[0]
+        wire += (RANKS - 1) * (facts["layers"] * 2 * sum(rows) + sum(ends))
+    return facts["row"] * mine, facts["row"] * wire
+
+
+def requests_of(part: dict | None) -> int:
+    return len(part["scheduled"]) if part else 0
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from common.distributed.cost_model import wire_bytes
 from common.distributed.launch import run_main
 from common.executor import Executor
 from common.layers.vocab import gather_logits
@@ -109,8 +110,11 @@ def two_halves(tp: TPGroup, say: Sayer) -> None:
             logits.append(prefill(executor, 1))
         sums = [entry for entry in ledger.entries if entry.op == "all_reduce"]
         first = " ".join(f"{e.label.removeprefix('layers.')}{list(e.shape)}" for e in sums[:4])
-        rows.append(("two halves" if halves else "whole", len(sums), sum(e.bytes for e in sums), first))
-    say.table(("", "sums", "bytes", "the first four"), rows)
+        nbytes = sum(e.bytes for e in sums)
+        wire = wire_bytes("all_reduce", nbytes, tp.size)
+        rows.append(("two halves" if halves else "whole", len(sums), nbytes, wire, first))
+    say.table(("", "sums", "bytes", "on the wire", "the first four"), rows)
+    say.print("  on the wire: what a ring sends between all ranks together (common/distributed/cost_model.py)")
     say.check("twice the messages, the same bytes", rows[1][1] == 2 * rows[0][1] and rows[1][2] == rows[0][2])
     say.check("the same logits", torch.allclose(*logits, atol=1e-4))
 

@@ -1,9 +1,10 @@
 """GET /metrics: a registry as Prometheus reads it, for the server (metrics.py) and for the router in front of several."""
 
+from collections.abc import Iterable
 from typing import Protocol
 
 from fastapi import APIRouter, Request, Response
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.exposition import choose_encoder
 
 # SGLang's bounds; those below 0.1 s are ours: a small model's first token comes in milliseconds
@@ -16,13 +17,21 @@ class Counted(Protocol):
     registry: CollectorRegistry
 
 
+class Collects(Protocol):
+    def collect(self) -> Iterable[Metric]: ...
+
+
 def metrics_router(metrics: Counted) -> APIRouter:
-    """In the format that the Accept header asks for: plain text or OpenMetrics."""
     router = APIRouter()
 
     @router.get("/metrics", response_class=Response)
     async def exposition(request: Request) -> Response:
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(metrics.registry), headers={"Content-Type": content_type})
+        return exposed(metrics.registry, request)
 
     return router
+
+
+def exposed(registry: Collects, request: Request) -> Response:
+    """In the format that the Accept header asks for: plain text or OpenMetrics."""
+    encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    return Response(encode(registry), headers={"Content-Type": content_type})

@@ -33,14 +33,7 @@ def make_app(manager: TokenizerManager) -> FastAPI:
     app.include_router(weights_router(manager))
     app.include_router(openai_router(manager))
     if manager.args.enable_metrics:
-        metrics = Metrics(
-            manager.args.served_model_name,
-            dp_size=manager.args.engine.dp_size,
-            experts=manager.args.engine.watches_experts,
-            lora=manager.args.engine.enable_lora,
-        )
-        metrics.connect(manager)
-        app.include_router(metrics_router(metrics))
+        app.include_router(metrics_router(Metrics.of(manager)))
     mount_page(app, manager)
 
     @app.exception_handler(RequestError)

@@ -1,7 +1,6 @@
 """What the server counts and times, under SGLang's names, for Prometheus: GET /metrics.
 
-    metrics = Metrics("tiny-qwen")
-    metrics.connect(manager)          # hears of tokens, of ends, and of the scheduler's steps (step_state.py)
+    metrics = Metrics.of(manager)     # hears of tokens, of ends, and of the scheduler's steps (step_state.py)
     app.include_router(metrics_router(metrics))
 
 Every number lives in the main process. The scheduler is another one: it sends totals, and this side takes the differences, so
@@ -213,6 +212,15 @@ class Metrics:
 
     def _make(self, kind: type, name: str, text: str, *labels: str, **more: Any) -> Any:
         return kind(f"sglang:{name}", text, ("model_name", *labels), registry=self.registry, **more)
+
+    @classmethod
+    def of(cls, manager: TokenizerManager) -> "Metrics":
+        """The numbers of this server, connected."""
+        engine = manager.args.engine
+        lora = engine.enable_lora
+        metrics = cls(manager.args.served_model_name, dp_size=engine.dp_size, experts=engine.watches_experts, lora=lora)
+        metrics.connect(manager)
+        return metrics
 
     def connect(self, manager: TokenizerManager) -> None:
         manager.on_tokens.append(self.tokens)

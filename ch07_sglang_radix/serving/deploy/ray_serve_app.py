@@ -9,43 +9,41 @@
 
 Serve starts as many replicas as the requests in flight ask for, asks each whether it is well (check_health), replaces one that is
 not, and lets what runs end before it stops one. A rank that dies ends its engine, so Serve replaces the replica as a whole.
-Ray is an extra: requirements-deploy.txt.
+A replica answers what launch_server answers, /ready, /health and /metrics included: it is the same application
+(replica_server.py). Ray is an extra: requirements-deploy.txt.
 """
 
-import asyncio
 import json
-import os
 import socket
-from collections.abc import AsyncIterator
 from typing import Any
 
 import ray
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi import FastAPI, Response
+from prometheus_client import Metric
 from ray import serve
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ch07_sglang_radix import Engine
-from common.distributed.spawn import lost_node
+from ch07_sglang_radix.serving.deploy.replica_server import ReplicaServer
+from ch07_sglang_radix.serving.probe import PROBE_S
+from ch07_sglang_radix.serving.responses import as_json
 from common.values import real, whole
 
 DRAIN_S = 60.0  # that running requests have before Serve kills a replica
 HEALTH_EVERY_S = 5.0
-api = FastAPI()
+METRICS_S = 5.0  # that all replicas have to tell their numbers; a scraper waits 10 s
 
 
 # above the classes: Ray sends those to its workers with what stands here when they are made
 
 
-async def _events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
-    async for chunk in chunks:
-        yield f"data: {json.dumps(chunk)}\n\n"
-    yield "data: [DONE]\n\n"
-
-
 def _resources(arguments: dict[str, Any]) -> dict[str, int]:
     """Of a rank: a GPU, or what a CPU rank takes."""
     return {"num_cpus": 1, "num_gpus": 0 if arguments.get("device") == "cpu" else 1}
+
+
+def _name() -> str:
+    return serve.get_replica_context().replica_tag
 
 
 def _free_port() -> int:
@@ -66,11 +64,11 @@ class Follower:
 
 
 @serve.deployment
-@serve.ingress(api)
+@serve.ingress()  # the application is made with the replica
 class Replica:
-    """One engine, and the actors of its other nodes."""
+    """One server, and the actors of its engine's other nodes."""
 
-    def __init__(self, arguments: dict[str, Any]):
+    async def __init__(self, arguments: dict[str, Any]):
         nodes = arguments.get("tp_size", 1)
         self.where = [ray.get_runtime_context().get_node_id()]
         self.followers: list[Any] = []
@@ -81,40 +79,39 @@ class Replica:
                     ray.util.get_current_placement_group(), placement_group_bundle_index=i
                 )
                 follower = Follower.options(scheduling_strategy=bundle, **_resources(arguments)).remote()
-                self.where.append(ray.get(follower.where.remote()))
+                self.where.append(await follower.where.remote())
                 follower.follow.remote(arguments | meet | {"node_rank": i})
                 self.followers.append(follower)
             arguments = arguments | meet
-        self.engine = Engine(**arguments)
+        self.server = ReplicaServer(arguments, _name(), self._families_of_all, DRAIN_S)
+        await self.server.ready()
 
-    def check_health(self) -> None:
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        self.server.app.add_api_route("/ray_nodes", self.ray_nodes)
+        return self.server.app
+
+    async def check_health(self) -> None:
         """Serve asks from time to time; what is raised here ends this replica, and another one is started."""
-        what = next(filter(None, lost_node()), None)
-        if what:
-            raise RuntimeError(what)
+        await self.server.check()
 
-    @api.post("/generate")
-    async def generate(self, request: Request) -> Response:
-        """The body of launch_server's /generate: text or input_ids, sampling_params, stream."""
-        try:
-            body = json.loads(await request.body())
-            stream = body.pop("stream", False)
-            prompt, ids = body.pop("text", None), body.pop("input_ids", None)
-            answer = await self.engine.async_generate(prompt, input_ids=ids, stream=stream, **body)
-        except (ValueError, TypeError, AttributeError) as error:
-            return JSONResponse({"error": {"message": str(error).partition("\n")[0]}}, 400)
-        return StreamingResponse(_events(answer), media_type="text/event-stream") if stream else JSONResponse(answer)
+    def families(self) -> list[Metric]:
+        """What each replica is asked for by the one that has got GET /metrics."""
+        return self.server.families()
 
-    @api.get("/server_info")
-    async def server_info(self) -> Response:
-        info = await asyncio.to_thread(self.engine.get_server_info)
-        pids = [pid for _, pid in self.engine.scheduler.tp.peers] or [os.getpid()]
-        return JSONResponse(info | {"ray_nodes": self.where, "pids": pids})
+    async def _families_of_all(self) -> list[list[Metric]]:
+        context = serve.get_replica_context()
+        handle = serve.get_deployment_handle(context.deployment, context.app_name)
+        told = await handle.broadcast("families").results_async(timeout_s=METRICS_S, return_exceptions=True)
+        return [one for one in told if not isinstance(one, Exception)]  # who has just died has no numbers
 
-    def __del__(self):
+    async def ray_nodes(self) -> Response:
+        """Who has answered: this replica, the processes of its ranks, and the Ray nodes they are on."""
+        return as_json({"replica": _name(), "pids": self.server.manager.facts["pids"], "ray_nodes": self.where})
+
+    async def __del__(self):
         """Serve has drained this replica."""
-        if engine := getattr(self, "engine", None):
-            engine.shutdown()
+        if server := getattr(self, "server", None):
+            await server.end()
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:
@@ -128,6 +125,8 @@ def build_app(args: dict[str, Any]) -> serve.Application:
     most = whole("max_replicas", args.pop("max_replicas", least), least)
     target = real("target_ongoing_requests", args.pop("target_ongoing_requests", 8), 0, 1 << 20, open_below=True)
     ranks = whole("tp_size", args.get("tp_size", 1), 1)
+    if whole("dp_size", args.pop("dp_size", 1), 1) > 1:
+        raise ValueError("dp_size: here Serve starts the replicas; use min_replicas and max_replicas")
     resources = _resources(args)
     bundle = {"CPU": float(cpus)} | ({"GPU": 1.0} if resources["num_gpus"] else {})
     return Replica.options(
@@ -137,7 +136,7 @@ def build_app(args: dict[str, Any]) -> serve.Application:
             "upscale_delay_s": 5, "downscale_delay_s": 60,
         },
         max_ongoing_requests=max(1, round(4 * target)), health_check_period_s=HEALTH_EVERY_S,
-        health_check_timeout_s=2 * HEALTH_EVERY_S, graceful_shutdown_timeout_s=DRAIN_S, graceful_shutdown_wait_loop_s=1.0,
+        health_check_timeout_s=PROBE_S + HEALTH_EVERY_S, graceful_shutdown_timeout_s=DRAIN_S, graceful_shutdown_wait_loop_s=1.0,
     ).bind(args)  # fmt: skip
 
 

@@ -5,9 +5,11 @@ Every demo checks what it claims (`ok: ...`) and ends with an error where that d
 
 import os
 import re
+import sys
 
 import pytest
 
+from ch07_sglang_radix.parallelism import demo_1_world
 from tests import anatomy, warm
 from tests.readme import ROOT, blocks, demos_without_a_command, run, short_names
 
@@ -30,6 +32,14 @@ def test_a_demo_of_several_ranks_says_how_it_is_started(demo):
     done = warm.run([f"{WING}/{demo}.py"], ROOT, env=ENV)
     assert done.returncode == 1
     assert re.fullmatch(r"error: [^\n]*torchrun --nproc_per_node=2[^\n]*\n", done.stderr)
+
+
+def test_the_picture_of_the_groups_is_of_the_table_that_is_printed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["demo", "--csv", str(tmp_path / "rows.csv")])
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    demo_1_world.main()
+    assert (tmp_path / "rows.csv").read_text() == (ROOT / "figures" / "world.csv").read_text()
 
 
 def test_every_step_opens_with_questions_and_ends_with_their_answers():

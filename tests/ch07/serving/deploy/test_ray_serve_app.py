@@ -7,9 +7,12 @@ import socket
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from common.text.tokenizer import Tokenizer
 from common.tiny_qwen import TINY_QWEN_PATH
@@ -52,8 +55,18 @@ def ask(url: str, body: dict | None = None) -> str:
 
 def replicas(address: str) -> dict[tuple[int, ...], list[str]]:
     """{pids of the ranks: their Ray nodes} of all replicas that answer one of many questions."""
-    found = [json.loads(ask(f"{address}/server_info")) for _ in range(24)]
+    found = [json.loads(ask(f"{address}/ray_nodes")) for _ in range(24)]
     return {tuple(one["pids"]): one["ray_nodes"] for one in found}
+
+
+def numbers_of_replicas(address: str, name: str) -> Counter[str]:
+    """{replica: the sum of its samples of this name}"""
+    found: Counter[str] = Counter()
+    for family in text_string_to_metric_families(ask(f"{address}/metrics")):
+        for sample in family.samples:
+            if sample.name == name:
+                found[sample.labels["replica"]] += sample.value
+    return found
 
 
 def expected(n: int) -> list[int]:
@@ -74,6 +87,14 @@ def test_two_replicas_of_two_ranks_are_packed_answer_and_are_replaced_when_a_ran
     with pytest.raises(urllib.error.HTTPError) as refused:
         ask(f"{address}/generate", {"text": PROMPT, "sampling_params": {"temprature": 1}})
     assert refused.value.code == 400
+
+    # the server's own routes: whoever is asked says of itself that it is well, and tells the numbers of both
+    assert json.loads(ask(f"{address}/ready")) == {"status": "ready"}
+    assert ask(f"{address}/health") == ""
+    asked = [numbers_of_replicas(address, "sglang:num_requests_total") for _ in range(6)]
+    assert all(counts == asked[0] for counts in asked), "the same, whichever replica tells them"
+    assert sum(asked[0].values()) == 2
+    assert len(numbers_of_replicas(address, "sglang:num_running_reqs")) == 2
 
     victims = next(iter(first))
     os.kill(victims[1], signal.SIGKILL)
@@ -98,12 +119,26 @@ def test_ranks_that_do_not_fit_on_one_node_are_spread(address):
     assert json.loads(ask(f"{address}/generate", ASK))["output_ids"] == expected(12)
 
 
+def test_what_runs_ends_before_its_replica_does(address):
+    serve.run(build_app({"device": "cpu"}))
+    long = ASK | {"sampling_params": {"max_new_tokens": 600, "temperature": 0, "ignore_eos": True}}
+    with ThreadPoolExecutor(1) as beside:
+        running = beside.submit(ask, f"{address}/generate", long)
+        while numbers_of_replicas(address, "sglang:num_running_reqs").total() < 1:
+            assert not running.done(), running.result()
+        serve.delete("default")
+        assert len(json.loads(running.result())["output_ids"]) == 600
+    with pytest.raises(urllib.error.HTTPError):
+        ask(f"{address}/ready")
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
         ({"tp_size": 0}, "tp_size=0 must be at least 1"),
         ({"min_replicas": 3, "max_replicas": 2}, "max_replicas=2 must be at least 3"),
         ({"cpus_per_rank": "0"}, "cpus_per_rank=0"),
+        ({"dp_size": 2}, "dp_size: here Serve starts the replicas"),
         ({"target_ongoing_requests": "many"}, "target_ongoing_requests='many'"),
     ],
 )
