@@ -1,5 +1,6 @@
 """What must come out: checkpoints with random weights, and transformers' own greedy answers."""
 
+import contextlib
 import random
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
+from transformers.initialization import no_init_weights
 
 YARN = {
     "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.707,
@@ -91,13 +93,17 @@ SMALL = {
 
 STORED = {
     "qwen2.5-0.5b": torch.bfloat16
-}  # as published, and half of 2 GB to write, and to read for each rank; both compute in float32
+}  # as published, and half of 2 GB to make, to write, and to read for each rank; both compute in float32
 
 
 def save_random(name: str, folder: Path, **save_options) -> Path:
     """A checkpoint with random weights, and biases and norms that are not the trivial 0 and 1."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(SMALL[name], dtype=torch.float32)
+    large = name in STORED  # of these torch draws no weights of its own first, over which transformers' are written
+    with no_init_weights() if large else contextlib.nullcontext():
+        model = AutoModelForCausalLM.from_config(SMALL[name], dtype=STORED.get(name, torch.float32))
+    if large:
+        model.init_weights()
     for key, param in model.named_parameters():
         if key.endswith("bias") or "norm" in key:
             param.data += 0.1 * torch.randn_like(param)
@@ -105,7 +111,7 @@ def save_random(name: str, folder: Path, **save_options) -> Path:
         if key.endswith("e_score_correction_bias"):
             buffer.add_(0.2 * torch.randn_like(buffer))
     model.generation_config.eos_token_id = None
-    model.to(STORED.get(name, torch.float32)).save_pretrained(folder, **save_options)
+    model.save_pretrained(folder, **save_options)
     return folder
 
 
