@@ -42,10 +42,16 @@ def hash_block(
     `extra_key` keeps apart what must not be shared (a tenant), and so does the number of an adapter, 0 for none: one word more in
     front of as many tokens as any block has. 128 bits: two contents never meet.
     """
+    return _name(parent, _key(extra_key, adapter), np.asarray(token_ids, dtype=np.int64).tobytes())
+
+
+def _key(extra_key: str | None, adapter: int) -> bytes:
     text = b"" if extra_key is None else extra_key.encode()
-    words = [adapter, *token_ids] if adapter else token_ids
-    data = parent + len(text).to_bytes(4, "little") + text + np.asarray(words, dtype=np.int64).tobytes()
-    return hashlib.blake2b(data, digest_size=16).digest()
+    return len(text).to_bytes(4, "little") + text + (adapter.to_bytes(8, "little") if adapter else b"")
+
+
+def _name(parent: bytes, key: bytes, words: bytes) -> bytes:
+    return hashlib.blake2b(parent + key + words, digest_size=16).digest()
 
 
 @dataclass
@@ -117,12 +123,16 @@ class BlockManager:
 
     def _hashes(self, request: Request, count: int) -> list[bytes]:
         """Hashes of the request's first `count` full blocks; each is computed once in its life."""
-        hashes, named = request.block_hashes, len(request.block_hashes) * self.block_size
-        # an array once: a list of sixteen made into one at each block took most of the time
-        tokens = np.asarray(request.all_token_ids[named : count * self.block_size], dtype=np.int64)
-        for part in tokens.reshape(-1, self.block_size):
-            parent = hashes[-1] if hashes else NO_PARENT
-            hashes.append(hash_block(parent, part, request.extra_key, request.adapter))
+        hashes = request.block_hashes
+        # bytes and the key once: an array and a key for each block took most of the time
+        tokens = np.asarray(
+            request.all_token_ids[len(hashes) * self.block_size : count * self.block_size], dtype=np.int64
+        )
+        words, size, key = tokens.tobytes(), 8 * self.block_size, _key(request.extra_key, request.adapter)
+        name = hashes[-1] if hashes else NO_PARENT
+        for at in range(0, len(words), size):
+            name = _name(name, key, words[at : at + size])
+            hashes.append(name)
         return hashes[:count]
 
     # --- take
@@ -130,7 +140,7 @@ class BlockManager:
     def blocks_needed(self, request: Request, num_tokens: int, computed: Sequence[int] = ()) -> int:
         """Free blocks it takes for the request to have slots for `num_tokens`, starting with `computed` ones."""
         have = len(request.block_table) + len(computed)
-        revived = sum(self.blocks[block].ref_cnt == 0 for block in computed)  # found, but on the free list
+        revived = sum(map(self.free_blocks.__contains__, computed))  # found, and held by nobody
         return max(-(-num_tokens // self.block_size) - have, 0) + revived
 
     def allocate_slots(self, request: Request, num_tokens: int, computed: Sequence[int] = ()) -> bool:

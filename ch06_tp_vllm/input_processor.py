@@ -59,8 +59,8 @@ class InputProcessor:
     def salt(value: Any) -> str | None:
         return Intake.namespace("cache_salt", value)
 
-    def check(self, ids: Sequence[int], params: SamplingParams) -> None:
-        """Raises ValueError for a request that could never come to its end."""
+    def check(self, ids: Sequence[int], params: SamplingParams) -> RowParams:
+        """How each of its answers is drawn. Raises ValueError for a request that could never come to its end."""
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params={shown(params)} must be a SamplingParams")
         if not ids:
@@ -77,6 +77,7 @@ class InputProcessor:
                 f"prompt {len(ids)} + max_tokens {row.max_new_tokens} = {total} tokens, but without chunked prefill a step "
                 f"holds max_num_batched_tokens={self.step_limit}"
             )
+        return row
 
     def max_tokens(self, ids: Sequence[int], params: SamplingParams) -> int:
         """Of the answer: as many as fit, if the user does not say."""
@@ -86,11 +87,11 @@ class InputProcessor:
         return room if params.max_tokens is None else params.max_tokens
 
     def requests(
-        self, request_id: str, ids: list[int], params: SamplingParams, priority: int, salt: str | None, first: int,
+        self, request_id: str, ids: list[int], params: SamplingParams, row: RowParams, priority: int, salt: str | None, first: int,
         adapter: int = 0,
     ) -> list[Request]:  # fmt: skip
-        """The n requests of a prompt; `first` is the number of the first of them since the engine was made. adapter: 0 for none."""
-        row = params.row(self.max_tokens(ids, params), self.intake.tokenizer)
+        """The n requests of a prompt; `first` is the number of the first of them since the engine was made. row: from `check`.
+        adapter: 0 for none."""
         ends = frozenset(row.stop_token_ids + self.config.eos_token_ids)
         stops = frozenset(row.stop_token_ids) if row.ignore_eos else ends
         if row.grammar:  # behind the end of what it allows nothing may follow

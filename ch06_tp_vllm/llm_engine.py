@@ -154,9 +154,11 @@ class LLMEngine:
         own = self.inputs.salt(cache_salt)
         if own and salt and own != salt:
             raise ValueError(f"cache_salt={own!r}, but the prompt says {salt!r}; give one of the two")
-        self.inputs.check(ids, params)
+        row = self.inputs.check(ids, params)
         adapter = self.adapter(lora_request)
-        requests = self.inputs.requests(request_id, ids, params, priority, own or salt, self._num_requests, adapter)
+        requests = self.inputs.requests(
+            request_id, ids, params, row, priority, own or salt, self._num_requests, adapter
+        )
         self._num_requests += len(requests)
         self.outputs.add(Group(request_id, words, params, requests, RequestMetrics(arrival_time=time.time())))
         if self.tp.rank == 0:

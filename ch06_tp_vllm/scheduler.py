@@ -105,8 +105,10 @@ class Scheduler:
             # as in most steps of most requests: the last block has room for one more, and is not full then
             fits = computed + num_new < len(request.block_table) * self.blocks.block_size
             if not fits:
+                before = len(scheduled)
                 has_room = self._make_room(request, computed + num_new, scheduled, preempted)
-                budget = self.max_num_batched_tokens - sum(s.num_new for s in scheduled)  # who was sent back gives back
+                if len(scheduled) < before:  # who was sent back gives back
+                    budget = self.max_num_batched_tokens - sum(s.num_new for s in scheduled)
                 if not has_room:
                     continue
             scheduled.append(ScheduledRequest(request, computed, num_new, computed + num_new == tokens))

@@ -105,7 +105,7 @@ def prompt_ids(name: str, value: Any, vocab_size: int) -> list[int]:
     """The token ids of a prompt, in a list or in an array or tensor of one dimension, all in 0..vocab_size - 1."""
     if dimensions(value) not in (None, 1):
         raise ValueError(f"{name} has the shape {list(value.shape)}; token ids are whole numbers in a row")
-    if type(value) is list and all(type(one) is int for one in value):  # as mostly, and may be long
+    if type(value) is list and set(map(type, value)) <= {int}:  # as mostly, and may be long
         ids = list(value)
     else:
         try:
