@@ -14,7 +14,7 @@
 Real configs, random bfloat16 weights, token ids in, no detokenisation, end of sequence ignored:
 
     A     256 requests, random.seed(0), prompts of randint(100, 1024) tokens randint(0, 10000), then answers of
-          randint(100, 1024); temperature 0.6.    A64: its first 64; with replicas also its first 64 for each
+          randint(100, 1024); temperature 0.6.    A64: its first 64; with replicas also these 64 for each
     C     8 groups x 32 requests, 2048 shared + 128 own prompt tokens, 128 out, greedy, interleaved; cold, then
           warm with new suffixes
     D     one request, 128 in, 512 out, greedy
@@ -107,7 +107,7 @@ def measure_model(name: str, parallel: ParallelState, part: str) -> list[dict]:
     for i in (1, 2):
         note(label, f"tokens/s run {i}", work.a(count))
         if layout.dp > 1:  # as much work for each as one replica has alone
-            note(f"{label} a replica", f"tokens/s run {i}", work.a(count * layout.dp))
+            note(f"{label} a replica", f"tokens/s run {i}", work.a(count, layout.dp))
     if part == "layouts":
         for chunk in LONG_CHUNKS:
             note(f"32k in chunks of {chunk}", "s to first token", min(work.first_token(LONG, chunk) for _ in range(2)))

@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=4 -m ch07_sglang_radix.benchmarks.bench_layouts --check                     float32: equal tokens?
     python -m ch07_sglang_radix.benchmarks.bench_layouts --plan figures/bench_layouts.csv          no GPU: the planner's winners
 
-D, A64, C and 32k are the workloads of bench_gpu.py; A64 has 64 requests a replica. --check serves the bundled model in float32
+D, A64, C and 32k are the workloads of bench_gpu.py; A64 has the same 64 requests for each replica. --check serves the bundled model in float32
 under every layout: replicas of one rank each are what the others are compared with. --workloads D 32k: these alone. --tiny: few
 short requests on any device, of all but C.
 
@@ -97,7 +97,7 @@ def measure(
             work.d(min(32, short))
             note("D", "ms per token", min(work.d(short) for _ in range(2)))
         if "A64" in workloads:
-            note("A64", "tokens/s", max(work.a(count * dp) for _ in range(2)))
+            note("A64", "tokens/s", max(work.a(count, dp) for _ in range(2)))
         if "C" in workloads:
             work.c(fresh=True)
             note("C warm", "tokens/s", work.c(fresh=False)[0])

@@ -39,11 +39,14 @@ class Workloads:
         self.forget()
         return self.run([self.prompts[0][:128]], [length])[0] / length * 1e3
 
-    def a(self, count: int) -> float:
-        """Tokens put out a second."""
+    def a(self, count: int, replicas: int = 1) -> float:
+        """Tokens put out a second. Each replica gets the same `count` requests: with others its longest would decide."""
         self.forget()
-        seconds, _ = self.run(self.prompts[:count], self.lengths[:count], temperature=0.6)
-        return sum(self.lengths[:count]) / seconds
+        prompts, lengths = (
+            [each for each in some[:count] for _ in range(replicas)] for some in (self.prompts, self.lengths)
+        )
+        seconds, _ = self.run(prompts, lengths, temperature=0.6)
+        return sum(lengths) / seconds
 
     def first_token(self, length: int, chunk: int) -> float:
         """Seconds until the first token of a prompt of `length`, `chunk` tokens a step."""
