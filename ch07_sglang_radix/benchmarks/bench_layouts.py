@@ -6,9 +6,9 @@
     torchrun --nproc_per_node=4 -m ch07_sglang_radix.benchmarks.bench_layouts --check                     float32: equal tokens?
     python -m ch07_sglang_radix.benchmarks.bench_layouts --plan figures/bench_layouts.csv          no GPU: the planner's winners
 
-D, A64, C and 32k are the workloads of bench_gpu.py; A64 has the same 64 requests for each replica. --check serves the bundled model in float32
-under every layout: replicas of one rank each are what the others are compared with. --workloads D 32k: these alone. --tiny: few
-short requests on any device, of all but C.
+D, A64, C and 32k are the workloads of bench_gpu.py; A64 has the same 64 requests for each replica. --check serves the bundled
+model in float32 under every layout: replicas of one rank each are what the others are compared with. --workloads D 32k: these
+alone. --tiny: few short requests on any device, of all but C.
 
 Adds to figures/bench_layouts.csv; rows of the same model, layout and workload are replaced.
 """
