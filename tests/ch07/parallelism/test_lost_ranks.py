@@ -9,7 +9,7 @@ from ch07_sglang_radix import Engine
 from common import parallel_state
 from common.parallel_state import RankFailure
 
-PATIENCE_S = 8.0  # of rank 0 with one that is stopped; it ends those that it has started
+PATIENCE_S = 5.0  # of rank 0 with one that is stopped; it ends those that it has started
 PROMPTS = [[5, 6, 7], [8] * 40, [9, 10], list(range(60, 200))]
 BOTH = {"tp_size": 2, "pp_size": 2}  # rank 3 is neither rank 0 nor the first of its stage
 DATA = {"tp_size": 2, "attn_dp_size": 2}
