@@ -33,6 +33,12 @@ DEEPSEEK = dict(
     n_routed_experts=9, num_experts_per_tok=3, n_group=3, topk_group=2, first_k_dense_replace=1, initializer_range=0.2,
     max_position_embeddings=512, bos_token_id=None, eos_token_id=None,
 )  # fmt: skip
+# Qwen2.5-0.5B as published, except that the weights are random
+PUBLISHED = dict(
+    vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2,
+    max_position_embeddings=32_768, tie_word_embeddings=True,
+    rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0}, initializer_range=0.05,
+)  # fmt: skip
 # heads and ratios are those of the real models, the rest is small enough for a test
 SMALL = {
     "qwen2": Qwen2Config(
@@ -82,18 +88,13 @@ SMALL = {
         **DEEPSEEK, q_lora_rank=20, topk_method="group_limited_greedy", routed_scaling_factor=3.0, attention_bias=True
     ),
     "deepseek_v3": DeepseekV3Config(**DEEPSEEK, q_lora_rank=20, rope_parameters=YARN, n_shared_experts=1),
-    # Qwen2.5-0.5B as published, except that the weights are random
-    "qwen2.5-0.5b": Qwen2Config(
-        vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-        num_key_value_heads=2, max_position_embeddings=32_768, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0}, initializer_range=0.05,
-    ),
+    "qwen2.5-0.5b": Qwen2Config(**PUBLISHED, num_hidden_layers=24),
+    "qwen2.5-0.5b of 2 layers": Qwen2Config(**PUBLISHED, num_hidden_layers=2),  # in its full width
 }  # fmt: skip
 
 
-STORED = {
-    "qwen2.5-0.5b": torch.bfloat16
-}  # as published, and half of 2 GB to make, to write, and to read for each rank; both compute in float32
+# as published, and half of 2 GB to make, to write, and to read for each rank; both compute in float32
+STORED = dict.fromkeys(("qwen2.5-0.5b", "qwen2.5-0.5b of 2 layers"), torch.bfloat16)
 
 
 def save_random(name: str, folder: Path, **save_options) -> Path:
