@@ -168,8 +168,8 @@ def of_a_call(way: str, rank: int, config: ModelConfig, cached: int, new: int, o
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("size", [4])
 def test_every_family_s_tokens_and_the_ledger_of_each_rank_op_by_op(size, way, family, checkpoint, ranks):
-    """A prompt for each replica, the second time with a prefix in its tree and more than one token behind that: a prefill of one is a
-    decode step to those who cut rows."""
+    """A prompt for each replica, the second time with a prefix in its tree and more than one token behind it: a prefill of one
+    goes as a decode step does where rows are cut."""
     folder, out = checkpoint(family), 4
     first, second, *_ = some_prompts(1009, 5, shared=24, longest=12)
     prompts, config = [first[:27], second[:22]], ModelConfig.from_folder(folder)
