@@ -18,6 +18,7 @@ from ch07_sglang_radix.generate_request import GenerateCall, GenerateRequest
 from ch07_sglang_radix.request import RequestOutput
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tasks import StopTask
+from common.parallel_state import RankFailure
 
 Enqueue = Callable[[GenerateRequest], int]
 
@@ -47,7 +48,8 @@ class Stream(Iterator[Answer]):
         try:
             more = scheduler.step()
         except BaseException:
-            self.close()
+            with suppress(RankFailure):  # nobody can be told after a loss; the error that comes first names who is lost
+                self.close()
             raise
         grown, scheduler.grown = scheduler.grown, {}
         for rid, req in grown.items():

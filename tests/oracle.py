@@ -1,5 +1,6 @@
 """What must come out: checkpoints with random weights, and transformers' own greedy answers."""
 
+import contextlib
 import random
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
+from transformers.initialization import no_init_weights
 
 YARN = {
     "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.707,
@@ -30,6 +32,12 @@ DEEPSEEK = dict(
     num_attention_heads=7, num_key_value_heads=7, kv_lora_rank=24, qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=9,
     n_routed_experts=9, num_experts_per_tok=3, n_group=3, topk_group=2, first_k_dense_replace=1, initializer_range=0.2,
     max_position_embeddings=512, bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
+# Qwen2.5-0.5B as published, except that the weights are random
+PUBLISHED = dict(
+    vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2,
+    max_position_embeddings=32_768, tie_word_embeddings=True,
+    rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0}, initializer_range=0.05,
 )  # fmt: skip
 # heads and ratios are those of the real models, the rest is small enough for a test
 SMALL = {
@@ -80,24 +88,23 @@ SMALL = {
         **DEEPSEEK, q_lora_rank=20, topk_method="group_limited_greedy", routed_scaling_factor=3.0, attention_bias=True
     ),
     "deepseek_v3": DeepseekV3Config(**DEEPSEEK, q_lora_rank=20, rope_parameters=YARN, n_shared_experts=1),
-    # Qwen2.5-0.5B as published, except that the weights are random
-    "qwen2.5-0.5b": Qwen2Config(
-        vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-        num_key_value_heads=2, max_position_embeddings=32_768, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0}, initializer_range=0.05,
-    ),
+    "qwen2.5-0.5b": Qwen2Config(**PUBLISHED, num_hidden_layers=24),
+    "qwen2.5-0.5b of 2 layers": Qwen2Config(**PUBLISHED, num_hidden_layers=2),  # in its full width
 }  # fmt: skip
 
 
-STORED = {
-    "qwen2.5-0.5b": torch.bfloat16
-}  # as published, and half of 2 GB to write, and to read for each rank; both compute in float32
+# as published, and half of 2 GB to make, to write, and to read for each rank; both compute in float32
+STORED = dict.fromkeys(("qwen2.5-0.5b", "qwen2.5-0.5b of 2 layers"), torch.bfloat16)
 
 
 def save_random(name: str, folder: Path, **save_options) -> Path:
     """A checkpoint with random weights, and biases and norms that are not the trivial 0 and 1."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(SMALL[name], dtype=torch.float32)
+    large = name in STORED  # of these torch draws no weights of its own first, over which transformers' are written
+    with no_init_weights() if large else contextlib.nullcontext():
+        model = AutoModelForCausalLM.from_config(SMALL[name], dtype=STORED.get(name, torch.float32))
+    if large:
+        model.init_weights()
     for key, param in model.named_parameters():
         if key.endswith("bias") or "norm" in key:
             param.data += 0.1 * torch.randn_like(param)
@@ -105,7 +112,7 @@ def save_random(name: str, folder: Path, **save_options) -> Path:
         if key.endswith("e_score_correction_bias"):
             buffer.add_(0.2 * torch.randn_like(buffer))
     model.generation_config.eos_token_id = None
-    model.to(STORED.get(name, torch.float32)).save_pretrained(folder, **save_options)
+    model.save_pretrained(folder, **save_options)
     return folder
 
 

@@ -4,8 +4,6 @@ pytest tests/ch07/test_attention_data_parallel.py
 """
 
 import json
-import os
-import signal
 from functools import cache
 
 import pytest
@@ -15,7 +13,6 @@ from ch07_sglang_radix import Engine
 from ch07_sglang_radix.data_rank import pick_data_rank
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
-from common.parallel_state import RankFailure
 from common.sampling.params import SamplingParams
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.ch07.test_product import CHUNKS, NEW_TOKENS, PROMPTS, cases
@@ -136,14 +133,6 @@ def test_an_engine_starts_its_data_ranks_and_says_what_each_did(tmp_path):
     first = json.loads(trace.read_text(encoding="utf-8").splitlines()[0])
     assert first["kind"] == "parallel"
     assert [part and part["kind"] for part in first["parts"]] == ["prefill", "prefill", None]
-
-
-def test_a_data_rank_that_is_killed_is_named():
-    with Engine(tp_size=2, attn_dp_size=2, device="cpu") as engine:
-        process = engine.scheduler.tp.spawned.processes[0]
-        os.kill(process.pid, signal.SIGKILL)
-        with pytest.raises(RankFailure, match=rf"rank 1 \(pid {process.pid}\) has died"):
-            engine.generate(input_ids=[[5, 6, 7], [8, 9]], sampling_params={"max_new_tokens": 6})
 
 
 @pytest.mark.parametrize(

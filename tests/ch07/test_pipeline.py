@@ -2,8 +2,6 @@
 
 import asyncio
 import itertools
-import os
-import signal
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -18,9 +16,7 @@ from ch07_sglang_radix import Engine, dynamic_chunk_sizer
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tasks import num_words
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
-from common import parallel_state
 from common.distributed.spawn import FRAME
-from common.parallel_state import RankFailure
 from common.sampling.params import SamplingParams
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.ch07.serving.running import LEAN, a_server
@@ -320,24 +316,6 @@ def test_an_engine_starts_its_stages_and_ends_them(tmp_path):
     assert {file.name.partition("-TP-")[2] for file in tmp_path.iterdir()} == {
         f"0-PP-{stage}.trace.json" for stage in (0, 1)
     }
-
-
-@pytest.mark.parametrize(("signal_", "victim", "fate"), [
-    (signal.SIGKILL, 1, "has died"), (signal.SIGKILL, 2, "has died"), (signal.SIGSTOP, 1, r"is stopped"),
-])  # fmt: skip
-def test_a_stage_that_is_lost_ends_the_others_and_is_named(signal_, victim, fate, monkeypatch):
-    monkeypatch.setattr(parallel_state, "CPU_TIMEOUT_S", 8.0)  # rank 0's patience; it ends those that it has started
-    engine = Engine(pp_size=3, device="cpu")
-    processes = engine.scheduler.replica.spawned.processes
-    stream = engine.generate(
-        input_ids=PROMPTS, sampling_params={"max_new_tokens": 900, "ignore_eos": True}, stream=True
-    )
-    next(stream)
-    os.kill(processes[victim - 1].pid, signal_)
-    with pytest.raises(RankFailure, match=rf"rank {victim} \(pid {processes[victim - 1].pid}\) {fate}"):
-        list(stream)
-    engine.shutdown()
-    assert all(process.poll() is not None for process in processes)
 
 
 def test_a_server_of_two_stages_answers():

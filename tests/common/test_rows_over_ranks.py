@@ -90,12 +90,18 @@ def test_data_parallel_attention_tokens_and_messages(checkpoint, ranks, size, at
     for rank, (out, prefill, decode, _) in enumerate(answers):
         assert out == [greedy(folder, prompt, NEW) for prompt in PROMPTS]
         held = [ceil(n / attn_tp) for n in tokens for _ in range(attn_tp)]
-        # before the MLP: a copy of its own rows for each rank; after it: of all rows the partial sums
-        assert prefill["all_to_all"]["calls"] >= 2 * layers
+        first = held[rank] * (rank % attn_tp)  # of this rank's rows, among those of its part
+        ends = np.cumsum([len(PROMPTS[i]) for i in range(3) if where[i] == rank // attn_tp]) - 1
+        emitting = sum(first <= end < first + held[rank] for end in ends)
+        # before the MLP: a copy of its own rows for each rank; after it: of all rows the partial sums; then the rows that emit
         mlp = layers * (size * held[rank] + sum(held)) * row
-        assert 0 <= prefill["all_to_all"]["bytes"] - mlp <= size * 3 * row  # and the rows that emit
+        expected = {"all_to_all": {"calls": 2 * layers + 1, "bytes": mlp + size * emitting * row}}
+        if attn_tp > 1:  # attention is cut as well: its two messages, and the embedding's
+            expected["all_gather"] = {"calls": layers, "bytes": layers * held[rank] * row}
+            expected["reduce_scatter"] = {"calls": 1 + layers, "bytes": (1 + layers) * attn_tp * held[rank] * row}
+        assert prefill == expected
         most = ceil(max(where.count(part) for part in range(attn_dp)) / attn_tp)
-        over_heads = 1 if attn_tp > 1 else 0  # attention is cut as well: its two messages, and the embedding's
+        over_heads = 1 if attn_tp > 1 else 0
         assert decode == {
             "all_gather": {
                 "calls": layers * (1 + over_heads) + 1,

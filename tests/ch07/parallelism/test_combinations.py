@@ -43,6 +43,16 @@ def test_tokens_equal_transformers_on_the_published_config(layout, checkpoint, r
         assert said == expected
 
 
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("size", [4])
+def test_four_ranks_cut_the_published_widths_both_ways(size, checkpoint, ranks):
+    """tp x pp: each rank holds half of one of two layers, as wide as published."""
+    folder, prompts = checkpoint("qwen2.5-0.5b of 2 layers"), some_prompts(151_936, 4, shared=20, longest=6)
+    expected = [greedy(folder, prompt, 4) for prompt in prompts] * 2
+    for said in ranks(size).run(answers, PP, folder, prompts, 4):
+        assert said == expected
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layout", ALL)
 @pytest.mark.parametrize("size", [4])
