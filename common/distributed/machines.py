@@ -29,7 +29,7 @@ from common.distributed.cost_model import Link, Sample
 
 LAUNCH_S = 6.6e-6
 NVLINK_S, PCIE_S, NETWORK_S = 0.6e-6, 1.0e-6, 2.7e-6
-PUSH = (Sample("all_reduce", 2, 57_344, 2.4e-6), Sample("all_reduce", 4, 1024, 3.6e-6))
+PUSH = (Sample("all_reduce", 2, 57_344, 2.4e-6), Sample("all_reduce", 4, 1024, 3.24e-6))
 NETWORKS = {"infiniband": Link(NETWORK_S, 50e9, LAUNCH_S), "ethernet": Link(NETWORK_S, 12.5e9, LAUNCH_S)}
 GPUS_A_HOST = 8
 

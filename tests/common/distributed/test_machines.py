@@ -30,7 +30,7 @@ def test_no_sum_over_nvlink_was_measured_quicker_than_it_is_planned():
     table = text.partition("## Four GPUs")[2].partition("\n## ")[0]
     for nbytes, cells in re.findall(r"^\| ([\d,]+) \|(.*)\|$", table, re.MULTILINE):
         measured += [(4, int(nbytes.replace(",", "")), float(cell)) for cell in cells.split("|") if cell.strip()]
-    assert len(measured) == 2 + 4 * 4 + 2 * 3
+    assert len(measured) == 2 + 6 * 4 + 3 * 3
     link = Machine.of_gpus("H100").inside
     for ranks, nbytes, took in measured:
         assert 1e6 * link.seconds("all_reduce", nbytes, ranks) <= took * (1 + 1e-9), (ranks, nbytes)
