@@ -1,5 +1,7 @@
 """enable_deterministic_inference: what a request gets, tokens and logprobs bit for bit, does not depend on anything but itself."""
 
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,7 +25,7 @@ KINDS = (
 def answers(
     folder, prompts, batches, dtype="float32", length=8, deterministic=True, pool=4096, page_size=1, kv="auto", **options
 ):  # fmt: skip
-    """batches: which prompts are sent together, one batch behind the other -> {prompt: (tokens, logprobs)}."""
+    """batches: which prompts are sent together, one batch behind the other -> {prompt: (tokens, logprobs)}, each time the same."""
     wrapper = TPRadixAttentionModelWrapper(
         str(folder), "cpu", page_size, max_total_tokens=pool, dtype=dtype, kv_cache_dtype=kv,
         enable_deterministic_inference=deterministic,
@@ -38,7 +40,9 @@ def answers(
             for i in batch
         }
         results = scheduler.process_requests()
-        told |= {i: (results[rid].output_ids, results[rid].logprobs) for i, rid in rids.items()}
+        for i, rid in rids.items():
+            now = (results[rid].output_ids, results[rid].logprobs)
+            assert told.setdefault(i, now) == now, f"prompt {i} got another answer before"
     return told
 
 
@@ -101,11 +105,17 @@ def test_replicas_get_one_seed():
     assert ServerArgs.of({"random_seed": 7}).one_seed is ServerArgs.of({"random_seed": None}).random_seed is None
 
 
-def test_300_prompts_cold_and_from_the_tree(checkpoint):
-    folder, prompts = checkpoint("qwen2"), some_prompts(1009, 300, shared=16, longest=12)
-    together = answers(folder, prompts, [range(300), range(300)], length=3)
-    assert (
-        answers(folder, prompts, [range(i, i + 7) for i in range(0, 294, 7)] + [range(294, 300)], length=3) == together
+def test_500_prompts_cold_and_from_the_tree(checkpoint):
+    """All beside each other, whole and without a tree; a few at a time in chunks; and all in chunks, from the tree."""
+    folder, prompts = checkpoint("qwen2"), some_prompts(1009, 500, shared=16, longest=12)
+    cold = answers(
+        folder, prompts, [range(500)], length=3, disable_radix_cache=True, chunked_prefill_size=-1, overlap=False
+    )
+    order = random.Random(0).sample(range(500), 500)
+    batches = [*(order[i : i + 7] for i in range(0, 500, 7)), order]
+    pool = 8192  # all of them stay in the tree
+    assert cold == answers(
+        folder, prompts, batches, length=3, pool=pool, chunked_prefill_size=32, enable_mixed_chunk=True, overlap=True
     )
 
 

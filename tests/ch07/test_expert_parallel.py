@@ -21,13 +21,13 @@ from tests.ch07.replicas import answers_of_replicas
 from tests.ch07.test_attention_data_parallel import give_back_all
 from tests.ch07.test_product import CHUNKS, NEW_TOKENS, PROMPTS, cases
 from tests.mixtures import save_mixture
-from tests.oracle import greedy, some_prompts
+from tests.oracle import SMALL, greedy, some_prompts
 from tests.ranks import layout_of_the_pool
 
 SMALL_POOL = 112
 TRAVEL, COPIES = {"ep_dispatch": "all_to_all"}, {"ep_num_redundant_experts": 2}
-EP2, EP4 = {"expert_parallel_size": 2}, {"expert_parallel_size": 4}
-DATA2, DATA4 = {"attention_data_parallel_size": 2}, {"attention_data_parallel_size": 4}
+EP2, EP3, EP4 = ({"expert_parallel_size": n} for n in (2, 3, 4))
+DATA2, DATA3, DATA4 = ({"attention_data_parallel_size": n} for n in (2, 3, 4))
 SEQUENCE = {"enable_layernorm_sp": True}
 LAYOUTS = {  # ranks, sizes, options, model
     "ep2": (2, EP2, {}, "shared"),
@@ -35,13 +35,16 @@ LAYOUTS = {  # ranks, sizes, options, model
     "ep2, attn-dp2": (2, EP2 | DATA2, COPIES, "wide"),
     "ep2, attn-dp2, rows travel": (2, EP2 | DATA2, TRAVEL | COPIES, "shared"),
     "ep2, sp, rows travel": (2, EP2, TRAVEL | SEQUENCE, "shared"),
-    "ep3": (3, {"expert_parallel_size": 3}, {}, "one each"),
-    "ep3, sp, rows travel": (3, {"expert_parallel_size": 3}, TRAVEL | SEQUENCE, "one each"),
+    "ep3": (3, EP3, {}, "one each"),
+    "ep3, sp, rows travel": (3, EP3, TRAVEL | SEQUENCE, "one each"),
     "ep2 x moe-tp2": (4, EP2, COPIES, "shared"),
     "ep2 x moe-tp2, attn-dp2, rows travel": (4, EP2 | DATA2, TRAVEL, "wide"),
     "ep4, attn-dp4, rows travel": (4, EP4 | DATA4, TRAVEL, "one each"),
     "pp2 x ep2": (4, EP2 | {"pipeline_parallel_size": 2}, COPIES, "shared"),
     "ep2, cp2": (2, EP2 | {"context_parallel_size": 2}, {}, "shared"),
+    "ep2, copies, latent": (2, EP2, COPIES, "deepseek_v2"),
+    "ep3, attn-dp3, rows travel, latent": (3, EP3 | DATA3, TRAVEL | COPIES, "deepseek_v3"),
+    "ep4, attn-dp4, rows travel, latent": (4, EP4 | DATA4, TRAVEL | COPIES, "deepseek_v3"),
 }
 
 
@@ -87,8 +90,10 @@ def serve(case: dict, folder, layout: str, every: int | None = None) -> list:
 
 
 @pytest.fixture(scope="session")
-def mixture(tmp_path_factory):
-    return lambda name: save_mixture(name, tmp_path_factory.getbasetemp() / f"mixture_{name.replace(' ', '_')}")
+def mixture(tmp_path_factory, checkpoint):
+    """mixture(name) -> folder, of mixtures.MIXTURES or of oracle.SMALL."""
+    made_at = lambda name: tmp_path_factory.getbasetemp() / f"mixture_{name.replace(' ', '_')}"  # noqa: E731
+    return lambda name: checkpoint(name) if name in SMALL else save_mixture(name, made_at(name))
 
 
 @pytest.mark.parametrize(("size", "layout"), [(LAYOUTS[name][0], name) for name in LAYOUTS], ids=str)
@@ -162,39 +167,55 @@ def test_what_cannot_be_is_one_line(arguments, message):
     ],
 )  # fmt: skip
 def test_what_config_json_says_against_a_layout_is_said_before_a_rank_is_started(
-    model, arguments, message, mixture, checkpoint, monkeypatch
+    model, arguments, message, mixture, monkeypatch
 ):
     monkeypatch.setattr("ch07_sglang_radix.engine.ParallelState", None)
-    folder = TINY_QWEN_PATH if model is None else checkpoint(model) if model == "deepseek_v3" else mixture(model)
+    folder = mixture(model) if model else TINY_QWEN_PATH
     with pytest.raises(ValueError, match=message) as error:
         Engine(str(folder), device="cpu", **arguments)
     assert "\n" not in str(error.value)
 
 
 def answers(folder, sizes: dict, options: dict, prompts: list[list[int]], moves: bool = False) -> list:
-    """Twice, so that the second time hits; in chunks. moves: in between the experts move, and pages stay."""
+    """Twice, so that the second time hits; in chunks. moves: every third step, in the middle of requests; pages stay."""
     parallel = layout_of_the_pool(None, **sizes)
     model = TPRadixAttentionModelWrapper(folder, "cpu", 4, max_total_tokens=1024, parallel=parallel, **options)
     scheduler = TPScheduler(model, check=True, chunked_prefill_size=16)
+    if moves:
+        move_every_third_step(scheduler)
     said: list = []
-    for turn in range(2):
-        if turn and moves:
-            placement, rng = model.placement, random.Random(3)
-            experts, copies = range(placement.num_experts), placement.redundant
-            new = [rng.sample([*experts, *rng.choices(experts, k=copies)], placement.num_physical)
-                   for _ in range(model.config.num_layers)]  # fmt: skip
-            assert model.expert_load().sum() > 0
-            model.move_experts(torch.tensor(new))
-            assert model.expert_load().sum() == 0
+    for _ in range(2):
         for prompt in prompts:
             scheduler.add_request(input_ids=prompt, max_new_tokens=6)
         said += [out.output_ids for out in scheduler.process_requests().values()]
     return said
 
 
+def move_every_third_step(scheduler: TPScheduler) -> None:
+    """All experts, to anywhere: a rebalancer leaves them where they are if that is good."""
+    model, control, rng = scheduler.wrapper, scheduler.control, random.Random(3)
+    experts, copies = range(model.placement.num_experts), model.placement.redundant
+
+    def move() -> None:
+        assert model.expert_load().sum() > 0
+        layers = range(model.config.num_layers)
+        new = [rng.sample([*experts, *rng.choices(experts, k=copies)], len(experts) + copies) for _ in layers]
+        model.move_experts(torch.tensor(new))
+        assert model.expert_load().sum() == 0
+
+    def after_step() -> None:
+        if scheduler.step_number % 3 == 0:
+            scheduler.settle_all()
+            control.together("move")
+
+    control.notes["move"] = move
+    if scheduler.replica.rank == 0:
+        scheduler.after_step.insert(0, after_step)  # pages are checked behind it
+
+
 @pytest.mark.parametrize(
     ("size", "sizes", "options"),
-    [(2, EP2, COPIES), (3, {"expert_parallel_size": 3}, COPIES), (4, EP2 | {"pipeline_parallel_size": 2}, COPIES),
+    [(2, EP2, COPIES), (3, EP3, COPIES), (4, EP2 | {"pipeline_parallel_size": 2}, COPIES),
      (4, EP2 | DATA2, TRAVEL | COPIES), (4, EP4 | DATA4, TRAVEL)],
     ids=["ep2", "ep3", "pp2 x ep2", "ep2 x moe-tp2, attn-dp2, rows travel", "ep4, attn-dp4, rows travel"],
 )  # fmt: skip
@@ -208,19 +229,17 @@ def test_pages_written_before_experts_moved_are_right_afterwards(size, sizes, op
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3"])
 @pytest.mark.parametrize(
-    ("sizes", "options"),
-    [
-        (EP2, {"enable_two_batch_overlap": True}),
-        (EP2 | DATA2, TRAVEL),
-        (EP2, TRAVEL | SEQUENCE),
-    ],
-    ids=["ep2, two halves", "ep2, attn-dp2, rows travel", "ep2, sp, rows travel"],
-)
-def test_every_family_of_mixtures(sizes, options, family, checkpoint, ranks):
-    """Dense first layers, shared experts, groups and biases of routers, latent attention: tokens of transformers."""
+    ("size", "sizes", "options"),
+    [(2, EP2, {"enable_two_batch_overlap": True}), (2, EP2 | DATA2, TRAVEL), (2, EP2, TRAVEL | SEQUENCE),
+     (4, EP4 | DATA4, TRAVEL | COPIES)],
+    ids=["ep2, two halves", "ep2, attn-dp2, rows travel", "ep2, sp, rows travel", "ep4, attn-dp4, rows travel, copies"],
+)  # fmt: skip
+def test_every_family_of_mixtures(size, sizes, options, family, checkpoint, ranks):
+    """Dense first layers, shared experts, groups and biases of routers, latent attention: tokens of transformers, while experts
+    move."""
     folder, prompts = checkpoint(family), some_prompts(1009, 5, shared=20, longest=12)
     expected = [greedy(folder, prompt, 6) for prompt in prompts] * 2
-    for said in ranks(2).run(answers, folder, sizes, options, prompts):
+    for said in ranks(size).run(answers, folder, sizes, options, prompts, True):
         assert said == expected
 
 
