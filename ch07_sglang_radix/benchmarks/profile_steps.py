@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from ch07_sglang_radix.scheduler import TPScheduler
 from ch07_sglang_radix.tp_model_wrapper import TPRadixAttentionModelWrapper
 from common.distributed.launch import run_main
-from common.models.published_configs import CONFIGS, shared_random_weights
+from common.models.published_configs import CONFIGS, MIXTURES, shared_random_weights
 from common.parallel_state import initialize_tensor_parallel
 from common.sampling.params import SamplingParams
 from common.teaching.show import heading, table
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="the trace, as JSON")
     parser.add_argument("--model-name", help="folder in Hugging Face layout or Hub id; default: the bundled tiny model")
-    parser.add_argument("--published", choices=CONFIGS, help="a published shape with random weights")
+    parser.add_argument("--published", choices=(*CONFIGS, *MIXTURES), help="a published shape with random weights")
     parser.add_argument("--layers", type=int, help="of a published shape, so many layers")
     parser.add_argument("--dtype", help="of the weights; default: the device's own")
     parser.add_argument("--quantization", help="a scheme that the weights are rounded to at load")
@@ -73,11 +73,10 @@ def main() -> None:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if tp.device.type == "cuda" else [])
     profiler = profile(activities=activities)
 
+    waiting = {WARM_UP: profiler.start, WARM_UP + args.steps: profiler.stop}
+
     def watch(step: int) -> bool:
-        if scheduler.steps["decode"] == WARM_UP:
-            profiler.start()
-        elif scheduler.steps["decode"] == WARM_UP + args.steps:
-            profiler.stop()
+        waiting.pop(scheduler.steps["decode"], lambda: None)()  # a call may find no new step: once each
         return False
 
     scheduler.process_requests(watch)
