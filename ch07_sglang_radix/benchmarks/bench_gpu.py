@@ -222,6 +222,10 @@ def measure_prefill(name: str, parallel: ParallelState) -> list[dict]:
 
 def measure_busy(name: str, parallel: ParallelState) -> list[dict]:
     """A and C of one engine with a process that never waits on half of the cores that this one may use, and without, in turn."""
+    if parallel.world.size > 1:
+        raise ValueError(
+            f"--part busy on {parallel.world.size} ranks: each would keep its own half busy; run it on one"
+        )
     work, rows = Workloads(Engine(str(shared_random_weights(name, parallel.world)), device="cuda")), []
     work.a(256)
     work.gaps(True)  # the first profile of a process is slower

@@ -53,6 +53,8 @@ def main() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler says "USDT: profiler_start" on stderr
     if min(args.running, args.steps, args.prompt) < 1:
         raise ValueError(f"running={args.running}, steps={args.steps} and prompt={args.prompt} must be at least 1")
+    if args.layers is not None and (args.layers < 1 or not args.published):
+        raise ValueError(f"layers={args.layers}: at least 1, of a shape that --published names")
     tp = initialize_tensor_parallel()
     changes = {"num_hidden_layers": args.layers} if args.layers else {}
     folder = str(shared_random_weights(args.published, tp, **changes)) if args.published else args.model_name
@@ -83,11 +85,13 @@ def main() -> None:
     profiler.export_chrome_trace(str(args.out))
     heading(f"{args.steps} decode steps of {args.running} requests, rank 0 of {tp.size} on {tp.device.type}")
     events = profiler.key_averages()
-    times = {event.key: event.cpu_time_total / 1e3 / args.steps for event in events}
+    on_cpu = [event for event in events if event.device_type == DeviceType.CPU]  # a label stands on the GPU's side, too
+    times = {event.key: event.cpu_time_total / 1e3 / args.steps for event in on_cpu}
     rows = [(f"{owner}.{name}", label, times.get(label, 0.0)) for (owner, name), label in PARTS.items()]
     table(("here", "in SGLang", "ms a step"), [*rows, ("step", "event_loop_*", times.get("step", 0.0))])
-    _show_operators([event for event in events if "::" in event.key], args.steps)
-    _show_kernels([event for event in events if event.device_type == DeviceType.CUDA], args.steps)
+    _show_operators([event for event in on_cpu if "::" in event.key], args.steps)
+    on_gpu = [event for event in events if event.device_type == DeviceType.CUDA]
+    _show_kernels([event for event in on_gpu if not event.is_user_annotation], args.steps)
     print(f"wrote {args.out}; open it in https://ui.perfetto.dev")
 
 

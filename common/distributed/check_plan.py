@@ -4,9 +4,10 @@
     python -m common.distributed.check_plan --machine figures/machine.json
 
 Decode steps of a published shape with random weights, float32, ranks over gloo: rank 0 sends a task, all compute, rank 0
-gathers the logits, chooses and sends the tokens, as an engine does without its scheduler. The planner's time is a lower bound;
-measured / bound is what kernels, their calls from Python and everything else take on top: between 1 and FACTOR for a model that
-does not fit into a cache; more for the bundled one, whose products are over before Python has called the next.
+gathers the logits, chooses and sends the tokens, as an engine does without its scheduler. The planner's time is a bound (of
+experts what is to be expected); measured / bound is what kernels, their calls from Python and everything else take on top:
+between 1 and FACTOR for a model that does not fit into a cache; more for the bundled one, whose products are over before Python
+has called the next.
 """
 
 import argparse

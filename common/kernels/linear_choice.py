@@ -83,14 +83,17 @@ _answers: dict[
     tuple, bool
 ] = {}  # of `wanted`, until more is measured: a prefill asks a hundred times, and an answer takes 6 us
 _met: Met | None = None  # inside `noting`
+_gates: set[Matrix] = set()  # rows of gate, then rows of up: a kernel puts out silu(gate) * up
 
 
 def wanted(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
-) -> bool:
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None,
+    gated: bool = False,
+) -> bool:  # fmt: skip
     """Does a kernel of ours multiply x [T, in/R] by weight [out, in/R]? As measured, or else as guessed.
 
-    dtype: put out, if not x's: the library would have to widen x and W first, which nobody needs to measure.
+    gated: and put out silu(gate) * up, if it does. dtype: put out, if not x's: the library would have to widen x and W first, which
+    nobody needs to measure.
     """
     asked = len(x), weight.shape, x.dtype, bias is None, dtype
     if (kernel := _answers.get(asked)) is not None and _met is None:
@@ -99,6 +102,7 @@ def wanted(
     kernel = _measured.get((rounded_up(len(x)), matrix)) if dtype is None else None
     if _met is not None and dtype is None:
         _met.setdefault(matrix, {})[weight.data_ptr()] = weight, bias
+        _gates.update({matrix} if gated else ())
     kernel = guess(len(x), matrix) if kernel is None else kernel
     if len(x) <= ROWS[-1]:  # more rows keep the GPU busy meanwhile, and there are many such numbers
         _answers[asked] = kernel
@@ -171,6 +175,15 @@ def rehearse(met: Met) -> None:
     for rows, matrix in open_questions(met):
         kernel, _ = contenders(rows, matrix, met)
         kernel[0]()
+        if matrix in _gates:
+            _gate_alone(rows, matrix, met)
+
+
+def _gate_alone(rows: int, matrix: Matrix, met: Met) -> None:
+    from common.kernels import linear  # noqa: PLC0415, a CPU build of torch comes without Triton
+
+    weight, bias = next(iter(met[matrix].values()))
+    linear.linear(weight.new_zeros(rows, matrix.width), weight, bias, gated=True)
 
 
 def choose(met: Met, tp: TPGroup, time_both: TimeBoth | None = None) -> list[Choice]:

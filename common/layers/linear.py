@@ -248,7 +248,7 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
         """Of gate and up: silu(gate) * up [T, F/R] by one launch, rounded once; None where no kernel of ours multiplies."""
         if self.method is not None:
             return self.method.gated(self, x, self.bias)
-        if fused and x.is_cuda and wanted(x, self.weight, self.bias):
+        if fused and x.is_cuda and wanted(x, self.weight, self.bias, gated=True):
             return fused.linear(x, self.weight, self.bias, gated=True)
         return None
 

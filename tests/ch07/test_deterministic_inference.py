@@ -106,7 +106,7 @@ def test_replicas_get_one_seed():
 
 
 def test_500_prompts_cold_and_from_the_tree(checkpoint):
-    """All beside each other, whole and without a tree; a few at a time in chunks; and all in chunks, from the tree."""
+    """As many beside each other as the pool holds, whole and without a tree; a few at a time in chunks; and all from the tree."""
     folder, prompts = checkpoint("qwen2"), some_prompts(1009, 500, shared=16, longest=12)
     cold = answers(
         folder, prompts, [range(500)], length=3, disable_radix_cache=True, chunked_prefill_size=-1, overlap=False

@@ -181,20 +181,21 @@ def answers(folder, sizes: dict, options: dict, prompts: list[list[int]], moves:
     parallel = layout_of_the_pool(None, **sizes)
     model = TPRadixAttentionModelWrapper(folder, "cpu", 4, max_total_tokens=1024, parallel=parallel, **options)
     scheduler = TPScheduler(model, check=True, chunked_prefill_size=16)
-    if moves:
-        move_every_third_step(scheduler)
+    moved = move_every_third_step(scheduler) if moves else []
     said: list = []
     for _ in range(2):
         for prompt in prompts:
             scheduler.add_request(input_ids=prompt, max_new_tokens=6)
         said += [out.output_ids for out in scheduler.process_requests().values()]
+    assert len(moved) > 1 or not moves
     return said
 
 
-def move_every_third_step(scheduler: TPScheduler) -> None:
-    """All experts, to anywhere: a rebalancer leaves them where they are if that is good."""
+def move_every_third_step(scheduler: TPScheduler) -> list[int]:
+    """All experts, to anywhere: a rebalancer leaves them where they are if that is good. The list grows with each move."""
     model, control, rng = scheduler.wrapper, scheduler.control, random.Random(3)
     experts, copies = range(model.placement.num_experts), model.placement.redundant
+    moved: list[int] = []
 
     def move() -> None:
         assert model.expert_load().sum() > 0
@@ -202,6 +203,7 @@ def move_every_third_step(scheduler: TPScheduler) -> None:
         new = [rng.sample([*experts, *rng.choices(experts, k=copies)], len(experts) + copies) for _ in layers]
         model.move_experts(torch.tensor(new))
         assert model.expert_load().sum() == 0
+        moved.append(len(moved))
 
     def after_step() -> None:
         if scheduler.step_number % 3 == 0:
@@ -211,6 +213,7 @@ def move_every_third_step(scheduler: TPScheduler) -> None:
     control.notes["move"] = move
     if scheduler.replica.rank == 0:
         scheduler.after_step.insert(0, after_step)  # pages are checked behind it
+    return moved
 
 
 @pytest.mark.parametrize(

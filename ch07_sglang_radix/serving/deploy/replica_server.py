@@ -71,6 +71,11 @@ class ReplicaServer:
         loop = asyncio.get_running_loop()
         self._workers.start(lambda what, _: loop.call_soon_threadsafe(self.manager.fail, what))
         self._listening = asyncio.create_task(self.manager.listen())
+        self._listening.add_done_callback(self._stopped_listening)
+
+    def _stopped_listening(self, task: asyncio.Task) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            self.manager.fail(f"main: {task.exception()}")
 
     async def ready(self) -> None:
         await self.manager.ready.wait()

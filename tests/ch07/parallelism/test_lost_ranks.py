@@ -32,10 +32,12 @@ def test_a_rank_that_is_lost_ends_the_others_and_is_named(layout, victim, signal
     stream = engine.generate(
         input_ids=PROMPTS, sampling_params={"max_new_tokens": 900, "ignore_eos": True}, stream=True
     )
-    next(stream)
-    lost = processes[victim - 1].pid
-    os.kill(lost, signal_)
-    with pytest.raises(RankFailure, match=rf"rank {victim} \(pid {lost}\) {FATES[signal_]}"):
-        list(stream)
-    engine.shutdown()
+    try:
+        next(stream)
+        lost = processes[victim - 1].pid
+        os.kill(lost, signal_)
+        with pytest.raises(RankFailure, match=rf"rank {victim} \(pid {lost}\) {FATES[signal_]}"):
+            list(stream)
+    finally:  # a stopped one would stay
+        engine.shutdown()
     assert all(process.poll() is not None for process in processes)

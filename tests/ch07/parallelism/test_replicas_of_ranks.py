@@ -20,6 +20,7 @@ from common.distributed.messages import share_all
 from common.distributed.spawn import FRAME
 from common.models.config import ModelConfig
 from common.teaching.all_messages import messages_of_all
+from tests.ch07.parallelism.test_combinations import FAMILIES
 from tests.ch07.test_product import NEW_TOKENS, PROMPTS, cases, see, serve
 from tests.oracle import greedy, some_prompts
 from tests.ranks import layout_of_the_pool
@@ -164,7 +165,7 @@ def of_a_call(way: str, rank: int, config: ModelConfig, cached: int, new: int, o
     }
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("size", [4])
 def test_every_family_s_tokens_and_the_ledger_of_each_rank_op_by_op(size, way, family, checkpoint, ranks):

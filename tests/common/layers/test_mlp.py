@@ -118,6 +118,24 @@ def test_a_compiled_gate_and_methods_of_their_own_keep_their_way(gates):
     assert gates == [1]
 
 
+@kernel
+def test_what_is_compiled_ahead_has_the_gate_in_it(monkeypatch):
+    from common.kernels import linear  # noqa: PLC0415
+
+    monkeypatch.setattr(linear_choice, "SMALLEST", 0)
+    one = mlp()
+    with linear_choice.noting() as met:
+        one(rows(3))
+    seen, multiply = [], linear.linear
+    monkeypatch.setattr(
+        linear, "linear", lambda x, *rest, **how: seen.append((len(x), how)) or multiply(x, *rest, **how)
+    )
+    linear_choice.rehearse(met)
+    gated = [count for count, how in seen if how.get("gated")]
+    assert {1, 16, 32, 64} <= set(gated), "of gate and up"
+    assert gated == [count for count, how in seen if not how], "and what is measured"
+
+
 def test_a_row_on_a_cpu_is_not_gated(gates):
     one = MLP(WIDTH, F, TPGroup())
     assert one.gate_up_proj.gated(torch.randn(1, WIDTH)) is None

@@ -7,6 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ch07_sglang_radix.serving.deploy.replica_server import Joined, ReplicaServer
+from ch07_sglang_radix.serving.tokenizer_manager import TokenizerManager
 from common.text.tokenizer import Tokenizer
 from common.tiny_qwen import TINY_QWEN_PATH
 from tests.oracle import greedy
@@ -82,6 +83,20 @@ def test_an_engine_that_cannot_start_says_why():
 
     with pytest.raises(RuntimeError, match="max_total_tokens"):
         asyncio.run(main())
+
+
+def test_who_can_hear_nobody_says_so_instead_of_waiting(monkeypatch):
+    def deaf(*_) -> None:
+        raise ValueError("no ears")
+
+    async def main() -> None:
+        monkeypatch.setattr(TokenizerManager, "_welcome", deaf)
+        server = ReplicaServer(SMALL, "a")
+        with pytest.raises(RuntimeError, match="no ears"):
+            await asyncio.wait_for(server.ready(), 60)
+        await server.end()
+
+    asyncio.run(main())
 
 
 def test_samples_of_a_name_stand_together():
