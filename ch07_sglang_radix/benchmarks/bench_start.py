@@ -52,7 +52,7 @@ def measure(folder: str, device: str, runs: int) -> list[dict[str, object]]:
                 command, env=os.environ | {"TRITON_CACHE_DIR": cache}, capture_output=True, text=True, check=False
             )
             if done.returncode:
-                raise ValueError(f"the engine did not start: {done.stderr[-2000:]}")
+                raise ValueError(f"the engine did not start: {done.stderr.strip().splitlines()[-1]}")
             told = json.loads(done.stdout.splitlines()[-1])
             row = {"model": Path(folder).name, "run": run, "kernels": "empty" if run == 1 else "there"}
             rows.append(row | {name: round(value, 3) for name, value in told.items()})
