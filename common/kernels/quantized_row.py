@@ -70,15 +70,22 @@ def one_row(
         x = x.clone()
     y = torch.empty(1, out // 2 if gated else out, dtype=x.dtype, device=x.device)
     plan = plan or work(packed)
+    turns = plan.turns * TURN // packed.turn
     launch(
         _one_row, (triton.cdiv(out, plan.deep * plan.beside),), x.view(torch.int64), packed.q.view(torch.int32), packed.scale,
         packed.scale if packed.zero is None else packed.zero, x if bias is None else bias, y, y.shape[1], packed.width,
-        triton.cdiv(out, packed.share), *_strides(packed), DTYPE=TRITON[x.dtype], R=plan.deep, T=plan.turns * TURN // packed.turn,
+        triton.cdiv(out, packed.share), *_strides(packed), DTYPE=TRITON[x.dtype], R=plan.deep, T=turns,
         N=plan.beside, TURN=packed.turn, GROUP=packed.group, SHARE=packed.share, BITS=packed.bits,
         FP8=packed.q.dtype == torch.float8_e4m3fn, OFFSET=packed.offset, ZERO=packed.zero is not None, BIAS=bias is not None,
-        GATED=gated, INTERPRETED=INTERPRETED, num_warps=plan.warps,
+        GATED=gated, WHOLE=packed.width % packed.turn == 0, SIDE=_side(plan, packed), INTERPRETED=INTERPRETED, num_warps=plan.warps,
     )  # fmt: skip
     return y
+
+
+def _side(plan: Work, packed: PackedCodes) -> int:
+    """int32 of a row that a thread has side by side: 16 bytes at most, and no more than its share and a turn."""
+    threads = 32 * plan.warps
+    return max(1, min(4, plan.turns * TURN * plan.beside * packed.bits // (32 * threads), packed.turn * packed.bits // 32))
 
 
 def _strides(packed: PackedCodes) -> tuple[int, int, int]:
@@ -88,19 +95,16 @@ def _strides(packed: PackedCodes) -> tuple[int, int, int]:
     return ROWS * packed.width // 4, packed.width // 4, packed.turn // 4
 
 
-# four bytes in a register -> 128 + the low half of each, and 128 + the high half, as float32
-HALVES = tl.constexpr(
-    "{ .reg .b32 l, h; and.b32 l, $8, 0x0F0F0F0F; shr.u32 h, $8, 4; and.b32 h, h, 0x0F0F0F0F; "
-    "prmt.b32 $0, l, 0x43000000, 0x7054; prmt.b32 $1, l, 0x43000000, 0x7154; "
-    "prmt.b32 $2, l, 0x43000000, 0x7254; prmt.b32 $3, l, 0x43000000, 0x7354; "
-    "prmt.b32 $4, h, 0x43000000, 0x7054; prmt.b32 $5, h, 0x43000000, 0x7154; "
-    "prmt.b32 $6, h, 0x43000000, 0x7254; prmt.b32 $7, h, 0x43000000, 0x7354; }"
+# eight codes of 4 bits, eight int16, two in a register -> the sum of their products
+DOT_4 = tl.constexpr(
+    "{ .reg .b32 l, h; .reg .s32 d; and.b32 l, $1, 0x0F0F0F0F; shr.u32 h, $1, 4; and.b32 h, h, 0x0F0F0F0F; "
+    "dp2a.lo.s32.u32 d, $2, l, 0; dp2a.hi.s32.u32 d, $3, l, d; "
+    "dp2a.lo.s32.u32 d, $4, h, d; dp2a.hi.s32.u32 $0, $5, h, d; }"
 )
-# four int8 -> 2^23 + 128 + each
-ABOVE_INT8 = tl.constexpr(
-    "{ .reg .b32 t; xor.b32 t, $4, 0x80808080; prmt.b32 $0, t, 0x4B000000, 0x7650; prmt.b32 $1, t, 0x4B000000, 0x7651; "
-    "prmt.b32 $2, t, 0x4B000000, 0x7652; prmt.b32 $3, t, 0x4B000000, 0x7653; }"
-)
+# four int8, four int16 -> the sum of their products
+DOT_8 = tl.constexpr("{ .reg .s32 d; dp2a.lo.s32.s32 d, $2, $1, 0; dp2a.hi.s32.s32 $0, $3, $1, d; }")
+# two float32 whose last 16 bits are an int16 each -> both in a register
+TWO_INT16 = tl.constexpr("prmt.b32 $0, $1, $2, 0x5410;")
 # four float8_e4m3fn -> each
 FROM_FP8 = tl.constexpr(
     "{ .reg .b16 a, b, c, d; .reg .b32 s, t; mov.b32 {a, b}, $4; cvt.rn.f16x2.e4m3x2 s, a; cvt.rn.f16x2.e4m3x2 t, b; "
@@ -109,42 +113,71 @@ FROM_FP8 = tl.constexpr(
 
 
 @triton.jit
-def _byte(four, i: tl.constexpr, FP8: tl.constexpr):
-    """Without a GPU: byte i of an int32 as a float32."""
-    byte = (four >> (8 * i)) & 255
-    return byte.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32) if FP8 else byte.to(tl.int8).to(tl.float32)
+def _byte(four, i: tl.constexpr):
+    """Without a GPU: byte i of an int32, an int8, as an int32."""
+    return (four << (24 - 8 * i)) >> 24
 
 
 @triton.jit
-def _whole(four, FP8: tl.constexpr, INTERPRETED: tl.constexpr):
-    """int32, four codes of 8 bits -> four float32."""
+def _products(pair, a, b):
+    """Without a GPU: two int16 in an int32, times a and b."""
+    return ((pair << 16) >> 16) * a + (pair >> 16) * b
+
+
+@triton.jit
+def _dot(codes, p, q, r, s, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """int32 of codes, four (BITS 4) or two int32 of pairs of int16 of x -> int32."""
     if INTERPRETED:
-        a, b, c, d = _byte(four, 0, FP8), _byte(four, 1, FP8), _byte(four, 2, FP8), _byte(four, 3, FP8)
-    elif FP8:
+        low, high = (codes & 0x0F0F0F0F, (codes >> 4) & 0x0F0F0F0F) if BITS == 4 else (codes, codes)
+        d = _products(p, _byte(low, 0), _byte(low, 1)) + _products(q, _byte(low, 2), _byte(low, 3))
+        if BITS == 4:
+            d += _products(r, _byte(high, 0), _byte(high, 1)) + _products(s, _byte(high, 2), _byte(high, 3))
+    elif BITS == 4:
+        d = tl.inline_asm_elementwise(DOT_4, "=r,r,r,r,r,r", [codes, p, q, r, s], tl.int32, is_pure=True, pack=1)
+    else:
+        d = tl.inline_asm_elementwise(DOT_8, "=r,r,r,r", [codes, p, q], tl.int32, is_pure=True, pack=1)
+    return d
+
+
+@triton.jit
+def _pair(a, b, per_unit, INTERPRETED: tl.constexpr):
+    """a, b: float32 -> a * per_unit, b * per_unit rounded to int16, in an int32. 1.5 * 2^23 leaves no room for a fraction."""
+    a, b = (a * per_unit + 12582912.0).to(tl.int32, bitcast=True), (b * per_unit + 12582912.0).to(tl.int32, bitcast=True)
+    if INTERPRETED:
+        pair = (a & 65535) | (b << 16)
+    else:
+        pair = tl.inline_asm_elementwise(TWO_INT16, "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
+    return pair
+
+
+@triton.jit
+def _unit(most):
+    """most: the largest magnitude of a block, float32 -> (a power of two, 2^14 to 2^15 of which are `most`; one over it). Infinite
+    for infinite and NaN, so that what is multiplied by it is infinite or NaN. 2^-127 at least."""
+    power = tl.maximum(most.to(tl.int32, bitcast=True) & 0x7F800000, 14 << 23)
+    return power.to(tl.float32, bitcast=True) * 0.00006103515625, (
+        (127 << 23) - power + (141 << 23)
+    ).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _more(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _four_fp8(four, INTERPRETED: tl.constexpr):
+    """int32, four float8_e4m3fn -> four float32."""
+    if INTERPRETED:
+        a, b = (four & 255).to(tl.uint8), ((four >> 8) & 255).to(tl.uint8)
+        c, d = ((four >> 16) & 255).to(tl.uint8), ((four >> 24) & 255).to(tl.uint8)
+        a, b = a.to(tl.float8e4nv, bitcast=True).to(tl.float32), b.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        c, d = c.to(tl.float8e4nv, bitcast=True).to(tl.float32), d.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
         a, b, c, d = tl.inline_asm_elementwise(
             FROM_FP8, "=r,=r,=r,=r,r", [four], (tl.float32,) * 4, is_pure=True, pack=1
         )
-    else:
-        a, b, c, d = tl.inline_asm_elementwise(
-            ABOVE_INT8, "=r,=r,=r,=r,r", [four], (tl.float32,) * 4, is_pure=True, pack=1
-        )
-        a, b, c, d = a - 8388736.0, b - 8388736.0, c - 8388736.0, d - 8388736.0
     return a, b, c, d
-
-
-@triton.jit
-def _halves(four, INTERPRETED: tl.constexpr):
-    """int32, eight codes of 4 bits -> 128 + the low halves of its bytes, 128 + the high ones: float32."""
-    if INTERPRETED:
-        low, high = four & 0x0F0F0F0F, (four >> 4) & 0x0F0F0F0F
-        a, b, c, d = _byte(low, 0, False), _byte(low, 1, False), _byte(low, 2, False), _byte(low, 3, False)
-        e, f, g, h = _byte(high, 0, False), _byte(high, 1, False), _byte(high, 2, False), _byte(high, 3, False)
-        a, b, c, d, e, f, g, h = a + 128, b + 128, c + 128, d + 128, e + 128, f + 128, g + 128, h + 128
-    else:
-        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-            HALVES, "=r,=r,=r,=r,=r,=r,=r,=r,r", [four], (tl.float32,) * 8, is_pure=True, pack=1
-        )
-    return a, b, c, d, e, f, g, h
 
 
 @triton.jit
@@ -167,68 +200,91 @@ def _four_of(four, dtype: tl.constexpr):
 
 
 @triton.jit
+def _of_thread(x, ROW: tl.constexpr):
+    """[a, b, c] -> [a, b, c / ROW]: sums of ROW that lie side by side, in one thread."""
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // ROW, ROW]), 3) if ROW > 1 else x
+
+
+@triton.jit
+def _numbers(at, turn, column, turns, width, WHOLE: tl.constexpr):
+    """What lies at `at`, zeros behind the last column. WHOLE: a turn is there as a whole or not; a mask for each number would make
+    each a load of its own."""
+    return tl.load(at, mask=(turn < turns)[:, :, None] if WHOLE else column < width, other=0)
+
+
+@triton.jit
 def _one_row(
     x, q, scale, zero, bias, y, out, width, scale_stride, tile_stride, row_stride, turn_stride, DTYPE: tl.constexpr,
     R: tl.constexpr, T: tl.constexpr, N: tl.constexpr, TURN: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr,
     BITS: tl.constexpr, FP8: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr,
-    GATED: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, WHOLE: tl.constexpr, SIDE: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
     FOURS: tl.constexpr = TURN * BITS // 32  # int32 of a row's turn
-    ABOVE: tl.constexpr = 128 if BITS == 4 else 0
     PAIR: tl.constexpr = 2 if GATED else 1  # rows of W for a column of y: gate's, then up's, `out` rows behind it
+    TURNS_FIRST: tl.constexpr = BITS != 4  # which are side by side in memory: turns of a row, or rows of a turn
     n, t, k = tl.program_id(0) * (R // PAIR * N) + tl.arange(0, N), tl.arange(0, T), tl.arange(0, FOURS)
-    turns, any_row = tl.cdiv(width, TURN), 0 * n[None, :, None]
+    turns = tl.cdiv(width, TURN)
+    tt = t[:, None] + 0 * n[None, :] if TURNS_FIRST else t[None, :] + 0 * n[:, None]  # [T, N] or [N, T]
     # the address of x has the shape of that of W: so both are laid out alike over the threads, and nothing is exchanged
-    x_at = x + t[:, None, None] * (TURN // 4) + any_row + k[None, None, :]
-    column = t[:, None, None] * TURN + 4 * k[None, None, :] + any_row  # [T, N, FOURS]
-    q_at, of_row, code, s, z, acc = (), (), (), (), (), ()
+    x_at = x + tt[:, :, None] * (TURN // 4) + k[None, None, :]
+    column = tt[:, :, None] * TURN + 4 * k[None, None, :]
+    q_at, s_at, z_at, code, s, z, acc = (), (), (), (), (), (), ()
     for r in tl.static_range(R):
         # behind the last row it is read again, and not stored
         m = tl.minimum(n + r // PAIR * N, out - 1) + r % PAIR * out
         row = (m // 64).to(tl.int64) * tile_stride + (m % 64) * row_stride
-        there = q + t[:, None, None] * turn_stride + row[None, :, None] + k[None, None, :]
-        q_at, code = q_at + (there,), code + (tl.load(there, mask=column < width, other=0),)
-        of_row = of_row + ((m // SHARE)[None, :],)
-        at = of_row[r] + (t * TURN // GROUP if GROUP else t * 0)[:, None] * scale_stride
-        s = s + ((tl.load(scale + at, mask=(t < turns)[:, None], other=0.0) if GROUP else 0),)
-        z = z + ((tl.load(zero + at, mask=(t < turns)[:, None], other=0) if ZERO else 0),)
-        acc = acc + (tl.zeros([T, N], tl.float32),)
+        row = row[None, :] if TURNS_FIRST else row[:, None]
+        there = q + (tt * turn_stride + row)[:, :, None] + k[None, None, :]
+        q_at, code = q_at + (there,), code + (_numbers(there, tt, column, turns, width, WHOLE or BITS == 4),)
+        at = m // SHARE
+        at = (at[None, :] if TURNS_FIRST else at[:, None]) + (tt * TURN // GROUP if GROUP else tt * 0) * scale_stride
+        s_at, z_at = s_at + (scale + at,), z_at + (zero + at,)
+        s = s + ((tl.load(s_at[r], mask=tt < turns, other=0.0) if GROUP else 0),)
+        z = z + ((tl.load(z_at[r], mask=tt < turns, other=0) if ZERO else 0),)
+        acc = acc + (tl.zeros([tt.shape[0], tt.shape[1], FOURS // SIDE], tl.float32),)
     wait_for_previous(PDL)
-    low = tl.load(x_at, mask=column < width, other=0)
-    high = tl.load(x_at + TURN // 8, mask=column + TURN // 2 < width, other=0) if BITS == 4 else 0
+    low = _numbers(x_at, tt, column, turns, width, WHOLE)
+    high = _numbers(x_at + TURN // 8, tt, column + TURN // 2, turns, width, WHOLE) if BITS == 4 else 0
     for first in tl.range(0, turns, T):
-        turn, ahead = first + T + t, (first + T) * TURN + column
+        turn, ahead = first + T + tt, (first + T) * TURN + column
         code_ahead, s_ahead, z_ahead, sums = (), (), (), ()
         for r in tl.static_range(R):
-            code_ahead = code_ahead + (tl.load(q_at[r] + (first + T) * turn_stride, mask=ahead < width, other=0),)
-            at = of_row[r] + (turn * TURN // GROUP if GROUP else t * 0)[:, None] * scale_stride
-            s_ahead = s_ahead + ((tl.load(scale + at, mask=(turn < turns)[:, None], other=0.0) if GROUP else 0),)
-            z_ahead = z_ahead + ((tl.load(zero + at, mask=(turn < turns)[:, None], other=0) if ZERO else 0),)
+            there = q_at[r] + (first + T) * turn_stride
+            code_ahead = code_ahead + (_numbers(there, turn, ahead, turns, width, WHOLE or BITS == 4),)
+            on = (first + T) * TURN // GROUP * scale_stride if GROUP else 0
+            s_ahead = s_ahead + ((tl.load(s_at[r] + on, mask=turn < turns, other=0.0) if GROUP else 0),)
+            z_ahead = z_ahead + ((tl.load(z_at[r] + on, mask=turn < turns, other=0) if ZERO else 0),)
         x_there = x_at + (first + T) * (TURN // 4)
-        low_ahead = tl.load(x_there, mask=ahead < width, other=0)
-        high_ahead = tl.load(x_there + TURN // 8, mask=ahead + TURN // 2 < width, other=0) if BITS == 4 else 0
+        low_ahead = _numbers(x_there, turn, ahead, turns, width, WHOLE)
+        high_ahead = _numbers(x_there + TURN // 8, turn, ahead + TURN // 2, turns, width, WHOLE) if BITS == 4 else 0
         x0, x1, x2, x3 = _four_of(low, DTYPE)
-        if BITS == 4:
-            x4, x5, x6, x7 = _four_of(high, DTYPE)
-            sum_x = tl.sum(x0 + x1 + x2 + x3 + (x4 + x5 + x6 + x7), 2)
-        elif ZERO or OFFSET != 0:
-            sum_x = tl.sum(x0 + x1 + x2 + x3, 2)
-        for r in tl.static_range(R):
+        if not FP8:
+            most = _more(_more(tl.abs(x0), tl.abs(x1)), _more(tl.abs(x2), tl.abs(x3)))
             if BITS == 4:
-                a, b, c, d, e, f, g, h = _halves(code[r], INTERPRETED)
-                part = tl.sum(a * x0 + b * x1 + c * x2 + d * x3 + e * x4 + f * x5 + g * x6 + h * x7, 2)
+                x4, x5, x6, x7 = _four_of(high, DTYPE)
+                most = _more(most, _more(_more(tl.abs(x4), tl.abs(x5)), _more(tl.abs(x6), tl.abs(x7))))
+            unit, per_unit = _unit(most)
+            a, b = _pair(x0, x1, per_unit, INTERPRETED), _pair(x2, x3, per_unit, INTERPRETED)
+            c = _pair(x4, x5, per_unit, INTERPRETED) if BITS == 4 else 0
+            d = _pair(x6, x7, per_unit, INTERPRETED) if BITS == 4 else 0
+            if ZERO or OFFSET != 0:
+                ones = tl.full(low.shape, 0x11111111 if BITS == 4 else 0x01010101, tl.int32)
+                sum_x = _of_thread(_dot(ones, a, b, c, d, BITS, INTERPRETED).to(tl.float32) * unit, SIDE)
+        for r in tl.static_range(R):
+            if FP8:
+                a, b, c, d = _four_fp8(code[r], INTERPRETED)
+                part = _of_thread(a * x0 + b * x1 + c * x2 + d * x3, SIDE)
             else:
-                a, b, c, d = _whole(code[r], FP8, INTERPRETED)
-                part = tl.sum(a * x0 + b * x1 + c * x2 + d * x3, 2)
+                part = _of_thread(_dot(code[r], a, b, c, d, BITS, INTERPRETED).to(tl.float32) * unit, SIDE)
             if ZERO:
-                part -= (z[r].to(tl.float32) + ABOVE) * sum_x
-            elif OFFSET + ABOVE != 0:
-                part -= (OFFSET + ABOVE) * sum_x
-            sums = sums + (acc[r] + (s[r].to(tl.float32) * part if GROUP else part),)
+                part -= z[r].to(tl.float32)[:, :, None] * sum_x
+            elif OFFSET != 0:
+                part -= OFFSET * sum_x
+            sums = sums + (acc[r] + (s[r].to(tl.float32)[:, :, None] * part if GROUP else part),)
         acc, code, s, z, low, high = sums, code_ahead, s_ahead, z_ahead, low_ahead, high_ahead
     for r in tl.static_range(R):
-        total, j = tl.sum(acc[r], 0), n + r // PAIR * N
+        total, j = tl.sum(tl.sum(acc[r], 2), 0 if TURNS_FIRST else 1), n + r // PAIR * N
         m = j + r % PAIR * out
         if not GROUP:
             total *= tl.load(scale + m // SHARE, mask=j < out, other=0.0).to(tl.float32)
