@@ -1,19 +1,23 @@
 """y = x W^T for one row of x and W in codes: products on the ordinary cores, for decode of one request.
 
 On tensor cores (quantized_linear.py) a row of x costs as much as 16 do, and each code passes through shared memory on its way to
-them. Here a thread takes some bytes of W straight into its registers, widens them to float32 by bits, multiplies and adds:
+them. Here a thread takes some bytes of W straight into its registers and multiplies there:
 
-    4 bits   byte b in the third place of 0x43000000 is the float32 128 + b: both halves of four bytes in 11 instructions
-    INT8     byte b + 128 in the last place of 0x4B000000 is the float32 2^23 + 128 + b; the subtraction is exact
-    FP8      as the hardware converts it
+    4 bits, INT8    x as 16-bit integers, which an instruction multiplies by two codes at once: IDP.2A, exact in 32 bits
+    FP8             widened as the hardware converts it, times x as float32
 
-128 and the zero point come off after a turn's sum, times the sum of x. A program has R x N rows of W and T turns at a time. What
-the next T need, x and scales included, is on its way while these are multiplied: with W alone on its way a matrix of 36 MB took
-34 us, and so it takes 21 (H100). Sums are float32.
+The x of a block, the 8 numbers that meet an int32 of 4-bit codes (4 for INT8), share a power of two, the largest that leaves the
+largest of them below 2^15; so each is rounded to 1/32768 of the largest of its block at most. bfloat16 itself has rounded each number
+to 1/512 and float16 to 1/4096 of it, the largest too, whose share of y's error is at least 8 times what is added here. An infinite
+number or NaN makes the power infinite, and so all of the block. It is 2^-127 at least: below 2^-112 bfloat16 loses digits.
 
-Bytes: out * in * bits / 8, the scales and zeros (quantized_layout.py); x from cache, once a program. What keeps 4 bits from their
-floor is instructions: a weight takes almost 5, and in the time in which it comes from memory a processor has 5 to give. The twin in
-plain PyTorch is `multiply_plain` (quantized_layout.py).
+Zero points come off after a thread's sum, times the sum of the same integers. A program has R x N rows of W and T turns at a time.
+What the next T need, x and scales included, is on its way while these are multiplied, or that of the next 2 T (`ahead`). Sums over
+blocks are float32.
+
+Bytes: out * in * bits / 8, the scales and zeros (quantized_layout.py); x from cache, once a program. In the time in which a weight
+of 4 bits comes from memory a processor has 5 instructions to give. The twin in plain PyTorch is `multiply_plain`
+(quantized_layout.py).
 """
 
 # ruff: noqa: RUF005 (Triton has no starred tuples)
@@ -34,12 +38,14 @@ TRITON = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 class Work(NamedTuple):
     """deep x beside: rows of W of a program, `beside` of which its threads read at once; turns at once, of 128 columns each;
-    warps. A thread reads turns * beside * bits / (2 * warps) bytes of W at once, `deep` times."""
+    warps; ahead: how many times as much is on its way. A thread reads turns * beside * bits / (2 * warps) bytes of W at once,
+    `deep` times."""
 
     deep: int
     turns: int
     beside: int
     warps: int
+    ahead: int = 1
 
 
 def takes(x: torch.Tensor, packed: PackedCodes) -> bool:
@@ -70,22 +76,21 @@ def one_row(
         x = x.clone()
     y = torch.empty(1, out // 2 if gated else out, dtype=x.dtype, device=x.device)
     plan = plan or work(packed)
-    turns = plan.turns * TURN // packed.turn
     launch(
         _one_row, (triton.cdiv(out, plan.deep * plan.beside),), x.view(torch.int64), packed.q.view(torch.int32), packed.scale,
         packed.scale if packed.zero is None else packed.zero, x if bias is None else bias, y, y.shape[1], packed.width,
-        triton.cdiv(out, packed.share), *_strides(packed), DTYPE=TRITON[x.dtype], R=plan.deep, T=turns,
-        N=plan.beside, TURN=packed.turn, GROUP=packed.group, SHARE=packed.share, BITS=packed.bits,
+        triton.cdiv(out, packed.share), *_strides(packed), DTYPE=TRITON[x.dtype], R=plan.deep,
+        T=plan.turns * TURN // packed.turn, N=plan.beside, TURN=packed.turn, GROUP=packed.group, SHARE=packed.share, BITS=packed.bits,
         FP8=packed.q.dtype == torch.float8_e4m3fn, OFFSET=packed.offset, ZERO=packed.zero is not None, BIAS=bias is not None,
-        GATED=gated, WHOLE=packed.width % packed.turn == 0, SIDE=_side(plan, packed), INTERPRETED=INTERPRETED, num_warps=plan.warps,
+        GATED=gated, WHOLE=packed.width % packed.turn == 0, SIDE=side_by_side(plan, packed.bits, packed.turn), AHEAD=plan.ahead,
+        INTERPRETED=INTERPRETED, num_warps=plan.warps,
     )  # fmt: skip
     return y
 
 
-def _side(plan: Work, packed: PackedCodes) -> int:
-    """int32 of a row that a thread has side by side: 16 bytes at most, and no more than its share and a turn."""
-    threads = 32 * plan.warps
-    return max(1, min(4, plan.turns * TURN * plan.beside * packed.bits // (32 * threads), packed.turn * packed.bits // 32))
+def side_by_side(plan: Work, bits: int, turn: int) -> int:
+    """int32 of a row's turn that a thread has: 16 bytes at most, and no more than its share."""
+    return max(1, min(4, plan.turns * TURN * plan.beside * bits // (1024 * plan.warps), turn * bits // 32))
 
 
 def _strides(packed: PackedCodes) -> tuple[int, int, int]:
@@ -98,11 +103,11 @@ def _strides(packed: PackedCodes) -> tuple[int, int, int]:
 # eight codes of 4 bits, eight int16, two in a register -> the sum of their products
 DOT_4 = tl.constexpr(
     "{ .reg .b32 l, h; .reg .s32 d; and.b32 l, $1, 0x0F0F0F0F; shr.u32 h, $1, 4; and.b32 h, h, 0x0F0F0F0F; "
-    "dp2a.lo.s32.u32 d, $2, l, 0; dp2a.hi.s32.u32 d, $3, l, d; "
-    "dp2a.lo.s32.u32 d, $4, h, d; dp2a.hi.s32.u32 $0, $5, h, d; }"
+    "dp2a.lo.s32.u32 d, $3, l, $2; dp2a.hi.s32.u32 d, $4, l, d; "
+    "dp2a.lo.s32.u32 d, $5, h, d; dp2a.hi.s32.u32 $0, $6, h, d; }"
 )
-# four int8, four int16 -> the sum of their products
-DOT_8 = tl.constexpr("{ .reg .s32 d; dp2a.lo.s32.s32 d, $2, $1, 0; dp2a.hi.s32.s32 $0, $3, $1, d; }")
+# four int8, four int16, two in a register -> the sum of their products
+DOT_8 = tl.constexpr("{ .reg .s32 d; dp2a.lo.s32.s32 d, $3, $1, $2; dp2a.hi.s32.s32 $0, $4, $1, d; }")
 # two float32 whose last 16 bits are an int16 each -> both in a register
 TWO_INT16 = tl.constexpr("prmt.b32 $0, $1, $2, 0x5410;")
 # four float8_e4m3fn -> each
@@ -125,24 +130,26 @@ def _products(pair, a, b):
 
 
 @triton.jit
-def _dot(codes, p, q, r, s, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """int32 of codes, four (BITS 4) or two int32 of pairs of int16 of x -> int32."""
+def _dot(codes, d, p, q, r, s, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """An int32 of codes, and x's integers in four int32 (BITS 4) or the first two -> d and
+    the sum of their products, int32."""
     if INTERPRETED:
         low, high = (codes & 0x0F0F0F0F, (codes >> 4) & 0x0F0F0F0F) if BITS == 4 else (codes, codes)
-        d = _products(p, _byte(low, 0), _byte(low, 1)) + _products(q, _byte(low, 2), _byte(low, 3))
+        d += _products(p, _byte(low, 0), _byte(low, 1)) + _products(q, _byte(low, 2), _byte(low, 3))
         if BITS == 4:
             d += _products(r, _byte(high, 0), _byte(high, 1)) + _products(s, _byte(high, 2), _byte(high, 3))
     elif BITS == 4:
-        d = tl.inline_asm_elementwise(DOT_4, "=r,r,r,r,r,r", [codes, p, q, r, s], tl.int32, is_pure=True, pack=1)
+        d = tl.inline_asm_elementwise(DOT_4, "=r,r,r,r,r,r,r", [codes, d, p, q, r, s], tl.int32, is_pure=True, pack=1)
     else:
-        d = tl.inline_asm_elementwise(DOT_8, "=r,r,r,r", [codes, p, q], tl.int32, is_pure=True, pack=1)
+        d = tl.inline_asm_elementwise(DOT_8, "=r,r,r,r,r", [codes, d, p, q], tl.int32, is_pure=True, pack=1)
     return d
 
 
 @triton.jit
 def _pair(a, b, per_unit, INTERPRETED: tl.constexpr):
-    """a, b: float32 -> a * per_unit, b * per_unit rounded to int16, in an int32. 1.5 * 2^23 leaves no room for a fraction."""
-    a, b = (a * per_unit + 12582912.0).to(tl.int32, bitcast=True), (b * per_unit + 12582912.0).to(tl.int32, bitcast=True)
+    """a, b: float32 -> a * per_unit, b * per_unit rounded to int16, in an int32. Beside 1.5 * 2^23 no fraction has room."""
+    a, b = a * per_unit + 12582912.0, b * per_unit + 12582912.0
+    a, b = a.to(tl.int32, bitcast=True), b.to(tl.int32, bitcast=True)
     if INTERPRETED:
         pair = (a & 65535) | (b << 16)
     else:
@@ -152,27 +159,30 @@ def _pair(a, b, per_unit, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _unit(most):
-    """most: the largest magnitude of a block, float32 -> (a power of two, 2^14 to 2^15 of which are `most`; one over it). Infinite
-    for infinite and NaN, so that what is multiplied by it is infinite or NaN. 2^-127 at least."""
-    power = tl.maximum(most.to(tl.int32, bitcast=True) & 0x7F800000, 14 << 23)
-    return power.to(tl.float32, bitcast=True) * 0.00006103515625, (
-        (127 << 23) - power + (141 << 23)
-    ).to(tl.float32, bitcast=True)
+    """most: the largest magnitude of a block, float32 -> (the power of two that x's integers count in, one over it).
+    2^E <= most < 2^(E + 1) -> 2^(E - 14), infinite for infinite and NaN."""
+    power = tl.maximum(most.to(tl.int32, bitcast=True) & 0x7F800000, 14 << 23)  # 2^E as float32; E is -113 at least
+    per_unit = (127 << 23) - power + (141 << 23)  # 2^(14 - E)
+    return power.to(tl.float32, bitcast=True) * 0.00006103515625, per_unit.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _more(a, b):
+    """The larger one; NaN if one is."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _fp8(four, i: tl.constexpr):
+    """Without a GPU: byte i of an int32, a float8, as a float32."""
+    return ((four >> (8 * i)) & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
 
 
 @triton.jit
 def _four_fp8(four, INTERPRETED: tl.constexpr):
     """int32, four float8_e4m3fn -> four float32."""
     if INTERPRETED:
-        a, b = (four & 255).to(tl.uint8), ((four >> 8) & 255).to(tl.uint8)
-        c, d = ((four >> 16) & 255).to(tl.uint8), ((four >> 24) & 255).to(tl.uint8)
-        a, b = a.to(tl.float8e4nv, bitcast=True).to(tl.float32), b.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-        c, d = c.to(tl.float8e4nv, bitcast=True).to(tl.float32), d.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        a, b, c, d = _fp8(four, 0), _fp8(four, 1), _fp8(four, 2), _fp8(four, 3)
     else:
         a, b, c, d = tl.inline_asm_elementwise(
             FROM_FP8, "=r,=r,=r,=r,r", [four], (tl.float32,) * 4, is_pure=True, pack=1
@@ -208,8 +218,22 @@ def _of_thread(x, ROW: tl.constexpr):
 @triton.jit
 def _numbers(at, turn, column, turns, width, WHOLE: tl.constexpr):
     """What lies at `at`, zeros behind the last column. WHOLE: a turn is there as a whole or not; a mask for each number would make
-    each a load of its own."""
+    each a load of its own, instead of 16 bytes."""
     return tl.load(at, mask=(turn < turns)[:, :, None] if WHOLE else column < width, other=0)
+
+
+@triton.jit
+def _of_row(
+    q_at, s_at, z_at, first, tt, column, turns, width, turn_stride, scale_stride, TURN: tl.constexpr, GROUP: tl.constexpr,
+    ZERO: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """(codes, scales, zeros) of a row's turns, `first` and those behind it."""
+    there = (first + tt) < turns
+    code = _numbers(q_at + first * turn_stride, first + tt, first * TURN + column, turns, width, WHOLE)
+    on = first * TURN // GROUP * scale_stride if GROUP else 0
+    s = tl.load(s_at + on, mask=there, other=0.0) if GROUP else 0
+    z = tl.load(z_at + on, mask=there, other=0) if ZERO else 0
+    return code, s, z
 
 
 @triton.jit
@@ -217,7 +241,8 @@ def _one_row(
     x, q, scale, zero, bias, y, out, width, scale_stride, tile_stride, row_stride, turn_stride, DTYPE: tl.constexpr,
     R: tl.constexpr, T: tl.constexpr, N: tl.constexpr, TURN: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr,
     BITS: tl.constexpr, FP8: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr,
-    GATED: tl.constexpr, WHOLE: tl.constexpr, SIDE: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, WHOLE: tl.constexpr, SIDE: tl.constexpr, AHEAD: tl.constexpr,
+    INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
     FOURS: tl.constexpr = TURN * BITS // 32  # int32 of a row's turn
@@ -229,32 +254,38 @@ def _one_row(
     # the address of x has the shape of that of W: so both are laid out alike over the threads, and nothing is exchanged
     x_at = x + tt[:, :, None] * (TURN // 4) + k[None, None, :]
     column = tt[:, :, None] * TURN + 4 * k[None, None, :]
-    q_at, s_at, z_at, code, s, z, acc = (), (), (), (), (), (), ()
+    q_at, s_at, z_at, acc, queue = (), (), (), (), ()
     for r in tl.static_range(R):
         # behind the last row it is read again, and not stored
         m = tl.minimum(n + r // PAIR * N, out - 1) + r % PAIR * out
         row = (m // 64).to(tl.int64) * tile_stride + (m % 64) * row_stride
         row = row[None, :] if TURNS_FIRST else row[:, None]
-        there = q + (tt * turn_stride + row)[:, :, None] + k[None, None, :]
-        q_at, code = q_at + (there,), code + (_numbers(there, tt, column, turns, width, WHOLE or BITS == 4),)
+        q_at = q_at + (q + (tt * turn_stride + row)[:, :, None] + k[None, None, :],)
         at = m // SHARE
         at = (at[None, :] if TURNS_FIRST else at[:, None]) + (tt * TURN // GROUP if GROUP else tt * 0) * scale_stride
         s_at, z_at = s_at + (scale + at,), z_at + (zero + at,)
-        s = s + ((tl.load(s_at[r], mask=tt < turns, other=0.0) if GROUP else 0),)
-        z = z + ((tl.load(z_at[r], mask=tt < turns, other=0) if ZERO else 0),)
         acc = acc + (tl.zeros([tt.shape[0], tt.shape[1], FOURS // SIDE], tl.float32),)
+    for i in tl.static_range(AHEAD):
+        for r in tl.static_range(R):
+            queue = queue + _of_row(
+                q_at[r], s_at[r], z_at[r], i * T, tt, column, turns, width, turn_stride, scale_stride,
+                TURN, GROUP, ZERO, WHOLE or BITS == 4,
+            )  # fmt: skip
     wait_for_previous(PDL)
     low = _numbers(x_at, tt, column, turns, width, WHOLE)
     high = _numbers(x_at + TURN // 8, tt, column + TURN // 2, turns, width, WHOLE) if BITS == 4 else 0
     for first in tl.range(0, turns, T):
         turn, ahead = first + T + tt, (first + T) * TURN + column
-        code_ahead, s_ahead, z_ahead, sums = (), (), (), ()
+        code, s, z, behind, sums = (), (), (), (), ()
         for r in tl.static_range(R):
-            there = q_at[r] + (first + T) * turn_stride
-            code_ahead = code_ahead + (_numbers(there, turn, ahead, turns, width, WHOLE or BITS == 4),)
-            on = (first + T) * TURN // GROUP * scale_stride if GROUP else 0
-            s_ahead = s_ahead + ((tl.load(s_at[r] + on, mask=turn < turns, other=0.0) if GROUP else 0),)
-            z_ahead = z_ahead + ((tl.load(z_at[r] + on, mask=turn < turns, other=0) if ZERO else 0),)
+            code, s, z = code + (queue[3 * r],), s + (queue[3 * r + 1],), z + (queue[3 * r + 2],)
+        for i in tl.static_range(3 * R, 3 * R * AHEAD):
+            behind = behind + (queue[i],)
+        for r in tl.static_range(R):
+            behind = behind + _of_row(
+                q_at[r], s_at[r], z_at[r], first + AHEAD * T, tt, column, turns, width, turn_stride, scale_stride,
+                TURN, GROUP, ZERO, WHOLE or BITS == 4,
+            )  # fmt: skip
         x_there = x_at + (first + T) * (TURN // 4)
         low_ahead = _numbers(x_there, turn, ahead, turns, width, WHOLE)
         high_ahead = _numbers(x_there + TURN // 8, turn, ahead + TURN // 2, turns, width, WHOLE) if BITS == 4 else 0
@@ -268,21 +299,28 @@ def _one_row(
             a, b = _pair(x0, x1, per_unit, INTERPRETED), _pair(x2, x3, per_unit, INTERPRETED)
             c = _pair(x4, x5, per_unit, INTERPRETED) if BITS == 4 else 0
             d = _pair(x6, x7, per_unit, INTERPRETED) if BITS == 4 else 0
+            start = tl.zeros(most.shape, tl.int32)
             if ZERO or OFFSET != 0:
-                ones = tl.full(low.shape, 0x11111111 if BITS == 4 else 0x01010101, tl.int32)
-                sum_x = _of_thread(_dot(ones, a, b, c, d, BITS, INTERPRETED).to(tl.float32) * unit, SIDE)
+                ones = tl.full(most.shape, 0x11111111 if BITS == 4 else 0x01010101, tl.int32)
+                ints = _dot(ones, start, a, b, c, d, BITS, INTERPRETED)
+                if ZERO:
+                    sum_x = _of_thread(ints.to(tl.float32) * unit, SIDE)
+                else:
+                    start = -OFFSET * ints
+        elif ZERO or OFFSET != 0:
+            sum_x = _of_thread(x0 + x1 + x2 + x3, SIDE)
         for r in tl.static_range(R):
             if FP8:
                 a, b, c, d = _four_fp8(code[r], INTERPRETED)
                 part = _of_thread(a * x0 + b * x1 + c * x2 + d * x3, SIDE)
             else:
-                part = _of_thread(_dot(code[r], a, b, c, d, BITS, INTERPRETED).to(tl.float32) * unit, SIDE)
+                part = _of_thread(_dot(code[r], start, a, b, c, d, BITS, INTERPRETED).to(tl.float32) * unit, SIDE)
             if ZERO:
-                part -= z[r].to(tl.float32)[:, :, None] * sum_x
-            elif OFFSET != 0:
+                part -= z[r].to(tl.int32).to(tl.float32)[:, :, None] * sum_x
+            elif FP8 and OFFSET != 0:
                 part -= OFFSET * sum_x
             sums = sums + (acc[r] + (s[r].to(tl.float32)[:, :, None] * part if GROUP else part),)
-        acc, code, s, z, low, high = sums, code_ahead, s_ahead, z_ahead, low_ahead, high_ahead
+        acc, queue, low, high = sums, behind, low_ahead, high_ahead
     for r in tl.static_range(R):
         total, j = tl.sum(tl.sum(acc[r], 2), 0 if TURNS_FIRST else 1), n + r // PAIR * N
         m = j + r % PAIR * out

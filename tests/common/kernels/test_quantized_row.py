@@ -18,7 +18,7 @@ from tests.common.kernels.where import DEVICE, GPU, TOLERANCE, kernel, relative_
 
 pytestmark = kernel
 ROOT = Path(__file__).resolve().parents[3]
-PLANS = [(1, 1, 8, 1), (2, 4, 4, 4), (4, 4, 4, 4), (4, 16, 2, 8)]
+PLANS = [(1, 1, 8, 1), (2, 4, 4, 4), (4, 4, 4, 4), (4, 16, 2, 8), (8, 1, 4, 2, 2), (2, 32, 1, 4)]
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
@@ -123,3 +123,67 @@ def test_a_single_row_is_not_rounded():
     assert relative_error(alone, want[:1]) < TOLERANCE[dtype]
     assert relative_error(beside, large[:1]) < TOLERANCE[dtype], "two rows are rounded, and the small numbers are gone"
     assert (alone.double() - want[:1]).norm() < 0.9 * (beside.double() - want[:1]).norm()
+
+
+@pytest.mark.parametrize("name", ["4 bits", "4 bits, zeros", "INT8", "FP8"])
+@pytest.mark.parametrize("size", [1e3, 1e4])
+@pytest.mark.parametrize("at", [0, 3, 66, 130])
+def test_one_large_number_costs_only_its_block_some_digits(name, size, at):
+    """The large number meets weights of zero, so that y is as small as if it were not there."""
+    from common.kernels import quantized_row  # noqa: PLC0415
+
+    matrix = MATRICES[name]
+    codes = matrix.codes()
+    of_zero = codes.q.new_zeros(()) if codes.zero is None else codes.zero[:, codes.group[at]].to(torch.uint8) & 15
+    codes.q[:, at] = of_zero
+    weights = codes.dequantise(torch.float64).to(DEVICE)
+    weights[:, at] *= weights[:, at].abs() > 0.05 if codes.zero is None else 1  # a zero point of 16 has no code
+    packed = pack(Codes(*(None if one is None else one.to(DEVICE) for one in codes)), matrix.bits)
+    x = torch.rand(1, matrix.width, device=DEVICE).half() + 0.5
+    x[0, at] = size
+    met = torch.isclose(weights[:, at], torch.zeros_like(weights[:, at]))
+    assert met.sum() > 0.8 * matrix.out
+    want = x.double() @ weights.t()
+    turn, half = packed.turn, packed.turn // 2 if matrix.bits == 4 else packed.turn
+    start = at // turn * turn + at % half // 4 * 4
+    block = weights[:, start : start + 4].abs().sum(1)
+    if matrix.bits == 4:
+        block += weights[:, start + half : start + half + 4].abs().sum(1)
+    if name == "FP8":
+        block.zero_()
+    got = quantized_row.one_row(packed.ordered(x), packed)
+    off = (got.double() - want).abs()[0]
+    assert (off <= 2.0**-15 * size * block + 1e-3 * want[0].abs() + 1e-3)[met].all()
+
+
+@pytest.mark.parametrize("name", ["4 bits", "4 bits, zeros", "INT8", "FP8"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("at", [0, 5, 66, 131])
+def test_what_is_not_finite_reaches_every_number(name, value, at):
+    """Also beside numbers that hide it from a maximum, and where the code is zero."""
+    from common.kernels import quantized_row  # noqa: PLC0415
+
+    codes = MATRICES[name].codes()
+    codes.q[::2, at] = 0
+    packed = pack(Codes(*(None if one is None else one.to(DEVICE) for one in codes)), MATRICES[name].bits)
+    x = torch.randn(1, MATRICES[name].width, device=DEVICE).to(
+        next(kind for kind in TOLERANCE if kind != torch.float32)
+    )
+    assert quantized_row.one_row(x, packed).isfinite().all()
+    x[0, at] = value
+    assert not quantized_row.one_row(x, packed).isfinite().any()
+
+
+@pytest.mark.parametrize("name", ["4 bits", "4 bits, zeros", "INT8", "FP8"])
+def test_zeros_and_the_smallest_numbers(name):
+    from common.kernels import quantized_row  # noqa: PLC0415
+
+    codes = MATRICES[name].codes()
+    packed = pack(Codes(*(None if one is None else one.to(DEVICE) for one in codes)), MATRICES[name].bits)
+    x = torch.zeros(1, MATRICES[name].width, dtype=torch.float16, device=DEVICE)
+    assert not quantized_row.one_row(x, packed).any()
+    smallest = 2.0**-24
+    x += torch.randint(-9, 10, x.shape, device=DEVICE) * smallest
+    want = x.double() @ codes.dequantise(torch.float64).to(DEVICE).t()
+    got = quantized_row.one_row(x, packed).double()
+    assert ((got - want).abs() <= 0.51 * smallest + want.abs() * 2.0**-11).all()
