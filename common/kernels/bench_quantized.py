@@ -1,7 +1,7 @@
 """Products by quantized weights at the shapes of Qwen2.5-7B: are they right, and how far from the time their bytes need?
 
     python -m common.kernels.bench_quantized [--out FOLDER]        # some three minutes; writes figures/bench_quantized_kernels.csv
-    python -m common.kernels.bench_quantized --part tune           # other tilings of the weight-only kernels, and those they take
+    python -m common.kernels.bench_quantized --part tune [--rows 1]  # other tilings of the weight-only kernels, and those they take
 
 As bench_kernels.py: rotating buffers too large for the L2 cache, one graph, the median of ten replays. `bf16 us` is the product by
 the same matrix in bfloat16, as a plain layer computes it; `error` the relative distance to the twin in plain PyTorch, in float32.
@@ -11,6 +11,7 @@ rounded: x is rounded to FP8 or INT8 rows first, and that is timed too. Many row
 import argparse
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from common.kernels import quantized_activations as rounded
 from common.kernels import quantized_linear as weight_only
 from common.kernels import quantized_row
 from common.kernels.launch import compile_ahead, num_processors
-from common.kernels.quantized_layout import PackedCodes, multiply_plain, pack, unpack
+from common.kernels.quantized_layout import TURN, PackedCodes, multiply_plain, pack, unpack
 from common.kernels.timing import ROTATE_BYTES, copy_bandwidth, timed
 from common.layers.linear import multiply
 from common.quantization.codes import Codes
@@ -41,24 +42,24 @@ FORMS = {
     "fp8 channel": Scheme("fp8", 8, "float", "channel"),
     "fp8 block": Scheme("fp8", 8, "float", "block", block=(128, 128)),
 }
-ONE_ROW = [
-    quantized_row.Work(deep, turns, beside, warps)
-    for deep, turns, beside, warps in itertools.product((1, 2, 4, 8), (2, 4, 8, 16), (2, 4, 8), (2, 4, 8))
-    if 16 <= turns * beside <= 64 and turns * beside in (4 * warps, 8 * warps)  # 8 to 32 bytes of W a thread at once
-]
+# turns, beside, warps of one row's plans: for a W of many rows, and of few
+MANY_ROWS = ((4, 4, 4), (8, 2, 4), (4, 2, 2), (2, 8, 4), (4, 4, 2), (8, 2, 2), (8, 4, 4))
+FEW_ROWS = (*MANY_ROWS[:3], (16, 1, 4), (16, 2, 8), (32, 1, 8), (8, 2, 2), (16, 1, 2), (16, 2, 4), (32, 1, 4))
+TUNED = ("int4 group 128", "int4 group 128, zeros", "int8 channel", "fp8 block", "fp8 channel")
 ROUNDED = ("int8 channel", "fp8 channel", "fp8 block")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("all", "tune"), default="all")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64], help="of x, for tune")
     parser.add_argument("--out", type=Path, default=FIGURES, help="folder for the CSV")
     args = parser.parse_args()
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, copy: {bandwidth / 1e12:.2f} TB/s", flush=True)
     if args.part == "tune":
-        tune(bandwidth)
+        tune(bandwidth, args.rows)
         return
     rows = []
     for shape in SHAPES:
@@ -142,19 +143,28 @@ def error(got: torch.Tensor, x: torch.Tensor, packed: PackedCodes, way: str) -> 
     return ((got.float() - want).norm() / want.norm()).item()
 
 
-def tune(bandwidth: float) -> None:
+def one_row_plans(packed: PackedCodes) -> list[quantized_row.Work]:
+    """Those of 32 to 128 bytes of W a thread on their way, and none that has more turns on their way than there are."""
+    turns, shapes = packed.width / TURN, MANY_ROWS if packed.out >= quantized_row.WIDE else FEW_ROWS
+    return [
+        quantized_row.Work(deep, *shape, ahead)
+        for deep, shape, ahead in itertools.product((2, 4, 8), shapes, (1, 2))
+        if 64 <= deep * ahead * shape[0] * shape[1] * packed.bits // shape[2] <= 256 and (ahead - 1) * shape[0] < turns
+    ]
+
+
+def tune(bandwidth: float, rows: list[int]) -> None:
     """The fastest tilings of the weight-only kernels for each shape, and the one that they take."""
     plans = list(itertools.product((64, 128), (1, 2, 4, 8), (4, 8), (2, 3, 4)))
-    for (shape, (out, width)), form in itertools.product(
-        SHAPES.items(), ("int4 group 128", "int4 group 128, zeros", "fp8 block", "fp8 channel")
-    ):
+    for (shape, (out, width)), form in itertools.product(SHAPES.items(), TUNED):
         one = packed_like(FORMS[form], (out, width))
         copies = [one] + [copied(one) for _ in range(max(0, min(8, ROTATE_BYTES // one.nbytes - 1)))]
-        for count in (1, 16, 64):
+        for count in rows:
             x = torch.randn(count, width, device="cuda", dtype=BF16)
             block = min(max(count, 16), 64)
             if count == 1:
-                way, taken, fitting = quantized_row.one_row, quantized_row.work(one), ONE_ROW
+                way, taken = partial(quantized_row.one_row, gated=shape == "gate_up"), quantized_row.work(one)
+                fitting = one_row_plans(one)
             else:
                 way, taken = weight_only.few_rows, weight_only.tiling(count, one, num_processors(x.device))
                 fitting = [
@@ -169,10 +179,14 @@ def tune(bandwidth: float) -> None:
                 plan: timed([lambda x=x, p=p, plan=plan, way=way: way(x, p, None, plan) for p in copies])
                 for plan in (taken, *fitting)
             }
-            best = sorted(times, key=times.get)[:4]
+            best = sorted(times, key=times.get)[:6]
             floor = (one.nbytes + 2 * count * (out + width)) / bandwidth * 1e6
             print(f"{shape} {form} rows {count}: floor {floor:.1f}, taken {times[taken]:.1f} {taken}", flush=True)
-            print("   " + "; ".join(f"{times[plan]:.1f} {plan}" for plan in best), flush=True)
+            print("   " + "; ".join(f"{times[plan]:.1f} {_short(plan)}" for plan in best), flush=True)
+
+
+def _short(plan: tuple | weight_only.Tiling) -> str:
+    return str(tuple(plan) if isinstance(plan, tuple) else plan)
 
 
 if __name__ == "__main__":

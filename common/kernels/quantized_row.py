@@ -6,10 +6,11 @@ them. Here a thread takes some bytes of W straight into its registers and multip
     4 bits, INT8    x as 16-bit integers, which an instruction multiplies by two codes at once: IDP.2A, exact in 32 bits
     FP8             widened as the hardware converts it, times x as float32
 
-The x of a block, the 8 numbers that meet an int32 of 4-bit codes (4 for INT8), share a power of two, the largest that leaves the
-largest of them below 2^15; so each is rounded to 1/32768 of the largest of its block at most. bfloat16 itself has rounded each number
-to 1/512 and float16 to 1/4096 of it, the largest too, whose share of y's error is at least 8 times what is added here. An infinite
-number or NaN makes the power infinite, and so all of the block. It is 2^-127 at least: below 2^-112 bfloat16 loses digits.
+The x of a block, the 8 numbers that meet an int32 of 4-bit codes (4 for INT8), become multiples of a power of two, the least of
+which 2^15 exceed the largest of them. So each is off by 1/32768 of the largest of its block at most, and by nothing unless it is
+128 times smaller (bfloat16; float16: 16 times). bfloat16 itself has rounded each number, the largest too, by up to 1/512, float16
+by 1/4096. An infinite number or NaN makes the power infinite, and y not finite. It is 2^-127 at least: a bfloat16 below 2^-112
+loses digits.
 
 Zero points come off after a thread's sum, times the sum of the same integers. A program has R x N rows of W and T turns at a time.
 What the next T need, x and scales included, is on its way while these are multiplied, or that of the next 2 T (`ahead`). Sums over
@@ -80,10 +81,10 @@ def one_row(
         _one_row, (triton.cdiv(out, plan.deep * plan.beside),), x.view(torch.int64), packed.q.view(torch.int32), packed.scale,
         packed.scale if packed.zero is None else packed.zero, x if bias is None else bias, y, y.shape[1], packed.width,
         triton.cdiv(out, packed.share), *_strides(packed), DTYPE=TRITON[x.dtype], R=plan.deep,
-        T=plan.turns * TURN // packed.turn, N=plan.beside, TURN=packed.turn, GROUP=packed.group, SHARE=packed.share, BITS=packed.bits,
-        FP8=packed.q.dtype == torch.float8_e4m3fn, OFFSET=packed.offset, ZERO=packed.zero is not None, BIAS=bias is not None,
-        GATED=gated, WHOLE=packed.width % packed.turn == 0, SIDE=side_by_side(plan, packed.bits, packed.turn), AHEAD=plan.ahead,
-        INTERPRETED=INTERPRETED, num_warps=plan.warps,
+        T=plan.turns * TURN // packed.turn, N=plan.beside, TURN=packed.turn, GROUP=packed.group, SHARE=packed.share,
+        BITS=packed.bits, FP8=packed.q.dtype == torch.float8_e4m3fn, OFFSET=packed.offset, ZERO=packed.zero is not None,
+        BIAS=bias is not None, GATED=gated, WHOLE=packed.width % packed.turn == 0,
+        SIDE=side_by_side(plan, packed.bits, packed.turn), AHEAD=plan.ahead, INTERPRETED=INTERPRETED, num_warps=plan.warps,
     )  # fmt: skip
     return y
 
