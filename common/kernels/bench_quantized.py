@@ -1,7 +1,7 @@
 """Products by quantized weights at the shapes of Qwen2.5-7B: are they right, and how far from the time their bytes need?
 
     python -m common.kernels.bench_quantized [--out FOLDER]        # some three minutes; writes figures/bench_quantized_kernels.csv
-    python -m common.kernels.bench_quantized --part tune [--rows 1]  # other tilings of the weight-only kernels, and those they take
+    python -m common.kernels.bench_quantized --part tune [--rows 1] [--forms ...]  # other tilings of the weight-only kernels
 
 As bench_kernels.py: rotating buffers too large for the L2 cache, one graph, the median of ten replays. `bf16 us` is the product by
 the same matrix in bfloat16, as a plain layer computes it; `error` the relative distance to the twin in plain PyTorch, in float32.
@@ -45,7 +45,7 @@ FORMS = {
 # turns, beside, warps of one row's plans: for a W of many rows, and of few
 MANY_ROWS = ((4, 4, 4), (8, 2, 4), (4, 2, 2), (2, 8, 4), (4, 4, 2), (8, 2, 2), (8, 4, 4))
 FEW_ROWS = (*MANY_ROWS[:3], (16, 1, 4), (16, 2, 8), (32, 1, 8), (8, 2, 2), (16, 1, 2), (16, 2, 4), (32, 1, 4))
-TUNED = ("int4 group 128", "int4 group 128, zeros", "int8 channel", "fp8 block", "fp8 channel")
+TUNED = ["int4 group 128", "int4 group 128, zeros", "int8 channel", "fp8 block", "fp8 channel"]
 ROUNDED = ("int8 channel", "fp8 channel", "fp8 block")
 
 
@@ -53,13 +53,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("all", "tune"), default="all")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64], help="of x, for tune")
+    parser.add_argument("--forms", choices=FORMS, nargs="+", default=TUNED, help="of W, for tune")
     parser.add_argument("--out", type=Path, default=FIGURES, help="folder for the CSV")
     args = parser.parse_args()
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, copy: {bandwidth / 1e12:.2f} TB/s", flush=True)
     if args.part == "tune":
-        tune(bandwidth, args.rows)
+        tune(bandwidth, args.rows, args.forms)
         return
     rows = []
     for shape in SHAPES:
@@ -153,10 +154,10 @@ def one_row_plans(packed: PackedCodes) -> list[quantized_row.Work]:
     ]
 
 
-def tune(bandwidth: float, rows: list[int]) -> None:
+def tune(bandwidth: float, rows: list[int], forms: list[str]) -> None:
     """The fastest tilings of the weight-only kernels for each shape, and the one that they take."""
     plans = list(itertools.product((64, 128), (1, 2, 4, 8), (4, 8), (2, 3, 4)))
-    for (shape, (out, width)), form in itertools.product(SHAPES.items(), TUNED):
+    for (shape, (out, width)), form in itertools.product(SHAPES.items(), forms):
         one = packed_like(FORMS[form], (out, width))
         copies = [one] + [copied(one) for _ in range(max(0, min(8, ROTATE_BYTES // one.nbytes - 1)))]
         for count in rows:

@@ -57,8 +57,8 @@ def takes(x: torch.Tensor, packed: PackedCodes) -> bool:
 def work(packed: PackedCodes) -> Work:
     """Among the fastest of 26 for Qwen2.5-7B's matrices on an H100; `bench_quantized --part tune` tries more."""
     if packed.bits == 4:
-        return Work(4, 4, 4, 4) if packed.out >= WIDE else Work(4, 16, 2, 8)
-    return Work(2, 4, 4, 4) if packed.out >= WIDE else Work(2, 16, 2, 4)
+        return Work(8, 4, 4, 4) if packed.out >= WIDE else Work(4, 16, 2, 8)
+    return Work(4, 4, 4, 4) if packed.out >= WIDE else Work(2, 16, 2, 4)
 
 
 def one_row(
@@ -84,7 +84,8 @@ def one_row(
         T=plan.turns * TURN // packed.turn, N=plan.beside, TURN=packed.turn, GROUP=packed.group, SHARE=packed.share,
         BITS=packed.bits, FP8=packed.q.dtype == torch.float8_e4m3fn, OFFSET=packed.offset, ZERO=packed.zero is not None,
         BIAS=bias is not None, GATED=gated, WHOLE=packed.width % packed.turn == 0,
-        SIDE=side_by_side(plan, packed.bits, packed.turn), AHEAD=plan.ahead, INTERPRETED=INTERPRETED, num_warps=plan.warps,
+        NEAR=near(plan, packed, gated), SIDE=side_by_side(plan, packed.bits, packed.turn), AHEAD=plan.ahead,
+        INTERPRETED=INTERPRETED, num_warps=plan.warps,
     )  # fmt: skip
     return y
 
@@ -92,6 +93,13 @@ def one_row(
 def side_by_side(plan: Work, bits: int, turn: int) -> int:
     """int32 of a row's turn that a thread has: 16 bytes at most, and no more than its share."""
     return max(1, min(4, plan.turns * TURN * plan.beside * bits // (1024 * plan.warps), turn * bits // 32))
+
+
+def near(plan: Work, packed: PackedCodes, gated: bool) -> bool:
+    """Are the rows of each program whole, in one tile, and share a scale all or none?"""
+    rows = plan.deep * plan.beside // (2 if gated else 1)
+    whole = packed.out % (2 * ROWS if gated else rows) == 0
+    return whole and ROWS % rows == 0 and packed.share % rows in (0, 1)
 
 
 def _strides(packed: PackedCodes) -> tuple[int, int, int]:
@@ -225,15 +233,15 @@ def _numbers(at, turn, column, turns, width, WHOLE: tl.constexpr):
 
 @triton.jit
 def _of_row(
-    q_at, s_at, z_at, first, tt, column, turns, width, turn_stride, scale_stride, TURN: tl.constexpr, GROUP: tl.constexpr,
-    ZERO: tl.constexpr, WHOLE: tl.constexpr,
+    q_at, s_at, z_at, q_on, s_on, first, tt, column, turns, width, turn_stride, scale_stride, TURN: tl.constexpr,
+    GROUP: tl.constexpr, ZERO: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """(codes, scales, zeros) of a row's turns, `first` and those behind it."""
+    """(codes, scales, zeros) of a row's turns, `first` and those behind it. q_on, s_on: how far the row is from the addresses."""
     there = (first + tt) < turns
-    code = _numbers(q_at + first * turn_stride, first + tt, first * TURN + column, turns, width, WHOLE)
+    code = _numbers(q_at + first * turn_stride + q_on, first + tt, first * TURN + column, turns, width, WHOLE)
     on = first * TURN // GROUP * scale_stride if GROUP else 0
-    s = tl.load(s_at + on, mask=there, other=0.0) if GROUP else 0
-    z = tl.load(z_at + on, mask=there, other=0) if ZERO else 0
+    s = tl.load(s_at + on + s_on, mask=there, other=0.0) if GROUP else 0
+    z = tl.load(z_at + on + s_on, mask=there, other=0) if ZERO else 0
     return code, s, z
 
 
@@ -242,7 +250,7 @@ def _one_row(
     x, q, scale, zero, bias, y, out, width, scale_stride, tile_stride, row_stride, turn_stride, DTYPE: tl.constexpr,
     R: tl.constexpr, T: tl.constexpr, N: tl.constexpr, TURN: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr,
     BITS: tl.constexpr, FP8: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr,
-    GATED: tl.constexpr, WHOLE: tl.constexpr, SIDE: tl.constexpr, AHEAD: tl.constexpr,
+    GATED: tl.constexpr, WHOLE: tl.constexpr, NEAR: tl.constexpr, SIDE: tl.constexpr, AHEAD: tl.constexpr,
     INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
@@ -250,13 +258,17 @@ def _one_row(
     PAIR: tl.constexpr = 2 if GATED else 1  # rows of W for a column of y: gate's, then up's, `out` rows behind it
     TURNS_FIRST: tl.constexpr = BITS != 4  # which are side by side in memory: turns of a row, or rows of a turn
     n, t, k = tl.program_id(0) * (R // PAIR * N) + tl.arange(0, N), tl.arange(0, T), tl.arange(0, FOURS)
+    # NEAR: rows lie at fixed distances from the first, and an address takes no register of its own
+    STEP: tl.constexpr = PAIR if NEAR else R
+    q_step = N * TURN // 8 if BITS == 4 else N * row_stride
+    S_STEP: tl.constexpr = N if SHARE == 1 else 0
     turns = tl.cdiv(width, TURN)
     tt = t[:, None] + 0 * n[None, :] if TURNS_FIRST else t[None, :] + 0 * n[:, None]  # [T, N] or [N, T]
     # the address of x has the shape of that of W: so both are laid out alike over the threads, and nothing is exchanged
     x_at = x + tt[:, :, None] * (TURN // 4) + k[None, None, :]
     column = tt[:, :, None] * TURN + 4 * k[None, None, :]
     q_at, s_at, z_at, acc, queue = (), (), (), (), ()
-    for r in tl.static_range(R):
+    for r in tl.static_range(PAIR if NEAR else R):
         # behind the last row it is read again, and not stored
         m = tl.minimum(n + r // PAIR * N, out - 1) + r % PAIR * out
         row = (m // 64).to(tl.int64) * tile_stride + (m % 64) * row_stride
@@ -265,12 +277,13 @@ def _one_row(
         at = m // SHARE
         at = (at[None, :] if TURNS_FIRST else at[:, None]) + (tt * TURN // GROUP if GROUP else tt * 0) * scale_stride
         s_at, z_at = s_at + (scale + at,), z_at + (zero + at,)
+    for _ in tl.static_range(R):
         acc = acc + (tl.zeros([tt.shape[0], tt.shape[1], FOURS // SIDE], tl.float32),)
     for i in tl.static_range(AHEAD):
         for r in tl.static_range(R):
             queue = queue + _of_row(
-                q_at[r], s_at[r], z_at[r], i * T, tt, column, turns, width, turn_stride, scale_stride,
-                TURN, GROUP, ZERO, WHOLE or BITS == 4,
+                q_at[r % STEP], s_at[r % STEP], z_at[r % STEP], r // STEP * q_step, r // STEP * S_STEP, i * T, tt, column,
+                turns, width, turn_stride, scale_stride, TURN, GROUP, ZERO, WHOLE or BITS == 4,
             )  # fmt: skip
     wait_for_previous(PDL)
     low = _numbers(x_at, tt, column, turns, width, WHOLE)
@@ -284,8 +297,8 @@ def _one_row(
             behind = behind + (queue[i],)
         for r in tl.static_range(R):
             behind = behind + _of_row(
-                q_at[r], s_at[r], z_at[r], first + AHEAD * T, tt, column, turns, width, turn_stride, scale_stride,
-                TURN, GROUP, ZERO, WHOLE or BITS == 4,
+                q_at[r % STEP], s_at[r % STEP], z_at[r % STEP], r // STEP * q_step, r // STEP * S_STEP, first + AHEAD * T,
+                tt, column, turns, width, turn_stride, scale_stride, TURN, GROUP, ZERO, WHOLE or BITS == 4,
             )  # fmt: skip
         x_there = x_at + (first + T) * (TURN // 4)
         low_ahead = _numbers(x_there, turn, ahead, turns, width, WHOLE)

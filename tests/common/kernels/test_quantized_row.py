@@ -1,5 +1,6 @@
 """One row of x by codes, on the ordinary cores; on a CPU in Triton's interpreter."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from common.kernels.quantized_layout import pack
+from common.layers.activation import silu_and_mul
 from common.quantization.codes import Codes
 from common.quantization.gpu_methods import RoundedActivations
 from common.quantization.rounding import round_to_nearest
@@ -45,6 +47,25 @@ def test_any_share_of_the_work_gives_the_numbers_of_float64(name, plan):
         assert relative_error(got, want) < 1.5 * relative_error(
             want.to(dtype), want
         )  # little more than its last rounding
+
+
+@pytest.mark.parametrize("plan", [(4, 4, 4, 4), (8, 4, 4, 4, 2)], ids=str)
+@pytest.mark.parametrize(
+    "name", ["4 bits", "4 bits, zeros", "4 bits, groups of several turns", "INT8", "8 bits, zeros", "FP8 in blocks"]
+)
+def test_rows_at_fixed_distances(name, plan):
+    """Rows of which every program has as many: 256 of W, and 128 of gate and of up."""
+    from common.kernels import quantized_row  # noqa: PLC0415
+
+    matrix = dataclasses.replace(MATRICES[name], out=256)
+    codes = matrix.codes()
+    packed = pack(Codes(*(None if one is None else one.to(DEVICE) for one in codes)), matrix.bits)
+    x = torch.randn(1, matrix.width, device=DEVICE).half() / 64
+    product = x.double() @ codes.dequantise(torch.float64).to(DEVICE).t()
+    for gated, want in ((False, product), (True, silu_and_mul(product))):
+        assert quantized_row.near(quantized_row.Work(*plan), packed, gated)
+        got = quantized_row.one_row(x, packed, None, quantized_row.Work(*plan), gated)
+        assert relative_error(got, want) < 1.5 * relative_error(want.half(), want)
 
 
 GUARDED = """
