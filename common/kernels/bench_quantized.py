@@ -20,7 +20,7 @@ from tqdm import tqdm
 from common.distributed.launch import run_main
 from common.kernels import quantized_activations as rounded
 from common.kernels import quantized_linear as weight_only
-from common.kernels import quantized_row
+from common.kernels import quantized_row, quantized_row_before
 from common.kernels.launch import compile_ahead, num_processors
 from common.kernels.quantized_layout import TURN, PackedCodes, multiply_plain, pack, unpack
 from common.kernels.timing import ROTATE_BYTES, copy_bandwidth, timed
@@ -180,10 +180,20 @@ def tune(bandwidth: float, rows: list[int], forms: list[str]) -> None:
                 plan: timed([lambda x=x, p=p, plan=plan, way=way: way(x, p, None, plan) for p in copies])
                 for plan in (taken, *fitting)
             }
+            if count == 1:
+                way = partial(quantized_row_before.one_row, gated=shape == "gate_up")
+                print(f"before {timed([lambda p=p, x=x, way=way: way(x, p) for p in copies]):.1f}", end=" ")
+                print(f"error {_apart(x, one, shape == 'gate_up'):.1e}", end=" ")
             best = sorted(times, key=times.get)[:6]
             floor = (one.nbytes + 2 * count * (out + width)) / bandwidth * 1e6
             print(f"{shape} {form} rows {count}: floor {floor:.1f}, taken {times[taken]:.1f} {taken}", flush=True)
             print("   " + "; ".join(f"{times[plan]:.1f} {_short(plan)}" for plan in best), flush=True)
+
+
+def _apart(x: torch.Tensor, packed: PackedCodes, gated: bool) -> float:
+    """Of a row, by this kernel and the one before: relative distance."""
+    now, then = (kernel.one_row(x, packed, gated=gated).double() for kernel in (quantized_row, quantized_row_before))
+    return ((now - then).norm() / then.norm()).item()
 
 
 def _short(plan: tuple | weight_only.Tiling) -> str:
