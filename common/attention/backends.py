@@ -40,10 +40,9 @@ def pick_attention(
             f"torch_native on a CPU and triton on a GPU; leave one of the two out"
         )
     native = LatentNativeAttention if latent else BatchInvariantAttention if batch_invariant else TorchNativeAttention
-    if cp_size > 1:
-        if name != "auto":
-            raise ValueError(f"attention_backend={name} with cp_size={cp_size}: the ring has its own; leave it out")
-        return ContextParallelAttention
+    if cp_size > 1 and name != "auto":
+        raise ValueError(f"attention_backend={name} with cp_size={cp_size}: the ring has its own; leave it out")
+    native = ContextParallelAttention if cp_size > 1 else native
     if name == "torch_native" or (name == "auto" and device.type != "cuda"):
         return _of_device(native, device)
     try:  # imported here because neither is part of a CPU installation
@@ -51,6 +50,8 @@ def pick_attention(
             import flashinfer  # noqa: F401, PLC0415
 
             from common.attention.flashinfer_backend import FlashInferAttention as Attention  # noqa: PLC0415
+        elif cp_size > 1:
+            from common.kernels.spread_attention import TritonContextParallelAttention as Attention  # noqa: PLC0415
         elif latent:
             from common.kernels.latent_attention import TritonLatentAttention as Attention  # noqa: PLC0415
         elif batch_invariant:

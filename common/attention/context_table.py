@@ -7,7 +7,9 @@ Two things are spread over the R ranks of the cp group:
     rows      of a step with several new tokens a sequence, each rank computes its share (zigzag.py); of a decode step,
               where there is one row a sequence, every rank computes all
 
-The plan of a step is numbers, worked out here on the CPU before the first layer; context_parallel.py follows it.
+The plan of a step is numbers, worked out here on the CPU before the first layer; context_parallel.py follows it. A decode step on
+a GPU with Triton is planned there, from the same table of global page ids (`decode_on_device`): a captured one is told rows and
+positions, as with one rank.
 """
 
 from collections.abc import Sequence
@@ -16,11 +18,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from common.attention.contract import AttentionMetadata, SharedPrefixes
 from common.attention.sequence_table import SequenceTable, StepInputs
 from common.attention.torch_native import similar_lengths
 from common.attention.zigzag import Share, role, seen, share
 from common.distributed.collectives import TPGroup
 from common.distributed.transfer import upload_all
+
+try:  # a CPU build of torch comes without Triton
+    from common.kernels import plan as fused
+except ImportError:
+    fused = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,14 @@ class SpreadMetadata:
 
 
 @dataclass(frozen=True)
+class TableMetadata:
+    """A decode step for kernels: every rank has all queries."""
+
+    cp: TPGroup
+    here: AttentionMetadata  # of this rank's pages alone: its slots, page ids and lengths; a sequence may have no token here
+
+
+@dataclass(frozen=True)
 class RingInputs(StepInputs):
     """This rank's rows of a step, and where everybody's are."""
 
@@ -107,16 +123,20 @@ class RingInputs(StepInputs):
 
 
 class ContextTable(SequenceTable):
-    """SequenceTable of the ranks that share their sequences' tokens; the page table stays on the CPU, where the plans are made."""
+    """SequenceTable of the ranks that share their sequences' tokens.
+
+    The page table, of global page ids, lies on the CPU, too, where most plans are made: pages [rows, max_pages].
+    """
 
     def __init__(self, num_rows: int, max_pages: int, page_size: int, device: torch.device, cp: TPGroup):
-        super().__init__(num_rows, 0, page_size, device)
-        self.page_table = torch.zeros(num_rows, max_pages, dtype=torch.int64)
-        self.cp, self.pages = cp, self.page_table.numpy()  # the same memory
+        super().__init__(num_rows, max_pages, page_size, device)
+        self.cp, self.pages = cp, self.page_table.cpu().numpy()  # of a CPU the same memory
 
     def set_pages(self, updates: Sequence[tuple[int, int, Sequence[int]]]) -> None:
         for row, first, pages in updates:
             self.pages[row, first : first + len(pages)] = pages
+        if self.page_table.is_cuda:
+            super().set_pages(updates)
 
     def prefill(self, tokens: np.ndarray, rows: np.ndarray, cached: np.ndarray, new: np.ndarray) -> RingInputs:
         """As SequenceTable's, but for the rows: this rank's share of each sequence."""
@@ -145,6 +165,8 @@ class ContextTable(SequenceTable):
 
     def decode(self, rows: np.ndarray, positions: np.ndarray, alike: Sequence[tuple[int, int, int]] = ()) -> StepInputs:
         """As SequenceTable's; sequences that begin alike get no help here."""
+        if fused and self.page_table.is_cuda:
+            return super().decode(rows, positions)
         slots = self._slots(rows, positions)
         mine, lens = zip(*(self._mine(row, n + 1) for row, n in zip(rows, positions, strict=True)), strict=True)
         groups = similar_lengths([b for b, n in enumerate(lens) if n], lens)
@@ -158,6 +180,16 @@ class ContextTable(SequenceTable):
         together = tuple(map(Together, rest[::3], rest[1::3], widths, rest[2::3]))
         meta = SpreadMetadata(self.cp, Store(where, there), together, fresh)
         return StepInputs(self.last_token[row], at, row, meta)
+
+    def decode_on_device(
+        self, rows: torch.Tensor, positions: torch.Tensor, pages: int, prefixes: SharedPrefixes | None = None
+    ) -> StepInputs:
+        """As SequenceTable's, by a kernel; prefixes are not read."""
+        ids, at, slots, table, lens = fused.plan_spread_decode(
+            rows, positions, self.page_table, self.last_token, pages, self.page_size, self.cp.rank, self.cp.size
+        )
+        here = AttentionMetadata(slots, table, self._counting[: len(rows) + 1], lens, self.page_size, 1)
+        return StepInputs(ids, at, rows, TableMetadata(self.cp, here))
 
     def _slots(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """[n]: where on this rank each token lies, -1 if it is another's."""

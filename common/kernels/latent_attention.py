@@ -221,7 +221,7 @@ def _merge_parts(
     context = tl.load(context_lens + b).to(tl.int32)
     parts = tl.cdiv(context, _share(context, splits, LEAST, BN))
     if parts > 1:  # a single one has written its result
-        _merge(part, lse, o, b * H + h, parts, splits, 1, 1, C, BC, TOGETHER)
+        _merge(part, lse, o, lse, b * H + h, parts, splits, 1, 1, C, BC, TOGETHER, False)
 
 
 @triton.jit(do_not_specialize=("splits",))
@@ -240,7 +240,8 @@ def _values(
     context, head = tl.load(context_lens + b).to(tl.int32), b * H + h
     parts = tl.cdiv(context, _share(context, splits, LEAST, BN))
     if parts > 1:
-        mean = tl.reshape(merged(part, lse, head, parts, splits, 1, 1, C, BC, TOGETHER), [BC])
+        mean, _ = merged(part, lse, head, parts, splits, 1, 1, C, BC, TOGETHER)
+        mean = tl.reshape(mean, [BC])
     else:
         mean = tl.load(means + head * C + i, mask=i < C, other=0.0).to(tl.float32)
     y = tl.sum(w.to(tl.float32) * mean[None, :], 1)

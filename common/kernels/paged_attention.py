@@ -4,7 +4,8 @@
     extend     one program a (block of new tokens, query head): causal, behind any cached prefix; where steps may not matter,
                every kind of step
     decode     one program a (sequence, KV head, part of the context): stores the new token, attends with a
-               partial softmax; the last of a sequence's programs to end merges the parts by log-sum-exp
+               partial softmax; the last of a sequence's programs to end merges the parts by log-sum-exp. Where pages are
+               spread over ranks it attends to those here, and tells the log-sum-exp of what it has seen as well
     nodes      a tree of new tokens a sequence: one program a (sequence, block of nodes, KV head, part of the context), behind
                store_kv; which of the last tokens each node sees says a mask; parts are merged as those of decode
     prefix     before it, if sequences begin alike: their queries together over the pages that they share, one
@@ -32,6 +33,7 @@ PREFIX_SPLITS = 8  # parts of a shared prefix
 PREFIX_LEAST = tl.constexpr(256)  # tokens that are worth one
 VARYING = ("table_stride", "tiles_stride", "splits", "stride", "least")  # not worth a compiled variant each
 LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 NODE_ROWS = 64  # queries of a `nodes` program at most, unless a group has more
@@ -181,15 +183,17 @@ class DecodeWorkspace:
 
 
 def decode(
-    q, k, v, pages: LayerPages, form: KVFormat, meta: AttentionMetadata, space: DecodeWorkspace, turning=None
+    q, k, v, pages: LayerPages, form: KVFormat, meta: AttentionMetadata, space: DecodeWorkspace, turning=None, part=None
 ) -> torch.Tensor:
     """q [B, Hq/R, d], k, v [B, Hkv/R, d] of one new token a sequence -> o [B, Hq/R, d]; stores k and v.
 
-    turning (a Turning of common/layers/rotary.py): q and k have no position in them yet.
+    turning (a Turning of common/layers/rotary.py): q and k have no position in them yet. part (o [B, Hq/R, d], lse [B, Hq/R]
+    float32): the pages hold a part of each context only, perhaps none of it, and the new token if its slot is not -1; what they
+    say is written there, o 0 and lse -inf for nothing at all.
     """
     (batch, heads, d), kv_heads = q.shape, k.shape[1]
     group = heads // kv_heads
-    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    o, sums = part or (torch.empty(q.shape, dtype=q.dtype, device=q.device), space.lse)  # those are not written
     shape = dict(
         P=meta.page_size,
         HKV=kv_heads,
@@ -211,12 +215,12 @@ def decode(
             SPLITS=space.prefix_splits, BM=TILE_ROWS, BN=32 if shape["F32"] else 64, num_stages=2, **shape,
         )  # fmt: skip
     launch(
-        _decode, (space.splits, kv_heads, batch), q, k, v, *kept, o, space.part, space.lse, space.arrived,
+        _decode, (space.splits, kv_heads, batch), q, k, v, *kept, o, sums, space.part, space.lse, space.arrived,
         meta.slot_mapping, meta.page_table, meta.context_lens, tokens, cos, sin, q_weight, k_weight, eps,
         meta.page_table.stride(0), q.stride(0), k.stride(0), v.stride(0), scale, pages.k_scale, pages.v_scale,
         space.splits, stride, space.least, MOST=form.most, GP=max(16, triton.next_power_of_2(group)),
         PG=triton.next_power_of_2(group), TOGETHER=space.together,
-        BN=space.block, PREFIX_SPLITS=space.prefix_splits, AHEAD=space.stages > 2, TURN=bool(turning),
+        BN=space.block, PREFIX_SPLITS=space.prefix_splits, AHEAD=space.stages > 2, TURN=bool(turning), SPREAD=part is not None,
         NORM=bool(turning and turning.norms), num_warps=space.warps, num_stages=space.stages, **shape,
     )  # fmt: skip
     return o
@@ -272,17 +276,21 @@ def _slots(page_table_row, n, length, P: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def _decode(
-    q, k, v, k_cache, v_cache, k_scales, v_scales, o, part, lse, arrived, slots, page_table, context_lens, prefix_tokens, cos,
+    q, k, v, k_cache, v_cache, k_scales, v_scales, o, sums, part, lse, arrived, slots, page_table, context_lens, prefix_tokens, cos,
     sin, q_weight, k_weight, eps, table_stride, q_stride, k_stride, v_stride, scale, k_scale, v_scale, splits, stride, least,
     MOST: tl.constexpr, PREFIX_SPLITS: tl.constexpr,
     P: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, PG: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, TOGETHER: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr, TURN: tl.constexpr,
-    NORM: tl.constexpr, F32: tl.constexpr, BITS: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, SPREAD: tl.constexpr, F32: tl.constexpr, BITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
     wait_for_previous(PDL)
     s, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    cached = tl.load(context_lens + b).to(tl.int32) - 1
+    cached = tl.load(context_lens + b).to(tl.int32)
+    if SPREAD:
+        cached -= (tl.load(slots + b) >= 0).to(tl.int32)
+    else:
+        cached -= 1
     before, shared = 0, 0  # parts of a shared prefix, and its tokens
     if PREFIX_SPLITS > 0:
         shared = tl.load(prefix_tokens + b).to(tl.int32)
@@ -323,7 +331,10 @@ def _decode(
             p = scale_of_rows(p, v_scales, at, there, BITS)
             acc = acc * old[:, None] + tl.dot(p.to(vs.dtype), vs, input_precision="ieee" if F32 else "tf32")
             m = m_new
-        if s == parts - 1:  # the new token is in no page yet: attend to it here, and store it
+        newest = s == parts - 1
+        if SPREAD:
+            newest = newest & (tl.load(slots + b) >= 0)
+        if newest:  # the new token is in no page yet: attend to it here, and store it
             head_at = k + b * k_stride + h * D
             if TURN:
                 one = tl.zeros([1, 1], tl.int32)
@@ -346,10 +357,14 @@ def _decode(
             if slot >= 0:
                 put(k_cache, k_scales, slot * HKV + h, code_k, own_k, D, BD, BITS)
                 put(v_cache, v_scales, slot * HKV + h, code_v, own_v, D, BD, BITS)
+        if SPREAD:
+            total = tl.where(total > 0, total, 1.0)  # no token at all
         acc = acc / total[:, None] * v_scale
         out = o + (b * HKV * G + row[:, None]) * D + i[None, :]
         if before + parts == 1:
             tl.store(out, acc.to(o.dtype.element_ty), mask=live)
+            if SPREAD:
+                tl.store(sums + b * HKV * G + row, (m + tl.log2(total)) * LN_2, mask=g < G)
         else:
             heads = (b * HKV + h) * G
             at = (heads + g) * stride + before + s
@@ -359,19 +374,21 @@ def _decode(
             count = tl.atomic_add(arrived + b * HKV + h, 1, sem="acq_rel")
             if count == parts - 1:  # all parts are there
                 tl.store(arrived + b * HKV + h, 0)
-                _merge(part, lse, o, heads, before + parts, stride, G, PG, D, BD, TOGETHER)
+                _merge(part, lse, o, sums, heads, before + parts, stride, G, PG, D, BD, TOGETHER, SPREAD)
 
 
 @triton.jit
 def _merge(
-    part, lse, o, heads, parts, stride, G: tl.constexpr, PG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    TOGETHER: tl.constexpr,
+    part, lse, o, sums, heads, parts, stride, G: tl.constexpr, PG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    TOGETHER: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
-    """The parts of the G query heads from `heads` on -> o."""
+    """The parts of the G query heads from `heads` on -> o, and their log-sum-exp."""
     j, i = tl.arange(0, PG), tl.arange(0, BD)
     out = o + (heads + j)[:, None] * D + i[None, :]
-    whole = merged(part, lse, heads, parts, stride, G, PG, D, BD, TOGETHER)
+    whole, total = merged(part, lse, heads, parts, stride, G, PG, D, BD, TOGETHER)
     tl.store(out, whole.to(o.dtype.element_ty), mask=(j < G)[:, None] & (i < D)[None, :])
+    if SPREAD:
+        tl.store(sums + heads + j, total * LN_2, mask=j < G)
 
 
 @triton.jit
@@ -379,7 +396,8 @@ def merged(
     part, lse, heads, parts, stride, G: tl.constexpr, PG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """The parts of the G query heads from `heads` on -> [PG, BD] float32; TOGETHER of them are loaded at once."""
+    """The parts of the G query heads from `heads` on -> [PG, BD] float32, and the binary logarithm of their sum [PG]; TOGETHER of
+    them are loaded at once."""
     j, i = tl.arange(0, PG), tl.arange(0, BD)
     best = tl.full([PG], -float("inf"), tl.float32)
     total = tl.zeros([PG], tl.float32)
@@ -396,7 +414,7 @@ def merged(
         acc = acc * old[:, None] + tl.sum(values * weight[:, :, None], 0)
         total = total * old + tl.sum(weight, 0)
         best = best_now
-    return acc / total[:, None]
+    return acc / total[:, None], best + tl.log2(total)
 
 
 def _node_rows(q, kv_heads: int, nodes: int) -> int:
@@ -495,7 +513,7 @@ def _nodes(
                 tl.store(arrived + of * HKV + h, 0)
                 for k in range(first_node, tl.minimum(first_node + BM // G, NODES)):
                     heads = ((b * NODES + k) * HKV + h) * G
-                    _merge(part, lse, o, heads, parts, stride, G, PG, D, BD, TOGETHER)
+                    _merge(part, lse, o, lse, heads, parts, stride, G, PG, D, BD, TOGETHER, False)
 
 
 def extend(

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common.attention.context_table import ContextTable
 from common.attention.contract import SharedPrefixes
 from common.attention.kv_cache import PagedKVCache
 from common.attention.sequence_table import SequenceTable
@@ -191,9 +192,11 @@ class DecodeGraphs(StepGraphs):
         if model.stage.start > 0:
             width, dtype = model.config.hidden_size, next(model.parameters()).dtype
             self.hidden = torch.zeros(max_batch, width, dtype=dtype, device=cache.k.device)
+        # data ranks have rows of their own; ranks among which tokens are spread all have all rows
+        self.parts = 1 if isinstance(table, ContextTable) else model.communicator.parts
         self.real = None  # tokens of each part, for experts, whose load padding must not count in
         if model.config.mixture and model.communicator.spreads:
-            self.real = torch.zeros(model.communicator.parts, dtype=torch.int64, device=cache.k.device)
+            self.real = torch.zeros(self.parts, dtype=torch.int64, device=cache.k.device)
 
     def _pad(self, shape: tuple[int, int]) -> None:
         self.inputs.zero_()
@@ -249,10 +252,10 @@ class DecodeGraphs(StepGraphs):
         step = self.table.decode_on_device(rows, positions, pages, prefixes)
         before = None if self.hidden is None else self.hidden[:size]
         between = self.model.communicator
-        spread = between.rows([size] * between.parts, padded=True, real=self.real)
+        spread = between.rows([size] * self.parts, padded=True, real=self.real)
         attention = self.attention(self.cache, step.meta)
         live = rows >= 0 if self.model.config.mixture else None
         hidden = self.model(step.input_ids, step.positions, attention, before, spread, live, adapters=adapters)
-        if spread:
-            hidden = between.collect(hidden, spread, [np.arange(size)] * between.parts)
+        if spread and not spread.everywhere:
+            hidden = between.collect(hidden, spread, [np.arange(size)] * self.parts)
         return hidden if self.model.lm_head is None else self.model.compute_logits(hidden, adapters)
