@@ -12,7 +12,8 @@ MODULES = sorted(
 )
 COLLECTIVES = {
     "all_reduce", "start_all_reduce", "all_reduce_together", "all_reduce_add_norm", "reduce_scatter", "all_gather",
-    "all_gather_rows", "gather", "broadcast", "all_to_all", "send_to", "receive_from", "start_receive", "start_exchange",
+    "all_gather_rows", "all_gather_merge", "gather", "broadcast", "all_to_all",
+    "send_to", "receive_from", "start_receive", "start_exchange",
 }  # fmt: skip
 # the places that may call torch.distributed; the last speaks with a trainer, who is in no group of ours
 SPEAKERS = ("collectives.py", "parallel_state.py", "update_group.py")

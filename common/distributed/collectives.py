@@ -9,7 +9,7 @@ Collectives, all in one file so that none passes by the process's ledger, which 
     all_reduce        partial sums -> the full sum on every rank          start_all_reduce: while something else is computed
                                                                           all_reduce_add_norm: and the norm that follows it
     reduce_scatter    partial sums -> this rank's rows of the full sum    all_reduce = reduce_scatter, then all_gather
-    all_gather        shards       -> all shards on every rank
+    all_gather        shards       -> all shards on every rank            all_gather_merge: and what the parts of an attention make
     gather            shards       -> all shards on rank 0
     broadcast         rank 0's     -> every rank's
     all_to_all        rows for each rank -> the rows that each has for me    start_all_to_all: while something else is computed
@@ -173,6 +173,17 @@ def all_gather_rows(x: torch.Tensor, tp: TPGroup, label: str) -> torch.Tensor:
     rows = x.new_empty(len(x) * tp.size, *x.shape[1:])
     _communicate("all_gather", x, tp, label, lambda group: _all_gather_single(rows, x, group=group))
     return rows
+
+
+def all_gather_merge(
+    answers: Any, merge: Callable[[torch.Tensor, Any], torch.Tensor], tp: TPGroup, label: str
+) -> torch.Tensor:
+    """answers.words [n] of each rank -> merge(the words of all [R * n], answers); where they fit, GPUs do it in one kernel."""
+    fast = tp.fast_all_reduce
+    if tp.size > 1 and fast and fast.fits_merge(answers):
+        return _communicate("all_gather", answers.words, tp, label, lambda group: fast.merge(answers))
+    parts = all_gather_rows(answers.words, tp, label)  # COMM all-gather [n]: each rank's answers -> those of all
+    return merge(parts, answers)
 
 
 def gather(x: torch.Tensor, tp: TPGroup, label: str) -> list[torch.Tensor] | None:

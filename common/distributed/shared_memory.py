@@ -92,6 +92,11 @@ class SharedMemoryAllReduce:
         """Is there one kernel for a sum and the norm after it? Not on a CPU."""
         return False
 
+    @staticmethod
+    def fits_merge(answers) -> bool:
+        """Nor for parts of an attention and what they make."""
+        return False
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         flat, size = x.detach().view(-1), x.element_size()
         what = (flat.numel() * size << 8) + DTYPES.index(x.dtype)

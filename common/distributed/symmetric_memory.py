@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 
 try:  # a CPU build of torch comes without Triton
-    from common.kernels.all_reduce import push, push_add_norm
+    from common.kernels.all_reduce import letters, push, push_add_norm, push_merge
 except ImportError:
-    push = push_add_norm = None
+    push = push_add_norm = push_merge = letters = None
 
 ONE_SHOT_BYTES = 1 << 20  # out of a rank, for all others together
+MERGED_BYTES = 4 << 20  # the same for answers that are merged: there is no second way that moves less
 MAX_BYTES = 4 << 20  # beyond that NCCL's pipelines win
 
 
@@ -29,23 +30,19 @@ class SymmetricAllReduce:
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         import torch.distributed._symmetric_memory as symm_mem  # noqa: PLC0415, not in every build of torch
 
+        self._made_of = group, device
         self._group, self._rank, self._size = group.group_name, group.rank(), group.size()
         self._one_shot = ONE_SHOT_BYTES // (self._size - 1)
         self._room = self._one_shot // 4  # words of one message
         self._buffer = symm_mem.empty(MAX_BYTES // 4, dtype=torch.float32, device=device)
         symm_mem.rendezvous(self._buffer, group)
-        inbox = symm_mem.empty(
-            2, 2 * self._size * self._room, dtype=torch.int64, device=device
-        )  # of sums; of normed rows
-        shared = symm_mem.rendezvous(inbox, group)
-        inbox.zero_()  # rounds count from 1
-        torch.cuda.synchronize(device)
-        shared.barrier()
-        self._inbox = inbox  # kept alive
-        self._inboxes = torch.tensor(shared.buffer_ptrs, dtype=torch.int64, device=device)
-        self._norm_inboxes = self._inboxes + inbox[0].nbytes
+        one = 2 * self._size * self._room
+        self._inbox, self._inboxes = _inboxes(2 * one, group, device)  # of sums; of normed rows
+        self._norm_inboxes = self._inboxes + one * self._inbox.itemsize
         self._rounds, self._norm_rounds = torch.zeros(2, self._room, dtype=torch.int32, device=device)
         self._norm_words = 0  # of a row; rounds are counted row by row, so all have the same number
+        self._merge_room = MERGED_BYTES // (self._size - 1) // 4
+        self._merged = None  # the form of heads that are merged, and their inbox: made when there are some
 
     @staticmethod
     def connect(group: dist.ProcessGroup, device: torch.device) -> "SymmetricAllReduce | None":
@@ -94,6 +91,36 @@ class SymmetricAllReduce:
             x.contiguous(), residual.contiguous(), weight, eps, self._norm_inboxes, self._norm_rounds, self._rank,
             self._size, self._room,
         )  # fmt: skip
+
+    def fits_merge(self, answers) -> bool:
+        """Can `merge` take these (kernels/merge.py)? Heads of one size only: that of the first."""
+        o = answers.o
+        whole = o.dtype in (torch.bfloat16, torch.float32) and o.shape[2] * o.element_size() % 4 == 0
+        known = self._merged is None or self._merged[0] == (o.shape[2], o.dtype)
+        return o.is_cuda and whole and known and letters(answers) <= self._merge_room
+
+    def merge(self, answers) -> torch.Tensor:
+        """What each rank's attention says of its keys -> attention over all of them [B, H, d], in one kernel.
+
+        All ranks come here for the first time together, and not within a recording: they meet once more."""
+        if self._merged is None:
+            inbox, inboxes = _inboxes(2 * self._size * self._merge_room, *self._made_of)
+            rounds = torch.zeros(self._merge_room, dtype=torch.int32, device=inbox.device)
+            self._merged = (answers.o.shape[2], answers.o.dtype), inbox, inboxes, rounds
+        _, _, inboxes, rounds = self._merged
+        return push_merge(answers, inboxes, rounds, self._rank, self._size, self._merge_room)
+
+
+def _inboxes(words: int, group: dist.ProcessGroup, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric memory of 64-bit words, all 0, as rounds count from 1 -> this rank's, and where each rank's begins [R] int64."""
+    import torch.distributed._symmetric_memory as symm_mem  # noqa: PLC0415, not in every build of torch
+
+    mine = symm_mem.empty(words, dtype=torch.int64, device=device)
+    shared = symm_mem.rendezvous(mine, group)
+    mine.zero_()
+    torch.cuda.synchronize(device)
+    shared.barrier()
+    return mine, torch.tensor(shared.buffer_ptrs, dtype=torch.int64, device=device)
 
 
 _spawned_have_met = False  # ranks that were started here, in this process

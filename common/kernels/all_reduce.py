@@ -1,8 +1,10 @@
-"""All-reduce of a small message in one kernel and one trip over NVLink.
+"""All-reduce of a small message in one kernel and one trip over NVLink; and an all-gather whose parts become one at once.
 
     push            one program a BLOCK of 32-bit words (two bfloat16 or one float32): writes its words into every other
                     rank's inbox, waits until theirs are in its own, adds up in the order of the ranks
     push_add_norm   one program a row: the same, and then the residual is added and the row normed, before anything is written
+    push_merge      one program a few heads: the same with what each rank's attention says of its keys; they are not added up but
+                    merged by their log-sum-exps (merge.py)
 
 A word travels with the number of its round in one 64-bit store, which arrives whole or not at all: who finds the number
 has the word, so there is no flag, no fence and no second trip to say that all is there. That doubles
@@ -17,6 +19,7 @@ import triton
 import triton.language as tl
 
 from common.kernels.launch import launch, let_next_start, wait_for_previous
+from common.kernels.merge import HEADS, Answers, shares
 
 BLOCK = 512
 
@@ -147,3 +150,75 @@ def _push_add_norm(
         scale = tl.rsqrt(tl.sum(low * low, 0) / D + eps)
         tl.store(y + i, (low * scale * w.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True), mask=live)
     tl.store(rounds + row, number)
+
+
+def letters(answers: Answers) -> int:
+    """Room that `push_merge` needs in an inbox for one rank's."""
+    batch, heads, d = answers.o.shape
+    return triton.cdiv(batch * heads, HEADS) * HEADS * (d * answers.o.element_size() // 4 + 1)
+
+
+def push_merge(
+    answers: Answers, inboxes: torch.Tensor, rounds: torch.Tensor, rank: int, size: int, room: int
+) -> torch.Tensor:
+    """answers of this rank, bfloat16 or float32 -> attention over the keys of all ranks [B, H, d]; 0 where nobody has any.
+
+    inboxes, room: as in `push`, but of its own, and for heads of one size: rounds [most B H / HEADS] int32 are counted by program.
+    """
+    o, mine = torch.empty(answers.o.shape, dtype=answers.o.dtype, device=answers.o.device), answers.words
+    width, rows = o.shape[2] * o.element_size() // 4, answers.lse.numel()
+    launch(
+        _push_merge, (triton.cdiv(rows, HEADS),), mine, mine[answers.first :], o.view(-1).view(torch.int32), inboxes, rounds, rows,
+        RANK=rank, R=size, RP=triton.next_power_of_2(size), ROOM=room, W=width, BW=triton.next_power_of_2(width), BH=HEADS,
+        HALF=o.dtype == torch.bfloat16,
+    )  # fmt: skip
+    return o
+
+
+@triton.jit(do_not_specialize=("rows",))
+def _push_merge(
+    answers, lse, o, inboxes, rounds, rows, RANK: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, ROOM: tl.constexpr,
+    W: tl.constexpr, BW: tl.constexpr, BH: tl.constexpr, HALF: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    let_next_start(PDL)
+    b, r, i, j = tl.program_id(0), tl.arange(0, RP), tl.arange(0, BH), tl.arange(0, BW)
+    known = b * BH + i < rows  # [BH]
+    live = known[:, None] & (j < W)[None, :]  # [BH, BW]
+    at = (b * BH + i)[:, None] * W + j[None, :]
+    place = (
+        b * (BH * (W + 1)) + i[:, None] * W + j[None, :]
+    )  # in an inbox: the words of o, and behind them those of lse
+    behind = b * (BH * (W + 1)) + BH * W + i
+    wait_for_previous(PDL)
+    number = tl.load(rounds + b) + 1
+    mine = tl.load(answers + at, mask=live, other=0)
+    my_sums = tl.load(lse + b * BH + i, mask=known, other=0)
+    side, stamp = (number & 1) * R, number.to(tl.int64) & 0xFFFFFFFF
+    for other in tl.static_range(R):
+        if other != RANK:
+            there = tl.load(inboxes + other).to(tl.pointer_type(tl.int64)) + (side + RANK) * ROOM
+            tl.store(there + place, (mine.to(tl.int64) << 32) | stamp, mask=live)
+            tl.store(there + behind, (my_sums.to(tl.int64) << 32) | stamp, mask=known)
+    inbox = tl.load(inboxes + RANK).to(tl.pointer_type(tl.int64)) + side * ROOM
+    others = (r < R) & (r != RANK)
+    awaited = others[:, None] & known[None, :]  # [RP, BH]
+    all_awaited = others[:, None, None] & live[None, :, :]  # [RP, BH, BW]
+    sums_at, words_at = inbox + r[:, None] * ROOM + behind[None, :], inbox + r[:, None, None] * ROOM + place[None, :, :]
+    words = tl.load(words_at, mask=all_awaited, other=0, volatile=True)  # of all ranks at once: one wait, not R - 1
+    sums = tl.load(sums_at, mask=awaited, other=0, volatile=True)
+    while tl.max(((words.to(tl.int32) != number) & all_awaited).to(tl.int32)) > 0:
+        words = tl.load(words_at, mask=all_awaited, other=0, volatile=True)
+    while tl.max(((sums.to(tl.int32) != number) & awaited).to(tl.int32)) > 0:
+        sums = tl.load(sums_at, mask=awaited, other=0, volatile=True)
+    here = (r == RANK)[:, None]
+    told = tl.where(here, my_sums[None, :], (sums >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
+    share = shares(tl.where((r < R)[:, None], told, -float("inf")))[:, :, None]
+    word = tl.where(here[:, :, None], mine[None, :, :], (words >> 32).to(tl.int32))
+    if HALF:
+        low, high = _halves(word)
+        low, high = tl.sum(low * share, 0), tl.sum(high * share, 0)
+        tl.store(o + at, _packed(low.to(tl.bfloat16), high.to(tl.bfloat16)), mask=live)
+    else:
+        whole = tl.sum(word.to(tl.float32, bitcast=True) * share, 0)
+        tl.store(o + at, whole.to(tl.int32, bitcast=True), mask=live)
+    tl.store(rounds + b, number)

@@ -9,11 +9,13 @@ import torch
 from common.attention.context_table import ContextTable
 from common.attention.kv_cache import PagedKVCache
 from common.attention.merge import attend_to_each, merge
+from common.distributed import collectives
 from common.layers.norm import RMSNorm
 from common.layers.rotary import RotaryEmbedding, Turning
 from common.parallel_state import TPGroup
 from tests.common.attention.garbage import garbage
-from tests.common.kernels.where import DEVICE, TOLERANCE, kernel, relative_error
+from tests.common.kernels.where import DEVICE, GPU, TOLERANCE, kernel, relative_error
+from tests.ranks import layout_of_the_pool
 
 pytestmark = kernel
 SCALES = [(0.25, 0.031)]  # of K and V, of fp8
@@ -122,12 +124,12 @@ class Ranks:
         ]
         assert all(attention.turns for attention in attentions)
 
-        def gather(words, cp, name):
+        def gather(words, cp, name):  # of groups without memory that all see
             assert name == "layers.0.merge"
             sent[cp.rank] = words.clone()
             return torch.cat([sent.get(rank, words) for rank in range(cp.size)])
 
-        monkeypatch.setattr(spread_attention, "all_gather_rows", gather)
+        monkeypatch.setattr(collectives, "all_gather_rows", gather)
         for attention in attentions:  # nobody has heard all yet
             attention(0, *self.qkv, *inputs)
         told = [(attention.answers.o.clone(), attention.answers.lse.clone()) for attention in attentions]
@@ -197,3 +199,95 @@ def test_q_and_k_are_turned_while_they_are_read(normed, monkeypatch):
     at = torch.tensor([one or 0 for one in positions], device=DEVICE)
     turning = Turning(RotaryEmbedding(d, 64, 10_000.0).to(DEVICE)(at, torch.float32), *(norms if normed else ()))
     Ranks(positions, 2, 4, (6, 2), d, turning=turning).check(monkeypatch, 1e-5, turning)
+
+
+def mailed(words: list[torch.Tensor], rows: int, width: int, heads: int, room: int, number: int) -> list[torch.Tensor]:
+    """Each rank's (o, lse) as 64-bit words in the order of an inbox, [room]: a word, and the number of the round."""
+    boxes = []
+    for o, lse in words:
+        box, each = np.zeros(room, dtype=np.int64), heads * (width + 1)
+        for row in range(rows):
+            first, i = row // heads * each, row % heads
+            box[first + i * width : first + (i + 1) * width] = (o[row].numpy().astype(np.int64) << 32) | number
+            box[first + heads * width + i] = (int(lse[row]) << 32) | number
+        boxes.append(torch.from_numpy(box))
+    return boxes
+
+
+@pytest.mark.skipif(GPU, reason="on_gpus.py runs between GPUs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("size", "shape"), [(2, (1, 3, 8)), (3, (5, 3, 6)), (4, (2, 8, 16))])
+def test_answers_that_are_pushed_are_merged(size, shape, dtype):
+    """Two rounds of each rank; what the others have sent lies in its inbox, and what it sends must be of that form."""
+    from common.kernels.all_reduce import letters, push_merge  # noqa: PLC0415
+    from common.kernels.merge import HEADS, Answers, merge_answers  # noqa: PLC0415
+
+    rows, width = shape[0] * shape[1], shape[2] * dtype.itemsize // 4
+    room = letters(Answers(torch.zeros(shape, dtype=dtype))) + 5
+    boxes = torch.zeros(size, 2, size, room, dtype=torch.int64)  # by rank
+    inboxes, rounds = torch.tensor([box.data_ptr() for box in boxes]), torch.zeros(size, room, dtype=torch.int32)
+    for number in (1, 2):
+        told = []
+        for rank in range(size):
+            told.append(Answers(torch.zeros(shape, dtype=dtype)))
+            told[-1].o.copy_(torch.randn(shape))
+            told[-1].lse.copy_(torch.randn(shape[:2]))
+            none = torch.rand(shape[:2]) < (1.0 if rank == 0 else 0.3)
+            told[-1].lse[none], told[-1].o[none] = -torch.inf, 0.0
+        words = [(one.o.view(rows, -1).view(torch.int32), one.lse.flatten().view(torch.int32)) for one in told]
+        sent = mailed(words, rows, width, HEADS, room, number)
+        want = merge_answers(torch.cat([one.words for one in told]), told[0])
+        plain = merge([(one.o.double(), one.lse.double()) for one in told])[0]
+        assert relative_error(want, plain) < (1e-6 if dtype == torch.float32 else 5e-3)
+        for rank in range(size):
+            boxes[:, number % 2] = 0
+            for other in range(size):
+                boxes[rank, number % 2, other] = 0 if other == rank else sent[other]
+            got = push_merge(told[rank], inboxes, rounds[rank], rank, size, room)
+            assert torch.equal(got, want)
+            for other in range(size):
+                if other != rank:
+                    assert torch.equal(boxes[other, number % 2, rank], sent[rank])
+    assert rounds.amax() == 2
+
+
+# --- what a CUDA graph would record, over real ranks
+
+
+@torch.inference_mode()
+def recorded_and_not(folder, layout: tuple[int, int]) -> list[float]:
+    """Some prompts, then decode steps twice: as on a CPU, and what DecodeGraphs records; how far the logits are apart."""
+    from common.executor import Executor  # noqa: PLC0415, on each rank
+    from common.kernels.spread_attention import TritonContextParallelAttention  # noqa: PLC0415
+    from common.models.graph_runner import DecodeGraphs  # noqa: PLC0415
+
+    tp, cp = layout
+    executor = Executor(
+        str(folder), "cpu", 4, max_total_tokens=480, parallel=layout_of_the_pool(tp, context_parallel_size=cp)
+    )
+    table, cache = executor.table, executor.kv_cache
+    ids = np.random.default_rng(0).permutation(90)
+    table.set_pages([(row, 0, ids[30 * row : 30 * row + 30]) for row in range(3)])
+    lengths, rows = np.array([17, 1, 40]), np.arange(3)
+    executor.ragged(np.arange(lengths.sum()), rows, 0 * lengths, lengths, np.ones(3, dtype=np.int64))
+    executor.receive_tokens(torch.tensor([5, 6, 7]))
+    graphs = DecodeGraphs(executor.model, TritonContextParallelAttention, cache, table, 8)
+    assert graphs.shapes == [(8, False), (4, False), (2, False), (1, False)]
+    away = []
+    for step in range(6):  # some begin a page
+        want = executor.decode(rows, lengths + step)
+        before = cache.kv.clone()
+        graphs._pad((4, False))
+        graphs.inputs[:3], graphs.inputs[4:7] = torch.from_numpy(rows), torch.from_numpy(lengths + step)
+        got = graphs._step((4, False))
+        away.append(relative_error(got[:3], want))
+        assert relative_error(cache.kv, before) < 1e-6, "the same tokens, and none of padding"
+        executor.receive_tokens(torch.tensor([8, 9, 10]) + step)
+    return away
+
+
+@pytest.mark.skipif(GPU, reason="the ranks are CPUs, and here kernels are compiled")
+@pytest.mark.parametrize(("name", "layout"), [("qwen3_moe", (2, 2)), ("qwen2", (4, 2))])
+def test_what_is_recorded_is_the_step_of_a_cpu(name, layout, checkpoint, ranks):
+    for away in ranks(layout[0]).run(recorded_and_not, checkpoint(name), layout):
+        assert max(away) < 1e-5
