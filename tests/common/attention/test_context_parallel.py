@@ -1,17 +1,23 @@
 """Tokens spread over real ranks, against dense attention over each sequence, in float64: every step of some short lives."""
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from common.attention.backends import pick_attention
 from common.attention.context_parallel import ContextParallelAttention
 from common.attention.context_table import ContextTable
 from common.attention.kv_cache import PagedKVCache
 from common.parallel_state import TPGroup, get_tensor_parallel
 from tests.common.attention.test_merge import dense
 
+ROOT = Path(__file__).parents[3]
 LAYERS, LAYER, HKV, GROUP, D = 2, 1, 2, 3, 8
 
 
@@ -19,6 +25,7 @@ class Life:
     """Some sequences on this rank, whose keys and values everybody can work out, and a pool that was full of NaN."""
 
     def __init__(self, cp: TPGroup, page_size: int, num_pages: int, seed: int, dtype=torch.float64):
+        self.attention = pick_attention(cp.device, cp_size=cp.size)
         self.cp, self.page_size, self.draw = cp, page_size, random.Random(seed)
         self.rng = torch.Generator().manual_seed(seed)
         self.dtype = torch.float64 if cp.device.type == "cpu" else dtype
@@ -68,7 +75,7 @@ class Life:
             )
         positions = np.concatenate([c + np.arange(n) for c, n in zip(cached, counts, strict=True)])
         assert np.array_equal(inputs.positions.cpu().numpy(), positions[mine])
-        attention = ContextParallelAttention(self.cache, inputs.meta)
+        attention = self.attention(self.cache, inputs.meta)
         o = attention(LAYER, *(x[mine].to(self.cp.device, self.dtype) for x in (q, k, v))).cpu().double()
         whole = [
             dense(x, self.k[row], self.v[row], causal=True)[0]
@@ -78,9 +85,9 @@ class Life:
             self.worst = max(self.worst, (o - torch.cat(whole)[mine]).abs().max().nan_to_num(1e9).item())
 
 
-def live(page_size: int, seed: int, dtype: torch.dtype = torch.float64) -> float:
+def live(page_size: int, seed: int, dtype: torch.dtype = torch.float64, cp: TPGroup | None = None) -> float:
     """Prefill, chunks behind it, a shared prefix (one of this very step), rows that decode in between, decode."""
-    life = Life(get_tensor_parallel(), page_size, 200, seed, dtype)
+    life = Life(cp or get_tensor_parallel(), page_size, 200, seed, dtype)
     draw = life.draw
     some = lambda: draw.choice([1, 2, 3, draw.randrange(4, 40)])  # noqa: E731
     for row in range(3):
@@ -102,6 +109,15 @@ def test_every_step_is_dense_attention(size, ranks):
     for page_size in (1, 4, 16):
         for seed in range(3):
             assert max(ranks(size).run(live, page_size, seed)) < 1e-12, (page_size, seed)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+def test_every_step_between_two_gpus():
+    module = ["-m", "tests.common.attention.on_gpus"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *module]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout.endswith("all right\n"), done.stderr
 
 
 def begin_in_the_same_step(page_size: int) -> float:
