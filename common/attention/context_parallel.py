@@ -10,8 +10,8 @@ A step with several new tokens a sequence (prefill). Each rank has q, k, v of it
                all of them to their own pages, and send each rank its answers back.
 
 A step with one new token a sequence (decode). Every rank has all queries; it attends to its own pages of each sequence, and
-the answers are gathered. All answers are (o, lse) and become one by merge.py. On a GPU with Triton these are three launches a
-layer, in a CUDA graph (common/kernels/spread_attention.py).
+the answers are gathered. All answers are (o, lse) and become one by merge.py. On a GPU with Triton these are two or three
+kernels a layer, in a CUDA graph (common/kernels/spread_attention.py).
 
 Ring Attention: Liu et al. 2023. Queries or keys travelling (pass-Q, pass-KV): Yang et al. 2024, "Context Parallelism for
 Scalable Million-Token Inference". vLLM and SGLang call the decode half DCP, decode context parallelism. SGLang 0.5.23 gathers

@@ -58,7 +58,7 @@ class Answers:
     def __init__(self, q: torch.Tensor):
         rows = q.shape[0] * q.shape[1]
         first = _aligned(triton.cdiv(q.numel() * q.element_size(), 4))
-        self.words = torch.zeros(first + _aligned(rows), dtype=torch.int32, device=q.device)
+        self.words = torch.empty(first + _aligned(rows), dtype=torch.int32, device=q.device)
         self.first = first  # word of lse
         self.o = self.words[:first].view(q.dtype)[: q.numel()].view(q.shape)
         self.lse = self.words[first:].view(torch.float32)[:rows].view(q.shape[:2])
