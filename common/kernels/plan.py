@@ -13,7 +13,7 @@ import triton.language as tl
 from common.kernels.launch import launch, let_next_start, wait_for_previous
 
 BLOCK = 128  # page ids in one go
-SPREAD_BLOCK = 512  # where they are counted as well, and one go has to wait for the one before
+SPREAD_BLOCK = 1024  # where they are counted as well, and one go has to wait for the one before
 
 
 def plan_decode(rows, positions, page_table, last_token, pages: int, page_size: int):
@@ -69,7 +69,7 @@ def plan_spread_decode(rows, positions, page_table, last_token, pages: int, page
     table = torch.empty(batch, pages, dtype=torch.int64, device=rows.device)
     launch(
         _plan_spread_decode, (batch,), rows, positions, page_table, last_token, ids, places, slots, table, context,
-        page_table.stride(0), pages, P=page_size, RANK=rank, R=ranks, BLOCK=SPREAD_BLOCK,
+        page_table.stride(0), pages, P=page_size, RANK=rank, R=ranks, BLOCK=SPREAD_BLOCK, num_warps=8,
     )  # fmt: skip
     return ids, places, slots, table, context
 

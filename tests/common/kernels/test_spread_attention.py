@@ -36,14 +36,14 @@ def tables(size: int, num_rows: int, max_pages: int, page_size: int) -> list[Con
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_the_plan_is_that_of_the_cpu(size, page_size):
     """Rows get pages from anywhere on, and give way to other sequences; each page is on one rank, in the order of the context."""
-    draw, most = random.Random(size * page_size), 1200
+    draw, most = random.Random(size * page_size), 2500
     for table in (every := tables(size, 5, most, page_size)):
         table.last_token.copy_(torch.arange(5) + 70)
     held = [0] * 5  # pages that each row has
     for _ in range(12):
         for row in draw.sample(range(5), draw.randrange(1, 4)):
             first = draw.choice((0, held[row], draw.randrange(held[row] + 1)))
-            n = draw.choice((1, 2, draw.randrange(1, 600)))
+            n = draw.choice((1, 2, draw.randrange(1, 1300)))
             n = min(n, most - first)
             pages = [draw.randrange(1000) for _ in range(n)]
             held[row] = first + n
