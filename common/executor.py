@@ -674,6 +674,8 @@ class Executor:
         recorded, self.prefill_graphs = self.prefill_graphs, None
         mine = self.ragged(np.zeros(n, dtype=np.int64), 0 * one, 0 * one, n * one, one, parts=parts, adapters=slots)
         self.prefill_graphs = recorded
+        if self.parallel.cp.size > 1:
+            self._warm_up_short_prompts()
         logits = self.links.bring_logits(mine, len(parts.tokens) if parts else 1)
         if logits is None:
             return
@@ -681,6 +683,16 @@ class Executor:
         for params in (SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_p=0.5)):
             for row in (first, first.float()):  # what is edited (penalties, a grammar) is in float32
                 sample(row, [SamplingRow(params, 0, [], [])])
+
+    def _warm_up_short_prompts(self) -> None:
+        """Where tokens are spread over ranks: one of nothing, behind some tokens on each; short ones have kernels of their own."""
+        cp, one = self.parallel.cp.size, np.ones(1, dtype=np.int64)
+        cached, new = cp * self.page_size, 2 * cp
+        if cached + new > self.max_context:
+            return  # none ever comes that meets both
+        pages = np.arange(-(-(cached + new) // self.page_size)) % self.num_pages
+        self.table.set_pages([(0, 0, pages.tolist())])
+        self.ragged(np.zeros(new, dtype=np.int64), 0 * one, cached * one, new * one, one)
 
     def _refuse_codes(self, backend: str) -> None:
         """Of pages that hold codes, what cannot read them."""

@@ -9,6 +9,8 @@ A step with several new tokens a sequence (prefill). Each rank has q, k, v of it
                ones, so there the queries travel: all ranks gather those that have something cached before them, attend with
                all of them to their own pages, and send each rank its answers back.
 
+On a GPU with Triton what many short prompts see of a block, or of their pages, is one launch (common/kernels/pieces.py).
+
 A step with one new token a sequence (decode). Every rank has all queries; it attends to its own pages of each sequence, and
 the answers are gathered. All answers are (o, lse) and become one by merge.py. On a GPU with Triton these are two or three
 kernels a layer, in a CUDA graph (common/kernels/spread_attention.py).
@@ -20,11 +22,16 @@ all keys in place of the ring (srt/layers/utils/cp_utils.py), and spreads pages 
 
 import torch
 
-from common.attention.context_table import Cached, RingMetadata, SpreadMetadata
+from common.attention.context_table import Cached, RingMetadata, ShortPages, SpreadMetadata
 from common.attention.kv_cache import PagedKVCache
 from common.attention.kv_format import wire_dtype
 from common.attention.merge import Part, attend, attend_to_each, merge, merge_into
 from common.distributed.collectives import all_gather, all_gather_rows, all_to_all, start_exchange
+
+try:  # a CPU build of torch comes without Triton
+    from common.kernels import pieces
+except ImportError:
+    pieces = None
 
 
 class ContextParallelAttention:
@@ -54,8 +61,8 @@ class ContextParallelAttention:
     def _ring(self, layer: int, q: torch.Tensor, block: torch.Tensor) -> Part:
         """block [2, T, Hkv, d]: my k and v -> my queries' attention over all new tokens that they see."""
         cp, meta = self.cp, self.meta
-        o = torch.empty(q.shape, dtype=_wide(q.dtype), device=q.device)
-        lse = torch.empty(q.shape[:2], dtype=o.dtype, device=q.device)
+        o = torch.zeros(q.shape, dtype=_wide(q.dtype), device=q.device)
+        lse = torch.full(q.shape[:2], -torch.inf, dtype=o.dtype, device=q.device)
         for step in range(cp.size):
             source = (cp.rank - step) % cp.size
             last = step == cp.size - 1
@@ -73,6 +80,8 @@ class ContextParallelAttention:
                     o[own], lse[own] = part
                 else:
                     merge_into((o[own], lse[own]), part)
+            if short := meta.short[source]:
+                pieces.attend_pieces(o, lse, q, k, v, short)
             if not last:
                 block = wait()
         return o, lse
@@ -84,10 +93,10 @@ class ContextParallelAttention:
         sent[: len(mine)] = q[mine]
         name = f"layers.{layer}.cached"
         everyone = all_gather_rows(sent, cp, name)  # COMM all-gather [width, Hq, d]: queries with something cached
-        answers = _no_keys(everyone)
-        for pages in cached.pages:
-            k, v = self.cache.gather(layer, self.cache.halves_of(pages.ids))[:, : pages.tokens].to(q.dtype)
-            answers[pages.queries] = _packed(attend(everyone[pages.queries], k, v))
+        answers = self._seen_in_pages(layer, everyone, cached.short) if cached.short else _no_keys(everyone)
+        for held in cached.pages:
+            k, v = self.cache.gather(layer, self.cache.halves_of(held.ids))[:, : held.tokens].to(q.dtype)
+            answers[held.queries] = _packed(attend(everyone[held.queries], k, v))
         each = [cached.width] * cp.size
         back = all_to_all(answers, cp, name, each, each)  # COMM all-to-all [width * R, Hq, d+1]: to each its answers
         o, lse = part
@@ -96,6 +105,14 @@ class ContextParallelAttention:
             merge_into(seen, _unpacked(answer))
         o[mine], lse[mine] = seen
         return o, lse
+
+    def _seen_in_pages(self, layer: int, q: torch.Tensor, short: ShortPages) -> torch.Tensor:
+        """What the queries q [n, Hq, d] see in my pages, many sequences in one launch; packed."""
+        o = torch.zeros(q.shape, dtype=_wide(q.dtype), device=q.device)
+        lse = torch.full(q.shape[:2], -torch.inf, dtype=o.dtype, device=q.device)
+        kept = self.cache.layer(layer), self.cache.format, self.cache.page_size
+        pieces.attend_paged_pieces(o, lse, q, *kept, short.pieces, short.queries, short.ids)
+        return _packed((o.to(q.dtype), lse))
 
     def _decode(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         store = self.meta.store

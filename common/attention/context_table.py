@@ -30,6 +30,8 @@ try:  # a CPU build of torch comes without Triton
 except ImportError:
     fused = None
 
+LONG = 1024  # queries of a piece from which on it is a launch of its own, where one launch could compute many
+
 
 @dataclass(frozen=True)
 class Store:
@@ -49,6 +51,14 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Pieces:
+    """Short pieces that one launch computes (common/kernels/pieces.py)."""
+
+    numbers: torch.Tensor  # [5, n]: first query, queries, first key, keys, causal
+    longest: int  # queries
+
+
+@dataclass(frozen=True)
 class Pages:
     """Of one sequence's cached tokens, those on my pages; all of them lie before every new token."""
 
@@ -58,12 +68,22 @@ class Pages:
 
 
 @dataclass(frozen=True)
+class ShortPages:
+    """Pages of sequences with few queries; the first query and key of a piece are places in these lists."""
+
+    pieces: Pieces
+    ids: torch.Tensor  # [sum of n]
+    queries: torch.Tensor  # [sum of m]
+
+
+@dataclass(frozen=True)
 class Cached:
     """What is to be done about tokens that were in the pages before: their queries go round, not their keys."""
 
     mine: torch.Tensor  # [m]: which of my rows have something cached before them
     width: int  # rows that each rank sends: its own, padded to the longest
     pages: tuple[Pages, ...]  # of the sequences of which I hold some
+    short: ShortPages | None  # and of those that one launch computes
 
 
 @dataclass(frozen=True)
@@ -74,6 +94,7 @@ class RingMetadata:
     tokens: tuple[int, ...]  # rows of each rank
     stores: tuple[Store, ...]  # by rank whose block it is
     pieces: tuple[tuple[Piece, ...], ...]  # by rank whose block it is
+    short: tuple[Pieces | None, ...]  # the same, of those that one launch computes; none on a CPU
     cached: Cached | None
     fresh: torch.Tensor  # pages of mine that are begun
 
@@ -131,6 +152,7 @@ class ContextTable(SequenceTable):
     def __init__(self, num_rows: int, max_pages: int, page_size: int, device: torch.device, cp: TPGroup):
         super().__init__(num_rows, max_pages, page_size, device)
         self.cp, self.pages = cp, self.page_table.cpu().numpy()  # of a CPU the same memory
+        self.kernels = fused is not None and self.page_table.is_cuda  # plans are made for them
 
     def set_pages(self, updates: Sequence[tuple[int, int, Sequence[int]]]) -> None:
         for row, first, pages in updates:
@@ -154,19 +176,24 @@ class ContextTable(SequenceTable):
         mine = blocks[me].rows
         packed = [tokens[mine], positions[mine], rows[sequence[mine]], self._fresh(slots)]
         packed += [x for block, at in zip(blocks, stored, strict=True) for x in (at, slots[block.rows][at])]
-        ids, at, row, fresh, *stores = upload_all(self.device, *packed)
+        pieces = [self._pieces(blocks, source) for source in range(ranks)]
+        short = [[piece for piece in some if self._short(piece.queries.stop - piece.queries.start)] for some in pieces]
+        ids, at, row, fresh, *rest = upload_all(self.device, *packed, *map(_numbers, short))
+        stores, told = rest[: 2 * ranks], rest[2 * ranks :]
         if len(mine) and tokens[mine].min() < 0:
             ids = ids.where(ids >= 0, self.last_token[row])
         meta = RingMetadata(
             self.cp, tuple(len(block.rows) for block in blocks), tuple(map(Store, stores[::2], stores[1::2])),
-            tuple(self._pieces(blocks, source) for source in range(ranks)), self._cached(blocks, rows, cached), fresh,
+            tuple(tuple(p for p in some if p not in few) for some, few in zip(pieces, short, strict=True)),
+            tuple(_in_one(few, numbers) for few, numbers in zip(short, told, strict=True)),
+            self._cached(blocks, rows, cached), fresh,
         )  # fmt: skip
         return RingInputs(ids, at, row, meta, owner, place)
 
     def decode(self, rows: np.ndarray, positions: np.ndarray, alike: Sequence[tuple[int, int, int]] = ()) -> StepInputs:
         """As SequenceTable's; sequences that begin alike get no help here."""
-        if fused and self.page_table.is_cuda:
-            return super().decode(rows, positions)
+        if self.kernels:
+            return self.decode_on_device(*upload_all(self.device, rows, positions), self._pages(positions.max() + 1))
         slots = self._slots(rows, positions)
         mine, lens = zip(*(self._mine(row, n + 1) for row, n in zip(rows, positions, strict=True)), strict=True)
         groups = similar_lengths([b for b, n in enumerate(lens) if n], lens)
@@ -210,6 +237,10 @@ class ContextTable(SequenceTable):
         )  # empty slots of the last one
         return pages[mine] // self.cp.size, int(mine.sum()) * self.page_size - behind
 
+    def _short(self, queries: int) -> bool:
+        """Is a piece of so many queries computed together with others?"""
+        return self.kernels and queries < LONG
+
     def _pieces(self, blocks: list["_Block"], source: int) -> tuple[Piece, ...]:
         """What my queries see of the keys of rank `source`, by sequence."""
         mine, theirs, pieces = blocks[self.cp.rank], blocks[source], []
@@ -235,10 +266,37 @@ class ContextTable(SequenceTable):
             for b in behind:
                 queries[b].append(at + np.arange(block.shares[b].size))
                 at += block.shares[b].size
-        packed = [x for b, ids, _ in held for x in (ids, np.concatenate(queries[b]))]
-        mine, *rest = upload_all(self.device, sent[self.cp.rank], *packed)
-        pages = zip(rest[::2], (tokens for _, _, tokens in held), rest[1::2], strict=True)
-        return Cached(mine, width, tuple(Pages(*one) for one in pages))
+        held = [(ids, np.concatenate(queries[b]), tokens) for b, ids, tokens in held]
+        few = [one for one in held if self._short(len(one[1]))]
+        held = [one for one in held if not self._short(len(one[1]))]
+        mine, *rest = upload_all(self.device, sent[self.cp.rank], *(x for ids, of, _ in held for x in (ids, of)))
+        pages = tuple(map(Pages, rest[::2], (tokens for _, _, tokens in held), rest[1::2]))
+        return Cached(mine, width, pages, self._short_pages(few) if few else None)
+
+    def _short_pages(self, few: Sequence[tuple[np.ndarray, np.ndarray, int]]) -> ShortPages:
+        """few: of each sequence its pages here, its queries and its tokens here."""
+        pieces, at, first = [], 0, 0
+        for ids, of, tokens in few:
+            pieces.append(Piece(slice(at, at + len(of)), slice(first, first + tokens), False))
+            at, first = at + len(of), first + len(ids)
+        lists = (np.concatenate([one[i] for one in few]) for i in (0, 1))
+        numbers, *lists = upload_all(self.device, _numbers(pieces), *lists)
+        return ShortPages(_in_one(pieces, numbers), *lists)
+
+
+def _numbers(pieces: Sequence[Piece]) -> np.ndarray:
+    """[5 * n], see Pieces."""
+    of = [(p.queries.start, p.queries.stop, p.keys.start, p.keys.stop, p.causal) for p in pieces]
+    numbers = np.array(of, dtype=np.int64).reshape(-1, 5).T
+    numbers[[1, 3]] -= numbers[[0, 2]]
+    return numbers.reshape(-1)
+
+
+def _in_one(pieces: Sequence[Piece], numbers: torch.Tensor) -> Pieces | None:
+    """numbers [5 * n] of the pieces, on the device; None for none."""
+    if not pieces:
+        return None
+    return Pieces(numbers.view(5, -1), max(p.queries.stop - p.queries.start for p in pieces))
 
 
 def refuse_less_than_the_ranks(size: int, tokens: int, num_pages: int, page_size: int) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from common.attention import context_table
 from common.distributed.launch import run_main
 from common.parallel_state import TPGroup, initialize_tensor_parallel
 from tests.common.attention.test_context_parallel import LAYER, Life, dense, live
@@ -27,6 +28,7 @@ def main() -> None:
         ):  # one kernel that gathers and merges, and the library's message
             for page_size in (1, 4, 16):
                 for seed in range(3):
+                    context_table.LONG = 1024 if seed else 6  # with 6 some pieces are launches of their own
                     worst = live(page_size, seed, dtype, group)
                     assert worst < most, (dtype, group is cp, page_size, seed, worst)
             recorded(group, dtype, most)

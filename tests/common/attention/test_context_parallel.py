@@ -16,6 +16,7 @@ from common.attention.context_table import ContextTable
 from common.attention.kv_cache import PagedKVCache
 from common.parallel_state import TPGroup, get_tensor_parallel
 from tests.common.attention.test_merge import dense
+from tests.common.kernels.where import GPU, kernel
 
 ROOT = Path(__file__).parents[3]
 LAYERS, LAYER, HKV, GROUP, D = 2, 1, 2, 3, 8
@@ -24,14 +25,15 @@ LAYERS, LAYER, HKV, GROUP, D = 2, 1, 2, 3, 8
 class Life:
     """Some sequences on this rank, whose keys and values everybody can work out, and a pool that was full of NaN."""
 
-    def __init__(self, cp: TPGroup, page_size: int, num_pages: int, seed: int, dtype=torch.float64):
-        self.attention = pick_attention(cp.device, cp_size=cp.size)
+    def __init__(self, cp: TPGroup, page_size: int, num_pages: int, seed: int, dtype=torch.float64, attention=None):
+        self.attention = attention or pick_attention(cp.device, cp_size=cp.size)
         self.cp, self.page_size, self.draw = cp, page_size, random.Random(seed)
         self.rng = torch.Generator().manual_seed(seed)
-        self.dtype = torch.float64 if cp.device.type == "cpu" else dtype
+        self.dtype = dtype
         self.cache = PagedKVCache(LAYERS, -(-num_pages // cp.size), page_size, HKV, D, self.dtype, cp.device)
         self.cache.kv.fill_(torch.nan)
         self.table = ContextTable(16, 40, page_size, cp.device, cp)
+        self.table.kernels |= self.attention.capturable
         self.free = list(range(num_pages))
         self.draw.shuffle(self.free)
         self.k: dict[int, torch.Tensor] = {}  # row -> [S, Hkv, D]
@@ -85,9 +87,11 @@ class Life:
             self.worst = max(self.worst, (o - torch.cat(whole)[mine]).abs().max().nan_to_num(1e9).item())
 
 
-def live(page_size: int, seed: int, dtype: torch.dtype = torch.float64, cp: TPGroup | None = None) -> float:
+def live(
+    page_size: int, seed: int, dtype: torch.dtype = torch.float64, cp: TPGroup | None = None, attention=None
+) -> float:
     """Prefill, chunks behind it, a shared prefix (one of this very step), rows that decode in between, decode."""
-    life = Life(cp or get_tensor_parallel(), page_size, 200, seed, dtype)
+    life = Life(cp or get_tensor_parallel(), page_size, 200, seed, dtype, attention)
     draw = life.draw
     some = lambda: draw.choice([1, 2, 3, draw.randrange(4, 40)])  # noqa: E731
     for row in range(3):
@@ -109,6 +113,26 @@ def test_every_step_is_dense_attention(size, ranks):
     for page_size in (1, 4, 16):
         for seed in range(3):
             assert max(ranks(size).run(live, page_size, seed)) < 1e-12, (page_size, seed)
+
+
+def live_by_kernels(page_size: int, seed: int) -> float:
+    """In Triton's interpreter; pieces of fewer queries than 6 are launched together."""
+    from common.attention import context_table  # noqa: PLC0415, on each rank
+    from common.kernels.spread_attention import TritonContextParallelAttention  # noqa: PLC0415
+
+    before, context_table.LONG = context_table.LONG, 6
+    try:
+        return live(page_size, seed, torch.float32, attention=TritonContextParallelAttention)
+    finally:
+        context_table.LONG = before
+
+
+@kernel
+@pytest.mark.skipif(GPU, reason="the ranks are CPUs, and here kernels are compiled")
+@pytest.mark.parametrize("size", [2, 3])
+def test_every_step_by_kernels(size, ranks):
+    for seed, page_size in enumerate((1, 4, 16)):
+        assert max(ranks(size).run(live_by_kernels, page_size, seed)) < 1e-5, page_size
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")

@@ -256,7 +256,8 @@ def test_answers_that_are_pushed_are_merged(size, shape, dtype):
 
 @torch.inference_mode()
 def recorded_and_not(folder, layout: tuple[int, int]) -> list[float]:
-    """Some prompts, then decode steps twice: as on a CPU, and what DecodeGraphs records; how far the logits are apart."""
+    """Some prompts, by kernels and without; then decode steps: as on a CPU, and what DecodeGraphs records. How far the logits are
+    apart."""
     from common.executor import Executor  # noqa: PLC0415, on each rank
     from common.kernels.spread_attention import TritonContextParallelAttention  # noqa: PLC0415
     from common.models.graph_runner import DecodeGraphs  # noqa: PLC0415
@@ -266,14 +267,21 @@ def recorded_and_not(folder, layout: tuple[int, int]) -> list[float]:
         str(folder), "cpu", 4, max_total_tokens=480, parallel=layout_of_the_pool(tp, context_parallel_size=cp)
     )
     table, cache = executor.table, executor.kv_cache
+    table.kernels = True
+    executor._warm_up_short_prompts()
+    assert executor.table.pages[0, : cp + 1].tolist() == list(range(cp + 1))
     ids = np.random.default_rng(0).permutation(90)
     table.set_pages([(row, 0, ids[30 * row : 30 * row + 30]) for row in range(3)])
-    lengths, rows = np.array([17, 1, 40]), np.arange(3)
-    executor.ragged(np.arange(lengths.sum()), rows, 0 * lengths, lengths, np.ones(3, dtype=np.int64))
+    lengths, rows, away = np.array([17, 1, 40]), np.arange(3), []
+    for cached, new in ((0 * lengths, lengths - 1), (lengths - 1, 0 * lengths + 1)):
+        both = []
+        for table.kernels in (True, False):
+            asked = np.arange(new.sum()), rows[new > 0], cached[new > 0], new[new > 0], (new[new > 0] > 0) * 1
+            both.append(executor.ragged(*asked))
+        away.append(relative_error(*both))
     executor.receive_tokens(torch.tensor([5, 6, 7]))
     graphs = DecodeGraphs(executor.model, TritonContextParallelAttention, cache, table, 8)
     assert graphs.shapes == [(8, False), (4, False), (2, False), (1, False)]
-    away = []
     for step in range(6):  # some begin a page
         want = executor.decode(rows, lengths + step)
         before = cache.kv.clone()
