@@ -41,7 +41,7 @@ class SymmetricAllReduce:
         self._norm_inboxes = self._inboxes + one * self._inbox.itemsize
         self._rounds, self._norm_rounds = torch.zeros(2, self._room, dtype=torch.int32, device=device)
         self._norm_words = 0  # of a row; rounds are counted row by row, so all have the same number
-        self._merge_room = MERGED_BYTES // (self._size - 1) // 4
+        self._merge_room = MERGED_BYTES // (self._size - 1) // 64 * 16  # words of 4 bytes
         self._merged = None  # the form of heads that are merged, and their inbox: made when there are some
 
     @staticmethod

@@ -164,6 +164,7 @@ def push_merge(
     """answers of this rank, bfloat16 or float32 -> attention over the keys of all ranks [B, H, d]; 0 where nobody has any.
 
     inboxes, room: as in `push`, but of its own, and for heads of one size: rounds [most B H / HEADS] int32 are counted by program.
+    room is a multiple of 16, so that two letters are one store and one load, each half of which is whole (as in NCCL's LL).
     """
     o, mine = torch.empty(answers.o.shape, dtype=answers.o.dtype, device=answers.o.device), answers.words
     width, rows = o.shape[2] * o.element_size() // 4, answers.lse.numel()
@@ -196,10 +197,10 @@ def _push_merge(
     side, stamp = (number & 1) * R, number.to(tl.int64) & 0xFFFFFFFF
     for other in tl.static_range(R):
         if other != RANK:
-            there = tl.load(inboxes + other).to(tl.pointer_type(tl.int64)) + (side + RANK) * ROOM
+            there = tl.multiple_of(tl.load(inboxes + other).to(tl.pointer_type(tl.int64)), 16) + (side + RANK) * ROOM
             tl.store(there + place, (mine.to(tl.int64) << 32) | stamp, mask=live)
             tl.store(there + behind, (my_sums.to(tl.int64) << 32) | stamp, mask=known)
-    inbox = tl.load(inboxes + RANK).to(tl.pointer_type(tl.int64)) + side * ROOM
+    inbox = tl.multiple_of(tl.load(inboxes + RANK).to(tl.pointer_type(tl.int64)), 16) + side * ROOM
     others = (r < R) & (r != RANK)
     awaited = others[:, None] & known[None, :]  # [RP, BH]
     all_awaited = others[:, None, None] & live[None, :, :]  # [RP, BH, BW]
