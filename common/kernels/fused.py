@@ -49,6 +49,15 @@ def _rms_norm(
 ):  # fmt: skip
     let_next_start(PDL)
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
+    value = normed(x, residual, total, weight, eps, x_stride, row, i, D, ADD, PDL)
+    tl.store(y + row * D + i, value.to(y.dtype.element_ty), mask=i < D)
+
+
+@triton.jit
+def normed(
+    x, residual, total, weight, eps, x_stride, row, i, D: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """Columns i of a row's norm, float32, 0 behind its end; the weight is on its way before this waits for x."""
     live = i < D
     w = tl.load(weight + i, mask=live, other=0.0).to(tl.float32)
     wait_for_previous(PDL)
@@ -58,8 +67,7 @@ def _rms_norm(
         rounded = value.to(total.dtype.element_ty)  # the residual is kept in the model's dtype, as in plain PyTorch
         tl.store(total + row * D + i, rounded, mask=live)
         value = rounded.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
-    tl.store(y + row * D + i, (value * scale * w).to(y.dtype.element_ty), mask=live)
+    return value * tl.rsqrt(tl.sum(value * value, 0) / D + eps) * w
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """y = x W^T where x is rounded too: FP8 times FP8 or INT8 times INT8, which tensor cores do at twice the speed of 16 bits.
 
-    round_rows    x -> codes, and a scale for each row or for each 128 columns of a row; or by a scale that is given
+    round_rows    x -> codes, and a scale for each row or for each 128 columns of a row; or by a scale that is given. A norm and
+                  a gate do so with the rows that they make (rounded_rows.py)
     few_rows      up to 64 rows of x a program: bytes are the cost, as in linear.py
     many_rows     128 x 128 numbers of y a program: products are the cost
 
@@ -65,16 +66,27 @@ def _round_rows(
             xs = tl.load(x + t * x_stride + start + k, mask=start + k < last, other=0.0).to(tl.float32)
             largest_here = tl.maximum(largest_here, tl.abs(xs))
         top = tl.max(largest_here, 0)
-        scale = tl.where(top > 0, top / largest, 1.0)
+        scale = scale_of(top, largest)
     for start in range(first, last, BLOCK):
         xs = tl.load(x + t * x_stride + start + k, mask=start + k < last, other=0.0).to(tl.float32)
-        value = tl.minimum(tl.maximum(xs / scale, -largest), largest)
-        if q.dtype.element_ty == tl.int8:
-            value = (
-                value + 12582912.0
-            ) - 12582912.0  # 1.5 * 2^23: a float32 of that size is an integer, rounded to even
-        tl.store(q + t * width + start + k, value.to(q.dtype.element_ty), mask=start + k < last)
+        value = codes_of(xs, scale, largest, q.dtype.element_ty)
+        tl.store(q + t * width + start + k, value, mask=start + k < last)
     tl.store(scales + t * tl.num_programs(1) + g, scale)
+
+
+@triton.jit
+def scale_of(top, largest):
+    """Of numbers of which the largest is `top`: it becomes the largest code."""
+    return tl.where(top > 0, top / largest, 1.0)
+
+
+@triton.jit
+def codes_of(xs, scale, largest, dtype: tl.constexpr):
+    """xs, float32 -> the same as codes, float8_e4m3fn or int8."""
+    value = tl.minimum(tl.maximum(xs / scale, -largest), largest)
+    if dtype == tl.int8:
+        value = (value + 12582912.0) - 12582912.0  # 1.5 * 2^23: a float32 of that size is an integer, rounded to even
+    return value.to(dtype)
 
 
 def multiply(

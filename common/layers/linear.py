@@ -29,6 +29,7 @@ from common.layers.heads import HeadLayout, Piece, split_evenly
 from common.parallel_state import TPGroup, all_reduce
 from common.quantization.codes import Codes
 from common.quantization.method import LinearMethod
+from common.quantization.rounded_rows import RoundedRows, Rounding, itself
 
 try:  # a CPU build of torch comes without Triton
     from common.kernels import linear as fused
@@ -104,6 +105,16 @@ class LinearBase(nn.Module):
         self.bias = None
         if bias:
             self.bias = loadable(torch.zeros(out_local), self.load_bias, {k: shape[:1] for k, shape in full.items()})
+
+    @property
+    def asks(self) -> Callable[[int], Rounding | None] | None:
+        """`rounding`, for the `rounding` of whoever makes x; None where it would never want codes."""
+        return self.rounding if self.method is not None and self.method.rounds else None
+
+    def rounding(self, rows: int) -> Rounding | None:
+        """As which codes this layer wants so many rows of x, or None: as they are."""
+        wanted = None if self.method is None else self.method.rounding(rows)
+        return wanted if wanted is None or self.lora is None else wanted._replace(keep=True)
 
     def load_weight(self, source, shard_id=None) -> None:
         raise NotImplementedError
@@ -207,11 +218,11 @@ class ColumnParallelLinear(LinearBase):
     def load_bias(self, source, shard_id=None) -> None:
         load_pieces(self.bias, source, 0, self.pieces[shard_id])
 
-    def forward(self, x: torch.Tensor, adapters=None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | RoundedRows, adapters=None) -> torch.Tensor:
         y = self.product(x)  # [T, out/R]
-        return y if adapters is None else adapters.add(y, x, self.lora)
+        return y if adapters is None else adapters.add(y, itself(x), self.lora)
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
+    def product(self, x: torch.Tensor | RoundedRows) -> torch.Tensor:
         if self.method is not None:
             return self.method.apply(self, x, self.bias)
         return multiply(x, self.weight, self.bias)
@@ -244,7 +255,7 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
             sizes += (local,)
         self._init(in_features, sizes, shards, tp, bias, name, method)
 
-    def gated(self, x: torch.Tensor) -> torch.Tensor | None:
+    def gated(self, x: torch.Tensor | RoundedRows) -> torch.Tensor | None:
         """Of gate and up: silu(gate) * up [T, F/R] by one launch, rounded once; None where no kernel of ours multiplies."""
         if self.method is not None:
             return self.method.gated(self, x, self.bias)
@@ -307,11 +318,11 @@ class RowParallelLinear(LinearBase):
     def load_bias(self, source, shard_id=None) -> None:
         self.bias.copy_(source.read(0, 0, source.shape[0]))
 
-    def forward(self, x: torch.Tensor, adapters=None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | RoundedRows, adapters=None) -> torch.Tensor:
         method = self.method
         y = multiply(x, self.weight) if method is None else method.apply(self, x, None)  # [T, out], a partial sum
         if adapters is not None:
-            y = adapters.add(y, x, self.lora)  # partial sums, too: they need no sum of their own
+            y = adapters.add(y, itself(x), self.lora)  # partial sums, too: they need no sum of their own
         if self.reduce_results:
             y = all_reduce(y, self.tp, self.name)  # COMM all-reduce [T, D]: partial sums -> full sum
         once = self.reduce_results or self.tp.rank == 0

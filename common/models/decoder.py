@@ -118,6 +118,14 @@ class DecoderLayer(nn.Module):
             self.mlp = MoE(*sizes, communicator.tp, self.name, alone, moe, placement, layer, mlp)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, communicator.tp, self.name, alone, mlp)
+        # a product that rounds x has the kernel before it do so: a launch less. Not where messages carry x in between, nor
+        # where several matrices read it
+        if not (communicator.spreads or config.latent):
+            self.input_layernorm.rounding = self.self_attn.qkv_proj.asks
+        if not (communicator.spreads or self.sparse):
+            self.post_attention_layernorm.rounding = self.mlp.gate_up_proj.asks
+        if not self.sparse:
+            self.mlp.act.rounding = self.mlp.down_proj.asks
 
     def forward(
         self, x, residual, rotary, attention, rows: TokenRows | None, live: torch.Tensor | None = None, adapters=None

@@ -7,6 +7,7 @@ import torch
 from common.quantization.codes import Codes
 from common.quantization.method import Hardware, Outline
 from common.quantization.packed_codes import CodesInMemory
+from common.quantization.rounded_rows import RoundedRows, Rounding
 from common.quantization.scheme import Scheme
 
 try:  # a CPU build of torch comes without Triton
@@ -49,9 +50,11 @@ class RoundedActivations(WeightOnlyKernels):
     shorter runs than 128 each (heads of 64 that do not lie side by side). And so it is with one row of 16-bit floats: rounding
     makes products cheap, and there W's bytes are the cost; it would take a launch, and make the answer less exact. So a request
     alone in its step is computed more exactly than beside others, and its tokens may differ.
+
+    x is rounded by a launch of its own, unless whoever makes it has asked for `rounding`.
     """
 
-    name = "FP8 and INT8 kernels"
+    name, rounds = "FP8 and INT8 kernels", True
 
     @classmethod
     def takes(cls, scheme: Scheme, on: Hardware, dtype: torch.dtype) -> bool:
@@ -82,14 +85,26 @@ class RoundedActivations(WeightOnlyKernels):
         own_scales = self.scheme.kind == "float" and not outline.group.any()
         return super().packed_bytes(outline, dtype) + own_scales * len(outline.rows) * torch.float32.itemsize
 
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor | RoundedRows, bias: torch.Tensor | None) -> torch.Tensor:
         packed = self.packed
-        one = quantized_row.takes(x, packed)
-        if one or packed.group not in (0, GROUP) or (packed.group and len(x) > weight_only.MANY):
+        if isinstance(x, RoundedRows):
+            q, scale, dtype = x.codes, x.scales, x.dtype
+        elif quantized_row.takes(x, packed) or not self._rounded(len(x)):
             return weight_only.linear(x, packed, bias)
-        x, dtype = packed.ordered(x), x.dtype
-        q, scale = rounded.round_rows(x, packed.q.dtype, bool(packed.group), self.static)
+        else:
+            dtype = x.dtype
+            q, scale = rounded.round_rows(packed.ordered(x), packed.q.dtype, bool(packed.group), self.static)
         in_blocks_of_16 = packed.out % 16 == 0 and packed.width % 16 == 0
-        if len(x) > rounded.TILE and self.row_scale is not None and dtype == torch.bfloat16 and in_blocks_of_16:
+        if len(q) > rounded.TILE and self.row_scale is not None and dtype == torch.bfloat16 and in_blocks_of_16:
             return torch._scaled_mm(q, packed.q.t(), scale, self.row_scale, bias, out_dtype=dtype, use_fast_accum=True)
         return rounded.multiply(q, scale, packed.q, packed.scale, packed.share, dtype, bias)
+
+    def _rounded(self, rows: int) -> bool:
+        """Are so many rows of x, more than one or of float32, multiplied as codes?"""
+        return self.packed.group == 0 or (self.packed.group == GROUP and rows <= weight_only.MANY)
+
+    def rounding(self, rows: int) -> Rounding | None:
+        packed = self.packed
+        if rows < 2 or packed.order is not None or not self._rounded(rows):
+            return None
+        return Rounding(packed.q.dtype, bool(packed.group), self.static)

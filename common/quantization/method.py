@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from common.quantization.codes import Codes, nothing, one_group, stack_columns, stack_rows
+from common.quantization.rounded_rows import RoundedRows, Rounding
 from common.quantization.scheme import Scheme
 
 
@@ -61,6 +62,7 @@ class LinearMethod:
     smallest = 0  # a matrix of fewer numbers is dequantised
     opaque_bytes = 0  # of what pack() made that is no tensor
     unasked = True  # may `auto` take it?
+    rounds = False  # may `rounding` ask for codes of x?
 
     @classmethod
     def takes(cls, scheme: Scheme, on: Hardware, dtype: torch.dtype) -> bool:
@@ -76,12 +78,16 @@ class LinearMethod:
         """codes [out/R, in/R] of the whole layer on its device, padding included; columns may begin inside a group."""
         raise NotImplementedError
 
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [T, in/R] in the layer's dtype -> x W^T (+ bias) [T, out/R]."""
+    def apply(self, layer: Any, x: torch.Tensor | RoundedRows, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [T, in/R] in the layer's dtype, or as `rounding` wants so many rows -> x W^T (+ bias) [T, out/R]."""
         raise NotImplementedError
 
-    def gated(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    def gated(self, layer: Any, x: torch.Tensor | RoundedRows, bias: torch.Tensor | None) -> torch.Tensor | None:
         """Of a layer that is gate and up: silu(gate) * up of the same by one launch, or None if that takes more."""
+        return None
+
+    def rounding(self, rows: int) -> Rounding | None:
+        """As which codes `apply` wants so many rows of x, or None: as they are, which it takes as well."""
         return None
 
     def packed_bytes(self, outline: Outline, dtype: torch.dtype) -> int:
