@@ -101,7 +101,8 @@ def all_reduce_add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [T, D] partial on each rank -> (norm(sum + residual), sum + residual); where x fits, GPUs do it in one kernel.
 
-    norm: an RMSNorm, with weight, eps, and add(x, residual) for what does not fit.
+    norm: an RMSNorm, with weight, eps, and add(x, residual) for what does not fit. That kernel makes no codes of its rows: who
+    wants some (norm.rounding) has a launch of its own then.
     """
     fast = tp.fast_all_reduce
     if tp.size > 1 and fast and fast.fits_norm(x):

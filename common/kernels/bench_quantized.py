@@ -2,6 +2,7 @@
 
     python -m common.kernels.bench_quantized [--out FOLDER]        # some three minutes; writes figures/bench_quantized_kernels.csv
     python -m common.kernels.bench_quantized --part tune [--rows 1] [--forms ...]  # other tilings of the weight-only kernels
+    python -m common.kernels.bench_quantized --part tune-rounded   # the same where x is rounded, of 16, 32 and 64 rows
 
 As bench_kernels.py: rotating buffers too large for the L2 cache, one graph, the median of ten replays. `bf16 us` is the product by
 the same matrix in bfloat16, as a plain layer computes it; `error` the relative distance to the twin in plain PyTorch, in float32.
@@ -21,7 +22,7 @@ from common.distributed.launch import run_main
 from common.kernels import quantized_activations as rounded
 from common.kernels import quantized_linear as weight_only
 from common.kernels import quantized_row, quantized_row_before
-from common.kernels.launch import compile_ahead, num_processors
+from common.kernels.launch import compile_ahead, num_processors, shared_memory
 from common.kernels.quantized_layout import TURN, PackedCodes, multiply_plain, pack, unpack
 from common.kernels.timing import ROTATE_BYTES, copy_bandwidth, timed
 from common.layers.linear import multiply
@@ -51,9 +52,10 @@ ROUNDED = ("int8 channel", "fp8 channel", "fp8 block")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("all", "tune"), default="all")
+    parser.add_argument("--part", choices=("all", "tune", "tune-rounded"), default="all")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64], help="of x, for tune")
     parser.add_argument("--forms", choices=FORMS, nargs="+", default=TUNED, help="of W, for tune")
+    parser.add_argument("--matrices", choices=SHAPES, nargs="+", default=list(SHAPES), help="for tune-rounded")
     parser.add_argument("--out", type=Path, default=FIGURES, help="folder for the CSV")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -61,6 +63,9 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, copy: {bandwidth / 1e12:.2f} TB/s", flush=True)
     if args.part == "tune":
         tune(bandwidth, args.rows, args.forms)
+        return
+    if args.part == "tune-rounded":
+        tune_rounded(bandwidth, args.matrices)
         return
     rows = []
     for shape in SHAPES:
@@ -124,9 +129,10 @@ def copied(packed: PackedCodes) -> PackedCodes:
     return PackedCodes(**own)
 
 
-def round_and_multiply(x: torch.Tensor, packed: PackedCodes) -> torch.Tensor:
+def round_and_multiply(x: torch.Tensor, packed: PackedCodes, plan: rounded.Plan | None = None) -> torch.Tensor:
     q, scale = rounded.round_rows(x, packed.q.dtype, bool(packed.group))
-    return rounded.multiply(q, scale, packed.q, packed.scale, packed.share, x.dtype)
+    both = q, scale, packed.q, packed.scale, packed.share, x.dtype
+    return rounded.multiply(*both) if plan is None else rounded.few_rows(*both, plan=plan)
 
 
 def round_and_scaled_mm(x: torch.Tensor, packed: PackedCodes) -> torch.Tensor:
@@ -198,6 +204,60 @@ def _apart(x: torch.Tensor, packed: PackedCodes, gated: bool) -> float:
 
 def _short(plan: tuple | weight_only.Tiling) -> str:
     return str(tuple(plan) if isinstance(plan, tuple) else plan)
+
+
+def tune_rounded(bandwidth: float, matrices: list[str]) -> None:
+    """The fastest plans of `few_rows` where x is rounded, and the one it takes, each behind a launch that rounds x, as in a step;
+    beside it what the library takes for the same, and bfloat16."""
+    for shape in matrices:
+        out, width = SHAPES[shape]
+        plain = [
+            torch.randn(out, width, device="cuda", dtype=BF16) for _ in range(max(2, ROTATE_BYTES // (2 * out * width)))
+        ]
+        xs = {count: torch.randn(count, width, device="cuda", dtype=BF16) for count in (16, 32, 64)}
+        bf16 = {count: timed([lambda w=w, x=x: multiply(x, w) for w in plain]) for count, x in xs.items()}
+        for form in ("fp8 channel", "fp8 block"):
+            one = packed_like(FORMS[form], (out, width))
+            copies = [one] + [copied(one) for _ in range(max(1, min(8, ROTATE_BYTES // one.nbytes - 1)))]
+            for count, x in xs.items():
+                taken = rounded.plan_of(count, out, width, one.group > 0, num_processors(x.device))
+                plans = [taken, *fitting_plans(count, out, width, one.group > 0, num_processors(x.device))]
+                with compile_ahead():
+                    for plan in plans:
+                        round_and_multiply(x, one, plan)
+                times = {
+                    plan: timed([lambda x=x, p=p, plan=plan: round_and_multiply(x, p, plan) for p in copies])
+                    for plan in plans
+                }
+                library = ""
+                if not one.group:
+                    us = timed([lambda x=x, p=p: round_and_scaled_mm(x, p) for p in copies])
+                    library = f", library {us:.1f}"
+                floor = (one.nbytes + 2 * count * (out + width)) / bandwidth * 1e6
+                print(
+                    f"{shape} {form} rows {count}: floor {floor:.1f}, bf16 {bf16[count]:.1f}{library}, taken {times[taken]:.1f} "
+                    f"{tuple(taken)}",
+                    flush=True,
+                )
+                best = sorted(times, key=times.get)[:6]
+                print("   " + "; ".join(f"{times[plan]:.1f} {tuple(plan)}" for plan in best), flush=True)
+
+
+def fitting_plans(rows: int, out: int, width: int, grouped: bool, processors: int) -> list[rounded.Plan]:
+    """Of all combinations those with work for half of the processors or more, for less than eight times as many programs as there
+    are, with three turns each, and parts of y that are no more than W's own bytes."""
+    found = []
+    for (n, warps), turn, parts, stages in itertools.product(
+        ((64, 4), (64, 8), (128, 4), (128, 8), (256, 8)), (128, 256), (1, 2, 3, 4, 6, 8), (3, 4, 6)
+    ):
+        programs, block_m = -(-out // n) * parts, min(rows, rounded.TILE)
+        fits = (n + block_m) * turn * stages <= shared_memory(torch.device("cuda")) - 4096
+        if grouped and (turn != rounded.GROUP or n * block_m // warps > 2048):  # two sums of each number
+            continue
+        small = parts == 1 or 4 * parts * rows <= width
+        if fits and small and 2 * programs >= processors and programs < 8 * processors and width >= 3 * turn * parts:
+            found.append(rounded.Plan(n, turn, parts, warps, stages))
+    return found
 
 
 if __name__ == "__main__":

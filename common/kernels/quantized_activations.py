@@ -16,6 +16,8 @@ Bytes: out * in and its scales, x once in 16 bits and written and read in 8 bits
 quantized_row.py.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -102,23 +104,47 @@ def multiply(
     return (few_rows if len(x) <= FEW else many_rows)(x, x_scale, w, w_scale, share, dtype, bias)
 
 
-def few_rows(x, x_scale, w, w_scale, share: int, dtype: torch.dtype, bias=None) -> torch.Tensor:
+class Plan(NamedTuple):
+    """out: rows of W a program; turn: columns between two waits, GROUP where scales are of groups; parts: programs that share a row
+    of W; stages: turns on their way."""
+
+    out: int
+    turn: int
+    parts: int
+    warps: int
+    stages: int
+
+
+def plan_of(rows: int, out: int, width: int, grouped: bool, processors: int) -> Plan:
+    """bench_quantized.py --part tune-rounded tries others."""
+    block_m = _rows_of_a_program(rows)
+    block_n, warps, stages = (128, 8, 4) if out >= 8000 and block_m == TILE and not grouped else (64, 4, 3)
+    tiles = triton.cdiv(out, block_n) * triton.cdiv(rows, block_m)
+    return Plan(block_n, GROUP, parts_of(tiles, triton.cdiv(width, GROUP), rows * out, processors), warps, stages)
+
+
+def _rows_of_a_program(rows: int) -> int:
+    return min(max(triton.next_power_of_2(rows), 16), TILE)
+
+
+def few_rows(
+    x, x_scale, w, w_scale, share: int, dtype: torch.dtype, bias=None, plan: Plan | None = None
+) -> torch.Tensor:
     """As multiply; W is the left factor, and cut along `in` if it has few rows."""
     (rows, width), out = x.shape, len(w)
     y = torch.empty(rows, out, dtype=dtype, device=x.device)
-    block_m = min(max(triton.next_power_of_2(rows), 16), TILE)
     grouped = x_scale.shape[1] > 1 or len(w_scale) > 1
-    block_n, warps, stages = (128, 8, 4) if out >= 8000 and block_m == TILE and not grouped else (64, 4, 3)
-    grid = triton.cdiv(out, block_n), triton.cdiv(rows, block_m)
-    turns, processors = triton.cdiv(width, GROUP), num_processors(x.device)
-    turns_each = triton.cdiv(turns, parts_of(grid[0] * grid[1], turns, rows * out, processors))
+    block_m, plan = _rows_of_a_program(rows), plan or plan_of(rows, out, width, grouped, num_processors(x.device))
+    grid = triton.cdiv(out, plan.out), triton.cdiv(rows, block_m)
+    turns = triton.cdiv(width, plan.turn)
+    turns_each = triton.cdiv(turns, plan.parts)
     parts = triton.cdiv(turns, turns_each)
     part = torch.empty(parts, rows, out, dtype=torch.float32, device=x.device) if parts > 1 else y
     launch(
         _few_rows, (*grid, parts), x, x_scale, w, w_scale, x if bias is None else bias, y, part, counters(x.device), rows, out,
-        width, x_scale.shape[1], w_scale.shape[1], turns_each, BM=block_m, BN=block_n, BK=GROUP, SHARE=share,
+        width, x_scale.shape[1], w_scale.shape[1], turns_each, BM=block_m, BN=plan.out, BK=plan.turn, SHARE=share,
         GROUPED=grouped, X_GROUPED=x_scale.shape[1] > 1, CUT=parts > 1, BIAS=bias is not None,
-        num_warps=warps, num_stages=stages,
+        num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     return y
 

@@ -85,6 +85,27 @@ def test_products(rows, out, width, grouped, share, dtype):
         assert relative_error(got, want) < bound
 
 
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("rows", [3, 70])
+def test_every_plan_gives_the_same_products(rows, grouped, dtype):
+    from common.kernels import quantized_activations as kernels  # noqa: PLC0415
+
+    out, width = 140, 700
+    x, w = ((40 * torch.randn(n, width, device=DEVICE)).clamp(-127, 127).round().to(dtype) for n in (rows, out))
+    x_scale, w_scale = (torch.rand(shape, device=DEVICE) + 0.1 for shape in ((rows, 6), (6, out)))
+    if not grouped:
+        x_scale, w_scale = x_scale[:, :1].contiguous(), w_scale[:1]
+    taken = kernels.plan_of(rows, out, width, grouped, 132)
+    assert taken.turn == kernels.GROUP
+    want = kernels.few_rows(x, x_scale, w, w_scale, 1, torch.float32, plan=taken)
+    plans = [kernels.Plan(128, 128, 1, 4, 3), kernels.Plan(64, 128, 4, 8, 2)]
+    plans += [] if grouped else [kernels.Plan(64, 256, parts, 4, 3) for parts in (1, 2, 3)]
+    for plan in plans:
+        got = kernels.few_rows(x, x_scale, w, w_scale, 1, torch.float32, plan=plan)
+        assert relative_error(got, want) < (1e-3 if GPU and dtype == FP8 else 2e-6)
+
+
 @pytest.mark.parametrize("scheme", [
     Scheme("w8a8_int8", 8, "int", activations=Activations(8, "int")),
     pytest.param(Scheme("fp8", 8, "float", activations=Activations(8, "float")), marks=gpu),
