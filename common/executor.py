@@ -58,6 +58,7 @@ from common.sampling.draws import DrawnRows, Draws
 from common.sampling.logprobs import Logprobs
 from common.sampling.params import SamplingParams
 from common.sampling.sampler import sample
+from common.start_times import Laps
 from common.text.tokenizer import Tokenizer
 from common.tiny_qwen import DRAFTER_PATHS, TINY_QWEN_PATH
 from common.verify_step import Verifier, WaitingTree
@@ -108,6 +109,7 @@ class Executor:
     request gets does not depend on what else runs, on what is cached and on how its prompt is cut
     (common/layers/batch_invariant.py); `self.deterministic` says so to who gives out seeds and keeps pages. prefill_graph_tokens:
     prefills of so many tokens at most are CUDA graphs, too, where decode steps are (common/models/prefill_graphs.py); 0: none.
+    `self.start_seconds`: where the time of this start went (common/start_times.py).
     On a GPU `self.linear_choices` are what was measured of who multiplies (common/kernels/linear_choice.py); not if deterministic.
     Raises ValueError or FileNotFoundError, on every rank alike, for what cannot be run.
     """
@@ -125,6 +127,7 @@ class Executor:
         quantization: str | None = None, quantized_compute: str = "auto", torch_compile_max_bs: int | None = None,
         enable_deterministic_inference: bool = False, prefill_graph_tokens: int = PREFILL_GRAPH_TOKENS,
     ):  # fmt: skip
+        self.start_seconds = Laps()
         self.parallel = parallel or (ParallelState.of(tp) if tp else get_parallel_state(device))
         self.tp = self.parallel.tp  # inside the stage
         self.together = Together(self.parallel.replica.size)  # rank 0's: around each step
@@ -194,11 +197,13 @@ class Executor:
                 folder, self.tp, self.dtype, check_finite=check_finite, stage=self.stage, communicator=self.communicator,
                 moe=self.moe, quantization=quantization, quantized_compute=quantized_compute,
             )  # fmt: skip
+            self.start_seconds.lap("weights")
             if not skip_tokenizer_init and (tokenizer_path or Tokenizer.lies_in(other)):
                 self.tokenizer = Tokenizer(other)
         except (ValueError, FileNotFoundError) as one:
             error = one
         _refuse_together(error, self.parallel.replica)
+        self.start_seconds.lap("tokenizer")
         # what is measured may be measured otherwise the next time, and then the bits are others
         self.linear_forms = choose_forms(self.model, "row-major" if enable_deterministic_inference else None)
         if enable_deterministic_inference:
@@ -206,6 +211,7 @@ class Executor:
         if compiled:
             compiled.give_to(self.model.model)
             compiled.warm_up(self.model, self.dtype)
+        self.start_seconds.lap("forms")
         self.config: ModelConfig = self.model.config
         if lora and enable_two_batch_overlap:
             raise ValueError("enable_lora with enable_two_batch_overlap is not supported; use one of the two")
@@ -277,6 +283,7 @@ class Executor:
             if prefill_graph_tokens and self._plain_prefills(speculative):
                 reachable = min(SEATS * self.max_context, self.num_pages * page_size)  # tokens of a step
                 self.prefill_graphs = PrefillGraphs(*parts[:-1], min(prefill_graph_tokens, reachable), most)
+        self.start_seconds.lap("pages")
         if self.tp.device.type == "cuda":
             self._get_ready()
             if self.config.mixture:
@@ -657,11 +664,16 @@ class Executor:
                 for graphs in self.recorded:
                     graphs.rehearse()
                 linear_choice.rehearse(met)
+        self.start_seconds.lap("kernels")
         with nothing_collected():
             self.linear_choices = linear_choice.choose(met, self.tp)
+            self.start_seconds.lap("products")
             for graphs in self.recorded:
                 graphs.capture()
+        self.start_seconds.lap("graphs")
         self._warm_up()
+        torch.cuda.synchronize()
+        self.start_seconds.lap("warm-up")
 
     @torch.inference_mode()
     def _warm_up(self) -> None:

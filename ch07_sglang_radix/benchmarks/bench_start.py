@@ -38,8 +38,11 @@ for first in (1, 301):
     start = time.perf_counter()
     engine.generate(input_ids=list(range(first, first + 128)), sampling_params={"max_new_tokens": 1, "ignore_eos": True})
     times.append(1e3 * (time.perf_counter() - start))
+laps = engine.wrapper.start_seconds
 print(json.dumps({"s to the import's end": imported - began, "s to ready": ready - began,
-                  "first request ms": times[0], "second request ms": times[1]}))
+                  "first request ms": times[0], "second request ms": times[1],
+                  "s before the executor and after it": ready - imported - sum(laps.values())}
+                 | {f"s {what}": seconds for what, seconds in laps.items()}))
 """
 
 

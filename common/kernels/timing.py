@@ -1,8 +1,11 @@
 """How long kernels take on a GPU, without the CPU that launches them; and how fast its memory is."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
+
+from common.kernels.recording import record
 
 ROTATE_BYTES = 256 << 20  # of buffers used in turn, several times the L2 cache
 WARM_UPS = 3  # replays that do not count
@@ -26,8 +29,10 @@ def timed_in_turn(
     """Microseconds a call of each contender: its calls captured into one graph; the graphs are replayed in turn, and the median
     of so many replays counts. What the calls put out is lost. alike: what the first of them compiles or loads is enough for all."""
     graphs: list[torch.cuda.CUDAGraph] = []
+    stream = torch.cuda.Stream()
     for calls in contenders:
-        graphs.append(_recorded(calls, calls[:1] if alike else calls, graphs[0].pool() if graphs else None))
+        first, pool = calls[:1] if alike else calls, graphs[0].pool() if graphs else None
+        graphs.append(record(partial(_run, calls), partial(_run, first), stream, pool)[0])
     times: list[list[float]] = [[] for _ in graphs]
     for _ in range(WARM_UPS + replays):
         for graph, its in zip(graphs, times, strict=True):
@@ -42,15 +47,6 @@ def timed_in_turn(
     ]
 
 
-def _recorded(calls: list[Callable[[], object]], first: list[Callable[[], object]], pool=None) -> torch.cuda.CUDAGraph:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in first:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        for call in calls:
-            call()
-    return graph
+def _run(calls: list[Callable[[], object]]) -> None:
+    for call in calls:
+        call()

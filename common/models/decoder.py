@@ -160,6 +160,7 @@ class Decoder(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.communicator, self.stage = communicator, stage
+        self.some: frozenset[int] | None = None  # the layers that run, in a rehearsal (rehearsal.py); None: all of them
         self.placement = None  # of the experts
         if config.mixture:
             self.placement = moe.placement(config.num_layers, config.mixture, communicator.tp)
@@ -192,7 +193,10 @@ class Decoder(nn.Module):
         x, residual = (self.embed_tokens(input_ids, adapters) if hidden is None else hidden), None  # [T, D]
         x = self.communicator.scatter_from_attention(x, rows, "embed_tokens")
         rotary = self.rotary(positions, x.dtype)
-        for number, layer in zip(self.stage, islice(self.layers, self.stage.start, self.stage.stop), strict=True):
+        layers = zip(self.stage, islice(self.layers, self.stage.start, self.stage.stop), strict=True)
+        if self.some is not None and not entering:
+            layers = [one for one in layers if one[0] in self.some]
+        for number, layer in layers:
             if entering and number in entering:
                 entering[number] = self._entering(x, residual, number)
             x, residual = layer(x, residual, rotary, attention, rows, live, adapters)

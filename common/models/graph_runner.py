@@ -14,8 +14,9 @@ import bisect
 import gc
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,10 @@ from common.attention.kv_cache import PagedKVCache
 from common.attention.sequence_table import SequenceTable
 from common.distributed.ledger import LedgerEntry
 from common.distributed.transfer import copy_to
+from common.kernels.recording import record
 from common.layers.adapter_rows import AdapterBlocks
 from common.models.decoder import CausalLM
+from common.models.rehearsal import one_of_each_kind, some_layers
 
 SMALL_SIZES = (1, 2, 4)
 # (up to, step): 8, 16, 24, ... have at most 7 padding rows; the larger a batch is, the less a few more of them weigh, and each size
@@ -84,7 +87,7 @@ class StepGraphs(ABC):
             self.adapters = torch.zeros(most, dtype=torch.int64, device=cache.k.device)
         # by shape, and whether anybody has an adapter
         self._captured: dict[tuple[tuple[int, int], bool], _Captured] = {}
-        self._pool = None
+        self._pool = self._stream = None  # of all recordings
 
     @abstractmethod
     def _step(self, shape: tuple[int, int], adapters: AdapterBlocks | None = None) -> Any:
@@ -97,10 +100,21 @@ class StepGraphs(ABC):
     @torch.inference_mode()
     def rehearse(self) -> None:
         """Run the steps of all shapes once, of padding only; under `compile_ahead` that finds all their kernels."""
-        for shape in self.shapes:
-            self._pad(shape)
-            for adapters in self._with_and_without(shape):
-                self._step(shape, adapters)
+        with self._in_rehearsal():
+            for shape in self.shapes:
+                self._pad(shape)
+                for adapters in self._with_and_without(shape):
+                    self._step(shape, adapters)
+
+    def _in_rehearsal(self) -> AbstractContextManager[None]:
+        """Inside, steps are run for their launches alone."""
+        return some_layers(self.model, self._enough)
+
+    @cached_property
+    def _enough(self) -> frozenset[int] | None:
+        """Layers that a rehearsal needs; None: all of them."""
+        plain = not self.max_loras and len(set(self.cache.scales)) == 1
+        return one_of_each_kind(self.model) if plain else None
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -116,20 +130,24 @@ class StepGraphs(ABC):
             self._pad(shape)
             for adapters in self._with_and_without(shape):
                 self._captured[shape, adapters is not None] = self._record(shape, adapters)
+        torch.cuda.empty_cache()
 
     def _record(self, shape: tuple[int, int], adapters: AdapterBlocks | None) -> _Captured:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._step(shape, adapters)  # compiles kernels, lets libraries allocate what they keep
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with self.tp.ledger.recording() as ledger, torch.cuda.graph(graph, pool=self._pool):
-            out = self._step(shape, adapters)
+        def rehearsed() -> None:
+            with self._in_rehearsal():
+                self._step(shape, adapters)
+
+        def recorded() -> tuple[Any, list[LedgerEntry]]:
+            with self.tp.ledger.recording() as ledger:
+                out = self._step(shape, adapters)
+            messages = list(ledger.entries)
+            ledger.entries.clear()
+            return out, messages
+
+        self._stream = self._stream or torch.cuda.Stream()
+        graph, (out, messages) = record(recorded, rehearsed, self._stream, self._pool)
         self._pool = self._pool or graph.pool()
-        captured = _Captured(graph, out, list(ledger.entries))
-        ledger.entries.clear()
-        return captured
+        return _Captured(graph, out, messages)
 
     def _with_and_without(self, shape: tuple[int, int]) -> list[AdapterBlocks | None]:
         """Both that a step of this shape may be told of its adapters; without slots only that there are none."""
