@@ -187,6 +187,10 @@ class Executor:
         )
         pp = self.parallel.pp
         self.stage = Stage(pp.rank, pp.size, layer_partition(pp_layer_partition) if pp.size > 1 else None)
+        if self.tp.device.type == "cuda" and self.attention.capturable:
+            from common.kernels.launch import ask_the_compiler  # noqa: PLC0415, a CPU build of torch comes without Triton
+
+            ask_the_compiler(self.tp.device)
         error = compiled = None
         self.tokenizer = None  # token ids work without one
         other = resolve_model(tokenizer_path) if tokenizer_path else folder
@@ -659,7 +663,7 @@ class Executor:
         if self.attention.capturable:  # it is Triton's
             from common.kernels.launch import compile_ahead  # noqa: PLC0415, a CPU build of torch comes without Triton
 
-            with compile_ahead(), linear_choice.noting() as met:
+            with compile_ahead(self.parallel.world.size == 1), linear_choice.noting() as met:
                 self._warm_up()
                 for graphs in self.recorded:
                     graphs.rehearse()

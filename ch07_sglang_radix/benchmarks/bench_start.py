@@ -4,11 +4,17 @@
     python -m ch07_sglang_radix.benchmarks.bench_start --bundled --device cpu        the bundled model
 
 Each run is a process of its own; the first one finds no compiled kernel (TRITON_CACHE_DIR is an empty folder), the others find
-those of the first. Seconds are counted from the call that starts the process: the interpreter, imports, weights, kernels, graphs.
-The first request and the second have 128 other tokens, one token is asked for. Writes figures/bench_start_<device>.csv.
+those of the first. Seconds are counted from the call that starts the process: the interpreter, imports, weights, kernels, graphs;
+those of the executor's laps are named in common/start_times.py. The first request and the second have 128 other tokens, one token
+is asked for. Writes figures/bench_start_<device>.csv.
+
+An installed package has its modules' bytecode beside them. Where torch's is missing (a folder that nobody may write, or
+PYTHONDONTWRITEBYTECODE) each process compiles a thousand files anew: bytecode is then kept for the runs elsewhere, and one more run
+without tells what that costs.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -47,20 +53,35 @@ print(json.dumps({"s to the import's end": imported - began, "s to ready": ready
 
 
 def measure(folder: str, device: str, runs: int) -> list[dict[str, object]]:
-    rows = []
-    with tempfile.TemporaryDirectory() as cache:
+    missing = not Path(importlib.util.cache_from_source(torch.__file__)).is_file()
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    with tempfile.TemporaryDirectory() as bytecode, tempfile.TemporaryDirectory() as cache:
+        plain = os.environ | {"TRITON_CACHE_DIR": cache}
+        usual = plain
+        if missing:
+            usual = kept | {"TRITON_CACHE_DIR": cache, "PYTHONPYCACHEPREFIX": bytecode}
+            subprocess.run([sys.executable, "-c", "from ch07_sglang_radix import Engine"], env=usual, check=True)
+            if found := importlib.util.find_spec("triton"):  # much of it is imported where a kernel is compiled
+                folder_of = str(Path(found.origin).parent)
+                subprocess.run([sys.executable, "-m", "compileall", "-q", folder_of], env=usual, check=False)
+        rows = []
         for run in range(1, runs + 1):
-            command = [sys.executable, "-c", PROGRAM, str(time.time()), folder, device]
-            done = subprocess.run(
-                command, env=os.environ | {"TRITON_CACHE_DIR": cache}, capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                raise ValueError(f"the engine did not start: {done.stderr.strip().splitlines()[-1]}")
-            told = json.loads(done.stdout.splitlines()[-1])
-            row = {"model": Path(folder).name, "run": run, "kernels": "empty" if run == 1 else "there"}
-            rows.append(row | {name: round(value, 3) for name, value in told.items()})
-            print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+            rows.append(_one_start(folder, device, usual, run, "kept for this" if missing else "there"))
+        if missing:
+            rows.append(_one_start(folder, device, plain, runs + 1, "none"))
     return rows
+
+
+def _one_start(folder: str, device: str, environment: dict[str, str], run: int, bytecode: str) -> dict[str, object]:
+    command = [sys.executable, "-c", PROGRAM, str(time.time()), folder, device]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"the engine did not start: {done.stderr.strip().splitlines()[-1]}")
+    told = json.loads(done.stdout.splitlines()[-1])
+    row = {"model": Path(folder).name, "run": run, "kernels": "empty" if run == 1 else "there", "bytecode": bytecode}
+    row |= {name: round(value, 3) for name, value in told.items()}
+    print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    return row
 
 
 def main() -> None:

@@ -11,15 +11,17 @@ Without a GPU the kernels run in Triton's interpreter, one program after the oth
 and enough to see that they are right. `TRITON_INTERPRET=1` must be set before triton is imported.
 """
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from threading import Thread
 
 import torch
 import triton
 import triton.language as tl
+
+from common.kernels.compile_processes import Compiling, cores
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -74,6 +76,7 @@ def counters(device: torch.device) -> torch.Tensor:
         return torch.zeros(1 << 16, dtype=torch.int32, device=device)
 
 
+_asking: Thread | None = None  # from `ask_the_compiler` to `compile_ahead`
 _to_compile: set | None = None  # of the variants seen so far, inside `compile_ahead`
 
 
@@ -103,20 +106,49 @@ def _what_triton_asks(arg):
     return (arg == 1, arg % 16 == 0, arg >= 1 << 31) if isinstance(arg, int) else None
 
 
+def ask_the_compiler(device: torch.device) -> Thread:
+    """Begin with what Triton finds out before it looks for a compiled kernel: a digest of its own files, of 400 MB, the version of
+    ptxas, and its driver, which it compiles in C where that is not cached. Half a second that need not wait for weights.
+    `compile_ahead` waits for it."""
+    global _asking
+
+    def ask() -> None:
+        torch.cuda.set_device(device)
+        with suppress(Exception):  # who needs the answer asks again, and hears what is wrong
+            from triton.compiler.compiler import make_backend  # noqa: PLC0415, as triton_key: its place changes with versions
+            from triton.runtime.cache import triton_key  # noqa: PLC0415
+
+            make_backend(triton.runtime.driver.active.get_current_target()).hash()
+            triton_key()
+
+    _asking = Thread(target=ask, name="ask_the_compiler")
+    _asking.start()
+    return _asking
+
+
 @contextmanager
-def compile_ahead() -> Iterator[None]:
-    """Inside, `launch` runs nothing. What it would have to compile is compiled on all CPU cores at once."""
-    global _to_compile
-    device = torch.cuda.current_device()
-    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(device,)) as cores:
+def compile_ahead(alone: bool = False) -> Iterator[None]:
+    """Inside, `launch` runs nothing. What it would have to compile is compiled on all CPU cores at once, in processes if this one
+    is alone (compile_processes.py): what a library shares with other ranks or a NIC, a copy of the process must not hold."""
+    global _to_compile, _asking
+    if _asking:
+        _asking.join()
+        _asking = None
+    device, count = torch.cuda.current_device(), cores()
+    with ThreadPoolExecutor(count, initializer=torch.cuda.set_device, initargs=(device,)) as threads:
         _to_compile = set()
         try:
-            with triton.AsyncCompileMode(cores) as compiling:
-                yield
+            with Compiling(threads) as compiling:
+                try:
+                    yield
+                except BaseException:
+                    compiling.give_up()
+                    raise
+                compiling.compile_missing(count if alone else 1)
         finally:
             _to_compile = None
         # `run` compiles the function that launches a kernel, and loads it; else its first launch would
-        list(cores.map(lambda future: future.result().run, compiling.future_kernels.values()))
+        list(threads.map(lambda future: future.result().run, compiling.future_kernels.values()))
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Recording a CUDA graph, a hundred times at a start.
 
-`torch.cuda.graph` gives back, before each recording, all that the allocator keeps. What ran just before, on another stream, then has
-asked the driver for memory that the next one asks for again: milliseconds each. Here one stream does both, and whoever records
-gives back what is kept when all is recorded.
+`torch.cuda.graph` gives back, before each recording, all that the allocator keeps. What ran just before, on another stream, has
+then asked the driver for memory that the next one asks for again: milliseconds each. Here one stream does both, and whoever
+records gives back what is kept when all is recorded.
 """
 
 from collections.abc import Callable

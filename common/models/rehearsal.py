@@ -18,8 +18,8 @@ ALIGNMENT = 16  # bytes: Triton compiles a kernel anew for an address that is no
 def one_of_each_kind(model: CausalLM) -> frozenset[int] | None:
     """Numbers of layers that launch all that the others launch; None where that is not known and a rehearsal needs all of them.
 
-    Known are plain weights, attention with heads and an MLP, on a rank alone: what layers of experts or codes launch depends on more
-    than shapes, and ranks whose weights lie otherwise would rehearse other numbers of messages.
+    Known are plain weights, attention with heads and an MLP, on a rank alone: what layers of experts or codes launch depends on
+    more than shapes, and ranks whose weights lie otherwise would rehearse other numbers of messages.
     """
     config, between = model.config, model.communicator
     alone = model.tp.size == 1 and not model.tp.peers and between.parts == 1 and len(model.stage) == config.num_layers

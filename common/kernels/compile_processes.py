@@ -1,0 +1,124 @@
+"""Compiling kernels that no cache has, in processes.
+
+Triton walks a kernel's syntax tree in Python, and of a process's threads one at a time runs Python. So a start that finds many
+kernels missing forks a process a core. These take kernels as they get there, leave what they compile in Triton's cache, with the
+function in C that launches it, and end. The process that asked then finds both there, as on every later start; what a child could
+not compile it compiles itself, and says what is wrong.
+
+A child is a copy of a process that holds a GPU, and must not touch it: compiling needs its kind only, which is asked before.
+"""
+
+import gc
+import os
+import signal
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Executor, Future, wait
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+
+import triton
+from triton.runtime.cache import get_cache_manager
+
+FEW = 4  # missing kernels that are not worth processes
+PATIENCE_S = 120.0  # for children that do not end: a lock that another thread held at the fork, say
+NUMBER = 4  # bytes of a job's
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def is_cached(key: str) -> bool:
+    """Whether Triton's cache has a kernel with that key (compiler.py, get_cache_key)."""
+    folder = get_cache_manager(sha256(key.encode()).hexdigest()).cache_dir
+    return any(Path(folder).glob("__grp__*"))
+
+
+class Compiling(triton.AsyncCompileMode):
+    """Kernels that are cached are loaded on `cores` at once; for the others `compile_missing` says when."""
+
+    def __init__(self, cores: Executor):
+        super().__init__(self)
+        self._cores, self._is_cached = cores, True
+        self._loading: list[Future] = []
+        self._missing: list[tuple[Callable, Future]] = []
+
+    def submit(self, *asked):
+        """Triton's own, with (key, what compiles, what is told); it calls this one again, as its executor, with what compiles."""
+        if len(asked) == 1:
+            if self._is_cached:
+                self._loading.append(self._cores.submit(*asked))
+                return self._loading[-1]
+            self._missing.append((asked[0], Future()))
+            return self._missing[-1][1]
+        self._is_cached = is_cached(asked[0])
+        return super().submit(*asked)
+
+    def compile_missing(self, children: int) -> None:
+        if len(self._missing) > FEW and children > 1:
+            wait(self._loading)  # a copy of this process has none of its threads, and a lock that one held stays locked
+            driver = triton.runtime.driver.active
+            target = driver.get_current_target()
+
+            def compile_one(call: Callable) -> None:
+                driver.get_current_target = lambda: target
+                kernel = call()
+                driver.launcher_cls(kernel.src, kernel.metadata)
+
+            in_children([lambda call=call: compile_one(call) for call, _ in self._missing], children)
+        for call, future in self._missing:
+            self._cores.submit(_fulfil, future, call)
+
+    def give_up(self) -> None:
+        """Nobody waits for what has not been compiled."""
+        self.ignore_errors = True
+        for _, future in self._missing:
+            future.set_exception(CancelledError())
+
+
+def _fulfil(future: Future, call: Callable) -> None:
+    try:
+        future.set_result(call())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def in_children(jobs: Sequence[Callable[[], object]], count: int, patience_s: float = PATIENCE_S) -> None:
+    """Run each job in one of `count` copies of this process, for what it leaves in files; whoever is free takes the next one. What
+    a job raises is lost, and so are jobs that are not done after patience_s."""
+    todo, numbers = os.pipe()
+    os.write(numbers, b"".join(i.to_bytes(NUMBER, "little") for i in range(len(jobs))))
+    os.close(numbers)
+    children = []
+    try:
+        for _ in range(min(count, len(jobs))):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python's, about threads: a child waits for none
+                if not (child := os.fork()):
+                    _work(jobs, todo)
+            children.append(child)
+        until = time.monotonic() + patience_s
+        while children and time.monotonic() < until:
+            children = [child for child in children if os.waitpid(child, os.WNOHANG)[0] == 0]
+            time.sleep(0.002)
+    finally:
+        os.close(todo)
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+def _work(jobs: Sequence[Callable[[], object]], todo: int) -> None:
+    """What a child does. It leaves without a word: whatever ends with an interpreter is its parent's."""
+    try:
+        gc.disable()  # what lies about here is on a GPU
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        while number := os.read(todo, NUMBER):
+            with suppress(Exception):
+                jobs[int.from_bytes(number, "little")]()
+    finally:
+        os._exit(0)
