@@ -155,6 +155,7 @@ def test_a_demo_ends_in_one_line_whatever_happens(path):
 # what a room of common/ may stand on; kernels are Triton forms of what attention, layers and sampling define, which pick them
 ROOMS = {
     "values": set(),
+    "start_times": set(),
     "arguments": {"values"},
     "bounded": set(),
     "parallel_state": {"distributed"},
@@ -174,7 +175,7 @@ ROOMS = {
     "verify_step": {"attention", "distributed", "draft_tree", "models"},
     "executor": {
         "attention", "distributed", "draft_tree", "kernels", "layers", "models", "parallel_state", "pool_size", "quantization",
-        "sampling", "text", "tiny_qwen", "verify_step", "vision",
+        "sampling", "start_times", "text", "tiny_qwen", "verify_step", "vision",
     },
     "memory_occupation": {"attention", "distributed", "executor", "layers", "models"},
     "request": {"sampling", "text", "values"},

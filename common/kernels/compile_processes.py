@@ -8,23 +8,18 @@ not compile it compiles itself, and says what is wrong.
 A child is a copy of a process that holds a GPU, and must not touch it: compiling needs its kind only, which is asked before.
 """
 
-import gc
 import os
-import signal
-import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Executor, Future, wait
-from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
 import triton
 from triton.runtime.cache import get_cache_manager
 
+from common.kernels.children import in_children
+
 FEW = 4  # missing kernels that are not worth processes
-PATIENCE_S = 120.0  # for children that do not end: a lock that another thread held at the fork, say
-NUMBER = 4  # bytes of a job's
 
 
 def cores() -> int:
@@ -59,7 +54,7 @@ class Compiling(triton.AsyncCompileMode):
         return super().submit(*asked)
 
     def compile_missing(self, children: int) -> None:
-        if len(self._missing) > FEW and children > 1:
+        if len(self._missing) > FEW and children > 1 and hasattr(os, "fork"):
             wait(self._loading)  # a copy of this process has none of its threads, and a lock that one held stays locked
             driver = triton.runtime.driver.active
             target = driver.get_current_target()
@@ -85,40 +80,3 @@ def _fulfil(future: Future, call: Callable) -> None:
         future.set_result(call())
     except BaseException as error:
         future.set_exception(error)
-
-
-def in_children(jobs: Sequence[Callable[[], object]], count: int, patience_s: float = PATIENCE_S) -> None:
-    """Run each job in one of `count` copies of this process, for what it leaves in files; whoever is free takes the next one. What
-    a job raises is lost, and so are jobs that are not done after patience_s."""
-    todo, numbers = os.pipe()
-    os.write(numbers, b"".join(i.to_bytes(NUMBER, "little") for i in range(len(jobs))))
-    os.close(numbers)
-    children = []
-    try:
-        for _ in range(min(count, len(jobs))):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Python's, about threads: a child waits for none
-                if not (child := os.fork()):
-                    _work(jobs, todo)
-            children.append(child)
-        until = time.monotonic() + patience_s
-        while children and time.monotonic() < until:
-            children = [child for child in children if os.waitpid(child, os.WNOHANG)[0] == 0]
-            time.sleep(0.002)
-    finally:
-        os.close(todo)
-        for child in children:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-
-
-def _work(jobs: Sequence[Callable[[], object]], todo: int) -> None:
-    """What a child does. It leaves without a word: whatever ends with an interpreter is its parent's."""
-    try:
-        gc.disable()  # what lies about here is on a GPU
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        while number := os.read(todo, NUMBER):
-            with suppress(Exception):
-                jobs[int.from_bytes(number, "little")]()
-    finally:
-        os._exit(0)

@@ -1,0 +1,62 @@
+"""Jobs in copies of this process: each is done once, by whoever is free, and no child is left behind."""
+
+import os
+import time
+
+import pytest
+
+from common.kernels.children import in_children
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are copied on POSIX systems only")
+
+
+def left_by(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def no_child_is_left():
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def write(path):
+    path.with_name(f"{path.name}-{os.getpid()}").touch()
+
+
+def test_every_job_is_done_once_and_not_here(tmp_path):
+    jobs = [lambda i=i: write(tmp_path / f"{i:02d}") for i in range(40)]
+    in_children(jobs, 3)
+    names, pids = zip(*(name.split("-") for name in left_by(tmp_path)), strict=True)
+    assert list(names) == [f"{i:02d}" for i in range(40)]
+    assert str(os.getpid()) not in pids
+    no_child_is_left()
+
+
+def test_a_job_that_fails_takes_no_other_with_it(tmp_path):
+    def fail():
+        raise ValueError("no such kernel")
+
+    def die():
+        os._exit(3)
+
+    in_children([fail, die, *(lambda i=i: (tmp_path / str(i)).touch() for i in range(5))], 2)
+    assert left_by(tmp_path) == [str(i) for i in range(5)]
+    no_child_is_left()
+
+
+def test_nobody_waits_for_a_child_that_does_not_end(tmp_path):
+    jobs = [lambda: time.sleep(600), lambda: (tmp_path / "done").touch()]
+    began = time.monotonic()
+    in_children(jobs, 2, patience_s=2.0)
+    assert time.monotonic() - began < 60
+    assert left_by(tmp_path) == ["done"]
+    no_child_is_left()
+
+
+def test_no_room_for_children_is_no_error(tmp_path, monkeypatch):
+    def no_room():
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", no_room)
+    in_children([(tmp_path / "done").touch], 2)
+    assert left_by(tmp_path) == []  # whoever asked does it then
