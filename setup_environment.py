@@ -71,8 +71,9 @@ def by_pip(torch: str) -> None:
 
 
 def by_uv(torch: str, uv: str | Path = "uv") -> None:
-    command = [
-        uv, "pip", "install", "--quiet", "--python", in_venv("python"), "--torch-backend=auto", "-r", REQUIREMENTS,
+    command = [  # pip compiles what it installs; without, the first start does, and each one where it may not write
+        uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", in_venv("python"), "--torch-backend=auto", "-r",
+        REQUIREMENTS,
     ]  # fmt: skip
     env = {"UV_HTTP_RETRIES": "1"} | os.environ  # an index that cannot be reached should not cost minutes
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True, check=False)

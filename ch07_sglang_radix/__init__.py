@@ -11,7 +11,10 @@ __all__ = ["Engine"]
 def __getattr__(name: str) -> Any:
     """The engine brings torch and transformers, seconds on a cold disk: they come when it is asked for (PEP 562)."""
     if name == "Engine":
-        from ch07_sglang_radix.engine import Engine  # noqa: PLC0415
+        from common.start_times import imports_alone  # noqa: PLC0415
+
+        with imports_alone():
+            from ch07_sglang_radix.engine import Engine  # noqa: PLC0415
 
         return Engine
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

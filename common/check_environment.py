@@ -22,6 +22,10 @@ NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub
 LITTLE_MEMORY, LITTLE_DISK = 2e9, 1e9  # bytes that the tests and a small model want
 SMALL, LARGE = 896, 8 << 20  # bytes of a message: an all-reduce of one token of the bundled model; one of a long prompt
 GB = 1e9
+NO_BYTECODE = (
+    "none kept of torch: each start compiles a thousand files, for seconds; set PYTHONPYCACHEPREFIX to a folder, and leave "
+    "PYTHONDONTWRITEBYTECODE unset"
+)
 
 Row = tuple[str, str]
 
@@ -68,6 +72,8 @@ def machine(problems: list[str]) -> list[Row]:
     import psutil  # noqa: PLC0415, known to be there only now
     import torch  # noqa: PLC0415
 
+    from common.start_times import has_bytecode  # noqa: PLC0415
+
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(ROOT)
     if memory.available < LITTLE_MEMORY:
         problems.append(
@@ -82,6 +88,7 @@ def machine(problems: list[str]) -> list[Row]:
         ("cores", f"{cores()}, {psutil.cpu_count()} threads; a rank uses one"),
         ("memory", f"{memory.total / GB:.1f} GB, {memory.available / GB:.1f} free"),
         ("disk", f"{disk.free / GB:.1f} GB free at {ROOT}"),
+        ("bytecode", "kept" if has_bytecode(torch.__file__) else NO_BYTECODE),
         (
             "GPUs",
             ", ".join(f"{gpu.name} ({gpu.total_memory / GB:.0f} GB)" for gpu in gpus) or "none: ranks talk over gloo",

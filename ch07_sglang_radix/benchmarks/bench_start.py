@@ -28,6 +28,7 @@ import torch
 from common.distributed.launch import run_main
 from common.models.published_configs import shared_random_weights
 from common.parallel_state import initialize_tensor_parallel
+from common.start_times import has_bytecode
 from common.teaching.report import FIGURES, write_csv
 from common.tiny_qwen import TINY_QWEN_PATH
 
@@ -53,7 +54,7 @@ print(json.dumps({"s to the import's end": imported - began, "s to ready": ready
 
 
 def measure(folder: str, device: str, runs: int) -> list[dict[str, object]]:
-    missing = not Path(importlib.util.cache_from_source(torch.__file__)).is_file()
+    missing = not has_bytecode(torch.__file__)
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     with tempfile.TemporaryDirectory() as bytecode, tempfile.TemporaryDirectory() as cache:
         plain = os.environ | {"TRITON_CACHE_DIR": cache}

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common import check_environment
+from common import check_environment, start_times
 from common.distributed import probe
 from common.distributed.processes import RankFailure
 
@@ -63,6 +63,14 @@ def test_too_little_memory_and_disk_are_said(monkeypatch, capsys, no_speed):
         "not right: 1.5 GB of memory are free, 2 wanted; end other programs",
         "not right: 0.2 GB of disk are free, 1 wanted for a small model; make room",
     ]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_bytecode_that_each_start_makes_anew_is_said(monkeypatch, capsys, no_speed, kept):
+    monkeypatch.setattr(start_times, "has_bytecode", lambda file: kept)
+    check_environment.main()
+    said = re.search(r"^  bytecode +(.*)$", capsys.readouterr().out, re.MULTILINE)[1]
+    assert said == "kept" if kept else "set PYTHONPYCACHEPREFIX to a folder" in said
 
 
 def test_processes_that_cannot_talk_are_a_problem(monkeypatch):
