@@ -15,6 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import triton
+from triton.runtime._async_compile import active_mode
 from triton.runtime.cache import get_cache_manager
 
 from common.kernels.children import in_children
@@ -41,6 +42,14 @@ class Compiling(triton.AsyncCompileMode):
         self._cores, self._is_cached = cores, True
         self._loading: list[Future] = []
         self._missing: list[tuple[Callable, Future]] = []
+
+    def __exit__(self, *error) -> None:
+        try:
+            super().__exit__(*error)
+        finally:
+            active_mode.set(
+                None
+            )  # Triton's own stays active when a kernel cannot be compiled, and refuses the next one
 
     def submit(self, *asked):
         """Triton's own, with (key, what compiles, what is told); it calls this one again, as its executor, with what compiles."""
