@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from common.kernels.launch import launch, let_next_start, wait_for_previous
+from common.kernels.launch import cdiv, launch, let_next_start, next_power_of_2, wait_for_previous
 from common.kernels.merge import HEADS, Answers, shares
 
 BLOCK = 512
@@ -32,7 +32,7 @@ def push(x: torch.Tensor, inboxes: torch.Tensor, rounds: torch.Tensor, rank: int
     y = torch.empty_like(x)
     words = x.numel() * x.element_size() // 4
     launch(
-        _push, (triton.cdiv(words, BLOCK),), x.view(-1).view(torch.int32), y.view(-1).view(torch.int32), inboxes, rounds,
+        _push, (cdiv(words, BLOCK),), x.view(-1).view(torch.int32), y.view(-1).view(torch.int32), inboxes, rounds,
         words, RANK=rank, R=size, ROOM=room, HALF=x.dtype == torch.bfloat16, BLOCK=BLOCK,
     )  # fmt: skip
     return y
@@ -112,7 +112,7 @@ def push_add_norm(
     """
     y, total = torch.empty_like(x), torch.empty_like(x)
     width = x.shape[1] * x.element_size() // 4
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     words = [one.view(torch.int32) for one in (x, residual, weight, y, total)]
     launch(
         _push_add_norm, (len(x),), *words, eps, inboxes, rounds, RANK=rank, R=size, ROOM=room, D=x.shape[1], W=width,
@@ -155,7 +155,7 @@ def _push_add_norm(
 def letters(answers: Answers) -> int:
     """Room that `push_merge` needs in an inbox for one rank's."""
     batch, heads, d = answers.o.shape
-    return triton.cdiv(batch * heads, HEADS) * HEADS * (d * answers.o.element_size() // 4 + 1)
+    return cdiv(batch * heads, HEADS) * HEADS * (d * answers.o.element_size() // 4 + 1)
 
 
 def push_merge(
@@ -169,8 +169,8 @@ def push_merge(
     o, mine = torch.empty(answers.o.shape, dtype=answers.o.dtype, device=answers.o.device), answers.words
     width, rows = o.shape[2] * o.element_size() // 4, answers.lse.numel()
     launch(
-        _push_merge, (triton.cdiv(rows, HEADS),), mine, mine[answers.first :], o.view(-1).view(torch.int32), inboxes, rounds, rows,
-        RANK=rank, R=size, RP=triton.next_power_of_2(size), ROOM=room, W=width, BW=triton.next_power_of_2(width), BH=HEADS,
+        _push_merge, (cdiv(rows, HEADS),), mine, mine[answers.first :], o.view(-1).view(torch.int32), inboxes, rounds, rows,
+        RANK=rank, R=size, RP=next_power_of_2(size), ROOM=room, W=width, BW=next_power_of_2(width), BH=HEADS,
         HALF=o.dtype == torch.bfloat16,
     )  # fmt: skip
     return o

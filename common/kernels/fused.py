@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from common.kernels.launch import launch, let_next_start, wait_for_previous
+from common.kernels.launch import cdiv, launch, let_next_start, next_power_of_2, wait_for_previous
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -22,7 +22,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     rows = x.reshape(-1, size)
     y = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
     launch(
-        _rms_norm, (len(rows),), rows, rows, y, y, weight, eps, rows.stride(0), D=size, BD=triton.next_power_of_2(size),
+        _rms_norm, (len(rows),), rows, rows, y, y, weight, eps, rows.stride(0), D=size, BD=next_power_of_2(size),
         ADD=False, num_warps=_warps(size),
     )  # fmt: skip
     return y.view(x.shape)
@@ -32,14 +32,14 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
     """(norm(x + residual), x + residual), both [T, D], in one pass."""
     y, total, size = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
     launch(
-        _rms_norm, (len(x),), x, residual, y, total, weight, eps, x.stride(0), D=size, BD=triton.next_power_of_2(size),
+        _rms_norm, (len(x),), x, residual, y, total, weight, eps, x.stride(0), D=size, BD=next_power_of_2(size),
         ADD=True, num_warps=_warps(size),
     )  # fmt: skip
     return y, total
 
 
 def _warps(size: int) -> int:
-    return min(max(triton.next_power_of_2(size) // 256, 1), 16)
+    return min(max(next_power_of_2(size) // 256, 1), 16)
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """x [T, 2F/R] = (gate, up) -> silu(gate) * up [T, F/R]."""
     tokens, width = x.shape[0], x.shape[1] // 2
     y = torch.empty(tokens, width, dtype=x.dtype, device=x.device)
-    launch(_silu_and_mul, (tokens, triton.cdiv(width, 1024)), x, y, F=width, BLOCK=1024)
+    launch(_silu_and_mul, (tokens, cdiv(width, 1024)), x, y, F=width, BLOCK=1024)
     return y
 
 
@@ -99,7 +99,7 @@ def angles(positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype:
     """positions [T]; cos, sin [max_position, d/2] float32 -> cos, sin [T, 1, d] as RotaryEmbedding gives them."""
     half = cos.shape[1]
     c, s = (torch.empty(len(positions), 1, 2 * half, dtype=dtype, device=cos.device) for _ in range(2))
-    launch(_angles, (len(positions),), positions, cos, sin, c, s, HALF=half, BH=triton.next_power_of_2(half))
+    launch(_angles, (len(positions),), positions, cos, sin, c, s, HALF=half, BH=next_power_of_2(half))
     return c, s
 
 
@@ -127,11 +127,11 @@ def turn(q, k, cos, sin, q_weight=None, k_weight=None, eps: float = 0.0):
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     heads = q.shape[1] + k.shape[1]
-    block_h = min(triton.next_power_of_2(heads), 16)
+    block_h = min(next_power_of_2(heads), 16)
     launch(
-        _turn, (tokens, triton.cdiv(heads, block_h)), q, k, cos, sin, q if q_weight is None else q_weight,
+        _turn, (tokens, cdiv(heads, block_h)), q, k, cos, sin, q if q_weight is None else q_weight,
         k if k_weight is None else k_weight, q_out, k_out, eps, q.stride(0), k.stride(0), HQ=q.shape[1], HKV=k.shape[1],
-        D=d, BH=block_h, BD=triton.next_power_of_2(d), NORM=q_weight is not None,
+        D=d, BH=block_h, BD=next_power_of_2(d), NORM=q_weight is not None,
     )  # fmt: skip
     return q_out, k_out
 
@@ -170,7 +170,7 @@ def turned(heads, weights, cos, sin, i, live, eps, D: tl.constexpr, NORM: tl.con
 def embed(ids: torch.Tensor, weight: torch.Tensor, first: int) -> torch.Tensor:
     """ids [T]; weight [V/R, D], the rows first .. first + V/R - 1 -> [T, D], zeros where the row is another rank's."""
     x = torch.empty(len(ids), weight.shape[1], dtype=weight.dtype, device=weight.device)
-    grid = len(ids), triton.cdiv(weight.shape[1], 1024)
+    grid = len(ids), cdiv(weight.shape[1], 1024)
     launch(_embed, grid, ids, weight, x, first, len(weight), D=weight.shape[1], BLOCK=1024)
     return x
 

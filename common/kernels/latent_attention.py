@@ -21,7 +21,15 @@ from common.attention.kv_format import KVFormat
 from common.attention.latent import LatentNativeAttention
 from common.kernels.kv_rows import codes, kept_of, row_bits, scale_of_rows
 from common.kernels.latent_rows import absorb
-from common.kernels.launch import launch, let_next_start, num_processors, shared_memory, wait_for_previous
+from common.kernels.launch import (
+    cdiv,
+    launch,
+    let_next_start,
+    next_power_of_2,
+    num_processors,
+    shared_memory,
+    wait_for_previous,
+)
 from common.kernels.paged_attention import LOG2_E, _merge, _slots, merged
 
 MAX_SPLITS = 128  # there is one "head" of keys, so one context must be cut up finer to fill the chip
@@ -72,8 +80,8 @@ class LatentWorkspace:
     def __init__(self, q: torch.Tensor, rank: int):
         """q [B, H/R, c + r], rank c."""
         batch, heads, width = q.shape
-        self.heads = min(max(triton.next_power_of_2(heads), 16), 64) if q.dtype != torch.float32 else 16  # a program
-        programs, processors = batch * triton.cdiv(heads, self.heads), num_processors(q.device)
+        self.heads = min(max(next_power_of_2(heads), 16), 64) if q.dtype != torch.float32 else 16  # a program
+        programs, processors = batch * cdiv(heads, self.heads), num_processors(q.device)
         roomy = shared_memory(q.device) >= 3 * 64 * width * q.itemsize  # two turns of 64 rows, and the queries
         # rows a turn, turns on their way, warps
         if q.dtype == torch.float32:
@@ -93,7 +101,7 @@ class LatentWorkspace:
 
     def shape(self, heads: int) -> dict[str, int]:
         """What all kernels of a step must agree about."""
-        return dict(H=heads, C=self.rank, BC=max(16, triton.next_power_of_2(self.rank)), BN=self.block, LEAST=LEAST)
+        return dict(H=heads, C=self.rank, BC=max(16, next_power_of_2(self.rank)), BN=self.block, LEAST=LEAST)
 
 
 def decode(
@@ -107,10 +115,10 @@ def decode(
     (batch, heads, width), rank = q.shape, space.rank
     o = torch.empty(batch, heads, rank, dtype=q.dtype, device=q.device)
     launch(
-        _decode, (space.splits, triton.cdiv(heads, space.heads), batch), q, pages.k, kept_of(pages, form)[2], o, space.part,
+        _decode, (space.splits, cdiv(heads, space.heads), batch), q, pages.k, kept_of(pages, form)[2], o, space.part,
         space.lse, meta.slot_mapping, meta.page_table, meta.context_lens, meta.page_table.stride(0), q.stride(0), q.stride(1),
         scale * LOG2_E * pages.k_scale, pages.k_scale, space.splits, BITS=row_bits(form), P=meta.page_size, R=width - rank,
-        BR=max(16, triton.next_power_of_2(width - rank)), BH=space.heads, AHEAD=space.stages > 2, F32=q.dtype == torch.float32,
+        BR=max(16, next_power_of_2(width - rank)), BH=space.heads, AHEAD=space.stages > 2, F32=q.dtype == torch.float32,
         **space.shape(heads), num_warps=space.warps, num_stages=space.stages,
     )  # fmt: skip
     return o
@@ -138,7 +146,7 @@ def values(
         few = batch * heads <= num_processors(means.device)
         rows = 16 if few else 32
         launch(
-            _values, (triton.cdiv(dv, rows), heads, batch), means, space.part, space.lse, meta.context_lens, kv_b, o, space.splits,
+            _values, (cdiv(dv, rows), heads, batch), means, space.part, space.lse, meta.context_lens, kv_b, o, space.splits,
             kv_b.stride(0), N=dn, DV=dv, BD=rows, TOGETHER=8, **space.shape(heads), num_warps=4 if few else 8,
         )  # fmt: skip
         return o

@@ -18,7 +18,7 @@ import triton.language as tl
 from common.attention.kv_cache import LayerPages
 from common.attention.kv_format import KVFormat
 from common.kernels.kv_rows import encoded, kept_of, put, row_bits, scale_of
-from common.kernels.launch import launch, let_next_start, wait_for_previous
+from common.kernels.launch import cdiv, launch, let_next_start, next_power_of_2, wait_for_previous
 
 COLUMNS = 64  # of c a program of `absorb`
 TOKENS = 64  # a program of it at most
@@ -35,12 +35,12 @@ def absorb(
     (tokens, heads, key), c = q.shape, kv_b.shape[2]
     r = row.shape[1] - c
     out = torch.empty(tokens, heads, c + r, dtype=q.dtype, device=q.device)
-    block = min(max(triton.next_power_of_2(tokens), 16), TOKENS)
-    programs = tokens + triton.cdiv(tokens, block) * heads * triton.cdiv(c, COLUMNS)
+    block = min(max(next_power_of_2(tokens), 16), TOKENS)
+    programs = tokens + cdiv(tokens, block) * heads * cdiv(c, COLUMNS)
     launch(
         _absorb, (programs,), q, row, kv_b, out, pages.k, kept_of(pages, form)[2], slots, *_how(turning, q, row), tokens,
         q.stride(0), q.stride(1), row.stride(0), kv_b.stride(0), pages.k_scale, MOST=form.most, BITS=row_bits(form), H=heads,
-        N=key - r, C=c, R=r, BH=triton.next_power_of_2(heads), BM=block, BN=_block(key - r), BW=COLUMNS, BC=_block(c),
+        N=key - r, C=c, R=r, BH=next_power_of_2(heads), BM=block, BN=_block(key - r), BW=COLUMNS, BC=_block(c),
         BR=_block(r), F32=q.dtype == torch.float32, TURN=bool(turning), INTERLEAVED=bool(turning and turning.interleaved),
     )  # fmt: skip
     return out
@@ -52,7 +52,7 @@ def _how(turning, q, row) -> tuple:
 
 
 def _block(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    return max(16, next_power_of_2(size))
 
 
 @triton.jit
@@ -131,7 +131,7 @@ def turn(q: torch.Tensor, row: torch.Tensor, turning) -> tuple[torch.Tensor, tor
     q_out, row_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, row))
     r = row.shape[1] - c
     launch(
-        _turn, (tokens, triton.cdiv(heads, HEADS) + 1), q, row, q_out, row_out, *_how(turning, q, row), q.stride(0), q.stride(1),
+        _turn, (tokens, cdiv(heads, HEADS) + 1), q, row, q_out, row_out, *_how(turning, q, row), q.stride(0), q.stride(1),
         row.stride(0), H=heads, N=key - r, C=c, R=r, BH=HEADS, BK=_block(key), BC=_block(c), BR=_block(r),
         INTERLEAVED=turning.interleaved,
     )  # fmt: skip

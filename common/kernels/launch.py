@@ -48,6 +48,15 @@ if INTERPRETED:
     interpreter.InterpretedFunction.__call__ = _call
 
 
+def cdiv(x: int, y: int) -> int:
+    """x / y rounded up. Triton's own takes 2 us, at each of a few hundred launches of a step: it may be called in a kernel too."""
+    return -(-x // y)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (int(n) - 1).bit_length() if n > 0 else 0
+
+
 @cache
 def pdl() -> bool:
     """Can kernels on this GPU be launched before their predecessor has ended?"""

@@ -24,7 +24,16 @@ import triton
 import triton.language as tl
 
 from common.kernels.fused import silu_times
-from common.kernels.launch import counters, launch, let_next_start, num_processors, shared_memory, wait_for_previous
+from common.kernels.launch import (
+    cdiv,
+    counters,
+    launch,
+    let_next_start,
+    next_power_of_2,
+    num_processors,
+    shared_memory,
+    wait_for_previous,
+)
 
 LARGE = 1 << 24  # numbers of W: so many go through the tensor cores even for one row of x
 ROWS = 64  # of x a program at most, and of W where W is small
@@ -55,7 +64,7 @@ def one_row(
     block_n, block_k, warps = _blocks(whole, width)
     block_n = max(block_n, 2) if gated else block_n
     launch(
-        _one_row, (triton.cdiv(whole, block_n),), x, weight, weight if second is None else second,
+        _one_row, (cdiv(whole, block_n),), x, weight, weight if second is None else second,
         weight if bias is None else bias, y, y.shape[1], out, K=width, BN=block_n, BK=block_k, BIAS=bias is not None,
         TWO=second is not None, GATED=gated, num_warps=warps,
     )  # fmt: skip
@@ -108,14 +117,14 @@ def few_rows(
     """x [T, in/R], 16-bit floats -> [T, out/R]."""
     (rows, width), out = x.shape, len(weight)
     y = torch.empty(rows, out // 2 if gated else out, dtype=dtype or x.dtype, device=x.device)
-    block_m = min(max(triton.next_power_of_2(rows), 16), ROWS)
+    block_m = min(max(next_power_of_2(rows), 16), ROWS)
     block_n, block_k, warps = (128, 64, 8) if out >= WIDE and block_m == ROWS else (ROWS, 128, 4)
-    grid = triton.cdiv(out, block_n), triton.cdiv(rows, block_m)
-    tiles, turns, processors = grid[0] * grid[1], triton.cdiv(width, block_k), num_processors(x.device)
-    share = triton.cdiv(turns, max(min(processors // tiles, turns // 4, 8), 1))  # turns of a program
+    grid = cdiv(out, block_n), cdiv(rows, block_m)
+    tiles, turns, processors = grid[0] * grid[1], cdiv(width, block_k), num_processors(x.device)
+    share = cdiv(turns, max(min(processors // tiles, turns // 4, 8), 1))  # turns of a program
     room = shared_memory(x.device) // ((block_m + block_n) * block_k * x.element_size())
     stages = min(6 if tiles <= processors else 3, room)  # a processor runs one program, or several
-    parts = triton.cdiv(turns, share)
+    parts = cdiv(turns, share)
     part = torch.empty(parts, rows, out, dtype=torch.float32, device=x.device) if parts > 1 else y
     launch(
         _few_rows, (*grid, parts), x, weight, weight if bias is None else bias, y, part, counters(x.device), rows, y.shape[1],
@@ -147,11 +156,11 @@ def fixed_tile(rows: int, out: int, processors: int) -> Tile:
         return Tile(16, 16, 128, True, 4, 4) if out <= 2048 else Tile(16, 64, 128, False, 4, 4)
     if rows <= 64:
         return Tile(32 if rows <= 32 else 64, 32, 128, True, 4, 4)
-    if triton.cdiv(rows, 64) * triton.cdiv(out, 64) <= 4 * processors:
+    if cdiv(rows, 64) * cdiv(out, 64) <= 4 * processors:
         return Tile(64, 64, 64, False, 4, 4)
-    if triton.cdiv(rows, 128) * triton.cdiv(out, 64) <= 8 * processors:
+    if cdiv(rows, 128) * cdiv(out, 64) <= 8 * processors:
         return Tile(128, 64, 64, False, 4, 4)
-    if 2 * triton.cdiv(rows, 256) * triton.cdiv(out, 128) >= 3 * processors:
+    if 2 * cdiv(rows, 256) * cdiv(out, 128) >= 3 * processors:
         return Tile(256, 128, 64, False, 8, 3)
     return Tile(128, 128, 64, True, 8, 3)
 
@@ -169,7 +178,7 @@ def fixed_linear(
     y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
     tile = ONE_TILE_FLOAT32 if f32 else ONE_TILE if one_tile else fixed_tile(rows, out, num_processors(x.device))
     launch(
-        _fixed_rows, (triton.cdiv(out, tile.n) * triton.cdiv(rows, tile.m),), x, weight, weight if bias is None else bias, y, rows,
+        _fixed_rows, (cdiv(out, tile.n) * cdiv(rows, tile.m),), x, weight, weight if bias is None else bias, y, rows,
         out, width, x.stride(0), BM=tile.m, BN=tile.n, BK=tile.k, X_FIRST=tile.x_first, SIDE=max(TOGETHER // tile.m, 1),
         EVEN=width % tile.k == 0, F32=f32, BIAS=bias is not None, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

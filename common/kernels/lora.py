@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from common.kernels.launch import launch, let_next_start, shared_memory, wait_for_previous
+from common.kernels.launch import cdiv, launch, let_next_start, next_power_of_2, shared_memory, wait_for_previous
 
 FEW, MANY = 16, 64  # rows a block; a tensor core takes 16 at least
 LONG = 512  # rows of a step that has blocks of MANY
@@ -89,12 +89,12 @@ def shrink(
     cut = CUTS[block]
     tile, tile_r = cut.tile_in * 2 // x.element_size(), _tile(ranks, cut.shrink_ranks)
     # by the layer alone: what a row gets does not depend on who else is in the step, and _expand is compiled once
-    turns = triton.cdiv(width, cut.most_shares * tile)
-    shares = triton.cdiv(width, turns * tile)
+    turns = cdiv(width, cut.most_shares * tile)
+    shares = cdiv(width, turns * tile)
     room = shared_memory(x.device) // ((block + tile_r) * tile * x.element_size())
     h = torch.empty(shares, n * block, ranks, dtype=torch.float32, device=x.device)
     launch(
-        _shrink, (triton.cdiv(ranks, tile_r), shares, n), x, a, h, slots, rows, starts, len(x), x.stride(0), width, RANKS=ranks,
+        _shrink, (cdiv(ranks, tile_r), shares, n), x, a, h, slots, rows, starts, len(x), x.stride(0), width, RANKS=ranks,
         PARTS=starts.shape[1] - 1, BM=block, BR=tile_r, BK=tile, TURNS=turns, F32=x.dtype == torch.float32,
         num_warps=cut.shrink_warps * x.element_size() // 2, num_stages=min(STAGES, room),
     )  # fmt: skip
@@ -108,10 +108,10 @@ def expand(
     """y [T, out] += s B h; h as `shrink` gives it, b [slots, out, r_max], scales [slots, parts], sizes: columns of each part."""
     (n, block), (_, out, max_rank) = rows.shape, b.shape
     cut, three = CUTS[block], (*sizes, 0, 0)[:3]
-    columns, shares = cut.tile_out_wide if out > WIDE else cut.tile_out, triton.next_power_of_2(len(h))
+    columns, shares = cut.tile_out_wide if out > WIDE else cut.tile_out, next_power_of_2(len(h))
     tile_r = _tile(max_rank, max(min(AT_ONCE // (block * shares), MOST_RANKS), 16))
     launch(
-        _expand, (sum(triton.cdiv(size, columns) for size in sizes), n), h, b, y, slots, rows, starts, scales, len(y), y.stride(0),
+        _expand, (sum(cdiv(size, columns) for size in sizes), n), h, b, y, slots, rows, starts, scales, len(y), y.stride(0),
         SIZE0=three[0], SIZE1=three[1], SIZE2=three[2], SHARES=len(h), RANKS=h.shape[2], R=max_rank, PARTS=len(sizes), BM=block,
         BN=columns, BR=tile_r, BP=shares, STEP=math.gcd(*sizes, 16), F32=y.dtype == torch.float32, num_warps=cut.expand_warps,
         num_stages=1,  # tiles of ranks are few, and h in several stages does not fit into shared memory
@@ -119,7 +119,7 @@ def expand(
 
 
 def _tile(ranks: int, most: int) -> int:
-    return min(max(triton.next_power_of_2(ranks), 16), most)
+    return min(max(next_power_of_2(ranks), 16), most)
 
 
 @triton.jit(do_not_specialize=("tokens",))

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from common.kernels.launch import launch, let_next_start, wait_for_previous
+from common.kernels.launch import cdiv, launch, let_next_start, next_power_of_2, wait_for_previous
 
 
 def merge_into(o: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
@@ -16,8 +16,8 @@ def merge_into(o: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse:
     n, heads, d = o.shape
     launch(
         _merge_into, (n,), o, lse, part, part_lse, o.stride(0), o.stride(1), lse.stride(0), lse.stride(1), part.stride(0),
-        part.stride(1), part_lse.stride(0), part_lse.stride(1), H=heads, D=d, BH=triton.next_power_of_2(heads),
-        BD=triton.next_power_of_2(d), num_warps=4 if heads * d < 8192 else 8,
+        part.stride(1), part_lse.stride(0), part_lse.stride(1), H=heads, D=d, BH=next_power_of_2(heads),
+        BD=next_power_of_2(d), num_warps=4 if heads * d < 8192 else 8,
     )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ class Answers:
 
     def __init__(self, q: torch.Tensor):
         rows = q.shape[0] * q.shape[1]
-        first = _aligned(triton.cdiv(q.numel() * q.element_size(), 4))
+        first = _aligned(cdiv(q.numel() * q.element_size(), 4))
         self.words = torch.empty(first + _aligned(rows), dtype=torch.int32, device=q.device)
         self.first = first  # word of lse
         self.o = self.words[:first].view(q.dtype)[: q.numel()].view(q.shape)
@@ -65,7 +65,7 @@ class Answers:
 
 
 def _aligned(words: int) -> int:
-    return triton.cdiv(words, ALIGNED) * ALIGNED
+    return cdiv(words, ALIGNED) * ALIGNED
 
 
 def merge_answers(parts: torch.Tensor, like: Answers) -> torch.Tensor:
@@ -73,9 +73,9 @@ def merge_answers(parts: torch.Tensor, like: Answers) -> torch.Tensor:
     (batch, heads, d), dtype, n = like.o.shape, like.o.dtype, len(like.words)
     o, size = torch.empty(like.o.shape, dtype=dtype, device=parts.device), len(parts) // n
     launch(
-        _merge_answers, (triton.cdiv(batch * heads, HEADS),), parts.view(dtype), parts[like.first :].view(torch.float32), o,
-        batch * heads, n * 4 // dtype.itemsize, n, R=size, RP=triton.next_power_of_2(size), D=d,
-        BD=triton.next_power_of_2(d), BH=HEADS,
+        _merge_answers, (cdiv(batch * heads, HEADS),), parts.view(dtype), parts[like.first :].view(torch.float32), o,
+        batch * heads, n * 4 // dtype.itemsize, n, R=size, RP=next_power_of_2(size), D=d,
+        BD=next_power_of_2(d), BH=HEADS,
     )  # fmt: skip
     return o
 

@@ -26,7 +26,15 @@ import triton.language as tl
 
 from common.kernels import moe_gemv
 from common.kernels.expert_blocks import ExpertBlocks, most_blocks
-from common.kernels.launch import launch, let_next_start, num_processors, shared_memory, wait_for_previous
+from common.kernels.launch import (
+    cdiv,
+    launch,
+    let_next_start,
+    next_power_of_2,
+    num_processors,
+    shared_memory,
+    wait_for_previous,
+)
 
 CHUNK = 4096  # pairs that `_sort` looks at in one go
 
@@ -65,7 +73,7 @@ def tiles_for(
     if average >= 128:
         stages = min(4, room // (2 * 64 * (2 * 128 + 128)))
         return Tiles(128, Gemm(128, 64, 8, stages), Gemm(256, 64, 8, min(stages, 3)))
-    block = min(max(triton.next_power_of_2(int(1.5 * average)), 16), 64)
+    block = min(max(next_power_of_2(int(1.5 * average)), 16), 64)
     if block == 64:
         return Tiles(64, Gemm(128, 64, 8, 3), Gemm(128, 64, 8, 4))
     gate_up, down = Gemm(32, 128, 4, 4), Gemm(64, 128, 4, 4)
@@ -74,7 +82,7 @@ def tiles_for(
 
 def _narrow(gemm: Gemm, blocks: int, out: int, processors: int) -> Gemm:
     """Fewer rows of W a program until two programs a processor have work."""
-    while gemm.rows > 16 and blocks * triton.cdiv(out, gemm.rows) < 2 * processors:
+    while gemm.rows > 16 and blocks * cdiv(out, gemm.rows) < 2 * processors:
         gemm = replace(gemm, rows=gemm.rows // 2)
     return gemm
 
@@ -107,12 +115,12 @@ def run(
         (_down, tiles.down, hidden, (h, w2, y, weights)),
     ):
         launch(
-            kernel, (triton.cdiv(width, gemm.rows), len(blocks.experts)), *args, blocks.pairs, blocks.experts, blocks.count,
+            kernel, (cdiv(width, gemm.rows), len(blocks.experts)), *args, blocks.pairs, blocks.experts, blocks.count,
             pairs, **shape, BN=gemm.rows, BK=gemm.columns, num_warps=gemm.warps, num_stages=gemm.stages,
         )  # fmt: skip
     launch(
-        _sum, (tokens, triton.cdiv(hidden, 1024)), y, experts, out, out if added is None else added, TOP=top,
-        KP=triton.next_power_of_2(top), D=hidden, BLOCK=1024, ADDED=added is not None,
+        _sum, (tokens, cdiv(hidden, 1024)), y, experts, out, out if added is None else added, TOP=top,
+        KP=next_power_of_2(top), D=hidden, BLOCK=1024, ADDED=added is not None,
     )  # fmt: skip
     return out
 
@@ -127,9 +135,9 @@ def sort_by_expert(experts: torch.Tensor, num_experts: int, block: int) -> Exper
     order = torch.empty(most * block, dtype=torch.int32, device=device)
     owner = torch.empty(most, dtype=torch.int32, device=device)
     count = torch.empty(1, dtype=torch.int32, device=device)
-    chunk = min(max(triton.next_power_of_2(pairs), 128), CHUNK)
+    chunk = min(max(next_power_of_2(pairs), 128), CHUNK)
     launch(
-        _sort, (num_experts,), experts, order, owner, count, pairs, E=num_experts, EB=triton.next_power_of_2(num_experts + 1),
+        _sort, (num_experts,), experts, order, owner, count, pairs, E=num_experts, EB=next_power_of_2(num_experts + 1),
         BM=block, CHUNK=chunk, num_warps=4 if chunk <= 1024 else 8,
     )  # fmt: skip
     return ExpertBlocks(order, owner, count)

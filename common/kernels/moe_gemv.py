@@ -32,7 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
-from common.kernels.launch import launch, let_next_start, wait_for_previous
+from common.kernels.launch import cdiv, launch, let_next_start, next_power_of_2, wait_for_previous
 
 TOKENS = 4  # more of them share so many experts that moe.py, which reads each once, is as fast
 # tokens with which the shared expert goes along. Each reads it, and only the first from memory: four win 0.5 to 4 %, three 6
@@ -56,10 +56,10 @@ class Gemvs(NamedTuple):
 def gemvs_for(hidden: int, intermediate: int, slots: int, itemsize: int = 2) -> Gemvs:
     """Among the fastest of some 60 that were tried on an H100 at sizes of Qwen3-30B-A3B and DeepSeek-V2-Lite: 2 KiB of a row of
     gate and up a turn, 4 KiB of a row of w2 of all slots."""
-    columns, of_each = 2048 // itemsize, 4096 // (itemsize * triton.next_power_of_2(slots))
+    columns, of_each = 2048 // itemsize, 4096 // (itemsize * next_power_of_2(slots))
     return Gemvs(
-        Gemv(2, min(triton.next_power_of_2(hidden), columns), 2),
-        Gemv(16, min(triton.next_power_of_2(intermediate), max(of_each, 16)), 8),
+        Gemv(2, min(next_power_of_2(hidden), columns), 2),
+        Gemv(16, min(next_power_of_2(intermediate), max(of_each, 16)), 8),
     )
 
 
@@ -87,13 +87,13 @@ def run(
     out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
     sizes = dict(TOP=top, SHARED=more, D=hidden, F=intermediate)
     launch(
-        _gate_up, (tokens, (top + more) * triton.cdiv(intermediate, gate_up.rows)), x, w13, shared.w13 if shared else w13, h,
+        _gate_up, (tokens, (top + more) * cdiv(intermediate, gate_up.rows)), x, w13, shared.w13 if shared else w13, h,
         weights, weights if factor is None else factor, experts, x.stride(0), **sizes, FACTOR=factor is not None,
         BN=gate_up.rows, BK=gate_up.columns, num_warps=gate_up.warps,
     )  # fmt: skip
     launch(
-        _down, (tokens, triton.cdiv(hidden, down.rows)), h, w2, shared.w2 if shared else w2, out, experts,
-        out if added is None else added, **sizes, SLOTS=triton.next_power_of_2(top + more), BN=down.rows, BK=down.columns,
+        _down, (tokens, cdiv(hidden, down.rows)), h, w2, shared.w2 if shared else w2, out, experts,
+        out if added is None else added, **sizes, SLOTS=next_power_of_2(top + more), BN=down.rows, BK=down.columns,
         ADDED=added is not None, num_warps=down.warps,
     )  # fmt: skip
     return out

@@ -25,7 +25,15 @@ from common.attention.kv_cache import LayerPages, PagedKVCache
 from common.attention.kv_format import KVFormat
 from common.kernels.fused import turned
 from common.kernels.kv_rows import codes, encoded_row, kept_of, put, row_bits, scale_of_rows
-from common.kernels.launch import counters, launch, let_next_start, num_processors, wait_for_previous
+from common.kernels.launch import (
+    cdiv,
+    counters,
+    launch,
+    let_next_start,
+    next_power_of_2,
+    num_processors,
+    wait_for_previous,
+)
 
 MAX_SPLITS = 32  # parts of one context at most
 PROGRAMS_PER_PROCESSOR = 8  # of a decode step: a part is short enough that the longest context does not lag behind
@@ -104,12 +112,12 @@ def store_kv(k, v, pages: LayerPages, form: KVFormat, slot_mapping) -> None:
     if not form.coded:
         launch(
             _store_kv, (tokens,), k, v, pages.k, pages.v, slot_mapping, k.stride(0), v.stride(0), ROW=heads * d,
-            BLOCK=triton.next_power_of_2(heads * d),
+            BLOCK=next_power_of_2(heads * d),
         )  # fmt: skip
         return
     launch(
         _store_codes, (tokens, heads), k, v, *kept_of(pages, form), slot_mapping, k.stride(0), v.stride(0), pages.k_scale,
-        pages.v_scale, HKV=heads, D=d, BD=max(16, triton.next_power_of_2(d)), MOST=form.most, BITS=row_bits(form), num_warps=1,
+        pages.v_scale, HKV=heads, D=d, BD=max(16, next_power_of_2(d)), MOST=form.most, BITS=row_bits(form), num_warps=1,
     )  # fmt: skip
 
 
@@ -199,7 +207,7 @@ def decode(
         HKV=kv_heads,
         G=group,
         D=d,
-        BD=max(16, triton.next_power_of_2(d)),
+        BD=max(16, next_power_of_2(d)),
         F32=q.dtype == torch.float32,
         BITS=row_bits(form),
     )
@@ -218,8 +226,8 @@ def decode(
         _decode, (space.splits, kv_heads, batch), q, k, v, *kept, o, sums, space.part, space.lse, space.arrived,
         meta.slot_mapping, meta.page_table, meta.context_lens, tokens, cos, sin, q_weight, k_weight, eps,
         meta.page_table.stride(0), q.stride(0), k.stride(0), v.stride(0), scale, pages.k_scale, pages.v_scale,
-        space.splits, stride, space.least, MOST=form.most, GP=max(16, triton.next_power_of_2(group)),
-        PG=triton.next_power_of_2(group), TOGETHER=space.together,
+        space.splits, stride, space.least, MOST=form.most, GP=max(16, next_power_of_2(group)),
+        PG=next_power_of_2(group), TOGETHER=space.together,
         BN=space.block, PREFIX_SPLITS=space.prefix_splits, AHEAD=space.stages > 2, TURN=bool(turning), SPREAD=part is not None,
         NORM=bool(turning and turning.norms), num_warps=space.warps, num_stages=space.stages, **shape,
     )  # fmt: skip
@@ -420,12 +428,12 @@ def merged(
 def _node_rows(q, kv_heads: int, nodes: int) -> int:
     """Queries of a `nodes` program: the g query heads of a KV head for each of some nodes."""
     group = q.shape[1] // kv_heads
-    return max(16, triton.next_power_of_2(group), min(NODE_ROWS, triton.next_power_of_2(nodes * group)))
+    return max(16, next_power_of_2(group), min(NODE_ROWS, next_power_of_2(nodes * group)))
 
 
 def node_blocks(q, kv_heads: int, nodes: int) -> int:
     """Blocks that the nodes of a sequence make."""
-    return triton.cdiv(nodes, _node_rows(q, kv_heads, nodes) // (q.shape[1] // kv_heads))
+    return cdiv(nodes, _node_rows(q, kv_heads, nodes) // (q.shape[1] // kv_heads))
 
 
 def attend_nodes(
@@ -444,7 +452,7 @@ def attend_nodes(
         space.arrived, meta.page_table, meta.context_lens, window, meta.page_table.stride(0), q.stride(0), window.stride(0),
         d**-0.5 * LOG2_E * pages.k_scale, pages.v_scale, space.splits, space.splits, space.least,
         BITS=row_bits(form), NODES=nodes, BLOCKS=blocks, WIDTH=window.shape[1],
-        P=meta.page_size, HKV=kv_heads, G=group, PG=triton.next_power_of_2(group), D=d, BD=max(16, triton.next_power_of_2(d)),
+        P=meta.page_size, HKV=kv_heads, G=group, PG=next_power_of_2(group), D=d, BD=max(16, next_power_of_2(d)),
         BM=_node_rows(q, kv_heads, nodes), BN=32 if f32 else 64, TOGETHER=space.together, F32=f32, num_warps=4, num_stages=2,
     )  # fmt: skip
     return o
@@ -529,17 +537,17 @@ def extend(
     """
     (_, heads, d), kv_heads = q.shape, pages.k.shape[2]
     group = heads // kv_heads if fixed else 1
-    seats = triton.next_power_of_2(group)  # of a token in a block
+    seats = next_power_of_2(group)  # of a token in a block
     block_m = max(block_m, seats)
     tokens = block_m // seats
     o = (torch.zeros if meta.padded else torch.empty)(q.shape, dtype=q.dtype, device=q.device)
     longest = max_query_len + tokens - 1 if fixed else max_query_len  # with what stands before it in its block
-    grid = (triton.cdiv(longest, tokens), heads // group, len(meta.context_lens))
+    grid = (cdiv(longest, tokens), heads // group, len(meta.context_lens))
     launch(
         _extend, grid, q, *kept_of(pages, form), o, meta.page_table, meta.query_start, meta.context_lens,
         meta.page_table.stride(0), q.stride(0), d**-0.5 * LOG2_E * pages.k_scale, pages.v_scale,
         BITS=row_bits(form), P=meta.page_size,
-        H=heads, HKV=kv_heads, D=d, BD=max(16, triton.next_power_of_2(d)), BM=block_m, GROUP=group, SEATS=seats,
+        H=heads, HKV=kv_heads, D=d, BD=max(16, next_power_of_2(d)), BM=block_m, GROUP=group, SEATS=seats,
         BN=32 if q.dtype == torch.float32 else block_n,
         F32=q.dtype == torch.float32, FIXED=fixed, num_warps=warps, num_stages=stages,
     )  # fmt: skip

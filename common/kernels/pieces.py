@@ -14,7 +14,7 @@ from common.attention.context_table import Pieces
 from common.attention.kv_cache import LayerPages
 from common.attention.kv_format import KVFormat
 from common.kernels.kv_rows import codes, kept_of, row_bits, scale_of_rows
-from common.kernels.launch import launch, let_next_start, wait_for_previous
+from common.kernels.launch import cdiv, launch, let_next_start, next_power_of_2, wait_for_previous
 from common.kernels.paged_attention import LN_2, LOG2_E, _slots
 
 BLOCK = 64  # queries of a program; of float32 fewer, whose products are made of ordinary additions, all in registers
@@ -49,9 +49,9 @@ def _launch(o, lse, q, kept, lists, pieces: Pieces, kv_heads: int, page_size: in
     (_, heads, d), f32, numbers = q.shape, q.dtype == torch.float32, pieces.numbers
     block = BLOCK_32 if f32 else BLOCK
     launch(
-        _pieces, (triton.cdiv(pieces.longest, block), heads, numbers.shape[1]), q, *kept, o, lse, numbers, *lists,
+        _pieces, (cdiv(pieces.longest, block), heads, numbers.shape[1]), q, *kept, o, lse, numbers, *lists,
         numbers.stride(0), q.stride(0), d**-0.5 * LOG2_E * k_scale, v_scale, P=page_size, H=heads, HKV=kv_heads, D=d,
-        BD=max(16, triton.next_power_of_2(d)), BM=block, BN=32 if f32 else 64, F32=f32, BITS=bits, num_stages=2,
+        BD=max(16, next_power_of_2(d)), BM=block, BN=32 if f32 else 64, F32=f32, BITS=bits, num_stages=2,
     )  # fmt: skip
 
 

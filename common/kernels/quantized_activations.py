@@ -22,7 +22,15 @@ import torch
 import triton
 import triton.language as tl
 
-from common.kernels.launch import counters, launch, let_next_start, num_processors, wait_for_previous
+from common.kernels.launch import (
+    cdiv,
+    counters,
+    launch,
+    let_next_start,
+    next_power_of_2,
+    num_processors,
+    wait_for_previous,
+)
 from common.kernels.quantized_linear import parts_of
 
 GROUP = 128  # columns that share a scale, if not all
@@ -39,10 +47,10 @@ def round_rows(
     scale: of all of x, if it is known (static); what it makes larger than the largest code becomes the largest.
     """
     rows, width = x.shape
-    groups = triton.cdiv(width, GROUP) if grouped else 1
+    groups = cdiv(width, GROUP) if grouped else 1
     q = torch.empty(rows, width, dtype=dtype, device=x.device)
     scales = torch.empty(rows, groups, dtype=torch.float32, device=x.device)
-    block = GROUP if grouped else min(triton.next_power_of_2(width), CHUNK)
+    block = GROUP if grouped else min(next_power_of_2(width), CHUNK)
     launch(
         _round_rows, (rows, groups), x, q, scales, width, x.stride(0), 0.0 if scale is None else scale, LARGEST[dtype],
         GROUPED=grouped, STATIC=scale is not None, BLOCK=block, num_warps=1 if grouped else 8,
@@ -119,12 +127,12 @@ def plan_of(rows: int, out: int, width: int, grouped: bool, processors: int) -> 
     """bench_quantized.py --part tune-rounded tries others."""
     block_m = _rows_of_a_program(rows)
     block_n, warps, stages = (128, 8, 4) if out >= 8000 and block_m == TILE and not grouped else (64, 4, 3)
-    tiles = triton.cdiv(out, block_n) * triton.cdiv(rows, block_m)
-    return Plan(block_n, GROUP, parts_of(tiles, triton.cdiv(width, GROUP), rows * out, processors), warps, stages)
+    tiles = cdiv(out, block_n) * cdiv(rows, block_m)
+    return Plan(block_n, GROUP, parts_of(tiles, cdiv(width, GROUP), rows * out, processors), warps, stages)
 
 
 def _rows_of_a_program(rows: int) -> int:
-    return min(max(triton.next_power_of_2(rows), 16), TILE)
+    return min(max(next_power_of_2(rows), 16), TILE)
 
 
 def few_rows(
@@ -135,10 +143,10 @@ def few_rows(
     y = torch.empty(rows, out, dtype=dtype, device=x.device)
     grouped = x_scale.shape[1] > 1 or len(w_scale) > 1
     block_m, plan = _rows_of_a_program(rows), plan or plan_of(rows, out, width, grouped, num_processors(x.device))
-    grid = triton.cdiv(out, plan.out), triton.cdiv(rows, block_m)
-    turns = triton.cdiv(width, plan.turn)
-    turns_each = triton.cdiv(turns, plan.parts)
-    parts = triton.cdiv(turns, turns_each)
+    grid = cdiv(out, plan.out), cdiv(rows, block_m)
+    turns = cdiv(width, plan.turn)
+    turns_each = cdiv(turns, plan.parts)
+    parts = cdiv(turns, turns_each)
     part = torch.empty(parts, rows, out, dtype=torch.float32, device=x.device) if parts > 1 else y
     launch(
         _few_rows, (*grid, parts), x, x_scale, w, w_scale, x if bias is None else bias, y, part, counters(x.device), rows, out,
@@ -210,7 +218,7 @@ def many_rows(x, x_scale, w, w_scale, share: int, dtype: torch.dtype, bias=None)
         (64, 4, 3) if grouped else (128, 8, 4)
     )  # grouped: two sums of each number, one of them of a group
     launch(
-        _many_rows, (triton.cdiv(rows, block_m) * triton.cdiv(out, 128),), x, x_scale, w, w_scale, x if bias is None else bias, y,
+        _many_rows, (cdiv(rows, block_m) * cdiv(out, 128),), x, x_scale, w, w_scale, x if bias is None else bias, y,
         rows, out, width, x_scale.shape[1], w_scale.shape[1], BM=block_m, BN=128, BK=GROUP, SHARE=share, BESIDE=8,
         GROUPED=grouped, X_GROUPED=x_scale.shape[1] > 1, BIAS=bias is not None, num_warps=warps,
         num_stages=stages,

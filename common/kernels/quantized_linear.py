@@ -24,7 +24,16 @@ import triton
 import triton.language as tl
 
 from common.kernels import quantized_row
-from common.kernels.launch import INTERPRETED, counters, launch, let_next_start, num_processors, wait_for_previous
+from common.kernels.launch import (
+    INTERPRETED,
+    cdiv,
+    counters,
+    launch,
+    let_next_start,
+    next_power_of_2,
+    num_processors,
+    wait_for_previous,
+)
 from common.kernels.quantized_layout import ROWS, PackedCodes
 
 MANY = 128  # rows of x, from which on the library multiplies by dequantised weights
@@ -45,16 +54,16 @@ class Tiling:
 
 def tiling(rows: int, packed: PackedCodes, processors: int) -> Tiling:
     """Measured on an H100 (bench_quantized.py --part tune): small programs, many at a time, with few turns on their way each."""
-    block_m = min(max(triton.next_power_of_2(rows), 16), ROWS)
-    tiles = triton.cdiv(packed.out, ROWS) * triton.cdiv(rows, block_m)
-    parts = parts_of(tiles, triton.cdiv(packed.width, packed.turn), rows * packed.out, processors)
+    block_m = min(max(next_power_of_2(rows), 16), ROWS)
+    tiles = cdiv(packed.out, ROWS) * cdiv(rows, block_m)
+    parts = parts_of(tiles, cdiv(packed.width, packed.turn), rows * packed.out, processors)
     return Tiling(block_m, ROWS, parts, 4, 3)
 
 
 def parts_of(tiles: int, turns: int, numbers: int, processors: int) -> int:
     """How many programs share each of `tiles` of y, which has `numbers`: until eight a processor have work, of four turns at least.
     A part writes 4 bytes a number and reads them, into and from the L2 cache."""
-    return max(min(triton.cdiv(8 * processors, tiles), turns // 4, PART_BYTES // (8 * numbers), 8), 1)
+    return max(min(cdiv(8 * processors, tiles), turns // 4, PART_BYTES // (8 * numbers), 8), 1)
 
 
 def linear(
@@ -77,15 +86,15 @@ def few_rows(
     rows, out = len(x), packed.out
     plan = plan or tiling(rows, packed, num_processors(x.device))
     y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
-    grid = triton.cdiv(out, plan.out), triton.cdiv(rows, plan.rows)
-    turns = triton.cdiv(packed.width, packed.turn)
-    share = triton.cdiv(turns, plan.parts if grid[0] * grid[1] <= NO_PART else 1)  # turns of a program
-    parts = triton.cdiv(turns, share)
+    grid = cdiv(out, plan.out), cdiv(rows, plan.rows)
+    turns = cdiv(packed.width, packed.turn)
+    share = cdiv(turns, plan.parts if grid[0] * grid[1] <= NO_PART else 1)  # turns of a program
+    parts = cdiv(turns, share)
     part = torch.empty(parts, rows, out, dtype=torch.float32, device=x.device) if parts > 1 else y
     launch(
         _few_rows, (*grid, parts), x, packed.q, packed.scale, packed.scale if packed.zero is None else packed.zero,
         x if bias is None else bias, y, part, counters(x.device), rows, out, packed.width, x.stride(0), share,
-        triton.cdiv(out, packed.share), *_strides(packed), BM=plan.rows, BN=plan.out, TURN=packed.turn, GROUP=packed.group,
+        cdiv(out, packed.share), *_strides(packed), BM=plan.rows, BN=plan.out, TURN=packed.turn, GROUP=packed.group,
         SHARE=packed.share, BITS=packed.bits, OFFSET=packed.offset, ZERO=packed.zero is not None, E2M1=packed.e2m1,
         CUT=parts > 1, BIAS=bias is not None, INTERPRETED=INTERPRETED, num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
@@ -94,12 +103,12 @@ def few_rows(
 
 def dequantise(packed: PackedCodes, dtype: torch.dtype) -> torch.Tensor:
     """-> W [out, width], its columns in the order of the codes; float32 arithmetic, rounded to dtype once."""
-    turns = triton.cdiv(packed.width, packed.turn)
+    turns = cdiv(packed.width, packed.turn)
     w = torch.empty(packed.out, packed.width, dtype=dtype, device=packed.q.device)
     launch(
-        _dequantise, (triton.cdiv(packed.out, ROWS), turns), packed.q, packed.scale,
+        _dequantise, (cdiv(packed.out, ROWS), turns), packed.q, packed.scale,
         packed.scale if packed.zero is None else packed.zero, w, packed.out, packed.width,
-        triton.cdiv(packed.out, packed.share), *_strides(packed), BN=ROWS, TURN=packed.turn, GROUP=packed.group,
+        cdiv(packed.out, packed.share), *_strides(packed), BN=ROWS, TURN=packed.turn, GROUP=packed.group,
         SHARE=packed.share, BITS=packed.bits, OFFSET=packed.offset, ZERO=packed.zero is not None, E2M1=packed.e2m1,
     )  # fmt: skip
     return w

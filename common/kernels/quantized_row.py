@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 
 from common.kernels.fused import silu_times
-from common.kernels.launch import INTERPRETED, launch, let_next_start, wait_for_previous
+from common.kernels.launch import INTERPRETED, cdiv, launch, let_next_start, wait_for_previous
 from common.kernels.quantized_layout import ROWS, TURN, PackedCodes
 
 WIDE = 8000  # rows of a W that keeps the whole chip busy with few turns at a time
@@ -78,9 +78,9 @@ def one_row(
     y = torch.empty(1, out // 2 if gated else out, dtype=x.dtype, device=x.device)
     plan = plan or work(packed)
     launch(
-        _one_row, (triton.cdiv(out, plan.deep * plan.beside),), x.view(torch.int64), packed.q.view(torch.int32), packed.scale,
+        _one_row, (cdiv(out, plan.deep * plan.beside),), x.view(torch.int64), packed.q.view(torch.int32), packed.scale,
         packed.scale if packed.zero is None else packed.zero, x if bias is None else bias, y, y.shape[1], packed.width,
-        triton.cdiv(out, packed.share), *_strides(packed), DTYPE=TRITON[x.dtype], R=plan.deep,
+        cdiv(out, packed.share), *_strides(packed), DTYPE=TRITON[x.dtype], R=plan.deep,
         T=plan.turns * TURN // packed.turn, N=plan.beside, TURN=packed.turn, GROUP=packed.group, SHARE=packed.share,
         BITS=packed.bits, FP8=packed.q.dtype == torch.float8_e4m3fn, OFFSET=packed.offset, ZERO=packed.zero is not None,
         BIAS=bias is not None, GATED=gated, WHOLE=packed.width % packed.turn == 0,

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from common.kernels.fused import normed, silu_times
-from common.kernels.launch import launch, let_next_start, wait_for_previous
+from common.kernels.launch import cdiv, launch, let_next_start, next_power_of_2, wait_for_previous
 from common.kernels.quantized_activations import GROUP, LARGEST, codes_of, scale_of
 from common.quantization.rounded_rows import RoundedRows, Rounding
 
@@ -43,7 +43,7 @@ def add_rms_norm(
 def _norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, rounding: Rounding):
     (rows, size), total = x.shape, x if residual is None else torch.empty_like(x)
     y = _empty(rows, size, x, rounding)
-    block = max(triton.next_power_of_2(size), GROUP if rounding.grouped else 1)
+    block = max(next_power_of_2(size), GROUP if rounding.grouped else 1)
     launch(
         _norm_and_round, (rows,), x, x if residual is None else residual, x if y.x is None else y.x, total, y.codes, y.scales,
         weight, eps, rounding.given, LARGEST[rounding.dtype], x.stride(0), D=size, BD=block, ADD=residual is not None,
@@ -56,8 +56,8 @@ def silu_and_mul(x: torch.Tensor, rounding: Rounding) -> RoundedRows:
     """x [T, 2F/R] = (gate, up) -> silu(gate) * up [T, F/R], as codes."""
     rows, width = x.shape[0], x.shape[1] // 2
     y = _empty(rows, width, x, rounding)
-    block = min(max(triton.next_power_of_2(width), GROUP), PIECE if rounding.grouped else CHUNK)
-    chunks = triton.cdiv(width, block)
+    block = min(max(next_power_of_2(width), GROUP), PIECE if rounding.grouped else CHUNK)
+    chunks = cdiv(width, block)
     launch(
         _silu_and_round, (rows, chunks if rounding.grouped else 1), x, x if y.x is None else y.x, y.codes, y.scales, rounding.given,
         LARGEST[rounding.dtype], F=width, BLOCK=block, CHUNKS=1 if rounding.grouped else chunks, KEEP=rounding.keep,
@@ -67,7 +67,7 @@ def silu_and_mul(x: torch.Tensor, rounding: Rounding) -> RoundedRows:
 
 
 def _empty(rows: int, width: int, x: torch.Tensor, rounding: Rounding) -> RoundedRows:
-    groups = triton.cdiv(width, GROUP) if rounding.grouped else 1
+    groups = cdiv(width, GROUP) if rounding.grouped else 1
     return RoundedRows(
         torch.empty(rows, width, dtype=rounding.dtype, device=x.device),
         torch.empty(rows, groups, dtype=torch.float32, device=x.device),

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from common.kernels.launch import launch, let_next_start, room, wait_for_previous
+from common.kernels.launch import launch, let_next_start, next_power_of_2, room, wait_for_previous
 
 
 def choose(
@@ -23,8 +23,8 @@ def choose(
     experts = room(tokens, rule.top_k, dtype=torch.int64, device=logits.device)
     launch(
         _choose, (tokens,), logits, logits if bias is None else bias, logits if live is None else live, weights, experts,
-        logits.stride(0), rule.scaling, E=num_experts, EB=triton.next_power_of_2(num_experts), K=rule.top_k,
-        KP=triton.next_power_of_2(rule.top_k), GROUPS=rule.groups, CHOSEN=rule.chosen_groups, TWO=rule.group_score == "two_best",
+        logits.stride(0), rule.scaling, E=num_experts, EB=next_power_of_2(num_experts), K=rule.top_k,
+        KP=next_power_of_2(rule.top_k), GROUPS=rule.groups, CHOSEN=rule.chosen_groups, TWO=rule.group_score == "two_best",
         SIGMOID=rule.scores == "sigmoid",
         NORMALISE=rule.normalise, BIAS=bias is not None, LIVE=live is not None, num_warps=1 if num_experts <= 128 else 2,
     )  # fmt: skip

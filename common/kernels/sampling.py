@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from common.kernels.draws import crossing, truncates, uniform, weights
-from common.kernels.launch import launch, let_next_start, wait_for_previous
+from common.kernels.launch import cdiv, launch, let_next_start, next_power_of_2, wait_for_previous
 from common.kernels.truncation import mass_above, narrow, shortlist
 
 CHUNK = 2048  # tokens a program of `scan` looks at
@@ -35,7 +35,7 @@ def sample(logits: torch.Tensor, batch) -> tuple[torch.Tensor, torch.Tensor]:
     """
     rows, vocab = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    device, chunks, stride = logits.device, triton.cdiv(vocab, CHUNK), logits.stride(0)
+    device, chunks, stride = logits.device, cdiv(vocab, CHUNK), logits.stride(0)
     tokens = torch.empty(2, rows, dtype=torch.int64, device=device)
     best = torch.empty(rows, chunks, dtype=torch.float32, device=device)
     best_at = torch.empty(rows, chunks, dtype=torch.int32, device=device)
@@ -53,7 +53,7 @@ def sample(logits: torch.Tensor, batch) -> tuple[torch.Tensor, torch.Tensor]:
         limit, quota = _truncate(logits, batch, columns, numbers, best, mass, ties, part_best, tokens)
     launch(
         _pick, (rows,), logits, columns, numbers, limit, quota, best, best_at, mass, ties, tokens, rows, batch.advanced,
-        vocab, chunks, stride, CHUNKS=triton.next_power_of_2(chunks), CHUNK=CHUNK, GREEDY=batch.all_greedy,
+        vocab, chunks, stride, CHUNKS=next_power_of_2(chunks), CHUNK=CHUNK, GREEDY=batch.all_greedy,
     )  # fmt: skip
     return tokens[0], tokens[1]
 
@@ -66,7 +66,7 @@ def _truncate(
     A quota of 0: `tokens` has the row's token already.
     """
     (rows, vocab), chunks, device = logits.shape, best.shape[1], logits.device
-    half, padded, stride = logits.dtype == torch.bfloat16, triton.next_power_of_2(chunks), logits.stride(0)
+    half, padded, stride = logits.dtype == torch.bfloat16, next_power_of_2(chunks), logits.stride(0)
     # which searches there may be: for the k-th best token, for the one where the mass reaches top-p
     turns_each = 4 if half else 8  # 16 ** 4 keys, and 16 ** 8
     mass_from = turns_each * (batch.largest_top_k > KEEP)

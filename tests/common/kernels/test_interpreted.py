@@ -101,3 +101,13 @@ def test_linear(rows, dtype):
     exact = linear.linear(x, weight, bias, torch.float32)
     assert exact.dtype == torch.float32
     assert relative_error(exact, want) < 1e-6
+
+
+def test_numbers_of_programs_are_those_of_triton():
+    import triton  # noqa: PLC0415
+
+    from common.kernels.launch import cdiv, next_power_of_2  # noqa: PLC0415
+
+    for n in (*range(70), 127, 128, 129, 4096, 151_936):
+        assert next_power_of_2(n) == triton.next_power_of_2(n)
+        assert [cdiv(n, by) for by in (1, 3, 64)] == [triton.cdiv(n, by) for by in (1, 3, 64)]
