@@ -94,6 +94,7 @@ def test_a_uv_that_can_is_all_there_is(setup, monkeypatch, capsys):
     noted = answers(setup, monkeypatch)
     setup.by_own_uv("torch==2.13.0")
     assert [command[-1] for command in noted] == ["uv", str(ROOT / "requirements.txt")]
+    assert "--compile-bytecode" in noted[-1]  # as pip does
     assert capsys.readouterr().out == ""
 
 

@@ -14,7 +14,9 @@ NUMBER = 4  # bytes of a job's
 
 def in_children(jobs: Sequence[Callable[[], object]], count: int, patience_s: float = PATIENCE_S) -> None:
     """Run each job in one of `count` copies of this process, for what it leaves in files; whoever is free takes the next one. What
-    a job raises is lost, and so are jobs that are not done after patience_s."""
+    a job raises is lost, and so are jobs that are not done after patience_s. Elsewhere than on POSIX systems nothing happens."""
+    if os.name != "posix":
+        return
     todo, numbers = os.pipe()
     os.write(numbers, b"".join(i.to_bytes(NUMBER, "little") for i in range(len(jobs))))
     os.close(numbers)
@@ -43,6 +45,8 @@ def in_children(jobs: Sequence[Callable[[], object]], count: int, patience_s: fl
 
 def _work(jobs: Sequence[Callable[[], object]], todo: int) -> None:
     """What a child does. It leaves without a word: whatever ends with an interpreter is its parent's."""
+    if os.name != "posix":
+        return
     try:
         gc.disable()  # what lies about here is on a GPU
         signal.signal(signal.SIGINT, signal.SIG_DFL)

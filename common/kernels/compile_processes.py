@@ -9,6 +9,7 @@ A child is a copy of a process that holds a GPU, and must not touch it: compilin
 """
 
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Executor, Future, wait
 from hashlib import sha256
@@ -25,7 +26,9 @@ FEW = 4  # missing kernels that are not worth processes
 
 def cores() -> int:
     """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def is_cached(key: str) -> bool:
@@ -63,7 +66,7 @@ class Compiling(triton.AsyncCompileMode):
         return super().submit(*asked)
 
     def compile_missing(self, children: int) -> None:
-        if len(self._missing) > FEW and children > 1 and hasattr(os, "fork"):
+        if len(self._missing) > FEW and children > 1:
             wait(self._loading)  # a copy of this process has none of its threads, and a lock that one held stays locked
             driver = triton.runtime.driver.active
             target = driver.get_current_target()
