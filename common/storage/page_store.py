@@ -1,6 +1,8 @@
 """Pages in files: the tier below the host's memory. A file holds one page of one rank, and proves that it does.
 
-    "KVPG" version key (32 bytes) two lengths  |  text: the form of a page  |  payload  |  SHA-256 of all before
+    "KVPG" version key (32 bytes) two lengths  |  text: the form of a page  |  payload  |  checksum of all before
+
+A page is read in one call, straight to where it belongs, with what stands before and behind it (scatter); checksum: checksum.py.
 
 Written under a name that nobody looks for, then renamed: a file has its name when it is whole, or never. Whoever is killed in the
 middle leaves a file that nobody reads, and that is removed later. A crash of the whole machine may leave a named file without its
@@ -23,7 +25,9 @@ from hashlib import sha256
 from itertools import count
 from pathlib import Path
 
-MAGIC, VERSION = b"KVPG", 1
+from common.storage.checksum import LENGTH, checksum
+
+MAGIC, VERSION = b"KVPG", 2
 HEAD = struct.Struct("<4sI32sIQ")
 END, PART = ".kv", ".part"  # of a page's file, and of one that is being written
 ABANDONED_S = 600  # a file that has been written for so long is nobody's any more
@@ -88,12 +92,10 @@ class PageStore:
             if path.exists():
                 os.utime(path)
                 return True
-            digest = sha256()
+            head = HEAD.pack(MAGIC, VERSION, key, len(self.form), length) + self.form
             with open(part, "xb") as file:
-                for piece in (HEAD.pack(MAGIC, VERSION, key, len(self.form), length), self.form, *payload):
-                    digest.update(piece)
+                for piece in (head, *payload, checksum(head, payload)):
                     file.write(piece)
-                file.write(digest.digest())
                 size = file.tell()
             os.replace(part, path)
         except OSError:  # the disk is full, or another system holds the name for its reader
@@ -114,11 +116,12 @@ class PageStore:
         except OSError:  # not there; or this process may open no more files, a reason to compute, and none to remove it
             return False
         try:
-            with open(descriptor, "rb", buffering=0) as file:
-                whole = _holds(file, wanted + self.form, into)
-                old = time.time() - os.fstat(file.fileno()).st_mtime > FRESH_S
+            whole = _holds(descriptor, wanted + self.form, into)
+            old = time.time() - os.fstat(descriptor).st_mtime > FRESH_S
         except OSError:
             whole = False
+        finally:
+            os.close(descriptor)
         if not whole:
             self._count("damaged")
             with suppress(OSError):
@@ -168,16 +171,39 @@ class PageStore:
             total -= size
 
 
-def _holds(file, head: bytes, into: Sequence[memoryview]) -> bool:
+def _holds(descriptor: int, head: bytes, into: Sequence[memoryview]) -> bool:
     """Is this the head, as much payload as there is room for, and the checksum of both, and then the end?"""
-    if file.read(len(head)) != head:
-        return False
-    digest = sha256(head)
-    for buffer in into:
-        at = 0
-        while at < len(buffer):
-            if not (n := file.readinto(buffer[at:])):
-                return False
-            at += n
-        digest.update(buffer)
-    return file.read(33) == digest.digest()
+    first, last = bytearray(len(head)), bytearray(LENGTH + 1)  # a byte more than there should be
+    buffers = [memoryview(first), *into, memoryview(last)]
+    wanted = sum(map(len, buffers)) - 1
+    got = _scatter(descriptor, buffers)
+    while got < wanted:  # the end of the file, most likely; or a system that gives less than it has
+        more = _scatter(descriptor, _behind(buffers, got))
+        if not more:
+            return False
+        got += more
+    return got == wanted and first == head and last[:LENGTH] == checksum(head, into)
+
+
+def _behind(buffers: Sequence[memoryview], at: int) -> list[memoryview]:
+    """What of them comes behind their first `at` bytes."""
+    rest = []
+    for buffer in buffers:
+        rest += [buffer[at:]] if at < len(buffer) else []
+        at = max(at - len(buffer), 0)
+    return rest
+
+
+def _one_after_another(descriptor: int, buffers: Sequence[memoryview]) -> int:
+    """What readv does, where the system has none: fill these buffers from where the file stands; how many bytes it were."""
+    got = 0
+    for buffer in buffers:
+        data = os.read(descriptor, len(buffer))
+        buffer[: len(data)] = data
+        got += len(data)
+        if len(data) < len(buffer):
+            break
+    return got
+
+
+_scatter = getattr(os, "readv", _one_after_another)
