@@ -1,7 +1,9 @@
-"""What an evicted prefix costs: the first token of a long prompt that is computed, or comes from the device, the host, a disk.
+"""What an evicted prefix costs: the first token of a long prompt that is computed, or comes from the device, the host, a disk; and
+what it costs others, who write their answers meanwhile.
 
     python -m ch07_sglang_radix.benchmarks.bench_tiers                    CPU: Qwen2.5-0.5B, float32, 1,024 tokens; 4 minutes
     python -m ch07_sglang_radix.benchmarks.bench_tiers --device cuda      GPU: Qwen2.5-7B, bfloat16, 16,384 tokens; 2 minutes
+    ... --part beside                                                     the others' part alone; --part alone: without it
 
 Weights and prompts are random. The pool holds one prompt and a little more: each new one evicts the last. In every round a
 prompt is
@@ -16,7 +18,15 @@ that write files have come to rest. The files are in a folder in --dir (by defau
 still lie in the operating system's memory when they are read: then this measures files, checksums and the way through both tiers,
 and not a disk. The goal on a GPU: host at most 0.2 and disk at most 0.5 of computed.
 
-Writes figures/tiers_<device>.csv.
+Beside others: 8 requests write tokens, one a step each. A step's time is from the end of the last one to its own, and only steps
+that do nothing else count, in which
+
+    nobody         comes
+    from host      the long prompt has been queued, and its pages are copied from the host: until its own first step
+    from files     the same, after a flush: they are read from files first, and then copied
+    to files       a new prompt has just been computed: until its pages have been copied to the host and written to files
+
+Writes figures/tiers_<device>.csv and figures/tiers_beside_<device>.csv.
 """
 
 import argparse
@@ -25,26 +35,36 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ch07_sglang_radix import Engine
+from ch07_sglang_radix.quantization.hicache import HiCache
+from ch07_sglang_radix.scheduler import TPScheduler
 from common.distributed.launch import run_main
 from common.models.published_configs import shared_random_weights
 from common.parallel_state import TPGroup
+from common.sampling.params import SamplingParams
 from common.teaching.report import FIGURES, write_csv
 from common.teaching.show import table
 
 MODELS = {"cpu": ("Qwen2.5-0.5B", 1024), "cuda": ("Qwen2.5-7B", 16384)}
 PAGE, VOCABULARY = 16, 150_000
 WAYS = ("computed", "device", "host", "disk")
+BESIDE = ("nobody", "from host", "from files", "to files")
+RUNNING, STARTED, STEPS = 8, 4 * PAGE, 64  # who writes meanwhile, after so many tokens; steps that are timed with nobody beside
+MOST = 2048  # tokens of an answer; whoever loads for longer is timed as far as that
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--part", choices=("alone", "beside"), help="one part only; without it both")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dir", type=Path, help="where the pages' files go, in a folder that is removed at the end")
     parser.add_argument("--out", type=Path, default=FIGURES, help="folder for the CSV")
@@ -53,25 +73,33 @@ def main() -> None:
         raise ValueError("--device cuda needs an NVIDIA GPU, and there is none; use --device cpu")
     name, tokens = MODELS[args.device]
     folder = shared_random_weights(name, TPGroup(device=torch.device(args.device)))
-    rows = measure(str(folder), args.device, tokens, args.rounds, args.dir)
-    for row in rows:
-        row["model"] = name
-    table(tuple(rows[0]), [tuple(row.values()) for row in rows])
-    write_csv(rows, args.out / f"tiers_{args.device}.csv")
+    parts = {"alone": ("tiers", measure), "beside": ("tiers_beside", measure_beside)}
+    for file, part in parts.values() if args.part is None else (parts[args.part],):
+        rows = part(str(folder), args.device, tokens, args.rounds, args.dir)
+        for row in rows:
+            row["model"] = name
+        table(tuple(rows[0]), [tuple(row.values()) for row in rows])
+        write_csv(rows, args.out / f"{file}_{args.device}.csv")
 
 
 def measure(
     model: str, device: str, tokens: int, rounds: int, where: Path | None = None, vocabulary: int = VOCABULARY
 ) -> list[dict[str, Any]]:
     """A row for each way; the median of the rounds, the first one not counted."""
+    with _engine(model, device, tokens + 4 * PAGE, where) as engine:
+        return _rows(engine, tokens, rounds, vocabulary)
+
+
+@contextmanager
+def _engine(model: str, device: str, room: int, where: Path | None) -> Iterator[Engine]:
     files = tempfile.mkdtemp(prefix="tiers-", dir=where)
     engine = Engine(
-        model, device=device, page_size=PAGE, max_total_tokens=tokens + 4 * PAGE, skip_tokenizer_init=True, random_seed=0,
+        model, device=device, page_size=PAGE, max_total_tokens=room, skip_tokenizer_init=True, random_seed=0,
         enable_hierarchical_cache=True, hicache_ratio=3, hicache_storage_backend="file", hicache_storage_dir=files,
         hicache_storage_prefetch_policy="wait_complete", hicache_storage_quota=100,
     )  # fmt: skip
     try:
-        return _rows(engine, tokens, rounds, vocabulary)
+        yield engine
     finally:
         engine.shutdown()
         shutil.rmtree(files, ignore_errors=True)
@@ -82,8 +110,7 @@ def _rows(engine: Engine, tokens: int, rounds: int, vocabulary: int) -> list[dic
     tiers = engine.scheduler.tiers
 
     def at_rest(prompt: list[int]) -> tuple[float, int, dict[str, int]]:
-        while tiers.controller.storage.backlog:
-            time.sleep(0.01)
+        _come_to_rest(tiers)
         return ask(engine, prompt)
 
     for _ in range(rounds + 1):
@@ -119,6 +146,105 @@ def ask(engine: Engine, prompt: list[int]) -> tuple[float, int, dict[str, int]]:
     began = time.perf_counter()
     meta = engine.generate(input_ids=prompt, sampling_params={"max_new_tokens": 1, "ignore_eos": True})["meta_info"]
     return time.perf_counter() - began, meta["cached_tokens"], meta.get("cached_tokens_details", {})
+
+
+# --- beside others
+
+
+@dataclass
+class Case:
+    """Seconds of each step of the others, and of all that went on beside them, in each round."""
+
+    steps: list[float] = field(default_factory=list)
+    lasted: list[float] = field(default_factory=list)
+
+    def row(self, alone: float) -> dict[str, Any]:
+        """No times of a step if there was none: a CPU has made its copy before the next one begins."""
+        there = self.steps or [float("nan")]
+        median, ms = statistics.median(there), lambda seconds: round(seconds * 1e3, 2) if self.steps else ""
+        return {
+            "lasts ms": round(statistics.median(self.lasted) * 1e3, 1), "steps": len(self.steps), "ms a step": ms(median),
+            "of nobody": round(median / alone, 2) if self.steps else "", "mean ms": ms(statistics.mean(there)),
+            "longest ms": ms(max(there)),
+        }  # fmt: skip
+
+
+def measure_beside(
+    model: str, device: str, tokens: int, rounds: int, where: Path | None = None, vocabulary: int = VOCABULARY,
+    most: int = MOST,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for each case; the steps of all rounds, but for the first one's."""
+    draw = random.Random(0)
+
+    def a_prompt(length: int) -> list[int]:
+        return [draw.randrange(vocabulary) for _ in range(length)]
+
+    with _engine(model, device, tokens + 4 * PAGE + RUNNING * (STARTED + most), where) as engine:
+        for number in range(rounds + 1):
+            if number < 2:
+                cases = {case: Case() for case in BESIDE}
+            for case, found in cases.items():
+                _beside(engine, case, a_prompt(tokens), [a_prompt(STARTED) for _ in range(RUNNING)], most, found)
+        size = engine.scheduler.tiers.controller.pool.page_bytes * tokens // PAGE
+    alone = statistics.median(cases["nobody"].steps)
+    same = {"tokens": tokens, "MB": round(size / 1e6, 1)}
+    return [{"beside": case} | same | found.row(alone) for case, found in cases.items()]
+
+
+def _beside(engine: Engine, case: str, prompt: list[int], others: list[list[int]], most: int, found: Case) -> None:
+    scheduler, tiers = engine.scheduler, engine.scheduler.tiers
+    if case.startswith("from"):
+        ask(engine, prompt)
+        _come_to_rest(tiers)
+        if case == "from host":
+            scheduler.tree.evict(scheduler.pool.size)
+        else:
+            engine.flush_cache()
+    for one in others:
+        _queue(scheduler, one, most)
+    for _ in range(2 * RUNNING + STEPS):  # all have begun, and a GPU's clocks are as they stay
+        scheduler.step()
+    _come_to_rest(tiers)
+    if case == "nobody":
+        _time(scheduler, iter([True] * (STEPS - 1) + [False]).__next__, found)
+    else:
+        _queue(scheduler, prompt, 2)
+        mine = scheduler.waiting[-1]
+        if case == "to files":
+            while not mine.finish_reason:
+                scheduler.step()
+            controller = tiers.controller
+            _time(scheduler, lambda: controller.pool.done() < controller.newest or controller.storage.backlog > 0, found)
+        else:
+            _time(scheduler, lambda: mine in scheduler.waiting, found)
+            tier = "host" if case == "from host" else "storage"
+            if mine.cached_below.get(tier, 0) < len(prompt) - PAGE:
+                raise ValueError(f"{case}: of {len(prompt)} tokens {mine.cached_below} came from there")
+    scheduler.drop_all()
+
+
+def _queue(scheduler: TPScheduler, ids: list[int], tokens: int) -> None:
+    scheduler.add_request(input_ids=ids, sampling_params=SamplingParams(max_new_tokens=tokens, ignore_eos=True))
+
+
+def _come_to_rest(tiers: HiCache) -> None:
+    while tiers.controller.storage.backlog:
+        time.sleep(0.01)
+
+
+def _time(scheduler: TPScheduler, goes_on: Callable[[], bool], found: Case) -> None:
+    """Step until it has ended, and at least once."""
+    began = last = time.perf_counter()
+    while True:
+        counts = dict(scheduler.steps)
+        scheduler.step()
+        now = time.perf_counter()
+        if scheduler.steps["decode"] > counts["decode"] and scheduler.steps["prefill"] == counts["prefill"]:
+            found.steps.append(now - last)
+        last = now
+        if not goes_on():
+            found.lasted.append(now - began)
+            return
 
 
 if __name__ == "__main__":

@@ -63,8 +63,9 @@ class HostKVPool:
     def store(self, ticket: int, device_pages: np.ndarray, host_pages: np.ndarray) -> None:
         """device_pages [n] -> host_pages [n]."""
         with self._copying(ticket):
+            all_ids = upload(device_pages, self.device)  # once: pieces of pinned memory are few, and steps need them, too
             for some in self._chunks(len(host_pages)):
-                ids, runs = upload(device_pages[some], self.device), list(_runs(host_pages[some]))
+                ids, runs = all_ids[some], list(_runs(host_pages[some]))
                 for host, pages in zip(self.parts, self.cache.tensors, strict=True):
                     rows = _as_words(pages).index_select(2, ids).movedim(2, 0).flatten(1).view(torch.uint8)
                     for at, first, count in runs:
@@ -74,8 +75,9 @@ class HostKVPool:
     def load(self, ticket: int, host_pages: np.ndarray, device_pages: np.ndarray) -> None:
         """host_pages [n] -> device_pages [n], which nobody uses."""
         with self._copying(ticket):
+            all_ids = upload(device_pages, self.device)  # once: pieces of pinned memory are few, and steps need them, too
             for some in self._chunks(len(host_pages)):
-                ids, runs = upload(device_pages[some], self.device), list(_runs(host_pages[some]))
+                ids, runs = all_ids[some], list(_runs(host_pages[some]))
                 for host, pages in zip(self.parts, self.cache.tensors, strict=True):
                     rows = host.new_empty(len(ids), host.shape[1], device=self.device)
                     for at, first, count in runs:
