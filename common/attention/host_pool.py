@@ -62,6 +62,7 @@ class HostKVPool:
     @torch.no_grad()
     def store(self, ticket: int, device_pages: np.ndarray, host_pages: np.ndarray) -> None:
         """device_pages [n] -> host_pages [n]."""
+        device_pages, host_pages = _side_by_side(device_pages, host_pages)
         with self._copying(ticket):
             all_ids = upload(device_pages, self.device)  # once: pieces of pinned memory are few, and steps need them, too
             for some in self._chunks(len(host_pages)):
@@ -74,6 +75,7 @@ class HostKVPool:
     @torch.no_grad()
     def load(self, ticket: int, host_pages: np.ndarray, device_pages: np.ndarray) -> None:
         """host_pages [n] -> device_pages [n], which nobody uses."""
+        device_pages, host_pages = _side_by_side(device_pages, host_pages)
         with self._copying(ticket):
             all_ids = upload(device_pages, self.device)  # once: pieces of pinned memory are few, and steps need them, too
             for some in self._chunks(len(host_pages)):
@@ -125,6 +127,12 @@ class HostKVPool:
 def _as_words(pages: torch.Tensor) -> torch.Tensor:
     """The same memory in words as wide as they fit: what moves bytes need not know what they mean."""
     return pages.view(torch.int64 if pages.shape[-1] * pages.element_size() % 8 == 0 else torch.uint8)
+
+
+def _side_by_side(device_pages: np.ndarray, host_pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same pairs in the order of the host's pages: a stack of free pages gives them out backwards, each a run of its own."""
+    order = np.argsort(host_pages)
+    return device_pages[order], host_pages[order]
 
 
 def _runs(pages: np.ndarray) -> Iterator[tuple[int, int, int]]:
