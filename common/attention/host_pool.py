@@ -64,7 +64,9 @@ class HostKVPool:
         """device_pages [n] -> host_pages [n]."""
         device_pages, host_pages = _side_by_side(device_pages, host_pages)
         with self._copying(ticket):
-            all_ids = upload(device_pages, self.device)  # once: pieces of pinned memory are few, and steps need them, too
+            all_ids = upload(
+                device_pages, self.device
+            )  # once: pieces of pinned memory are few, and steps need them, too
             for some in self._chunks(len(host_pages)):
                 ids, runs = all_ids[some], list(_runs(host_pages[some]))
                 for host, pages in zip(self.parts, self.cache.tensors, strict=True):
@@ -77,7 +79,9 @@ class HostKVPool:
         """host_pages [n] -> device_pages [n], which nobody uses."""
         device_pages, host_pages = _side_by_side(device_pages, host_pages)
         with self._copying(ticket):
-            all_ids = upload(device_pages, self.device)  # once: pieces of pinned memory are few, and steps need them, too
+            all_ids = upload(
+                device_pages, self.device
+            )  # once: pieces of pinned memory are few, and steps need them, too
             for some in self._chunks(len(host_pages)):
                 ids, runs = all_ids[some], list(_runs(host_pages[some]))
                 for host, pages in zip(self.parts, self.cache.tensors, strict=True):

@@ -8,13 +8,15 @@ import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from common.storage.page_store import ABANDONED_S, PageStore
+from common.storage import page_store
+from common.storage.page_store import ABANDONED_S, HEAD, MAGIC, PageStore
 
 FORM = "float32 [(4, 2, 16, 1, 32)]"
 PARTS = [bytes(range(200)), b"scales"]
@@ -72,6 +74,64 @@ def test_no_damage_is_served(tmp_path_factory, data):
     path.write_bytes({"turn": bytes(turned), "cut": whole[:at], "append": whole + b"x"}[how])
     assert read(store, b"k") is None
     assert (store.damaged, path.exists()) == (1, False)
+    store.write(b"k", views())
+    assert read(store, b"k") == PARTS
+
+
+LARGE = [bytes(range(256)) * 300, b"scales" * 20, bytes(40_000)]
+
+
+@given(data=st.data())
+def test_no_damage_of_a_page_with_rows_is_served(tmp_path_factory, data):
+    store = a_store(tmp_path_factory.mktemp("pages"))
+    store.write(b"k", views(LARGE))
+    assert read(store, b"k", LARGE) == LARGE
+    path = store.path(b"k")
+    whole = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, len(whole) - 1))
+    zeros = data.draw(st.booleans())
+    if zeros:  # from here on, as after a crash of the machine
+        whole[at:] = bytes(len(whole) - at)
+    else:
+        whole[at] ^= 1 << data.draw(st.integers(0, 7))
+    assume(whole != path.read_bytes())
+    path.write_bytes(whole)
+    assert read(store, b"k", LARGE) is None
+    assert (store.damaged, path.exists()) == (1, False)
+
+
+@pytest.mark.parametrize("most", [1, 7, 100, 1 << 20])
+def test_a_system_that_gives_less_than_it_has_is_asked_again(tmp_path, monkeypatch, most):
+    store = a_store(tmp_path)
+    store.write(b"k", views())
+
+    def a_little(descriptor, buffers):
+        return page_store._one_after_another(descriptor, [buffers[0][:most]])
+
+    monkeypatch.setattr(page_store, "_scatter", a_little)
+    assert read(store, b"k") == PARTS
+    os.truncate(store.path(b"k"), 250)
+    assert read(store, b"k") is None
+    assert store.damaged == 1
+
+
+def test_where_nothing_scatters_buffers_are_filled_one_after_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(page_store, "_scatter", page_store._one_after_another)
+    store = a_store(tmp_path)
+    store.write(b"k", views(LARGE))
+    assert read(store, b"k", LARGE) == LARGE
+    with store.path(b"k").open("ab") as file:
+        file.write(b"x")
+    assert read(store, b"k", LARGE) is None
+
+
+def test_a_file_of_an_earlier_version_is_not_read(tmp_path):
+    store = a_store(tmp_path)
+    head = HEAD.pack(MAGIC, 1, store.key(b"k"), len(FORM), sum(map(len, PARTS))) + FORM.encode()
+    everything = head + b"".join(PARTS)
+    store.path(b"k").write_bytes(everything + sha256(everything).digest())
+    assert read(store, b"k") is None
+    assert (store.damaged, store.path(b"k").exists()) == (1, False)
     store.write(b"k", views())
     assert read(store, b"k") == PARTS
 
