@@ -57,11 +57,8 @@ MODELS = {"cpu": ("Qwen2.5-0.5B", 1024), "cuda": ("Qwen2.5-7B", 16384)}
 PAGE, VOCABULARY = 16, 150_000
 WAYS = ("computed", "device", "host", "disk")
 BESIDE = ("nobody", "from host", "from files", "to files")
-RUNNING, STARTED, STEPS = (
-    8,
-    4 * PAGE,
-    64,
-)  # who writes meanwhile, after so many tokens; steps that are timed with nobody beside
+RUNNING, STARTED = 8, 4 * PAGE  # who writes meanwhile, and after how many tokens
+STEPS = 64  # timed with nobody beside
 MOST = 2048  # tokens of an answer; whoever loads for longer is timed as far as that
 
 
@@ -217,10 +214,8 @@ def _beside(engine: Engine, case: str, prompt: list[int], others: list[list[int]
         if case == "to files":
             while not mine.finish_reason:
                 scheduler.step()
-            controller = tiers.controller
-            _time(
-                scheduler, lambda: controller.pool.done() < controller.newest or controller.storage.backlog > 0, found
-            )
+            pool, storage = tiers.controller.pool, tiers.controller.storage
+            _time(scheduler, lambda: pool.done() < pool.newest or storage.backlog > 0, found)
         else:
             _time(scheduler, lambda: mine in scheduler.waiting, found)
             tier = "host" if case == "from host" else "storage"
