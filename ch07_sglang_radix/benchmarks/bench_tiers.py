@@ -58,7 +58,7 @@ PAGE, VOCABULARY = 16, 150_000
 WAYS = ("computed", "device", "host", "disk")
 BESIDE = ("nobody", "from host", "from files", "to files")
 RUNNING, STARTED = 8, 4 * PAGE  # who writes meanwhile, and after how many tokens
-STEPS = 64  # timed with nobody beside
+WARM_UP, STEPS = 16, 32  # steps before any is timed, all having begun; and those that are timed with nobody beside
 MOST = 2048  # tokens of an answer; whoever loads for longer is timed as far as that
 
 
@@ -203,7 +203,7 @@ def _beside(engine: Engine, case: str, prompt: list[int], others: list[list[int]
             engine.flush_cache()
     for one in others:
         _queue(scheduler, one, most)
-    for _ in range(2 * RUNNING + STEPS):  # all have begun, and a GPU's clocks are as they stay
+    for _ in range(2 * RUNNING + WARM_UP):  # between two prompts there may be a step of those who write
         scheduler.step()
     _come_to_rest(tiers)
     if case == "nobody":
