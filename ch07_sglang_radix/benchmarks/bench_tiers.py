@@ -3,7 +3,8 @@ what it costs others, who write their answers meanwhile.
 
     python -m ch07_sglang_radix.benchmarks.bench_tiers                    CPU: Qwen2.5-0.5B, float32, 1,024 tokens; 4 minutes
     python -m ch07_sglang_radix.benchmarks.bench_tiers --device cuda      GPU: Qwen2.5-7B, bfloat16, 16,384 tokens; 2 minutes
-    ... --part beside                                                     the others' part alone; --part alone: without it
+    ... --part alone                                                      that alone: what the minutes above are of
+    ... --part beside                                                     the others' part; CPU, --rounds 1: 3.5 minutes
 
 Weights and prompts are random. The pool holds one prompt and a little more: each new one evicts the last. In every round a
 prompt is
