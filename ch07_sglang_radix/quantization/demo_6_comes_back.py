@@ -97,7 +97,7 @@ def tiers(folder: str, ranks: int, room: int, want: dict[str, str]) -> None:
         [
             ("magic, version", 8, f"{magic.decode()} {version}"), ("key", 32, key.hex()[:16] + "..."),
             ("lengths", 12, f"{length} {payload}"), ("form", length, form), ("payload", payload, "K and V of this rank's heads"),
-            ("checksum", 32, last[-32:].hex()[:16] + "..."),
+            ("SHA-256", 32, last[-32:].hex()[:16] + "..."),
         ],
     )  # fmt: skip
     check("a page's bytes, and nothing else", payload == page_bytes and len(last) == HEAD.size + length + payload + 32)

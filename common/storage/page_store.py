@@ -1,8 +1,8 @@
 """Pages in files: the tier below the host's memory. A file holds one page of one rank, and proves that it does.
 
-    "KVPG" version key (32 bytes) two lengths  |  text: the form of a page  |  payload  |  checksum of all before
+    "KVPG" version key (32 bytes) two lengths  |  text: the form of a page  |  payload  |  SHA-256 of all before
 
-A page is read in one call, straight to where it belongs, with what stands before and behind it (scatter); checksum: checksum.py.
+A page is read in one call, straight to where it belongs, with what stands before and behind it (scatter).
 
 Written under a name that nobody looks for, then renamed: a file has its name when it is whole, or never. Whoever is killed in the
 middle leaves a file that nobody reads, and that is removed later. A crash of the whole machine may leave a named file without its
@@ -25,9 +25,7 @@ from hashlib import sha256
 from itertools import count
 from pathlib import Path
 
-from common.storage.checksum import LENGTH, checksum
-
-MAGIC, VERSION = b"KVPG", 2
+MAGIC, VERSION, LENGTH = b"KVPG", 1, 32  # the last: of a checksum
 HEAD = struct.Struct("<4sI32sIQ")
 END, PART = ".kv", ".part"  # of a page's file, and of one that is being written
 ABANDONED_S = 600  # a file that has been written for so long is nobody's any more
@@ -94,7 +92,7 @@ class PageStore:
                 return True
             head = HEAD.pack(MAGIC, VERSION, key, len(self.form), length) + self.form
             with open(part, "xb") as file:
-                for piece in (head, *payload, checksum(head, payload)):
+                for piece in (head, *payload, _checksum(head, payload)):
                     file.write(piece)
                 size = file.tell()
             os.replace(part, path)
@@ -182,7 +180,14 @@ def _holds(descriptor: int, head: bytes, into: Sequence[memoryview]) -> bool:
         if not more:
             return False
         got += more
-    return got == wanted and first == head and last[:LENGTH] == checksum(head, into)
+    return got == wanted and first == head and last[:LENGTH] == _checksum(head, into)
+
+
+def _checksum(head: bytes, payload: Sequence[memoryview]) -> bytes:
+    whole = sha256(head)
+    for piece in payload:
+        whole.update(piece)
+    return whole.digest()
 
 
 def _behind(buffers: Sequence[memoryview], at: int) -> list[memoryview]:
