@@ -21,9 +21,9 @@ from tqdm import tqdm
 from common.distributed.launch import run_main
 from common.kernels import quantized_activations as rounded
 from common.kernels import quantized_linear as weight_only
-from common.kernels import quantized_row, quantized_row_before
+from common.kernels import quantized_row
 from common.kernels.launch import compile_ahead, num_processors, shared_memory
-from common.kernels.quantized_layout import TURN, PackedCodes, multiply_plain, pack, unpack
+from common.kernels.quantized_layout import PackedCodes, multiply_plain, pack, unpack
 from common.kernels.timing import ROTATE_BYTES, copy_bandwidth, timed
 from common.layers.linear import multiply
 from common.quantization.codes import Codes
@@ -151,12 +151,11 @@ def error(got: torch.Tensor, x: torch.Tensor, packed: PackedCodes, way: str) -> 
 
 
 def one_row_plans(packed: PackedCodes) -> list[quantized_row.Work]:
-    """Those of 32 to 128 bytes of W a thread on their way, and none that has more turns on their way than there are."""
-    turns, shapes = packed.width / TURN, MANY_ROWS if packed.out >= quantized_row.WIDE else FEW_ROWS
+    """Those of 32 to 128 bytes of W a thread on their way."""
     return [
-        quantized_row.Work(deep, *shape, ahead)
-        for deep, shape, ahead in itertools.product((2, 4, 8), shapes, (1, 2))
-        if 64 <= deep * ahead * shape[0] * shape[1] * packed.bits // shape[2] <= 256 and (ahead - 1) * shape[0] < turns
+        quantized_row.Work(deep, *shape)
+        for deep, shape in itertools.product((2, 4, 8), MANY_ROWS if packed.out >= quantized_row.WIDE else FEW_ROWS)
+        if 64 <= deep * shape[0] * shape[1] * packed.bits // shape[2] <= 256
     ]
 
 
@@ -186,20 +185,10 @@ def tune(bandwidth: float, rows: list[int], forms: list[str]) -> None:
                 plan: timed([lambda x=x, p=p, plan=plan, way=way: way(x, p, None, plan) for p in copies])
                 for plan in (taken, *fitting)
             }
-            if count == 1:
-                way = partial(quantized_row_before.one_row, gated=shape == "gate_up")
-                print(f"before {timed([lambda p=p, x=x, way=way: way(x, p) for p in copies]):.1f}", end=" ")
-                print(f"error {_apart(x, one, shape == 'gate_up'):.1e}", end=" ")
             best = sorted(times, key=times.get)[:6]
             floor = (one.nbytes + 2 * count * (out + width)) / bandwidth * 1e6
             print(f"{shape} {form} rows {count}: floor {floor:.1f}, taken {times[taken]:.1f} {taken}", flush=True)
             print("   " + "; ".join(f"{times[plan]:.1f} {_short(plan)}" for plan in best), flush=True)
-
-
-def _apart(x: torch.Tensor, packed: PackedCodes, gated: bool) -> float:
-    """Of a row, by this kernel and the one before: relative distance."""
-    now, then = (kernel.one_row(x, packed, gated=gated).double() for kernel in (quantized_row, quantized_row_before))
-    return ((now - then).norm() / then.norm()).item()
 
 
 def _short(plan: tuple | weight_only.Tiling) -> str:

@@ -13,12 +13,11 @@ by 1/4096. An infinite number or NaN makes the power infinite, and y not finite.
 loses digits.
 
 Zero points come off after a thread's sum, times the sum of the same integers. A program has R x N rows of W and T turns at a time.
-What the next T need, x and scales included, is on its way while these are multiplied, or that of the next 2 T (`ahead`). Sums over
-blocks are float32.
+What the next T need, x and scales included, is on its way while these are multiplied. Sums over blocks are float32.
 
-Bytes: out * in * bits / 8, the scales and zeros (quantized_layout.py); x from cache, once a program. In the time in which a weight
-of 4 bits comes from memory a processor has 5 instructions to give. The twin in plain PyTorch is `multiply_plain`
-(quantized_layout.py).
+Bytes: out * in * bits / 8, the scales and zeros (quantized_layout.py); x from cache, once a program. A weight takes 2.1
+instructions of the loop in 4 bits where a program has 8 rows, 2.8 with 4, 3.0 with zeros; 2.8 in INT8, 3.6 to 4.2 in FP8 (sm_90a,
+NOTES.md). The twin in plain PyTorch is `multiply_plain` (quantized_layout.py).
 """
 
 # ruff: noqa: RUF005 (Triton has no starred tuples)
@@ -39,14 +38,12 @@ TRITON = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 class Work(NamedTuple):
     """deep x beside: rows of W of a program, `beside` of which its threads read at once; turns at once, of 128 columns each;
-    warps; ahead: how many times as much is on its way. A thread reads turns * beside * bits / (2 * warps) bytes of W at once,
-    `deep` times."""
+    warps. A thread reads turns * beside * bits / (2 * warps) bytes of W at once, `deep` times."""
 
     deep: int
     turns: int
     beside: int
     warps: int
-    ahead: int = 1
 
 
 def takes(x: torch.Tensor, packed: PackedCodes) -> bool:
@@ -55,10 +52,15 @@ def takes(x: torch.Tensor, packed: PackedCodes) -> bool:
 
 
 def work(packed: PackedCodes) -> Work:
-    """Among the fastest of 26 for Qwen2.5-7B's matrices on an H100; `bench_quantized --part tune` tries more."""
+    """Among the fastest that `bench_quantized --part tune` tried for Qwen2.5-7B's matrices on an H200."""
     if packed.bits == 4:
-        return Work(8, 4, 4, 4) if packed.out >= WIDE else Work(4, 16, 2, 8)
-    return Work(4, 4, 4, 4) if packed.out >= WIDE else Work(2, 16, 2, 4)
+        wide, few = Work(8 if packed.zero is None else 4, 4, 4, 2), Work(4, 32, 1, 4)
+    else:
+        wide, few = Work(2, 4, 4, 4) if packed.q.dtype == torch.float8_e4m3fn else Work(4, 4, 2, 2), Work(2, 16, 2, 4)
+    plan = wide if packed.out >= WIDE else few
+    while plan.warps > 1 and plan.turns // 2 * TURN >= packed.width:  # half the warps would have nothing
+        plan = plan._replace(turns=plan.turns // 2, warps=plan.warps // 2)
+    return plan
 
 
 def one_row(
@@ -84,8 +86,8 @@ def one_row(
         T=plan.turns * TURN // packed.turn, N=plan.beside, TURN=packed.turn, GROUP=packed.group, SHARE=packed.share,
         BITS=packed.bits, FP8=packed.q.dtype == torch.float8_e4m3fn, OFFSET=packed.offset, ZERO=packed.zero is not None,
         BIAS=bias is not None, GATED=gated, WHOLE=packed.width % packed.turn == 0,
-        NEAR=near(plan, packed, gated), SIDE=side_by_side(plan, packed.bits, packed.turn), AHEAD=plan.ahead,
-        INTERPRETED=INTERPRETED, num_warps=plan.warps,
+        NEAR=near(plan, packed, gated), SIDE=side_by_side(plan, packed.bits, packed.turn), INTERPRETED=INTERPRETED,
+        num_warps=plan.warps,
     )  # fmt: skip
     return y
 
@@ -250,7 +252,7 @@ def _one_row(
     x, q, scale, zero, bias, y, out, width, scale_stride, tile_stride, row_stride, turn_stride, DTYPE: tl.constexpr,
     R: tl.constexpr, T: tl.constexpr, N: tl.constexpr, TURN: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr,
     BITS: tl.constexpr, FP8: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr,
-    GATED: tl.constexpr, WHOLE: tl.constexpr, NEAR: tl.constexpr, SIDE: tl.constexpr, AHEAD: tl.constexpr,
+    GATED: tl.constexpr, WHOLE: tl.constexpr, NEAR: tl.constexpr, SIDE: tl.constexpr,
     INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
@@ -267,7 +269,7 @@ def _one_row(
     # the address of x has the shape of that of W: so both are laid out alike over the threads, and nothing is exchanged
     x_at = x + tt[:, :, None] * (TURN // 4) + k[None, None, :]
     column = tt[:, :, None] * TURN + 4 * k[None, None, :]
-    q_at, s_at, z_at, acc, queue = (), (), (), (), ()
+    q_at, s_at, z_at, acc, here = (), (), (), (), ()
     for r in tl.static_range(PAIR if NEAR else R):
         # behind the last row it is read again, and not stored
         m = tl.minimum(n + r // PAIR * N, out - 1) + r % PAIR * out
@@ -277,29 +279,23 @@ def _one_row(
         at = m // SHARE
         at = (at[None, :] if TURNS_FIRST else at[:, None]) + (tt * TURN // GROUP if GROUP else tt * 0) * scale_stride
         s_at, z_at = s_at + (scale + at,), z_at + (zero + at,)
-    for _ in tl.static_range(R):
+    for r in tl.static_range(R):
         acc = acc + (tl.zeros([tt.shape[0], tt.shape[1], FOURS // SIDE], tl.float32),)
-    for i in tl.static_range(AHEAD):
-        for r in tl.static_range(R):
-            queue = queue + _of_row(
-                q_at[r % STEP], s_at[r % STEP], z_at[r % STEP], r // STEP * q_step, r // STEP * S_STEP, i * T, tt, column,
-                turns, width, turn_stride, scale_stride, TURN, GROUP, ZERO, WHOLE or BITS == 4,
-            )  # fmt: skip
+        here = here + (_of_row(
+            q_at[r % STEP], s_at[r % STEP], z_at[r % STEP], r // STEP * q_step, r // STEP * S_STEP, 0, tt, column, turns,
+            width, turn_stride, scale_stride, TURN, GROUP, ZERO, WHOLE or BITS == 4,
+        ),)  # fmt: skip
     wait_for_previous(PDL)
     low = _numbers(x_at, tt, column, turns, width, WHOLE)
     high = _numbers(x_at + TURN // 8, tt, column + TURN // 2, turns, width, WHOLE) if BITS == 4 else 0
     for first in tl.range(0, turns, T):
         turn, ahead = first + T + tt, (first + T) * TURN + column
-        code, s, z, behind, sums = (), (), (), (), ()
+        behind, sums = (), ()
         for r in tl.static_range(R):
-            code, s, z = code + (queue[3 * r],), s + (queue[3 * r + 1],), z + (queue[3 * r + 2],)
-        for i in tl.static_range(3 * R, 3 * R * AHEAD):
-            behind = behind + (queue[i],)
-        for r in tl.static_range(R):
-            behind = behind + _of_row(
-                q_at[r % STEP], s_at[r % STEP], z_at[r % STEP], r // STEP * q_step, r // STEP * S_STEP, first + AHEAD * T,
-                tt, column, turns, width, turn_stride, scale_stride, TURN, GROUP, ZERO, WHOLE or BITS == 4,
-            )  # fmt: skip
+            behind = behind + (_of_row(
+                q_at[r % STEP], s_at[r % STEP], z_at[r % STEP], r // STEP * q_step, r // STEP * S_STEP, first + T, tt,
+                column, turns, width, turn_stride, scale_stride, TURN, GROUP, ZERO, WHOLE or BITS == 4,
+            ),)  # fmt: skip
         x_there = x_at + (first + T) * (TURN // 4)
         low_ahead = _numbers(x_there, turn, ahead, turns, width, WHOLE)
         high_ahead = _numbers(x_there + TURN // 8, turn, ahead + TURN // 2, turns, width, WHOLE) if BITS == 4 else 0
@@ -324,17 +320,18 @@ def _one_row(
         elif ZERO or OFFSET != 0:
             sum_x = _of_thread(x0 + x1 + x2 + x3, SIDE)
         for r in tl.static_range(R):
+            code, s, z = here[r]
             if FP8:
-                a, b, c, d = _four_fp8(code[r], INTERPRETED)
+                a, b, c, d = _four_fp8(code, INTERPRETED)
                 part = _of_thread(a * x0 + b * x1 + c * x2 + d * x3, SIDE)
             else:
-                part = _of_thread(_dot(code[r], start, a, b, c, d, BITS, INTERPRETED).to(tl.float32) * unit, SIDE)
+                part = _of_thread(_dot(code, start, a, b, c, d, BITS, INTERPRETED).to(tl.float32) * unit, SIDE)
             if ZERO:
-                part -= z[r].to(tl.int32).to(tl.float32)[:, :, None] * sum_x
+                part -= z.to(tl.int32).to(tl.float32)[:, :, None] * sum_x
             elif FP8 and OFFSET != 0:
                 part -= OFFSET * sum_x
-            sums = sums + (acc[r] + (s[r].to(tl.float32)[:, :, None] * part if GROUP else part),)
-        acc, queue, low, high = sums, behind, low_ahead, high_ahead
+            sums = sums + (acc[r] + (s.to(tl.float32)[:, :, None] * part if GROUP else part),)
+        acc, here, low, high = sums, behind, low_ahead, high_ahead
     for r in tl.static_range(R):
         total, j = tl.sum(tl.sum(acc[r], 2), 0 if TURNS_FIRST else 1), n + r // PAIR * N
         m = j + r % PAIR * out

@@ -88,7 +88,8 @@ def test_of_one_row_and_codes(name, plan):
         return
     small = (x / 64).contiguous()  # so that silu is not its argument
     product = small.double() @ codes.dequantise(torch.float64).to(DEVICE).t()
-    for each in (None, bias):
+    first = (list(MATRICES).index(name) + PLANS.index(plan)) % 2
+    for each in (bias, None)[first : first + 1] if GPU else (bias, None):  # a GPU has both compiled
         want = silu_and_mul(product if each is None else product + each)
         got = quantized_row.one_row(packed.ordered(small), packed, each, quantized_row.Work(*plan), gated=True)
         assert got.dtype == x.dtype
@@ -96,6 +97,7 @@ def test_of_one_row_and_codes(name, plan):
         assert relative_error(got, want) < 1.5 * relative_error(want.to(x.dtype), want)
     method = WeightOnlyKernels()
     method.packed = packed
+    want = silu_and_mul(product + bias)
     assert relative_error(method.gated(None, small, bias), want) < 1.5 * relative_error(want.to(x.dtype), want)
     assert method.gated(None, small.repeat(2, 1), bias) is None
 

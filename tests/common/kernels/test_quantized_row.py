@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.kernels.quantized_layout import pack
+from common.kernels.quantized_layout import TURN, pack
 from common.layers.activation import silu_and_mul
 from common.quantization.codes import Codes
 from common.quantization.gpu_methods import RoundedActivations
@@ -20,36 +20,58 @@ from tests.common.kernels.where import DEVICE, GPU, TOLERANCE, kernel, relative_
 
 pytestmark = kernel
 ROOT = Path(__file__).resolve().parents[3]
-PLANS = [(1, 1, 8, 1), (2, 4, 4, 4), (4, 4, 4, 4), (4, 16, 2, 8), (8, 1, 4, 2, 2), (2, 32, 1, 4)]
+PLANS = [(1, 1, 8, 1), (2, 4, 4, 4), (4, 4, 4, 4), (4, 16, 2, 8), (8, 1, 4, 2), (2, 32, 1, 4)]
+# A GPU has each compiled: there every second plan of a matrix, with one dtype. Each matrix and each plan meets both dtypes.
+SHARES = [
+    (name, plan, (torch.float16, torch.bfloat16)[(i // 2 + j // 2) % 2] if GPU else torch.float16)
+    for i, name in enumerate(MATRICES)
+    for j, plan in enumerate(PLANS)
+    if not GPU or (i + j) % 2 == 0
+]  # the interpreter rounds to bfloat16 in a way of its own
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=str)
-@pytest.mark.parametrize("name", MATRICES)
-def test_any_share_of_the_work_gives_the_numbers_of_float64(name, plan):
+@pytest.mark.parametrize(("name", "plan", "dtype"), SHARES, ids=str)
+def test_any_share_of_the_work_gives_the_numbers_of_float64(name, plan, dtype):
     from common.kernels import quantized_row  # noqa: PLC0415
 
     matrix, width = MATRICES[name], MATRICES[name].width
     codes = matrix.codes()
     packed = pack(Codes(*(None if x is None else x.to(DEVICE) for x in codes)), matrix.bits)
     bias = torch.randn(matrix.out, device=DEVICE)
-    for dtype in {torch.float16, *TOLERANCE} - {
-        torch.float32
-    }:  # the interpreter rounds to bfloat16 in a way of its own
-        x = torch.randn(1, width, device=DEVICE).to(dtype)
-        ordered = packed.ordered(x)
-        if packed.e2m1 or packed.width % 4:
-            assert not quantized_row.takes(ordered, packed)
-            continue
-        assert quantized_row.takes(ordered, packed)
-        got = quantized_row.one_row(ordered, packed, bias.to(dtype), quantized_row.Work(*plan))
-        want = x.double() @ codes.dequantise(torch.float64).to(DEVICE).t() + bias.to(dtype)
-        assert got.dtype == dtype
-        assert relative_error(got, want) < 1.5 * relative_error(
-            want.to(dtype), want
-        )  # little more than its last rounding
+    x = torch.randn(1, width, device=DEVICE).to(dtype)
+    ordered = packed.ordered(x)
+    if packed.e2m1 or packed.width % 4:
+        assert not quantized_row.takes(ordered, packed)
+        return
+    assert quantized_row.takes(ordered, packed)
+    got = quantized_row.one_row(ordered, packed, bias.to(dtype), quantized_row.Work(*plan))
+    want = x.double() @ codes.dequantise(torch.float64).to(DEVICE).t() + bias.to(dtype)
+    assert got.dtype == dtype
+    assert relative_error(got, want) < 1.5 * relative_error(want.to(dtype), want)  # little more than its last rounding
 
 
-@pytest.mark.parametrize("plan", [(4, 4, 4, 4), (8, 4, 4, 4, 2)], ids=str)
+@pytest.mark.parametrize("name", ["4 bits", "4 bits, zeros", "INT8", "FP8"])
+def test_a_narrow_matrix_has_no_idle_warps(name):
+    """224 columns, of a program that has some thousand of a wider one; a thread reads as much as there."""
+    from common.kernels import quantized_row  # noqa: PLC0415
+
+    matrix = dataclasses.replace(MATRICES[name], width=224)
+    codes = matrix.codes()
+    packed = pack(Codes(*(None if one is None else one.to(DEVICE) for one in codes)), matrix.bits)
+    for out in (matrix.out, quantized_row.WIDE):
+        plan = quantized_row.work(dataclasses.replace(packed, out=out))
+        wider = quantized_row.work(dataclasses.replace(packed, out=out, width=4096))
+        assert plan.warps == 1 or plan.turns * TURN // 2 < 224
+        assert plan.turns // plan.warps == wider.turns // wider.warps
+        assert wider.turns * TURN <= 4096
+        assert plan._replace(turns=0, warps=0) == wider._replace(turns=0, warps=0)
+        x = torch.randn(1, 224, device=DEVICE).half()
+        want = x.double() @ codes.dequantise(torch.float64).to(DEVICE).t()
+        got = quantized_row.one_row(packed.ordered(x), packed, None, plan)
+        assert relative_error(got, want) < 1.5 * relative_error(want.half(), want)
+
+
+@pytest.mark.parametrize("plan", [(4, 4, 4, 4), (8, 4, 4, 4)], ids=str)
 @pytest.mark.parametrize(
     "name", ["4 bits", "4 bits, zeros", "4 bits, groups of several turns", "INT8", "8 bits, zeros", "FP8 in blocks"]
 )
