@@ -10,7 +10,7 @@ D, A64, C and 32k are the workloads of bench_gpu.py; A64 has the same 64 request
 model, and its mixture of experts, in float32 under every layout: replicas of one rank each are what the others are compared with.
 --workloads D 32k: these alone. --tiny: few short requests on any device, of all but C.
 
-Adds to figures/bench_layouts.csv; rows of the same model, layout and workload are replaced.
+Adds to figures/bench_layouts.csv; rows of the same model, layout and workload on such a device are replaced.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from common.parallel_state import ParallelState, get_parallel_state
 from common.planner.bounds import Bound, bound
 from common.planner.choice import room_of
 from common.planner.plan import Load, Way
-from common.teaching.report import FIGURES, write_csv
+from common.teaching.report import FIGURES, this_device, write_csv
 from common.teaching.show import check, table
 from common.tiny_qwen import TINY_QWEN_PATH
 from common.tiny_qwen.upcycle import MIXTURE_PATH
@@ -233,12 +233,13 @@ def main() -> None:
 
 
 def _others(path: Path, new: list[dict]) -> list[dict]:
-    """The rows of a file that are of other models, layouts or workloads, with where and when they were measured."""
+    """The rows of a file that are of other models, layouts, workloads or devices, with where and when they were measured."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        kinds = [tuple(row[key] for key in ("model", "layout", "workload")) for row in new]
-        return [row for row in csv.DictReader(file) if (row["model"], row["layout"], row["workload"]) not in kinds]
+        kinds = [(*(row[key] for key in ("model", "layout", "workload")), this_device()) for row in new]
+        names = ("model", "layout", "workload", "device")
+        return [row for row in csv.DictReader(file) if tuple(row[name] for name in names) not in kinds]
 
 
 if __name__ == "__main__":

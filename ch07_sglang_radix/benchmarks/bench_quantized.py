@@ -9,7 +9,7 @@ time in which the weights that a token needs can be read (all but the embedding)
 On a CPU: one rank, one thread, greedy, one request of 16 new tokens after 32, and 8 of them together, best of 3.
 float32 and bfloat16 are full precision; a form in codes is what `--quantized-compute` makes of it.
 
-Writes figures/bench_quantized_gpu.csv (several calls add up), figures/bench_quantized_cpu.csv.
+Writes figures/bench_quantized_gpu.csv (several calls, and kinds of GPU, add up), figures/bench_quantized_cpu.csv.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from common.distributed.launch import run_main
 from common.models.published_configs import save_random_weights, weights_folder
 from common.models.quantized_tensors import held_tensors, weight_bytes
 from common.quantization.make import CONFIG, config_of, make
-from common.teaching.report import FIGURES, write_csv
+from common.teaching.report import FIGURES, this_device, write_csv
 from common.tiny_qwen import TINY_QWEN_PATH
 
 NEW = 16  # tokens of a request on a CPU
@@ -62,7 +62,7 @@ def main() -> None:
         raise ValueError(f"--forms: {', '.join(unknown)} is unknown; use {'; '.join(forms)}")
     path = args.out / f"bench_quantized_{args.part}.csv"
     earlier = list(csv.DictReader(path.open(encoding="utf-8"))) if args.part == "gpu" and path.exists() else []
-    rows = [row for row in earlier if row["form"] not in chosen]
+    rows = [row for row in earlier if row["form"] not in chosen or row["device"] != this_device()]
     for row in on_a_gpu(chosen) if args.part == "gpu" else on_a_cpu(chosen):
         print(" ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         rows.append(row)
@@ -85,7 +85,7 @@ def on_a_gpu(chosen: list[str]):
 
     if not torch.cuda.is_available():
         raise ValueError("--part gpu needs an NVIDIA GPU, and there is none; --part cpu measures a CPU")
-    bandwidth, device = copy_bandwidth(), torch.cuda.get_device_name()
+    bandwidth, device = copy_bandwidth(), this_device()
     source = save_random_weights("Qwen2.5-7B", weights_folder("Qwen2.5-7B"), "cuda")
     for form in chosen:
         torch.cuda.empty_cache()

@@ -184,7 +184,7 @@ class ContextTable(SequenceTable):
             ids = ids.where(ids >= 0, self.last_token[row])
         meta = RingMetadata(
             self.cp, tuple(len(block.rows) for block in blocks), tuple(map(Store, stores[::2], stores[1::2])),
-            tuple(tuple(p for p in some if p not in few) for some, few in zip(pieces, short, strict=True)),
+            tuple(tuple(p for p in some if not self._short(p.queries.stop - p.queries.start)) for some in pieces),
             tuple(_in_one(few, numbers) for few, numbers in zip(short, told, strict=True)),
             self._cached(blocks, rows, cached), fresh,
         )  # fmt: skip

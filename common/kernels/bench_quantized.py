@@ -209,7 +209,7 @@ def tune_rounded(bandwidth: float, matrices: list[str]) -> None:
             one = packed_like(FORMS[form], (out, width))
             copies = [one] + [copied(one) for _ in range(max(1, min(8, ROTATE_BYTES // one.nbytes - 1)))]
             for count, x in xs.items():
-                taken = rounded.plan_of(count, out, width, one.group > 0, num_processors(x.device))
+                taken = rounded.plan_of(count, out, width, one.group > 0, x.device)
                 plans = [taken, *fitting_plans(count, out, width, one.group > 0, num_processors(x.device))]
                 with compile_ahead():
                     for plan in plans:
@@ -240,7 +240,7 @@ def fitting_plans(rows: int, out: int, width: int, grouped: bool, processors: in
         ((64, 4), (64, 8), (128, 4), (128, 8), (256, 8)), (128, 256), (1, 2, 3, 4, 6, 8), (3, 4, 6)
     ):
         programs, block_m = -(-out // n) * parts, min(rows, rounded.TILE)
-        fits = (n + block_m) * turn * stages <= shared_memory(torch.device("cuda")) - 4096
+        fits = (n + block_m) * turn * stages <= shared_memory(torch.device("cuda")) - rounded.BESIDE
         if grouped and (turn != rounded.GROUP or n * block_m // warps > 2048):  # two sums of each number
             continue
         small = parts == 1 or 4 * parts * rows <= width

@@ -2,8 +2,8 @@
 
     attend    `decode` of paged_attention.py over this rank's pages; o and lse go straight into the message
     gather    one message a layer: all ranks' o and lse, of each 2 B Hq d + 4 B Hq bytes with 16-bit numbers
-    merge     the parts become one (merge.py), on every rank with the same bits. Between GPUs that see one another's memory
-              gathering and merging are one kernel (all_reduce.py)
+    merge     the parts become one (merge.py), on every rank with the same bits. Where all ranks of tp share the tokens, on
+              GPUs that see one another's memory, gathering and merging are one kernel (all_reduce.py; not in float16)
 
 Which pages are here, and how many tokens, is worked out on the GPU (plan.py). So a step is the same launches whatever its numbers.
 """

@@ -33,6 +33,7 @@ LEFT = 0.9  # of the quota, after files have gone: else the next page would be o
 FRESH_S = 60  # a file that was used since then need not be told that it is used
 # nobody waits for a pipe's other end, and no byte is changed; each where the system has it
 READ_AT_ONCE = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+AT_ONCE = 1024  # buffers of a readv at most (Linux's IOV_MAX)
 LOOKS = 16  # the folder is looked through whenever a 16th of its quota was written
 
 
@@ -174,9 +175,9 @@ def _holds(descriptor: int, head: bytes, into: Sequence[memoryview]) -> bool:
     first, last = bytearray(len(head)), bytearray(LENGTH + 1)  # a byte more than there should be
     buffers = [memoryview(first), *into, memoryview(last)]
     wanted = sum(map(len, buffers)) - 1
-    got = _scatter(descriptor, buffers)
+    got = _scatter(descriptor, buffers[:AT_ONCE])
     while got < wanted:  # the end of the file, most likely; or a system that gives less than it has
-        more = _scatter(descriptor, _behind(buffers, got))
+        more = _scatter(descriptor, _behind(buffers, got)[:AT_ONCE])
         if not more:
             return False
         got += more

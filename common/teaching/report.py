@@ -31,13 +31,17 @@ def write_json(value: Any, path: Path) -> None:
         file.write(json.dumps(value, indent=1) + "\n")
 
 
+def this_device() -> str:
+    """As rows name it."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+
+
 def write_csv(rows: Sequence[dict[str, Any]], path: Path, measured: bool = True) -> None:
     """One line a row, the columns of the first row; then, if measured, device, torch version and date.
 
     A row that was measured elsewhere brings its own three.
     """
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    facts = {"device": device, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")} if measured else {}
+    facts = {"device": this_device(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")} if measured else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     with output_file(path) as file:
         out = csv.DictWriter(file, list(dict.fromkeys([*rows[0], *facts])))

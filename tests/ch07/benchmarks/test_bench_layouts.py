@@ -7,6 +7,7 @@ import pytest
 
 from ch07_sglang_radix.benchmarks import bench_layouts
 from ch07_sglang_radix.benchmarks.bench_layouts import OPTIONS, _others, _planned, planned
+from common.teaching.report import this_device
 from tests import warm
 from tests.anatomy import ROOT
 
@@ -84,9 +85,12 @@ def test_the_planner_knows_every_layout(ranks):
 
 def test_rows_of_the_same_layout_and_workload_are_replaced_and_others_kept(tmp_path):
     path = tmp_path / "bench_layouts.csv"
-    path.write_text("model,layout,workload,value\na,tp4,D,1\na,tp4,C,2\na,dp4,D,3\nb,tp4,D,4\n", encoding="utf-8")
+    here = this_device()
+    lines = ["model,layout,workload,device,value", f"a,tp4,D,{here},1", f"a,tp4,C,{here},2", f"a,dp4,D,{here},3"]
+    lines += [f"b,tp4,D,{here},4", "a,tp4,D,another,5"]
+    path.write_text("\n".join(lines), encoding="utf-8")
     new = {"model": "a", "layout": "tp4", "workload": "D"}
-    assert [row["value"] for row in _others(path, [new])] == ["2", "3", "4"]
+    assert [row["value"] for row in _others(path, [new])] == ["2", "3", "4", "5"]
     assert _others(tmp_path / "none.csv", [new]) == []
 
 

@@ -17,6 +17,7 @@ from tests.readme import ROOT
 
 TEXT = (ROOT / "ch07_sglang_radix/parallelism/README.md").read_text(encoding="utf-8")
 FILES = {"one card": "", "tp = 2": "_tp2", "pp = 2": "_pp2", "dp = 2": "_dp2"}
+SEVEN = "Qwen2.5-7B"
 LAYOUTS = {
     "one card": Layout(), "tp = 2": Layout(2), "pp = 2": Layout(1, 2), "dp = 2": Layout(1, 1, 2), "cp = 2": Layout(2, cp=2),
 }  # fmt: skip
@@ -58,7 +59,7 @@ def bounds(row: str) -> list[str]:
 def table_under(heading: str) -> dict[str, list[str]]:
     """The first table of this part of the README, by row: its cells."""
     part = TEXT.partition(f"## {heading}")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| ([a-z0-9 =]+) \|(.*)\|$", part, re.MULTILINE)
+    rows = re.findall(r"^\| ([a-z0-9 =,]+) \|(.*)\|$", part, re.MULTILINE)
     return {name: [cell.strip() for cell in cells.split("|")] for name, cells in rows}
 
 
@@ -80,11 +81,19 @@ def test_the_table_of_two_cards_is_the_files_and_the_planner_s():
         refuse_another_winner(told, column, best)
 
 
-def test_the_table_of_four_cards_is_the_file_s():
+def on_four(model: str = "") -> list[dict[str, str]]:
+    """Rows of four cards, of one model or of all others."""
     with (ROOT / "figures/bench_layouts.csv").open(encoding="utf-8") as file:
-        rows = [one for one in csv.DictReader(file) if (one["model"], one["gpus"]) == ("Qwen2.5-7B", "4")]
+        rows = [one for one in csv.DictReader(file) if one["gpus"] == "4"]
+    return [one for one in rows if (one["model"] == SEVEN) == (model == SEVEN)]
+
+
+def test_the_table_of_four_cards_is_the_file_s():
+    rows = [one for one in on_four(SEVEN) if "H200" in one["device"]]
     of = {(one["layout"], one["workload"]): float(one["value"]) for one in rows}
-    told = table_under("Measured on four cards")
+    told = {
+        name: cells for name, cells in table_under("Measured on four cards").items() if not name.startswith("the same")
+    }
     assert {name.replace(" = ", "") for name in told} == {layout for layout, _ in of}
     for name, cells in told.items():
         layout = name.replace(" = ", "")
@@ -94,34 +103,50 @@ def test_the_table_of_four_cards_is_the_file_s():
         refuse_another_winner(told, column, best)
 
 
+def test_what_a_copy_more_brings_is_what_was_measured():
+    a64 = {
+        one["layout"]: float(one["value"])
+        for one in on_four(SEVEN)
+        if "H200" in one["device"] and one["workload"] == "A64"
+    }
+    with (ROOT / "figures/bench_gpu_large.csv").open(encoding="utf-8") as file:
+        one_card = [one for one in csv.DictReader(file) if one["ranks"] == "1"]
+    assert {one["device"] for one in one_card} == {"NVIDIA H200"}
+    alone = max(float(one["value"]) for one in one_card if one["workload"] == "A64")
+    assert f"make {a64['dp4'] / alone:.2f} times the tokens of one" in TEXT
+
+
 MODELS = {
-    "Qwen2.5-32B, tp = 4": ("Qwen2.5-32B", "tp4"),
-    "Qwen2.5-32B, tp = 2 x pp = 2": ("Qwen2.5-32B", "tp2 x pp2"),
-    "Qwen2.5-32B, tp = 2 x dp = 2": ("Qwen2.5-32B", "tp2 x dp2"),
-    "Qwen2.5-32B, tp = 4, cp = 4": ("Qwen2.5-32B", "tp4, cp4"),
-    "Qwen3-30B-A3B, 24 layers, tp = 4": ("Qwen3-30B-A3B, 24 layers", "tp4"),
-    "the same, ep = 4": ("Qwen3-30B-A3B, 24 layers", "tp4, ep4"),
-    "the same, attention data parallel 4, ep = 4": ("Qwen3-30B-A3B, 24 layers", "tp4, attn-dp4, ep4"),
-}  # the row -> model and layout
+    "Qwen2.5-32B on H200, tp = 4": ("Qwen2.5-32B", "H200", "tp4"),
+    "Qwen2.5-32B on H200, dp = 4": ("Qwen2.5-32B", "H200", "dp4"),
+    "Qwen2.5-32B on H100, tp = 4": ("Qwen2.5-32B", "H100", "tp4"),
+    "Qwen2.5-32B on H100, tp = 2 x pp = 2": ("Qwen2.5-32B", "H100", "tp2 x pp2"),
+    "Qwen2.5-32B on H100, tp = 2 x dp = 2": ("Qwen2.5-32B", "H100", "tp2 x dp2"),
+    "Qwen2.5-32B on H100, tp = 4, cp = 4": ("Qwen2.5-32B", "H100", "tp4, cp4"),
+    "Qwen3-30B-A3B, 24 layers, on H100, tp = 4": ("Qwen3-30B-A3B, 24 layers", "H100", "tp4"),
+    "the same, ep = 4": ("Qwen3-30B-A3B, 24 layers", "H100", "tp4, ep4"),
+    "the same, attention data parallel 4, ep = 4": ("Qwen3-30B-A3B, 24 layers", "H100", "tp4, attn-dp4, ep4"),
+}  # the row -> model, GPU and layout
 
 
 def test_the_table_of_a_large_model_and_of_one_with_experts_is_the_file_s():
-    with (ROOT / "figures/bench_layouts.csv").open(encoding="utf-8") as file:
-        rows = [one for one in csv.DictReader(file) if one["gpus"] == "4" and one["model"] != "Qwen2.5-7B"]
-    of = {(one["model"], one["layout"], one["workload"]): float(one["value"]) for one in rows}
+    of = {
+        (one["model"], one["device"].split()[1], one["layout"], one["workload"]): float(one["value"])
+        for one in on_four()
+    }
     told = {
         name: [cell.strip() for cell in cells.split("|")]
         for name, cells in re.findall(r"^\| (Qwen[^|]+, [^|]+|the same, [^|]+) \|(.*)\|$", TEXT, re.MULTILINE)
     }
     assert set(told) == set(MODELS)
-    assert set(MODELS.values()) == {(model, layout) for model, layout, _ in of}
+    assert set(MODELS.values()) == {key[:3] for key in of}
     for name, cells in told.items():
         values = (of.get((*MODELS[name], workload)) for workload in ("D", "A64", "C warm", "32k"))
         digits = (".2f", ",.0f", ",.0f", ".2f")
         want = ["" if value is None else f"{value:{how}}" for value, how in zip(values, digits, strict=True)]
         assert [cell.strip("*") for cell in cells] == want, name
-    for model in {model for model, _ in MODELS.values()}:
-        its = {name: cells for name, cells in told.items() if MODELS[name][0] == model}
+    for group in {one[:2] for one in MODELS.values()}:
+        its = {name: cells for name, cells in told.items() if MODELS[name][:2] == group}
         for column, best in enumerate((min, max, max, min)):
             if any(cells[column] for cells in its.values()):
                 refuse_another_winner(its, column, best)

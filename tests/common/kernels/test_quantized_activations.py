@@ -96,7 +96,7 @@ def test_every_plan_gives_the_same_products(rows, grouped, dtype):
     x_scale, w_scale = (torch.rand(shape, device=DEVICE) + 0.1 for shape in ((rows, 6), (6, out)))
     if not grouped:
         x_scale, w_scale = x_scale[:, :1].contiguous(), w_scale[:1]
-    taken = kernels.plan_of(rows, out, width, grouped, 132)
+    taken = kernels.plan_of(rows, out, width, grouped, torch.device(DEVICE))
     assert taken.turn == kernels.GROUP
     want = kernels.few_rows(x, x_scale, w, w_scale, 1, torch.float32, plan=taken)
     plans = [kernels.Plan(128, 128, 1, 4, 3), kernels.Plan(64, 128, 4, 8, 2)]
@@ -104,6 +104,21 @@ def test_every_plan_gives_the_same_products(rows, grouped, dtype):
     for plan in plans:
         got = kernels.few_rows(x, x_scale, w, w_scale, 1, torch.float32, plan=plan)
         assert relative_error(got, want) < (1e-3 if GPU and dtype == FP8 else 2e-6)
+
+
+def test_rows_that_are_few_and_not_long_have_few_parts(monkeypatch):
+    from common.kernels import quantized_activations as kernels  # noqa: PLC0415
+
+    monkeypatch.setattr(kernels, "num_processors", lambda device: 132)
+    room = 227 << 10
+    monkeypatch.setattr(kernels, "shared_memory", lambda device: room)
+    here = torch.device(DEVICE)
+    assert kernels.plan_of(64, 4608, 3584, False, here) == (64, 256, 1, 4, 6)
+    assert kernels.plan_of(16, 3584, 3584, False, here) == (64, 256, 2, 4, 6)
+    assert kernels.plan_of(64, 4608, 3584, True, here) == (64, 128, 3, 4, 3)
+    assert kernels.plan_of(64, 3584, 18_944, False, here).turn == kernels.GROUP
+    room = 99 << 10  # a card with less of it
+    assert kernels.plan_of(64, 4608, 3584, False, here).turn == kernels.GROUP
 
 
 @pytest.mark.parametrize("scheme", [
