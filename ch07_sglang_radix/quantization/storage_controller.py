@@ -27,7 +27,7 @@ from common.storage.page_keys import from_words
 from common.storage.page_store import PageStore
 
 WRITE, READ, SETTLE = 4, 5, 6
-# At most; checksums and files let Python's other threads run. On two H200 machines 940 MB came from files after 172 ms with sixteen,
+# At most; checksums and files let Python's other threads run. On H200s 940 MB came from files after 172 ms with sixteen,
 # and after 237 with eight
 THREADS = 16
 

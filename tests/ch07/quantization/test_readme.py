@@ -64,7 +64,9 @@ def test_what_weights_of_fewer_bytes_save_is_what_was_measured(gpu, mark):
         time, rate = float(row["D ms a token"]), float(row["A64 tokens/s"])
         shares = [f"{time / float(plain['D ms a token']):.2f}", f"{rate / float(plain['A64 tokens/s']):.2f}"]
         shares = ["", ""] if row is plain else shares
-        bytes_of_it = [f"{float(row['MB a token']):,.0f}", f"{float(row['floor ms']):.2f}"] if "floor ms" in row else ["", ""]
+        bytes_of_it = (
+            [f"{float(row['MB a token']):,.0f}", f"{float(row['floor ms']):.2f}"] if "floor ms" in row else ["", ""]
+        )
         wanted.append([row["form"], *bytes_of_it, f"{time:.2f}", shares[0], f"{rate:,.0f}", shares[1]])  # fmt: skip
     shown = cells_of(re.search(f"<!-- {mark} -->(.*?)<!-- /{mark} -->", TEXT, re.DOTALL).group(1))
     assert [[*cells[:5], *cells[6:8]] for cells in shown] == wanted
