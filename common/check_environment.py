@@ -85,7 +85,7 @@ def machine(problems: list[str]) -> list[Row]:
         )
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return [
-        ("cores", f"{cores()}, {psutil.cpu_count()} threads; a rank uses one"),
+        ("cores", f"{physical_cores()}, {psutil.cpu_count()} threads; a rank uses one"),
         ("memory", f"{memory.total / GB:.1f} GB, {memory.available / GB:.1f} free"),
         ("disk", f"{disk.free / GB:.1f} GB free at {ROOT}"),
         ("bytecode", "kept" if has_bytecode(torch.__file__) else NO_BYTECODE),
@@ -96,7 +96,7 @@ def machine(problems: list[str]) -> list[Row]:
     ]
 
 
-def cores() -> int:
+def physical_cores() -> int:
     import psutil  # noqa: PLC0415
 
     return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
@@ -109,8 +109,9 @@ def speed(problems: list[str]) -> list[Row]:
     from common.distributed.probe import MOST_BYTES, all_reduce_seconds, bytes_per_s  # noqa: PLC0415
 
     rows = [("memory, one thread", f"{bytes_per_s(MOST_BYTES) / GB:.1f} GB/s read by matrix-vector products")]
-    if cores() > 1:
-        rows.append((f"memory, {cores()} threads", f"{bytes_per_s(MOST_BYTES, threads=cores()) / GB:.1f} GB/s"))
+    if physical_cores() > 1:
+        together = bytes_per_s(MOST_BYTES, threads=physical_cores())
+        rows.append((f"memory, {physical_cores()} threads", f"{together / GB:.1f} GB/s"))
     link = None
     for name, device, possible in (
         ("gloo, 2 processes", "cpu", True), ("NCCL, 2 GPUs", "cuda", torch.cuda.device_count() > 1),
@@ -133,7 +134,7 @@ def speed(problems: list[str]) -> list[Row]:
         rows.append((f"{name}, 1 rank", ceiling(size, bytes_per_s(size))))
         if link:
             waits = (1 + 2 * layers) * link.seconds("all_reduce", 4 * width, 2)
-            rows.append((f"{name}, 2 ranks", ceiling(size, bytes_per_s(size, threads=min(2, cores())), waits)))
+            rows.append((f"{name}, 2 ranks", ceiling(size, bytes_per_s(size, threads=min(2, physical_cores())), waits)))
         if torch.cuda.is_available():
             rows.append(
                 (f"{name}, 1 GPU", ceiling(size / 2, bytes_per_s(size / 2, torch.device("cuda")), what="bfloat16"))

@@ -11,8 +11,9 @@ from pathlib import Path
 class Laps(dict[str, float]):
     """{what was done: seconds}, in order; a lap is what has passed since the one before, or since this was made.
 
-    Of an executor: weights (and all that is asked before one is read), tokenizer, forms (how matrices lie, on a CPU), pages (and
-    tables), and on a GPU kernels (compiled or loaded), products (who multiplies: measured), graphs (recorded) and warm-up.
+    Of an executor: weights (and all that is asked before one is read), tokenizer, forms (what is done with a loaded model: how
+    matrices lie on a CPU, batch invariance, torch.compile), pages (and tables), and on a GPU kernels (compiled or loaded),
+    products (who multiplies: measured), graphs (recorded) and warm-up.
     """
 
     def __init__(self):

@@ -11,9 +11,10 @@ A child is a copy of a process that holds a GPU, and must not touch it: compilin
 import os
 import sys
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Executor, Future, wait
+from concurrent.futures import Executor, Future, wait
 from hashlib import sha256
 from pathlib import Path
+from threading import Lock
 
 import triton
 from triton.runtime._async_compile import active_mode
@@ -24,8 +25,8 @@ from common.kernels.children import in_children
 FEW = 4  # missing kernels that are not worth processes
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
+def usable_cores() -> int:
+    """Logical ones, that this process may use."""
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -37,6 +38,30 @@ def is_cached(key: str) -> bool:
     return any(Path(folder).glob("__grp__*"))
 
 
+class _Later(Future):
+    """A kernel that somebody compiles once: a thread that is told to, or whoever asks for it before. Later versions of Triton keep
+    such a future as the kernel, so it must have an answer also when a start was given up."""
+
+    def __init__(self, call: Callable):
+        super().__init__()
+        self.call, self._once = call, Lock()
+
+    def result(self, timeout: float | None = None):
+        with self._once:
+            if not self.done():
+                self.set_result(self.call())  # what it raises is for whoever asked, and the next one may have more luck
+        return super().result(timeout)
+
+    def compile(self) -> None:
+        with self._once:
+            if self.done():
+                return
+            try:
+                self.set_result(self.call())
+            except BaseException as error:
+                self.set_exception(error)
+
+
 class Compiling(triton.AsyncCompileMode):
     """Kernels that are cached are loaded on `cores` at once; for the others `compile_missing` says when."""
 
@@ -44,7 +69,7 @@ class Compiling(triton.AsyncCompileMode):
         super().__init__(self)
         self._cores, self._is_cached = cores, True
         self._loading: list[Future] = []
-        self._missing: list[tuple[Callable, Future]] = []
+        self._missing: list[_Later] = []
 
     def __exit__(self, *error) -> None:
         try:
@@ -55,13 +80,13 @@ class Compiling(triton.AsyncCompileMode):
             )  # Triton's own stays active when a kernel cannot be compiled, and refuses the next one
 
     def submit(self, *asked):
-        """Triton's own, with (key, what compiles, what is told); it calls this one again, as its executor, with what compiles."""
+        """Triton's own, with (key, what compiles, what is told, and what later versions add); it calls this one again, as its executor, with what compiles."""
         if len(asked) == 1:
             if self._is_cached:
                 self._loading.append(self._cores.submit(*asked))
                 return self._loading[-1]
-            self._missing.append((asked[0], Future()))
-            return self._missing[-1][1]
+            self._missing.append(_Later(asked[0]))
+            return self._missing[-1]
         self._is_cached = is_cached(asked[0])
         return super().submit(*asked)
 
@@ -76,19 +101,10 @@ class Compiling(triton.AsyncCompileMode):
                 kernel = call()
                 driver.launcher_cls(kernel.src, kernel.metadata)
 
-            in_children([lambda call=call: compile_one(call) for call, _ in self._missing], children)
-        for call, future in self._missing:
-            self._cores.submit(_fulfil, future, call)
+            in_children([lambda one=one: compile_one(one.call) for one in self._missing], children)
+        for one in self._missing:
+            self._cores.submit(one.compile)
 
     def give_up(self) -> None:
-        """Nobody waits for what has not been compiled."""
-        self.ignore_errors = True
-        for _, future in self._missing:
-            future.set_exception(CancelledError())
-
-
-def _fulfil(future: Future, call: Callable) -> None:
-    try:
-        future.set_result(call())
-    except BaseException as error:
-        future.set_exception(error)
+        """Nobody waits for what has not been compiled; it is compiled when it is asked for."""
+        self.ignore_errors, self.raw_futures = True, []

@@ -14,6 +14,7 @@ and enough to see that they are right. `TRITON_INTERPRET=1` must be set before t
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import cache
 from threading import Thread
 
@@ -21,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from common.kernels.compile_processes import Compiling, cores
+from common.kernels.compile_processes import Compiling, usable_cores
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -49,7 +50,7 @@ if INTERPRETED:
 
 
 def cdiv(x: int, y: int) -> int:
-    """x / y rounded up. Triton's own takes 2 us, at each of a few hundred launches of a step: it may be called in a kernel too."""
+    """x / y rounded up. Triton's own takes 2 us, at each of a few hundred launches of a step, as Triton's may be called in a kernel."""
     return -(-x // y)
 
 
@@ -86,7 +87,8 @@ def counters(device: torch.device) -> torch.Tensor:
 
 
 _asking: Thread | None = None  # from `ask_the_compiler` to `compile_ahead`
-_to_compile: set | None = None  # of the variants seen so far, inside `compile_ahead`
+# of the variants seen so far, inside `compile_ahead`; of this thread, as Triton's own mode: another engine's launches go on
+_to_compile: ContextVar[set | None] = ContextVar("to_compile", default=None)
 
 
 def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages: int = 3, **constants) -> None:
@@ -95,16 +97,17 @@ def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages:
         return
     early = {"launch_pdl": True} if pdl() else {}
     how = dict(**constants, PDL=pdl(), num_warps=num_warps, num_stages=num_stages, **early)
-    if _to_compile is None:
+    seen = _to_compile.get()
+    if seen is None:
         kernel[grid](*args, **how)
-    elif (variant := (kernel, *map(_what_triton_asks, args), *how.values())) not in _to_compile:
-        _to_compile.add(variant)
+    elif (variant := (kernel, *map(_what_triton_asks, args), *how.values())) not in seen:
+        seen.add(variant)
         kernel.warmup(*args, grid=grid, **how)
 
 
 def room(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Memory for numbers that others index with: zeros while kernels are only compiled, and nobody writes into it."""
-    make = torch.empty if _to_compile is None else torch.zeros
+    make = torch.empty if _to_compile.get() is None else torch.zeros
     return make(*shape, dtype=dtype, device=device)
 
 
@@ -139,25 +142,26 @@ def ask_the_compiler(device: torch.device) -> Thread:
 def compile_ahead(alone: bool = False) -> Iterator[None]:
     """Inside, `launch` runs nothing. What it would have to compile is compiled on all CPU cores at once, in processes if this one
     is alone (compile_processes.py): what a library shares with other ranks or a NIC, a copy of the process must not hold."""
-    global _to_compile, _asking
-    if _asking:
-        _asking.join()
-        _asking = None
-    device, count = torch.cuda.current_device(), cores()
+    global _asking
+    asking, _asking = _asking, None
+    if asking:
+        asking.join()
+    device, count = torch.cuda.current_device(), usable_cores()
     with ThreadPoolExecutor(count, initializer=torch.cuda.set_device, initargs=(device,)) as threads:
-        _to_compile = set()
+        before = _to_compile.set(set())
         try:
             with Compiling(threads) as compiling:
                 try:
                     yield
+                    compiling.compile_missing(count if alone else 1)
                 except BaseException:
                     compiling.give_up()
                     raise
-                compiling.compile_missing(count if alone else 1)
+                kernels = list(compiling.future_kernels.values())  # later versions of Triton forget them at the end
         finally:
-            _to_compile = None
+            _to_compile.reset(before)
         # `run` compiles the function that launches a kernel, and loads it; else its first launch would
-        list(threads.map(lambda future: future.result().run, compiling.future_kernels.values()))
+        list(threads.map(lambda future: future.result().run, kernels))
 
 
 @triton.jit
