@@ -80,7 +80,8 @@ class Compiling(triton.AsyncCompileMode):
             )  # Triton's own stays active when a kernel cannot be compiled, and refuses the next one
 
     def submit(self, *asked):
-        """Triton's own, with (key, what compiles, what is told, and what later versions add); it calls this one again, as its executor, with what compiles."""
+        """Triton's own, with (key, what compiles, what is told, and what later versions add); it calls this one again, as its
+        executor, with what compiles."""
         if len(asked) == 1:
             if self._is_cached:
                 self._loading.append(self._cores.submit(*asked))

@@ -50,7 +50,7 @@ if INTERPRETED:
 
 
 def cdiv(x: int, y: int) -> int:
-    """x / y rounded up. Triton's own takes 2 us, at each of a few hundred launches of a step, as Triton's may be called in a kernel."""
+    """x / y rounded up, as Triton's may be called in a kernel. Triton's takes 2 us, at each of a few hundred launches of a step."""
     return -(-x // y)
 
 

@@ -1,7 +1,7 @@
 """How long kernels take on a GPU, without the CPU that launches them; and how fast its memory is."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -29,7 +29,7 @@ def timed_in_turn(
     """Microseconds a call of each contender: its calls captured into one graph; the graphs are replayed in turn, and the median
     of so many replays counts. What the calls put out is lost. alike: what the first of them compiles or loads is enough for all."""
     graphs: list[torch.cuda.CUDAGraph] = []
-    stream = torch.cuda.Stream()
+    stream = _stream(torch.cuda.current_device())
     for calls in contenders:
         first, pool = calls[:1] if alike else calls, graphs[0].pool() if graphs else None
         graphs.append(record(partial(_run, calls), partial(_run, first), stream, pool)[0])
@@ -45,6 +45,12 @@ def timed_in_turn(
     return [
         sorted(its[WARM_UPS:])[replays // 2] * 1e3 / len(calls) for its, calls in zip(times, contenders, strict=True)
     ]
+
+
+@cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """For all recordings on this device: the library keeps memory for each stream that it has seen, for ever."""
+    return torch.cuda.Stream(device)
 
 
 def _run(calls: list[Callable[[], object]]) -> None:

@@ -14,7 +14,7 @@ import bisect
 import gc
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -32,7 +32,7 @@ from common.distributed.transfer import copy_to
 from common.kernels.recording import record
 from common.layers.adapter_rows import AdapterBlocks
 from common.models.decoder import CausalLM
-from common.models.rehearsal import one_of_each_kind, some_layers
+from common.models.rehearsal import ALIGNMENT, one_of_each_kind, some_layers
 
 SMALL_SIZES = (1, 2, 4)
 # (up to, step): 8, 16, 24, ... have at most 7 padding rows; the larger a batch is, the less a few more of them weigh, and each size
@@ -99,10 +99,15 @@ class StepGraphs(ABC):
 
     @torch.inference_mode()
     def rehearse(self) -> None:
-        """Run the steps of all shapes once, of padding only; under `compile_ahead` that finds all their kernels."""
-        with self._in_rehearsal():
-            for shape in self.shapes:
-                self._pad(shape)
+        """Run the steps of all shapes once, of padding only; under `compile_ahead` that finds all their kernels.
+
+        The first shape's step has all layers: `linear_choice.noting` hears of a weight when something multiplies by it, and times
+        products with as many different ones as it has heard of. With one layer's alone they would come out of the cache, and in a
+        step they do not. The executor's warm-up runs all layers as well; what is heard here does not hang on that.
+        """
+        for number, shape in enumerate(self.shapes):
+            self._pad(shape)
+            with self._in_rehearsal() if number else nullcontext():
                 for adapters in self._with_and_without(shape):
                     self._step(shape, adapters)
 
@@ -113,8 +118,11 @@ class StepGraphs(ABC):
     @cached_property
     def _enough(self) -> frozenset[int] | None:
         """Layers that a rehearsal needs; None: all of them."""
-        plain = not self.max_loras and len(set(self.cache.scales)) == 1
-        return one_of_each_kind(self.model) if plain else None
+        layers = [self.cache.layer(number) for number in range(len(self.cache.scales))]
+        pages = {
+            (one.k_scale, one.v_scale, *(x.data_ptr() % ALIGNMENT for x in one[:4] if x is not None)) for one in layers
+        }
+        return one_of_each_kind(self.model) if not self.max_loras and len(pages) == 1 else None
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -124,6 +132,7 @@ class StepGraphs(ABC):
 
     def _capture(self) -> None:
         quiet = None if self.tp.world_rank == 0 else True
+        torch.cuda.empty_cache()  # what is kept for others is of no use in a recording, which asks the driver
         if self.adapters is not None:
             self.adapters.zero_()  # of the last step, in the layout of its own shape: slots that there are not, to another
         for shape in tqdm(self.shapes, desc=f"capturing {self.kind} graphs", disable=quiet, leave=False):
@@ -136,6 +145,8 @@ class StepGraphs(ABC):
         def rehearsed() -> None:
             with self._in_rehearsal():
                 self._step(shape, adapters)
+            if self._pool is None:  # the largest: the recordings' own memory will be about as much again
+                torch.cuda.empty_cache()
 
         def recorded() -> tuple[Any, list[LedgerEntry]]:
             with self.tp.ledger.recording() as ledger:

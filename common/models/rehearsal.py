@@ -2,7 +2,8 @@
 
 Before a step is recorded it is run twice on padding: once to find the kernels that it needs, once for what libraries load and keep.
 Both want each launch once, and of 24 layers that are alike 23 launch the same again: for the 63 shapes of a plain start that is
-most of what the CPU does. So a rehearsal leaves them out; the recording itself has them all.
+most of what the CPU does. So a rehearsal leaves them out; the recording itself has them all. So has the first shape when kernels
+are searched for: who multiplies is measured with the weights that this finds (graph_runner.py).
 """
 
 from collections.abc import Iterator

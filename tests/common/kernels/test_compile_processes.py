@@ -259,7 +259,7 @@ def test_children_leave_nothing_to_compile(tmp_path):
 
 
 def compiled_and_forked(cache) -> list[tuple[int, int]]:
-    """Of a start alone, and then of one beside other ranks: how many kernels were compiled here, and how often children were asked."""
+    """Of a start alone, and then of one beside other ranks: kernels compiled here, and how often children were asked."""
     environment = os.environ | {"TRITON_CACHE_DIR": str(cache)}
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, encoding="utf-8", check=False
