@@ -27,8 +27,8 @@ from common.storage.page_keys import from_words
 from common.storage.page_store import PageStore
 
 WRITE, READ, SETTLE = 4, 5, 6
-# At most; checksums and files let Python's other threads run. On H200s 940 MB came from files after 172 ms with sixteen,
-# and after 237 with eight
+# At most; checksums and files let Python's other threads run. On H200s 940 MB came from files after 172 ms with sixteen, and after
+# 237 with eight and a later form of the reading
 THREADS = 16
 
 

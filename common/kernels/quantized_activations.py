@@ -129,8 +129,9 @@ class Plan(NamedTuple):
 def plan_of(rows: int, out: int, width: int, grouped: bool, device: torch.device) -> Plan:
     """`bench_quantized --part tune-rounded` tries others.
 
-    A matrix with few rows that are not long, q, k, v and o, is beginning and end: fewer parts, which write and read as many sums
-    as W has bytes, and of codes with one scale a row more turns on their way (qkv of Qwen2.5-7B, 64 rows, H200: 14.5 -> 9.3 us).
+    A matrix with few rows that are not long, q, k, v and o, is beginning and end: fewer parts, whose sums are written and read
+    and are nearly as many bytes as W, and of codes with one scale a row more turns on their way (qkv of Qwen2.5-7B, 64 rows,
+    H200: 14.5 -> 9.3 us).
     """
     block_m, processors = _rows_of_a_program(rows), num_processors(device)
     block_n, warps, stages = (128, 8, 4) if out >= 8000 and block_m == TILE and not grouped else (64, 4, 3)

@@ -99,6 +99,19 @@ def test_a_guess_stays_unless_the_other_one_is_clearly_faster():
     assert [taken_of(False, 100.0, us) for us in (50.0, 99.0, 102.9, 103.1)] == [False, False, False, True]
 
 
+@pytest.mark.parametrize("again", [(2.0, 1.0), (1.0, 2.0)])
+def test_what_was_not_guessed_is_measured_twice(again):
+    matrix, asked = weight(1024, 512), []
+
+    def time_both(count, *_):
+        asked.append(count)
+        return (1.0, 2.0) if count != 16 else (2.0, 1.0) if asked.count(16) == 1 else again
+
+    (one,) = (each for each in choose(met_by(matrix), TPGroup(), time_both) if each.rows == 16)
+    assert asked.count(16) == 2
+    assert (one.kernel, one.kernel_us, one.library_us) == (again == (1.0, 2.0), *again)
+
+
 def test_what_is_small_long_known_or_float32_is_not_measured():
     small, both = weight(256, 512), weight(512, 512)  # 256 KiB, 512 KiB
     met = met_by(small, both, both.float(), weight(4096, 4096))
