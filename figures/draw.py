@@ -365,7 +365,7 @@ def overlap_gaps():
     axis.set_yticks(ticks, names, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("us a decode step: a kernel runs (blue), none does (orange)")
-    axis.set_title(f"{rows[0]['device']}, {rows[0]['date']}", fontsize=10)
+    axis.set_title(f"{rows[0]['device']}, {' and '.join(sorted({row['date'] for row in rows}))}", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -75,9 +75,8 @@ class Compiling(triton.AsyncCompileMode):
         try:
             super().__exit__(*error)
         finally:
-            active_mode.set(
-                None
-            )  # Triton's own stays active when a kernel cannot be compiled, and refuses the next one
+            # Triton's own stays active when a kernel cannot be compiled, and refuses the next one
+            active_mode.set(None)
 
     def submit(self, *asked):
         """Triton's own, with (key, what compiles, what is told, and what later versions add); it calls this one again, as its
