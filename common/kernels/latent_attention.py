@@ -19,7 +19,18 @@ from common.attention.contract import AttentionMetadata
 from common.attention.kv_cache import LayerPages, PagedKVCache
 from common.attention.kv_format import KVFormat
 from common.attention.latent import LatentNativeAttention
-from common.kernels.kv_rows import codes, kept_of, row_bits, scale_of_rows
+from common.kernels.kv_rows import (
+    added,
+    both_queries,
+    codes,
+    in_pairs,
+    kept_of,
+    nothing,
+    row_bits,
+    scale_of_rows,
+    scored,
+    whole,
+)
 from common.kernels.latent_rows import absorb
 from common.kernels.launch import (
     cdiv,
@@ -177,12 +188,14 @@ def _decode(
     q_at = q + b * q_stride + h[:, None] * head_stride
     qc = tl.load(q_at + i[None, :], mask=in_c, other=0.0)  # [BH, BC], times the latent
     qr = tl.load(q_at + C + j[None, :], mask=in_r, other=0.0)  # [BH, BR], times the key that was turned
+    PAIRS: tl.constexpr = in_pairs(q, pages, C, BC, R) and BR >= 32
+    qc, qr, score_scale = both_queries(qc, qr, scale, pages, PAIRS)
     share = _share(context, splits, LEAST, BN)
     parts = tl.maximum(tl.cdiv(context, share), 1)
     if s < parts:
         m = tl.full([BH], -float("inf"), tl.float32)
         total = tl.zeros([BH], tl.float32)
-        acc = tl.zeros([BH, BC], tl.float32)
+        acc = nothing(BH, BC, PAIRS)
         table, stop = page_table + b * table_stride, tl.where(slot >= 0, tl.minimum((s + 1) * share, context), 0)
         if AHEAD:
             coming = _slots(table, s * share + tl.arange(0, BN), stop, P)
@@ -194,21 +207,18 @@ def _decode(
                 coming = _slots(table, n + BN, stop, P)
             else:
                 at = _slots(table, n, stop, P)
-            latent = codes(pages, at, there, qc.dtype, C, BC, BITS, C + R)  # [BN, BC]
-            turned = codes(pages, at, there, qc.dtype, R, BR, BITS, C + R, C)  # [BN, BR]
-            scores = tl.dot(qc, tl.trans(latent), input_precision="ieee" if F32 else "tf32")
-            scores = tl.dot(qr, tl.trans(turned), scores, input_precision="ieee" if F32 else "tf32")
-            scores = scale_of_rows(scores * scale, scales, at, there, BITS)  # [BH, BN]
+            latent = codes(pages, at, there, qc[0].dtype, C, BC, BITS, PAIRS, C + R)
+            turned = codes(pages, at, there, qc[0].dtype, R, BR, BITS, PAIRS, C + R, C)
+            scores = scored(qr, turned, F32, PAIRS, scored(qc, latent, F32, PAIRS))
+            scores = scale_of_rows(scores * score_scale, scales, at, there, BITS)  # [BH, BN]
             scores = tl.where(there[None, :], scores, -float("inf"))
             m_new = tl.maximum(m, tl.max(scores, 1))
             p, old = tl.exp2(scores - m_new[:, None]), tl.exp2(m - m_new)
             total = total * old + tl.sum(p, 1)
-            p = scale_of_rows(p, scales, at, there, BITS)
-            acc = acc * old[:, None]
-            acc = tl.dot(p.to(latent.dtype), latent, acc, input_precision="ieee" if F32 else "tf32")
+            acc = added(acc, old, scale_of_rows(p, scales, at, there, BITS), latent, F32, PAIRS)
             m = m_new
         nobody = total == 0
-        acc = acc / tl.where(nobody, 1.0, total)[:, None] * page_scale
+        acc = whole(acc, PAIRS) / tl.where(nobody, 1.0, total)[:, None] * page_scale
         heads = b * H + h
         if parts == 1:
             tl.store(o + heads[:, None] * C + i[None, :], acc.to(o.dtype.element_ty), mask=in_c)

@@ -24,7 +24,20 @@ from common.attention.contract import AttentionMetadata
 from common.attention.kv_cache import LayerPages, PagedKVCache
 from common.attention.kv_format import KVFormat
 from common.kernels.fused import turned
-from common.kernels.kv_rows import codes, encoded_row, kept_of, put, row_bits, scale_of_rows
+from common.kernels.kv_rows import (
+    added,
+    codes,
+    encoded_row,
+    in_pairs,
+    kept_of,
+    nothing,
+    put,
+    queries,
+    row_bits,
+    scale_of_rows,
+    scored,
+    whole,
+)
 from common.kernels.launch import (
     cdiv,
     counters,
@@ -258,18 +271,21 @@ def _prefix(
         head = h * G + r % G
         live = (r // G < count)[:, None] & (i < D)[None, :]
         qs = tl.load(q + b[:, None] * q_stride + head[:, None] * D + i[None, :], mask=live, other=0.0)  # [BM, BD]
+        PAIRS: tl.constexpr = in_pairs(q, k_cache, D, BD)
+        qs, score_scale = queries(qs, scale, k_cache, PAIRS)
         m = tl.full([BM], -float("inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
-        acc = tl.zeros([BM, BD], tl.float32)
+        acc = nothing(BM, BD, PAIRS)
         stop = tl.minimum((s + 1) * share, tokens)
         table = page_table + first * table_stride
         for start in range(s * share, stop, BN):
             m, total, acc = _attend(
                 qs, m, total, acc, k_cache, v_cache, k_scales, v_scales, table, start, stop,
-                tl.full([BM], 0, tl.int32) + stop - 1, h, scale, P, HKV, D, BD, BN, F32, BITS, True,
+                tl.full([BM], 0, tl.int32) + stop - 1, h, score_scale, P, HKV, D, BD, BN, F32, BITS, PAIRS, True,
             )  # fmt: skip
         at = (b * HKV * G + head) * stride + s
-        tl.store(part + at[:, None] * D + i[None, :], acc / total[:, None] * v_scale, mask=live)
+        acc = whole(acc, PAIRS) / total[:, None] * v_scale
+        tl.store(part + at[:, None] * D + i[None, :], acc, mask=live)
         tl.store(lse + at, m + tl.log2(total), mask=r // G < count)
 
 
@@ -315,9 +331,11 @@ def _decode(
             qs = turned(heads_at, q_weight, cos + b * D, sin + b * D, i, live, eps, D, NORM).to(q.dtype.element_ty)
         else:
             qs = tl.load(heads_at + i[None, :], mask=live, other=0.0)  # [GP, BD]
+        PAIRS: tl.constexpr = in_pairs(q, k_cache, D, BD)
+        qs, score_scale = queries(qs, scale * k_scale, k_cache, PAIRS)
         m = tl.full([GP], -float("inf"), tl.float32)
         total = tl.zeros([GP], tl.float32)
-        acc = tl.zeros([GP, BD], tl.float32)
+        acc = nothing(GP, BD, PAIRS)
         table = page_table + b * table_stride
         coming = _slots(table, start + tl.arange(0, BN), stop, P)
         for first in range(start, stop, BN):
@@ -328,17 +346,17 @@ def _decode(
             else:
                 at = _slots(table, n, stop, P) * HKV + h
             there = n < stop
-            ks = codes(k_cache, at, there, qs.dtype, D, BD, BITS)  # [BN, BD]
-            vs = codes(v_cache, at, there, qs.dtype, D, BD, BITS)
-            scores = tl.dot(qs, tl.trans(ks), input_precision="ieee" if F32 else "tf32") * (scale * k_scale)  # [GP, BN]
+            ks = codes(k_cache, at, there, qs[0].dtype, D, BD, BITS, PAIRS)
+            vs = codes(v_cache, at, there, qs[0].dtype, D, BD, BITS, PAIRS)
+            scores = scored(qs, ks, F32, PAIRS) * score_scale  # [GP, BN]
             scores = tl.where(there[None, :], scale_of_rows(scores, k_scales, at, there, BITS), -float("inf"))
             m_new = tl.maximum(m, tl.max(scores, 1))
             p = tl.exp2(scores - m_new[:, None])
             old = tl.exp2(m - m_new)
             total = total * old + tl.sum(p, 1)
-            p = scale_of_rows(p, v_scales, at, there, BITS)
-            acc = acc * old[:, None] + tl.dot(p.to(vs.dtype), vs, input_precision="ieee" if F32 else "tf32")
+            acc = added(acc, old, scale_of_rows(p, v_scales, at, there, BITS), vs, F32, PAIRS)
             m = m_new
+        acc = whole(acc, PAIRS)  # [GP, BD]
         newest = s == parts - 1
         if SPREAD:
             newest = newest & (tl.load(slots + b) >= 0)
@@ -353,7 +371,8 @@ def _decode(
             new_v = tl.load(v + b * v_stride + h * D + i, mask=i < D, other=0.0)
             code_k, own_k = encoded_row(new_k, k_scale, k_cache, MOST, BITS)  # as the page will hold it
             code_v, own_v = encoded_row(new_v, v_scale, v_cache, MOST, BITS)
-            score = tl.sum(qs.to(tl.float32) * code_k[None, :], 1) * (scale * own_k)  # [GP]
+            score = tl.sum(whole(qs, PAIRS).to(tl.float32) * code_k[None, :], 1)  # [GP]
+            score *= scale * own_k if qs[0].dtype == q.dtype.element_ty else tl.reshape(score_scale, [GP])
             m_new = tl.maximum(m, score)
             p, old = tl.exp2(score - m_new), tl.exp2(m - m_new)
             total = total * old + p
@@ -485,16 +504,18 @@ def _nodes(
         qs = tl.load(
             q + row[:, None] * q_stride + (h * G + r % G)[:, None] * D + i[None, :], mask=live, other=0.0
         )  # [BM, BD]
+        PAIRS: tl.constexpr = in_pairs(q, k_cache, D, BD)
+        qs, score_scale = queries(qs, scale, k_cache, PAIRS)
         m = tl.full([BM], -1e30, tl.float32)  # not -inf: a part may hold no token that some node sees
         total = tl.zeros([BM], tl.float32)
-        acc = tl.zeros([BM, BD], tl.float32)
+        acc = nothing(BM, BD, PAIRS)
         table = page_table + b * table_stride
         for first in range(start, stop, BN):
             n = first + tl.arange(0, BN)
             at, there = _slots(table, n, stop, P) * HKV + h, n < stop
-            ks = codes(k_cache, at, there, qs.dtype, D, BD, BITS)  # [BN, BD]
-            vs = codes(v_cache, at, there, qs.dtype, D, BD, BITS)
-            scores = tl.dot(qs, tl.trans(ks), input_precision="ieee" if F32 else "tf32") * scale  # [BM, BN]
+            ks = codes(k_cache, at, there, qs[0].dtype, D, BD, BITS, PAIRS)
+            vs = codes(v_cache, at, there, qs[0].dtype, D, BD, BITS, PAIRS)
+            scores = scored(qs, ks, F32, PAIRS) * score_scale  # [BM, BN]
             scores = scale_of_rows(scores, k_scales, at, there, BITS)
             if first + BN > base:
                 w = n - base
@@ -504,11 +525,10 @@ def _nodes(
             m_new = tl.maximum(m, tl.max(scores, 1))
             p, old = tl.exp2(scores - m_new[:, None]), tl.exp2(m - m_new)
             total = total * old + tl.sum(p, 1)
-            p = scale_of_rows(p, v_scales, at, there, BITS)
-            acc = acc * old[:, None] + tl.dot(p.to(vs.dtype), vs, input_precision="ieee" if F32 else "tf32")
+            acc = added(acc, old, scale_of_rows(p, v_scales, at, there, BITS), vs, F32, PAIRS)
             m = m_new
         total = tl.where(total > 0, total, 1.0)
-        acc = acc / total[:, None] * v_scale
+        acc = whole(acc, PAIRS) / total[:, None] * v_scale
         if parts == 1:
             tl.store(o + head[:, None] * D + i[None, :], acc.to(o.dtype.element_ty), mask=live)
         else:
@@ -578,9 +598,11 @@ def _extend(
         live = ((m_i >= 0) & (m_i < new) & (r % SEATS < GROUP))[:, None] & (i[None, :] < D)
         q_at = q + (q_first + m_i)[:, None] * q_stride + head[:, None] * D
         qs = tl.load(q_at + i[None, :], mask=live, other=0.0)  # [BM, BD]
+        PAIRS: tl.constexpr = in_pairs(q, k_cache, D, BD)
+        qs, score_scale = queries(qs, scale, k_cache, PAIRS)
         m = tl.full([BM], -float("inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
-        acc = tl.zeros([BM, BD], tl.float32)
+        acc = nothing(BM, BD, PAIRS)
         table, kv = page_table + b * table_stride, h // (H // HKV // GROUP)
         seen_by_all = (length - new + block * tokens + 1) // BN * BN  # whole blocks that need no mask
         if FIXED:
@@ -589,29 +611,30 @@ def _extend(
         for first in range(0, seen_by_all, BN):
             m, total, acc = _attend(
                 qs, m, total, acc, k_cache, v_cache, k_scales, v_scales, table, first, stop, position, kv,
-                scale, P, HKV, D, BD, BN, F32, BITS, False,
+                score_scale, P, HKV, D, BD, BN, F32, BITS, PAIRS, False,
             )  # fmt: skip
         for first in range(seen_by_all, stop, BN):
             m, total, acc = _attend(
                 qs, m, total, acc, k_cache, v_cache, k_scales, v_scales, table, first, stop, position, kv,
-                scale, P, HKV, D, BD, BN, F32, BITS, True,
+                score_scale, P, HKV, D, BD, BN, F32, BITS, PAIRS, True,
             )  # fmt: skip
+        acc = whole(acc, PAIRS) / total[:, None] * v_scale
         rows = (q_first + m_i) * H + head
-        tl.store(o + rows[:, None] * D + i[None, :], (acc / total[:, None] * v_scale).to(o.dtype.element_ty), mask=live)
+        tl.store(o + rows[:, None] * D + i[None, :], acc.to(o.dtype.element_ty), mask=live)
 
 
 @triton.jit
 def _attend(
     qs, m, total, acc, k_cache, v_cache, k_scales, v_scales, table, first, stop, position, kv, scale, P: tl.constexpr,
     HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, F32: tl.constexpr, BITS: tl.constexpr,
-    MASKED: tl.constexpr,
+    PAIRS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of the context for one block of queries: the running maximum, sum and output."""
     n = first + tl.arange(0, BN)
     at, there = _slots(table, n, stop, P) * HKV + kv, n < stop
-    ks = codes(k_cache, at, there, qs.dtype, D, BD, BITS)  # [BN, BD]
-    vs = codes(v_cache, at, there, qs.dtype, D, BD, BITS)
-    scores = tl.dot(qs, tl.trans(ks), input_precision="ieee" if F32 else "tf32") * scale  # [BM, BN]
+    ks = codes(k_cache, at, there, qs[0].dtype, D, BD, BITS, PAIRS)
+    vs = codes(v_cache, at, there, qs[0].dtype, D, BD, BITS, PAIRS)
+    scores = scored(qs, ks, F32, PAIRS) * scale  # [BM, BN]
     scores = scale_of_rows(scores, k_scales, at, there, BITS)
     if MASKED:
         scores = tl.where(n[None, :] <= position[:, None], scores, -float("inf"))
@@ -619,6 +642,4 @@ def _attend(
     p = tl.exp2(scores - m_new[:, None])
     old = tl.exp2(m - m_new)
     total = total * old + tl.sum(p, 1)
-    p = scale_of_rows(p, v_scales, at, there, BITS)
-    acc = acc * old[:, None] + tl.dot(p.to(vs.dtype), vs, input_precision="ieee" if F32 else "tf32")
-    return m_new, total, acc
+    return m_new, total, added(acc, old, scale_of_rows(p, v_scales, at, there, BITS), vs, F32, PAIRS)

@@ -13,7 +13,18 @@ import triton.language as tl
 from common.attention.context_table import Pieces
 from common.attention.kv_cache import LayerPages
 from common.attention.kv_format import KVFormat
-from common.kernels.kv_rows import codes, kept_of, row_bits, scale_of_rows
+from common.kernels.kv_rows import (
+    added,
+    codes,
+    in_pairs,
+    kept_of,
+    nothing,
+    queries,
+    row_bits,
+    scale_of_rows,
+    scored,
+    whole,
+)
 from common.kernels.launch import cdiv, launch, let_next_start, next_power_of_2, wait_for_previous
 from common.kernels.paged_attention import LN_2, LOG2_E, _slots
 
@@ -75,11 +86,13 @@ def _pieces(
             row = tl.load(rows + row, mask=known, other=0)
         live = known[:, None] & (i < D)[None, :]
         qs = tl.load(q + row[:, None] * q_stride + h * D + i[None, :], mask=live, other=0.0)  # [BM, BD]
+        PAIRS: tl.constexpr = in_pairs(q, k_kept, D, BD)
+        qs, score_scale = queries(qs, scale, k_kept, PAIRS)
         last = tl.where(triangle, number, keys)  # key that a query sees
         stop = tl.where(triangle, tl.minimum(keys, (block + 1) * BM), keys)
         m = tl.full([BM], -float("inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
-        acc = tl.zeros([BM, BD], tl.float32)
+        acc = nothing(BM, BD, PAIRS)
         for begin in range(0, stop, BN):
             n = begin + tl.arange(0, BN)
             there = n < stop
@@ -87,22 +100,21 @@ def _pieces(
             if P > 0:
                 slot = _slots(ids + start, n, stop, P)
             at = slot * HKV + h // (H // HKV)
-            ks = codes(k_kept, at, there, qs.dtype, D, BD, BITS)  # [BN, BD]
-            vs = codes(v_kept, at, there, qs.dtype, D, BD, BITS)
-            scores = tl.dot(qs, tl.trans(ks), input_precision="ieee" if F32 else "tf32") * scale  # [BM, BN]
+            ks = codes(k_kept, at, there, qs[0].dtype, D, BD, BITS, PAIRS)
+            vs = codes(v_kept, at, there, qs[0].dtype, D, BD, BITS, PAIRS)
+            scores = scored(qs, ks, F32, PAIRS) * score_scale  # [BM, BN]
             scores = scale_of_rows(scores, k_scales, at, there, BITS)
             scores = tl.where(there[None, :] & (n[None, :] <= last[:, None]), scores, -float("inf"))
             m_new = tl.maximum(m, tl.max(scores, 1))
             p, old = tl.exp2(scores - m_new[:, None]), tl.exp2(m - m_new)
             total = total * old + tl.sum(p, 1)
-            p = scale_of_rows(p, v_scales, at, there, BITS)
-            acc = acc * old[:, None] + tl.dot(p.to(vs.dtype), vs, input_precision="ieee" if F32 else "tf32")
+            acc = added(acc, old, scale_of_rows(p, v_scales, at, there, BITS), vs, F32, PAIRS)
             m = m_new
         told, sum_at = (m + tl.log2(total)) * LN_2, lse + row * H + h
         before = tl.load(sum_at, mask=known, other=0.0)
         best = tl.maximum(before, told)
         old, new = tl.exp(before - best), tl.exp(told - best)
         o_at = o + (row * H + h)[:, None] * D + i[None, :]
-        seen = tl.load(o_at, mask=live, other=0.0) * old[:, None] + acc * (v_scale * new / total)[:, None]
+        seen = tl.load(o_at, mask=live, other=0.0) * old[:, None] + whole(acc, PAIRS) * (v_scale * new / total)[:, None]
         tl.store(o_at, seen / (old + new)[:, None], mask=live)
         tl.store(sum_at, best + tl.log(old + new), mask=known)

@@ -63,29 +63,43 @@ def test_keys_in_a_block(heads, d, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kept", [None, *CODED])
-@pytest.mark.parametrize("page_size", [1, 16])
-def test_keys_in_pages(page_size, kept, dtype):
+@pytest.mark.parametrize(
+    ("page_size", "d"), [(1, 16), (16, 40)]
+)  # fp8 beside 16 bits is read in pairs from 32 numbers on
+def test_keys_in_pages(page_size, d, kept, dtype):
+    check_pages(page_size, d, kept, dtype)
+
+
+def check_pages(page_size, d, kept, dtype, magnitude=1.0):
     from common.kernels.pieces import attend_paged_pieces  # noqa: PLC0415
 
     torch.manual_seed(0)
     rows = torch.randperm(100)
-    cache = garbage(PagedKVCache(1, 300, page_size, 2, 16, kept or dtype, DEVICE, scales=[(0.25, 0.031)]))
+    cache = garbage(PagedKVCache(1, 300, page_size, 2, d, kept or dtype, DEVICE, scales=[(0.25 / magnitude, 0.031)]))
     free, pieces, ids, at, expected = torch.randperm(300), [], [], 0, []
-    q = torch.randn(100, 4, 16, device=DEVICE).to(dtype)
+    q = torch.randn(100, 4, d, device=DEVICE).to(dtype) * magnitude
     for queries, tokens in ((1, 5), (66, 40), (9, 16), (3, 1)):
         own, free = free[: -(-tokens // page_size)], free[-(-tokens // page_size) :]
         slots = torch.from_numpy(np.array([own[n // page_size] * page_size + n % page_size for n in range(tokens)])).to(
             DEVICE
         )
-        cache.write(0, slots, *torch.randn(2, tokens, 2, 16, device=DEVICE).to(dtype))
+        k, v = torch.randn(2, tokens, 2, d, device=DEVICE).to(dtype)
+        cache.write(0, slots, k / magnitude, v)
         mine = rows[at : at + queries]
         known = [x.double().cpu() for x in cache.read(0, slots)]
         expected.append((mine, *attend(q[mine.to(DEVICE)].double().cpu(), *known)))
         pieces.append((at, queries, sum(map(len, ids)), tokens, 0))
         ids.append(own)
         at += queries
-    before = seen_before(100, 4, 16)
+    before = seen_before(100, 4, d)
     o, lse = (x.clone() for x in before)
     lists = rows[:at].to(DEVICE), torch.cat(ids).to(DEVICE)
     attend_paged_pieces(o, lse, q, cache.layer(0), cache.format, page_size, told(pieces), *lists)
-    check(o, lse, before, expected, 2 * TOLERANCE[dtype])
+    check(o, lse, before, expected, 2 * TOLERANCE.get(dtype, 1e-3))
+
+
+@pytest.mark.parametrize("magnitude", [2.0**-40, 2.0**40])
+@pytest.mark.parametrize("kept", CODED[:2])
+@pytest.mark.parametrize("d", [33, 40])
+def test_queries_that_float16_has_no_room_for(d, kept, magnitude):
+    check_pages(16, d, kept, torch.bfloat16, magnitude)
