@@ -86,12 +86,12 @@ class TritonAttention:
         pages, form = self.cache.layer(layer), self.cache.format
         kv_heads = k.shape[1]
         if self.decodes:
-            self.workspace = self.workspace or DecodeWorkspace(q, kv_heads, self.meta.prefixes is not None)
+            self.workspace = self.workspace or DecodeWorkspace(q, kv_heads, form, self.meta.prefixes is not None)
             return decode(q, k, v, pages, form, self.meta, self.workspace, turning)
         store_kv(k, v, pages, form, self.meta.slot_mapping)
         if self.meta.window is not None:
             blocks = node_blocks(q, kv_heads, self.max_query_len) * len(self.meta.context_lens)
-            self.workspace = self.workspace or DecodeWorkspace(q, kv_heads, programs=blocks * kv_heads)
+            self.workspace = self.workspace or DecodeWorkspace(q, kv_heads, form, programs=blocks * kv_heads)
             return attend_nodes(q, pages, form, self.meta, self.max_query_len, self.workspace)
         return extend(q, pages, form, self.meta, self.max_query_len)
 
@@ -175,9 +175,11 @@ class DecodeWorkspace:
     reads a context once for several rows says how many programs that makes a part.
     """
 
-    def __init__(self, q: torch.Tensor, kv_heads: int, shared: bool = False, programs: int = 0):
+    def __init__(
+        self, q: torch.Tensor, kv_heads: int, form: KVFormat, shared: bool = False, programs: int = 0
+    ):  # fmt: skip
         (batch, heads, d), processors = q.shape, num_processors(q.device)
-        programs = programs or batch * kv_heads
+        programs, fp8 = programs or batch * kv_heads, form.coded and not form.row_scales
         wanted = max(1, min(MAX_SPLITS, PROGRAMS_PER_PROCESSOR * processors // programs))
         self.splits = 1 << (wanted.bit_length() - 1)
         # how a program works, and the tokens that are worth a part: measured on an H200, see bench_kernels.py
@@ -188,7 +190,7 @@ class DecodeWorkspace:
             self.block, self.least = 128, 256
         elif programs <= 3 * processors // 4:
             self.block, self.least = 128, 384
-        elif programs <= 6 * processors or d <= 64:  # a full one: fewer registers, more programs at a time
+        elif programs <= 6 * processors or d <= 64 or fp8:  # a full one: fewer registers, more programs at a time
             self.block, self.least, self.stages, self.together = 64, 384, 3, 4
         else:
             self.block, self.least, self.warps = 128, 512, 4

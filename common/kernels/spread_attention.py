@@ -35,7 +35,7 @@ class TritonContextParallelAttention(ContextParallelAttention):
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turning=None) -> torch.Tensor:
         if not self.turns:
             return super().__call__(layer, q, k, v)
-        self.workspace = self.workspace or DecodeWorkspace(q, k.shape[1])
+        self.workspace = self.workspace or DecodeWorkspace(q, k.shape[1], self.cache.format)
         mine = self.answers = self.answers or Answers(q)
         pages, form = self.cache.layer(layer), self.cache.format
         decode(q, k, v, pages, form, self.meta.here, self.workspace, turning, (mine.o, mine.lse))
