@@ -27,9 +27,12 @@ from common.storage.page_keys import from_words
 from common.storage.page_store import PageStore
 
 WRITE, READ, SETTLE = 4, 5, 6
-# At most; checksums and files let Python's other threads run. On H200s 940 MB came from files after 172 ms with sixteen, and after
-# 237 with eight and a later form of the reading
-THREADS = 16
+# Readers at most; checksums and files let Python's other threads run, and somebody waits for what is read. On H200s 940 MB came from
+# files after 172 ms with sixteen, and after 237 with eight and a later form of the reading
+READERS = 16
+# Nobody waits for a write, but the thread that queues steps waits for Python's lock behind every thread that is between two calls of
+# the operating system: with sixteen writers steps took 19 ms, and 4 without (bench_tiers --part beside, Qwen2.5-7B on an H200)
+WRITERS = 2
 
 
 class Reading:
@@ -64,8 +67,9 @@ class StorageController:
 
     def __init__(self, store: PageStore, pool: HostKVPool, group: TPGroup, writes: bool = True):
         self.store, self.pool, self.group, self.writes = store, pool, group, writes
-        self._size = min(THREADS, os.cpu_count() or 1)
-        self._threads = ThreadPoolExecutor(self._size, "hicache-storage")
+        self._size = min(READERS, os.cpu_count() or 1)
+        self._readers = ThreadPoolExecutor(self._size, "hicache-reads")
+        self._writers = ThreadPoolExecutor(WRITERS, "hicache-writes")
         self._writing: dict[int, Future] = {}  # by host page
         self._reading: dict[int, Reading] = {}  # by ticket
 
@@ -89,7 +93,7 @@ class StorageController:
             self._reading[ticket] = self._begin(copied, pages, keys, seed)
         elif self.writes:
             for page, key in zip(pages, keys, strict=True):
-                self._writing[page] = self._threads.submit(self._write, copied, page, key, seed)
+                self._writing[page] = self._writers.submit(self._write, copied, page, key, seed)
 
     def wait_for(self, pages: Sequence[int]) -> None:
         """Before these host pages are written over: whoever still writes them to a file is done."""
@@ -115,7 +119,8 @@ class StorageController:
         """What is being written is written; reads are given up."""
         for reading in self._reading.values():
             reading.given_up = True
-        self._threads.shutdown()
+        self._readers.shutdown()
+        self._writers.shutdown()
 
     def _begin(
         self, copied: "torch.cuda.Event | None", pages: Sequence[int], keys: Sequence[bytes], seed: bytes
@@ -127,7 +132,7 @@ class StorageController:
                 copied.synchronize()
             return self.store.read(keys[i], self.pool.page(pages[i]), seed)
 
-        reading.threads = [self._threads.submit(reading.read, one, i, step) for i in range(step)]
+        reading.threads = [self._readers.submit(reading.read, one, i, step) for i in range(step)]
         return reading
 
     # --- in a thread
