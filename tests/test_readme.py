@@ -1,6 +1,7 @@
 """What the README shows is what comes out."""
 
 import csv
+import itertools
 import re
 from pathlib import Path
 
@@ -66,6 +67,21 @@ def test_the_gpu_table_is_the_csvs():
         value = float(row["value"])
         assert said == (f"{value:.3f} ms a token" if "ms" in said else f"{value:,.0f} tokens/s")
         assert row["date"] in README
+
+
+def test_the_first_tokens_of_a_quiet_host_are_the_csv_s():
+    text = (ROOT / "ch07_sglang_radix/README.md").read_text(encoding="utf-8")
+    with (ROOT / "figures/bench_gpu_first.csv").open() as file:
+        of = {(row["model"], row["metric"]): float(row["value"]) for row in csv.DictReader(file)}
+    models, late = ("Qwen2.5-0.5B", "Qwen3-0.6B", "Qwen2.5-7B"), []
+    for length in (16, 128, 512):
+        cells = []
+        for model, which in itertools.product(models, ("new", "again")):
+            median, tail = (of[model, f"F {length} {which}, {name} ms"] for name in ("median", "p99"))
+            cells.append(f"{median:.2f} ({tail:.2f})")
+            late += [(model, length, which)] if tail > 1.5 * median else []
+        assert f"| {length} | {' | '.join(cells)} |" in text
+    assert late == [("Qwen2.5-0.5B", 16, "again")]
 
 
 def test_every_link_leads_somewhere():

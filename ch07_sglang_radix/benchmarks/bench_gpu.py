@@ -9,6 +9,7 @@
     torchrun --nproc_per_node=2 -m ch07_sglang_radix.benchmarks.bench_gpu --part layouts [--pp-size 2]
     python -m ch07_sglang_radix.benchmarks.bench_gpu --part deterministic    Qwen3-0.6B: A and D with it and without, and E
     python -m ch07_sglang_radix.benchmarks.bench_gpu --part prefill      0.5B, 0.6B, 7B: F and A by cuda_graph_max_bs_prefill
+    python -m ch07_sglang_radix.benchmarks.bench_gpu --part first        0.5B, 0.6B, 7B: F of an engine as it is by default
     python -m ch07_sglang_radix.benchmarks.bench_gpu --part products     0.5B, 7B: who multiplies, measured and guessed; D, A, A64
     python -m ch07_sglang_radix.benchmarks.bench_gpu --part busy         0.5B: A and C with half of the CPU's cores busy, and not
 
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument(
         "--part",
         required=True,
-        choices=("small", "large", "kv", "compile", "layouts", "deterministic", "prefill", "products", "busy"),
+        choices=("small", "large", "kv", "compile", "layouts", "deterministic", "prefill", "first", "products", "busy"),
     )
     parser.add_argument("--pp-size", type=int, default=1, help="stages; the other ranks share each layer")
     parser.add_argument("--dp-size", type=int, default=1, help="replicas, each of the other ranks")
@@ -77,6 +78,8 @@ def main() -> None:
         rows = measure_busy("Qwen2.5-0.5B", parallel)
     elif args.part == "prefill":
         rows = [row for name in ("Qwen2.5-0.5B", "Qwen3-0.6B", *names) for row in measure_prefill(name, parallel)]
+    elif args.part == "first":
+        rows = [row for name in ("Qwen2.5-0.5B", "Qwen3-0.6B", *names) for row in measure_first(name, parallel)]
     elif args.part == "products":
         rows = [row for name in ("Qwen2.5-0.5B", *names) for row in measure_products(name, parallel)]
     else:
@@ -218,6 +221,18 @@ def measure_prefill(name: str, parallel: ParallelState) -> list[dict]:
         gc.collect()
         torch.cuda.empty_cache()
     return rows
+
+
+def measure_first(name: str, parallel: ParallelState) -> list[dict]:
+    """F of one model."""
+    engine = Engine(str(shared_random_weights(name, parallel.world)), device="cuda")
+    work = Workloads(engine)
+    told = {f"F {length} {metric}": value for length in (16, 128, 512) for metric, value in work.f(length).items()}
+    engine.shutdown()
+    engine = work = None  # the next one needs the room
+    gc.collect()
+    torch.cuda.empty_cache()
+    return report(told, parallel, model=name)
 
 
 def measure_busy(name: str, parallel: ParallelState) -> list[dict]:

@@ -27,11 +27,11 @@ from common.storage.page_keys import from_words
 from common.storage.page_store import PageStore
 
 WRITE, READ, SETTLE = 4, 5, 6
-# Readers at most; checksums and files let Python's other threads run, and somebody waits for what is read. On H200s 940 MB came from
-# files after 172 ms with sixteen, and after 237 with eight and a later form of the reading
+# Readers at most; checksums and files let Python's other threads run, and somebody waits for what is read. On H200s 940 MB came
+# from files after 172 ms with sixteen, and after 237 with eight and a later form of the reading
 READERS = 16
-# Nobody waits for a write, but the thread that queues steps waits for Python's lock behind every thread that is between two calls of
-# the operating system: with sixteen writers steps took 19 ms, and 4 without (bench_tiers --part beside, Qwen2.5-7B on an H200)
+# Nobody waits for a write, but the thread that queues steps waits for Python's lock behind every thread that is between two calls
+# of the system: steps took 19 ms with sixteen writers, and 4 without (bench_tiers --part beside, Qwen2.5-7B on an H200)
 WRITERS = 2
 
 

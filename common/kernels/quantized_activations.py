@@ -38,7 +38,7 @@ GROUP = 128  # columns that share a scale, if not all
 CHUNK = 4096  # columns that `round_rows` looks at in one go
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 TILE, FEW = 64, 128  # rows of x a program, and rows up to which W's bytes are the cost
-SHORT = 2048, 8192  # columns of a row of W that is not long
+LEAST, LONG = 2048, 8192  # columns of W: fewer were not tuned; and rows that are long
 BESIDE = 4096  # bytes of shared memory for other things than turns
 
 
@@ -127,21 +127,24 @@ class Plan(NamedTuple):
 
 
 def plan_of(rows: int, out: int, width: int, grouped: bool, device: torch.device) -> Plan:
-    """`bench_quantized --part tune-rounded` tries others.
+    """Close to the fastest that `bench_quantized --part tune-rounded` tried on an H200: Qwen2.5-7B's matrices, 16, 32 and 64 rows.
 
-    A matrix with few rows that are not long, q, k, v and o, is beginning and end: fewer parts, whose sums are written and read
-    and are nearly as many bytes as W, and of codes with one scale a row more turns on their way (qkv of Qwen2.5-7B, 64 rows,
-    H200: 14.5 -> 9.3 us).
+    A matrix of many rows keeps the chip busy without being cut along `in`. One with few, q, k, v, o and down, is cut into few
+    parts: their sums are written and read, and can be nearly as many bytes as W. With one scale a row it has many turns on their
+    way (down, 64 rows: 34.4 -> 29.8 us). Grouped, each number has two sums, and registers are what a tile is small for.
     """
     block_m, processors = _rows_of_a_program(rows), num_processors(device)
-    block_n, warps, stages = (128, 8, 4) if out >= 8000 and block_m == TILE and not grouped else (64, 4, 3)
-    tiles = cdiv(out, block_n) * cdiv(rows, block_m)
-    if out < 8000 and SHORT[0] <= width <= SHORT[1] and 4 * tiles >= processors:
+    full, tiles = block_m == TILE, cdiv(out, 64) * cdiv(rows, block_m)
+    if tiles >= 4 * processors:
         if grouped:
-            return Plan(block_n, GROUP, cdiv(3 * processors, 2 * tiles), warps, stages)
-        if (block_n + block_m) * 2 * GROUP * 6 <= shared_memory(device) - BESIDE:
-            return Plan(block_n, 2 * GROUP, cdiv(processors, 2 * tiles), warps, 6)
-    return Plan(block_n, GROUP, parts_of(tiles, cdiv(width, GROUP), rows * out, processors), warps, stages)
+            return Plan(64, GROUP, 1, 8, 3) if full else Plan(128, GROUP, 1, 4, 3)
+        return Plan(128, GROUP, 1, 4, 3) if full else Plan(64, 2 * GROUP, 1, 4, 3)
+    if 4 * tiles >= processors and width >= LEAST:
+        if grouped and (full or width <= LONG):
+            return Plan(64, GROUP, cdiv(3 * processors, 2 * tiles), 4, 3)
+        if not grouped and (64 + block_m) * 2 * GROUP * 6 <= shared_memory(device) - BESIDE:
+            return Plan(64, 2 * GROUP, cdiv(processors, 2 * tiles), 4, 6)
+    return Plan(64, GROUP, parts_of(tiles, cdiv(width, GROUP), rows * out, processors), 4, 3)
 
 
 def _rows_of_a_program(rows: int) -> int:

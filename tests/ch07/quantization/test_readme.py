@@ -45,32 +45,23 @@ def test_links_lead_somewhere_and_to_headings_that_are_there():
     anatomy.check_links(ROOT / WING / "README.md")
 
 
-def bf16_on_an_h200():
-    """From another benchmark, of the same day: best of A64's runs."""
-    rows = [row for row in rows_of("bench_gpu_large.csv") if row["ranks"] == "1" and row["device"] == "NVIDIA H200"]
-    best = {name: max(float(row["value"]) for row in rows if row["workload"] == name) for name in ("D", "A64")}
-    return {"form": "bf16", "D ms a token": best["D"], "A64 tokens/s": best["A64"]}
-
-
-@pytest.mark.parametrize(("gpu", "mark"), [("H100", "weights"), ("H200", "weights, H200")])
-def test_what_weights_of_fewer_bytes_save_is_what_was_measured(gpu, mark):
-    rows = [row for row in rows_of("bench_quantized_gpu.csv") if gpu in row["device"]]
-    dates = {row["date"] for row in rows}
-    if gpu == "H200":
-        rows = [bf16_on_an_h200(), *rows]
-    plain = rows[0]
-    wanted = []
+def test_what_weights_of_fewer_bytes_save_is_what_was_measured():
+    rows = rows_of("bench_quantized_gpu.csv")
+    plain, wanted = rows[0], []
     for row in rows:
         time, rate = float(row["D ms a token"]), float(row["A64 tokens/s"])
         shares = [f"{time / float(plain['D ms a token']):.2f}", f"{rate / float(plain['A64 tokens/s']):.2f}"]
         shares = ["", ""] if row is plain else shares
-        bytes_of_it = (
-            [f"{float(row['MB a token']):,.0f}", f"{float(row['floor ms']):.2f}"] if "floor ms" in row else ["", ""]
-        )
-        wanted.append([row["form"], *bytes_of_it, f"{time:.2f}", shares[0], f"{rate:,.0f}", shares[1]])  # fmt: skip
-    shown = cells_of(re.search(f"<!-- {mark} -->(.*?)<!-- /{mark} -->", TEXT, re.DOTALL).group(1))
+        bytes_of_it = [f"{float(row['MB a token']):,.0f}", f"{float(row['floor ms']):.2f}"]
+        wanted.append([row["form"], *bytes_of_it, f"{time:.2f}", shares[0], f"{rate:,.0f}", shares[1]])
+    shown = cells_of(re.search("<!-- weights -->(.*?)<!-- /weights -->", TEXT, re.DOTALL).group(1))
     assert [[*cells[:5], *cells[6:8]] for cells in shown] == wanted
-    assert all(date in TEXT for date in dates)
+    assert all(row["date"] in TEXT and row["device"] == "NVIDIA H200" for row in rows)
+    for name, form in (("FP8", "fp8 channel"), ("AWQ", "awq"), ("GPTQ", "gptq")):
+        (row,) = (row for row in rows if row["form"] == form)
+        d = float(plain["D ms a token"]) / float(row["D ms a token"])
+        a64 = float(row["A64 tokens/s"]) / float(plain["A64 tokens/s"])
+        assert re.search(rf"^\| {name} \|.*D {d:.2f}x, A64 {a64:.2f}x \|$", TEXT, re.MULTILINE), name
 
 
 def test_what_codes_are_worth_on_a_cpu_is_what_was_measured():
@@ -101,6 +92,13 @@ def test_what_a_tier_saves_is_what_was_measured():
     for row in rows_of("tiers_cuda.csv"):
         line = f"| {names[row['first token from']]} | {row['ms']} | {float(row['of computed']):.2f} |"
         assert line in TEXT, line
+
+
+def test_what_a_load_costs_others_is_what_was_measured():
+    names = {"nobody": "nobody comes", "from host": "from the host", "from files": "from files", "to files": "to files"}
+    for row in rows_of("tiers_beside_cuda.csv"):
+        cells = [names[row["beside"]], row["lasts ms"], row["ms a step"], f"{float(row['of nobody']):.2f}", row["longest ms"]]
+        assert f"| {' | '.join(cells)} |" in TEXT, cells
 
 
 def test_the_way_in_is_shown_from_above():

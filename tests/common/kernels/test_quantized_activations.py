@@ -106,19 +106,24 @@ def test_every_plan_gives_the_same_products(rows, grouped, dtype):
         assert relative_error(got, want) < (1e-3 if GPU and dtype == FP8 else 2e-6)
 
 
-def test_rows_that_are_few_and_not_long_have_few_parts(monkeypatch):
+def test_plans_are_those_that_were_the_fastest(monkeypatch):
     from common.kernels import quantized_activations as kernels  # noqa: PLC0415
 
     monkeypatch.setattr(kernels, "num_processors", lambda device: 132)
     room = 227 << 10
     monkeypatch.setattr(kernels, "shared_memory", lambda device: room)
-    here = torch.device(DEVICE)
-    assert kernels.plan_of(64, 4608, 3584, False, here) == (64, 256, 1, 4, 6)
-    assert kernels.plan_of(16, 3584, 3584, False, here) == (64, 256, 2, 4, 6)
-    assert kernels.plan_of(64, 4608, 3584, True, here) == (64, 128, 3, 4, 3)
-    assert kernels.plan_of(64, 3584, 18_944, False, here).turn == kernels.GROUP
+    here, qkv, o, gate_up, down = torch.device(DEVICE), (4608, 3584), (3584, 3584), (37_888, 3584), (3584, 18_944)
+    fastest = {
+        (64, qkv, False): (64, 256, 1, 4, 6), (16, o, False): (64, 256, 2, 4, 6), (64, qkv, True): (64, 128, 3, 4, 3),
+        (16, gate_up, False): (64, 256, 1, 4, 3), (32, gate_up, False): (64, 256, 1, 4, 3),
+        (64, gate_up, False): (128, 128, 1, 4, 3), (32, gate_up, True): (128, 128, 1, 4, 3),
+        (64, gate_up, True): (64, 128, 1, 8, 3), (32, down, False): (64, 256, 2, 4, 6), (64, down, False): (64, 256, 2, 4, 6),
+        (16, down, True): (64, 128, 8, 4, 3), (64, down, True): (64, 128, 4, 4, 3),
+    }  # fmt: skip
+    for (rows, matrix, grouped), plan in fastest.items():
+        assert kernels.plan_of(rows, *matrix, grouped, here) == plan, (rows, matrix, grouped)
     room = 99 << 10  # a card with less of it
-    assert kernels.plan_of(64, 4608, 3584, False, here).turn == kernels.GROUP
+    assert kernels.plan_of(64, *qkv, False, here).turn == kernels.GROUP
 
 
 @pytest.mark.parametrize("scheme", [
