@@ -31,7 +31,7 @@ WRITE, READ, SETTLE = 4, 5, 6
 # from files after 172 ms with sixteen, and after 237 with eight and a later form of the reading
 READERS = 16
 # Nobody waits for a write, but the thread that queues steps waits for Python's lock behind every thread that is between two calls
-# of the system: steps took 19 ms with sixteen writers, and 4 without (bench_tiers --part beside, Qwen2.5-7B on an H200)
+# of the system: steps took 19.1 ms with sixteen writers, 4.1 with two, 4.0 without (bench_tiers --part beside, Qwen2.5-7B, H200s)
 WRITERS = 2
 
 

@@ -38,7 +38,7 @@ GROUP = 128  # columns that share a scale, if not all
 CHUNK = 4096  # columns that `round_rows` looks at in one go
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 TILE, FEW = 64, 128  # rows of x a program, and rows up to which W's bytes are the cost
-LEAST, LONG = 2048, 8192  # columns of W: fewer were not tuned; and rows that are long
+LEAST, LONG = 2048, 8192  # columns of W: with fewer than LEAST nothing was tuned, more than LONG are long rows
 BESIDE = 4096  # bytes of shared memory for other things than turns
 
 

@@ -173,6 +173,6 @@ def test_the_winners_that_the_planner_names_are_as_many_as_it_says(capsys):
 def test_the_messages_of_one_request_are_the_planner_s():
     (row,) = (row for row in bench_layouts.ROWS if row.workload == "D")
     model = "Qwen3-30B-A3B, 24 layers"
-    least = bench_layouts.bound_of(model, "tp4", row, "H100")
+    least = bench_layouts.bound_of(model, "tp4", row, "H200")
     messages, whole = (f"{1e3 * seconds:.2f}" for seconds in (least.parts["messages"], least.seconds))
     assert f"{messages} of {whole} ms are messages" in TEXT
