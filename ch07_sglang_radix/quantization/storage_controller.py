@@ -8,7 +8,8 @@
 
 A page is of use where all ranks have it: a rank whose file is missing, damaged or late says so, and rank 0 counts what is behind
 it as not there, for all of them. wait=0 gives up what has not been read yet. A host page that a thread still reads or writes is not
-written over: whoever wants to, waits for the thread, on this rank and without asking another. SGLang 0.5.23:
+written over: whoever wants to, waits for the thread, on this rank and without asking another. Readers and writers are threads of
+their own, so a page that is asked for before this rank has written it is missing. SGLang 0.5.23:
 srt/managers/cache_controller.py (prefetch_thread_func and its all_reduce of the minimum).
 """
 
@@ -30,9 +31,9 @@ WRITE, READ, SETTLE = 4, 5, 6
 # Readers at most; checksums and files let Python's other threads run, and somebody waits for what is read. On H200s 940 MB came
 # from files after 172 ms with sixteen, and after 237 with eight and a later form of the reading
 READERS = 16
-# Nobody waits for a write, but the thread that queues steps waits for Python's lock behind every thread that is between two calls
-# of the system: steps took 19.1 ms with sixteen writers, 4.1 with two, 4.0 without (bench_tiers --part beside, Qwen2.5-7B, H200s)
-WRITERS = 2
+# The thread that queues steps waits for Python's lock behind every thread that is between two calls of the system: steps took
+# 19.1 ms with sixteen writers, and with four, which were done as soon, 4.1, as without any (bench_tiers --part beside, H200s)
+WRITERS = 4
 
 
 class Reading:

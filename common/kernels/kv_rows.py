@@ -101,13 +101,24 @@ def in_pairs(q, cache, D, BD, WIDTH=0):
     return sixteen and cache.dtype.element_ty.is_fp8() and D % 2 == 0 and WIDTH % 2 == 0 and BD >= 32
 
 
+@triton.constexpr_function
+def head_start(q, cache):
+    """What the reference of a row's exponentials, in powers of two, lies below its largest score so far.
+
+    Shares of values are exp2(score - reference), and beside fp8 float16, which ends at 2^16 and has its last bit at 2^-24. With the
+    largest share at 2^14 a value counts down to 2^-38 of it: tokens that a sink far above them leaves next to nothing
+    still make up the answer, if the sink's own value is small.
+    """
+    return 14.0 if q.dtype.element_ty.primitive_bitwidth == 16 and cache.dtype.element_ty.is_fp8() else 0.0
+
+
 @triton.jit
 def queries(qs, scale, cache, PAIRS: tl.constexpr):
     """[BM, BD] and the scale of their scores -> planes, and a scale, which may be one a row, [BM, 1].
 
     Beside fp8 they are float16, which has all numbers of e4m3 and e5m2, and bfloat16 queries as well once their row is divided by a
     power of two: all but those below 2^-28 of the row's largest. A GPU widens two 8-bit floats to float16 in one instruction; for
-    bfloat16 each needs one more, of which a processor does 16 a cycle.
+    bfloat16 each needs one more, of which a processor does 16 a cycle. For shares see `head_start`.
     """
     if qs.dtype == tl.bfloat16 and cache.dtype.element_ty.is_fp8():
         power = _power(_largest(qs))

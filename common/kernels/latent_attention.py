@@ -23,6 +23,7 @@ from common.kernels.kv_rows import (
     added,
     both_queries,
     codes,
+    head_start,
     in_pairs,
     kept_of,
     nothing,
@@ -189,6 +190,7 @@ def _decode(
     qc = tl.load(q_at + i[None, :], mask=in_c, other=0.0)  # [BH, BC], times the latent
     qr = tl.load(q_at + C + j[None, :], mask=in_r, other=0.0)  # [BH, BR], times the key that was turned
     PAIRS: tl.constexpr = in_pairs(q, pages, C, BC, R) and BR >= 32
+    START: tl.constexpr = head_start(q, pages)
     qc, qr, score_scale = both_queries(qc, qr, scale, pages, PAIRS)
     share = _share(context, splits, LEAST, BN)
     parts = tl.maximum(tl.cdiv(context, share), 1)
@@ -212,7 +214,7 @@ def _decode(
             scores = scored(qr, turned, F32, PAIRS, scored(qc, latent, F32, PAIRS))
             scores = scale_of_rows(scores * score_scale, scales, at, there, BITS)  # [BH, BN]
             scores = tl.where(there[None, :], scores, -float("inf"))
-            m_new = tl.maximum(m, tl.max(scores, 1))
+            m_new = tl.maximum(m, tl.max(scores, 1) - START)
             p, old = tl.exp2(scores - m_new[:, None]), tl.exp2(m - m_new)
             total = total * old + tl.sum(p, 1)
             acc = added(acc, old, scale_of_rows(p, scales, at, there, BITS), latent, F32, PAIRS)

@@ -28,6 +28,7 @@ from common.kernels.kv_rows import (
     added,
     codes,
     encoded_row,
+    head_start,
     in_pairs,
     kept_of,
     nothing,
@@ -274,6 +275,7 @@ def _prefix(
         live = (r // G < count)[:, None] & (i < D)[None, :]
         qs = tl.load(q + b[:, None] * q_stride + head[:, None] * D + i[None, :], mask=live, other=0.0)  # [BM, BD]
         PAIRS: tl.constexpr = in_pairs(q, k_cache, D, BD)
+        START: tl.constexpr = head_start(q, k_cache)
         qs, score_scale = queries(qs, scale, k_cache, PAIRS)
         m = tl.full([BM], -float("inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
@@ -283,7 +285,7 @@ def _prefix(
         for start in range(s * share, stop, BN):
             m, total, acc = _attend(
                 qs, m, total, acc, k_cache, v_cache, k_scales, v_scales, table, start, stop,
-                tl.full([BM], 0, tl.int32) + stop - 1, h, score_scale, P, HKV, D, BD, BN, F32, BITS, PAIRS, True,
+                tl.full([BM], 0, tl.int32) + stop - 1, h, score_scale, P, HKV, D, BD, BN, F32, BITS, PAIRS, START, True,
             )  # fmt: skip
         at = (b * HKV * G + head) * stride + s
         acc = whole(acc, PAIRS) / total[:, None] * v_scale
@@ -334,6 +336,7 @@ def _decode(
         else:
             qs = tl.load(heads_at + i[None, :], mask=live, other=0.0)  # [GP, BD]
         PAIRS: tl.constexpr = in_pairs(q, k_cache, D, BD)
+        START: tl.constexpr = head_start(q, k_cache)
         qs, score_scale = queries(qs, scale * k_scale, k_cache, PAIRS)
         m = tl.full([GP], -float("inf"), tl.float32)
         total = tl.zeros([GP], tl.float32)
@@ -352,7 +355,7 @@ def _decode(
             vs = codes(v_cache, at, there, qs[0].dtype, D, BD, BITS, PAIRS)
             scores = scored(qs, ks, F32, PAIRS) * score_scale  # [GP, BN]
             scores = tl.where(there[None, :], scale_of_rows(scores, k_scales, at, there, BITS), -float("inf"))
-            m_new = tl.maximum(m, tl.max(scores, 1))
+            m_new = tl.maximum(m, tl.max(scores, 1) - START)
             p = tl.exp2(scores - m_new[:, None])
             old = tl.exp2(m - m_new)
             total = total * old + tl.sum(p, 1)
@@ -375,7 +378,7 @@ def _decode(
             code_v, own_v = encoded_row(new_v, v_scale, v_cache, MOST, BITS)
             score = tl.sum(whole(qs, PAIRS).to(tl.float32) * code_k[None, :], 1)  # [GP]
             score *= scale * own_k if qs[0].dtype == q.dtype.element_ty else tl.reshape(score_scale, [GP])
-            m_new = tl.maximum(m, score)
+            m_new = tl.maximum(m, score - START)
             p, old = tl.exp2(score - m_new), tl.exp2(m - m_new)
             total = total * old + p
             if BITS > 0:
@@ -507,6 +510,7 @@ def _nodes(
             q + row[:, None] * q_stride + (h * G + r % G)[:, None] * D + i[None, :], mask=live, other=0.0
         )  # [BM, BD]
         PAIRS: tl.constexpr = in_pairs(q, k_cache, D, BD)
+        START: tl.constexpr = head_start(q, k_cache)
         qs, score_scale = queries(qs, scale, k_cache, PAIRS)
         m = tl.full([BM], -1e30, tl.float32)  # not -inf: a part may hold no token that some node sees
         total = tl.zeros([BM], tl.float32)
@@ -524,7 +528,7 @@ def _nodes(
                 inside = real[:, None] & ((w >= 0) & (n < stop))[None, :]
                 seen = tl.load(window + row[:, None] * window_stride + w[None, :], mask=inside, other=0)
                 scores = tl.where((seen != 0) | (w < 0)[None, :], scores, -float("inf"))
-            m_new = tl.maximum(m, tl.max(scores, 1))
+            m_new = tl.maximum(m, tl.max(scores, 1) - START)
             p, old = tl.exp2(scores - m_new[:, None]), tl.exp2(m - m_new)
             total = total * old + tl.sum(p, 1)
             acc = added(acc, old, scale_of_rows(p, v_scales, at, there, BITS), vs, F32, PAIRS)
@@ -601,6 +605,7 @@ def _extend(
         q_at = q + (q_first + m_i)[:, None] * q_stride + head[:, None] * D
         qs = tl.load(q_at + i[None, :], mask=live, other=0.0)  # [BM, BD]
         PAIRS: tl.constexpr = in_pairs(q, k_cache, D, BD)
+        START: tl.constexpr = head_start(q, k_cache)
         qs, score_scale = queries(qs, scale, k_cache, PAIRS)
         m = tl.full([BM], -float("inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
@@ -613,12 +618,12 @@ def _extend(
         for first in range(0, seen_by_all, BN):
             m, total, acc = _attend(
                 qs, m, total, acc, k_cache, v_cache, k_scales, v_scales, table, first, stop, position, kv,
-                score_scale, P, HKV, D, BD, BN, F32, BITS, PAIRS, False,
+                score_scale, P, HKV, D, BD, BN, F32, BITS, PAIRS, START, False,
             )  # fmt: skip
         for first in range(seen_by_all, stop, BN):
             m, total, acc = _attend(
                 qs, m, total, acc, k_cache, v_cache, k_scales, v_scales, table, first, stop, position, kv,
-                score_scale, P, HKV, D, BD, BN, F32, BITS, PAIRS, True,
+                score_scale, P, HKV, D, BD, BN, F32, BITS, PAIRS, START, True,
             )  # fmt: skip
         acc = whole(acc, PAIRS) / total[:, None] * v_scale
         rows = (q_first + m_i) * H + head
@@ -629,7 +634,7 @@ def _extend(
 def _attend(
     qs, m, total, acc, k_cache, v_cache, k_scales, v_scales, table, first, stop, position, kv, scale, P: tl.constexpr,
     HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, F32: tl.constexpr, BITS: tl.constexpr,
-    PAIRS: tl.constexpr, MASKED: tl.constexpr,
+    PAIRS: tl.constexpr, START: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of the context for one block of queries: the running maximum, sum and output."""
     n = first + tl.arange(0, BN)
@@ -640,7 +645,7 @@ def _attend(
     scores = scale_of_rows(scores, k_scales, at, there, BITS)
     if MASKED:
         scores = tl.where(n[None, :] <= position[:, None], scores, -float("inf"))
-    m_new = tl.maximum(m, tl.max(scores, 1))
+    m_new = tl.maximum(m, tl.max(scores, 1) - START)
     p = tl.exp2(scores - m_new[:, None])
     old = tl.exp2(m - m_new)
     total = total * old + tl.sum(p, 1)

@@ -16,6 +16,7 @@ from common.attention.kv_format import KVFormat
 from common.kernels.kv_rows import (
     added,
     codes,
+    head_start,
     in_pairs,
     kept_of,
     nothing,
@@ -87,6 +88,7 @@ def _pieces(
         live = known[:, None] & (i < D)[None, :]
         qs = tl.load(q + row[:, None] * q_stride + h * D + i[None, :], mask=live, other=0.0)  # [BM, BD]
         PAIRS: tl.constexpr = in_pairs(q, k_kept, D, BD)
+        START: tl.constexpr = head_start(q, k_kept)
         qs, score_scale = queries(qs, scale, k_kept, PAIRS)
         last = tl.where(triangle, number, keys)  # key that a query sees
         stop = tl.where(triangle, tl.minimum(keys, (block + 1) * BM), keys)
@@ -105,7 +107,7 @@ def _pieces(
             scores = scored(qs, ks, F32, PAIRS) * score_scale  # [BM, BN]
             scores = scale_of_rows(scores, k_scales, at, there, BITS)
             scores = tl.where(there[None, :] & (n[None, :] <= last[:, None]), scores, -float("inf"))
-            m_new = tl.maximum(m, tl.max(scores, 1))
+            m_new = tl.maximum(m, tl.max(scores, 1) - START)
             p, old = tl.exp2(scores - m_new[:, None]), tl.exp2(m - m_new)
             total = total * old + tl.sum(p, 1)
             acc = added(acc, old, scale_of_rows(p, v_scales, at, there, BITS), vs, F32, PAIRS)

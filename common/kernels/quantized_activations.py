@@ -39,6 +39,7 @@ CHUNK = 4096  # columns that `round_rows` looks at in one go
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 TILE, FEW = 64, 128  # rows of x a program, and rows up to which W's bytes are the cost
 LEAST, LONG = 2048, 8192  # columns of W: with fewer than LEAST nothing was tuned, more than LONG are long rows
+WIDE = 8000  # rows of W
 BESIDE = 4096  # bytes of shared memory for other things than turns
 
 
@@ -129,22 +130,27 @@ class Plan(NamedTuple):
 def plan_of(rows: int, out: int, width: int, grouped: bool, device: torch.device) -> Plan:
     """Close to the fastest that `bench_quantized --part tune-rounded` tried on an H200: Qwen2.5-7B's matrices, 16, 32 and 64 rows.
 
-    A matrix of many rows keeps the chip busy without being cut along `in`. One with few, q, k, v, o and down, is cut into few
-    parts: their sums are written and read, and can be nearly as many bytes as W. With one scale a row it has many turns on their
-    way (down, 64 rows: 34.4 -> 29.8 us). Grouped, each number has two sums, and registers are what a tile is small for.
+    gate_up is enough work for the chip without being cut along `in`. q, k, v, o and down are not, and are cut into few parts: their
+    sums are written and read, and can be nearly as many bytes as W. With one scale a row they have many turns on their way, in all
+    the shared memory that a processor has, so only where each has one program and most have one (down, 64 rows: 34.4 -> 29.8 us).
+    Grouped, each number has two sums, and registers are what a tile is small for. What lies between those is as it was before.
     """
     block_m, processors = _rows_of_a_program(rows), num_processors(device)
     full, tiles = block_m == TILE, cdiv(out, 64) * cdiv(rows, block_m)
-    if tiles >= 4 * processors:
+    if tiles >= 2 * processors:
         if grouped:
             return Plan(64, GROUP, 1, 8, 3) if full else Plan(128, GROUP, 1, 4, 3)
         return Plan(128, GROUP, 1, 4, 3) if full else Plan(64, 2 * GROUP, 1, 4, 3)
-    if 4 * tiles >= processors and width >= LEAST:
+    if width >= LEAST and out < WIDE and 4 * tiles >= processors:
         if grouped and (full or width <= LONG):
             return Plan(64, GROUP, cdiv(3 * processors, 2 * tiles), 4, 3)
-        if not grouped and (64 + block_m) * 2 * GROUP * 6 <= shared_memory(device) - BESIDE:
-            return Plan(64, 2 * GROUP, cdiv(processors, 2 * tiles), 4, 6)
-    return Plan(64, GROUP, parts_of(tiles, cdiv(width, GROUP), rows * out, processors), 4, 3)
+        parts = cdiv(processors, 2 * tiles) if width <= LONG else processors // tiles
+        busy = tiles * parts <= processors and (width <= LONG or 4 * tiles * parts >= 3 * processors)
+        if not grouped and busy and (64 + block_m) * 2 * GROUP * 6 <= shared_memory(device) - BESIDE:
+            return Plan(64, 2 * GROUP, parts, 4, 6)
+    block_n, warps, stages = (128, 8, 4) if out >= WIDE and full and not grouped else (64, 4, 3)
+    tiles = cdiv(out, block_n) * cdiv(rows, block_m)
+    return Plan(block_n, GROUP, parts_of(tiles, cdiv(width, GROUP), rows * out, processors), warps, stages)
 
 
 def _rows_of_a_program(rows: int) -> int:

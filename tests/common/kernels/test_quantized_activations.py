@@ -1,5 +1,7 @@
 """FP8 times FP8 and INT8 times INT8, against the same codes in float64; on a CPU in Triton's interpreter."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -122,6 +124,17 @@ def test_plans_are_those_that_were_the_fastest(monkeypatch):
     }  # fmt: skip
     for (rows, matrix, grouped), plan in fastest.items():
         assert kernels.plan_of(rows, *matrix, grouped, here) == plan, (rows, matrix, grouped)
+    # between those: programs that need a processor each are one wave of most of them
+    for out, width in itertools.product((2048, 4096, 4608, 5120, 6144, 7168), (2048, 4096, 13_824, 28_672)):
+        for rows in (16, 32, 64, 128):
+            plan = kernels.plan_of(rows, out, width, False, here)
+            if plan.stages == 6:
+                programs = -(-out // 64) * -(-rows // 64) * plan.parts
+                assert (50 if width <= 8192 else 99) <= programs <= 132, (rows, out, width, plan)
+    for matrix in ((28_672, 4096), (18_944, 3584)):
+        assert kernels.plan_of(64, *matrix, False, here) == (128, 128, 1, 4, 3)
+    assert kernels.plan_of(64, 5120, 13_824, False, here) == kernels.plan_of(64, 5120, 27_648, False, here) == (64, 128, 4, 4, 3)
+    assert kernels.plan_of(64, 13_824, 5120, False, here) == (128, 128, 1, 8, 4)
     room = 99 << 10  # a card with less of it
     assert kernels.plan_of(64, *qkv, False, here).turn == kernels.GROUP
 
