@@ -97,7 +97,13 @@ def test_what_a_tier_saves_is_what_was_measured():
 def test_what_a_load_costs_others_is_what_was_measured():
     names = {"nobody": "nobody comes", "from host": "from the host", "from files": "from files", "to files": "to files"}
     for row in rows_of("tiers_beside_cuda.csv"):
-        cells = [names[row["beside"]], row["lasts ms"], row["ms a step"], f"{float(row['of nobody']):.2f}", row["longest ms"]]
+        cells = [
+            names[row["beside"]],
+            row["lasts ms"],
+            row["ms a step"],
+            f"{float(row['of nobody']):.2f}",
+            row["longest ms"],
+        ]
         assert f"| {' | '.join(cells)} |" in TEXT, cells
 
 

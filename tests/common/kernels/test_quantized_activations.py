@@ -133,7 +133,11 @@ def test_plans_are_those_that_were_the_fastest(monkeypatch):
                 assert (50 if width <= 8192 else 99) <= programs <= 132, (rows, out, width, plan)
     for matrix in ((28_672, 4096), (18_944, 3584)):
         assert kernels.plan_of(64, *matrix, False, here) == (128, 128, 1, 4, 3)
-    assert kernels.plan_of(64, 5120, 13_824, False, here) == kernels.plan_of(64, 5120, 27_648, False, here) == (64, 128, 4, 4, 3)
+    assert (
+        kernels.plan_of(64, 5120, 13_824, False, here)
+        == kernels.plan_of(64, 5120, 27_648, False, here)
+        == (64, 128, 4, 4, 3)
+    )
     assert kernels.plan_of(64, 13_824, 5120, False, here) == (128, 128, 1, 8, 4)
     room = 99 << 10  # a card with less of it
     assert kernels.plan_of(64, *qkv, False, here).turn == kernels.GROUP
