@@ -63,9 +63,8 @@ def test_keys_in_a_block(heads, d, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kept", [None, *CODED])
-@pytest.mark.parametrize(
-    ("page_size", "d"), [(1, 16), (16, 40)]
-)  # fp8 beside 16 bits is read in pairs above 16 numbers
+# fp8 beside 16 bits is read in pairs above 16 numbers
+@pytest.mark.parametrize(("page_size", "d"), [(1, 16), (16, 40)])
 def test_keys_in_pages(page_size, d, kept, dtype):
     check_pages(page_size, d, kept, dtype)
 
