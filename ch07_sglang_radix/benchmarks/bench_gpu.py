@@ -204,6 +204,11 @@ def measure_deterministic(name: str, parallel: ParallelState) -> list[dict]:
     return rows
 
 
+def first_tokens(work: Workloads) -> dict[str, float]:
+    """F of each length."""
+    return {f"F {length} {metric}": value for length in (16, 128, 512) for metric, value in work.f(length).items()}
+
+
 def measure_prefill(name: str, parallel: ParallelState) -> list[dict]:
     """Seconds to ready, F and A of one model with prefills as CUDA graphs up to so many tokens."""
     folder, rows = shared_random_weights(name, parallel.world), []
@@ -212,8 +217,7 @@ def measure_prefill(name: str, parallel: ParallelState) -> list[dict]:
         engine = Engine(str(folder), device="cuda", cuda_graph_max_bs_prefill=most)
         told = {"seconds to ready": time.perf_counter() - began}
         work = Workloads(engine)
-        for length in (16, 128, 512):
-            told |= {f"F {length} {metric}": value for metric, value in work.f(length).items()}
+        told |= first_tokens(work)
         told |= {f"A tokens/s run {i}": work.a(256) for i in (1, 2)}
         rows += report(told, parallel, model=name, cuda_graph_max_bs_prefill=most)
         engine.shutdown()
@@ -227,7 +231,7 @@ def measure_first(name: str, parallel: ParallelState) -> list[dict]:
     """F of one model."""
     engine = Engine(str(shared_random_weights(name, parallel.world)), device="cuda")
     work = Workloads(engine)
-    told = {f"F {length} {metric}": value for length in (16, 128, 512) for metric, value in work.f(length).items()}
+    told = first_tokens(work)
     engine.shutdown()
     engine = work = None  # the next one needs the room
     gc.collect()

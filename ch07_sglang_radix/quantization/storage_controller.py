@@ -32,7 +32,7 @@ WRITE, READ, SETTLE = 4, 5, 6
 # from files after 172 ms with sixteen, and after 237 with eight and a later form of the reading
 READERS = 16
 # The thread that queues steps waits for Python's lock behind every thread that is between two calls of the system: steps took
-# 19.1 ms with sixteen writers, and with four, which were done as soon, 4.1, as without any (bench_tiers --part beside, H200s)
+# 19.1 ms with sixteen writers, done after 219 ms, and 4.1 with four, after 236, as without any (bench_tiers --part beside, H200s)
 WRITERS = 4
 
 

@@ -95,21 +95,26 @@ def put(
 
 
 @triton.constexpr_function
+def in_float16(dtype, cache):
+    """Are codes of `cache` multiplied as float16, for queries of this dtype? fp8 is, for 16 bits."""
+    return dtype.primitive_bitwidth == 16 and cache.dtype.element_ty.is_fp8()
+
+
+@triton.constexpr_function
 def in_pairs(q, cache, D, BD, WIDTH=0):
     """Are rows of `cache` two planes for queries of q's dtype? D numbers of each, of WIDTH if it is longer."""
-    sixteen = q.dtype.element_ty.primitive_bitwidth == 16
-    return sixteen and cache.dtype.element_ty.is_fp8() and D % 2 == 0 and WIDTH % 2 == 0 and BD >= 32
+    return in_float16(q.dtype.element_ty, cache) and D % 2 == 0 and WIDTH % 2 == 0 and BD >= 32
 
 
 @triton.constexpr_function
 def head_start(q, cache):
-    """What the reference of a row's exponentials, in powers of two, lies below its largest score so far.
+    """How far below a row's largest score so far, in powers of two, its exponentials have their reference.
 
-    Shares of values are exp2(score - reference), and beside fp8 float16, which ends at 2^16 and has its last bit at 2^-24. With the
-    largest share at 2^14 a value counts down to 2^-38 of it: tokens that a sink far above them leaves next to nothing
-    still make up the answer, if the sink's own value is small.
+    Shares of values are exp2(score - reference), and beside fp8 float16, which ends at 2^16 and whose last bit is 2^-24. With the
+    largest share at 2^14 another one counts down to 2^-38 of it. It has to: where one token, a sink, takes nearly everything and
+    its value is near zero, the others' small shares are the answer.
     """
-    return 14.0 if q.dtype.element_ty.primitive_bitwidth == 16 and cache.dtype.element_ty.is_fp8() else 0.0
+    return 14.0 if in_float16(q.dtype.element_ty, cache) else 0.0
 
 
 @triton.jit
@@ -120,7 +125,7 @@ def queries(qs, scale, cache, PAIRS: tl.constexpr):
     power of two: all but those below 2^-28 of the row's largest. A GPU widens two 8-bit floats to float16 in one instruction; for
     bfloat16 each needs one more, of which a processor does 16 a cycle. For shares see `head_start`.
     """
-    if qs.dtype == tl.bfloat16 and cache.dtype.element_ty.is_fp8():
+    if qs.dtype == tl.bfloat16 and in_float16(qs.dtype, cache):
         power = _power(_largest(qs))
         qs, scale = (qs.to(tl.float32) / power).to(tl.float16), scale * power
     return planes(qs, PAIRS), scale
@@ -129,7 +134,7 @@ def queries(qs, scale, cache, PAIRS: tl.constexpr):
 @triton.jit
 def both_queries(qs, more, scale, cache, PAIRS: tl.constexpr):
     """The same for rows in two pieces, [BM, BD] and [BM, BE], whose scores are added up."""
-    if qs.dtype == tl.bfloat16 and cache.dtype.element_ty.is_fp8():
+    if qs.dtype == tl.bfloat16 and in_float16(qs.dtype, cache):
         power = _power(tl.maximum(_largest(qs), _largest(more)))
         qs, more = (qs.to(tl.float32) / power).to(tl.float16), (more.to(tl.float32) / power).to(tl.float16)
         scale *= power

@@ -133,7 +133,7 @@ def plan_of(rows: int, out: int, width: int, grouped: bool, device: torch.device
     gate_up is enough work for the chip without being cut along `in`. q, k, v, o and down are not, and are cut into few parts: their
     sums are written and read, and can be nearly as many bytes as W. With one scale a row they have many turns on their way, in all
     the shared memory that a processor has, so only where each has one program and most have one (down, 64 rows: 34.4 -> 29.8 us).
-    Grouped, each number has two sums, and registers are what a tile is small for. What lies between those is as it was before.
+    Grouped, each number has two sums, and registers are what a tile is small for. What lies between those was not tuned: parts_of.
     """
     block_m, processors = _rows_of_a_program(rows), num_processors(device)
     full, tiles = block_m == TILE, cdiv(out, 64) * cdiv(rows, block_m)
